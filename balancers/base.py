@@ -1,0 +1,207 @@
+"""What every way of merging rewards shares: when gradients are needed, what becomes of them, what is remembered."""
+
+import logging
+import math
+from collections.abc import Callable, Mapping, Sequence
+from itertools import compress
+from typing import Any, Literal, cast
+
+import torch
+from jaxtyping import Bool, Float
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import Tensor
+
+from balancers.accumulation import GradientSum
+from balancers.harmony import compare, gram_matrix, in_conflict
+from balancers.options import check_names, check_options
+from balancers.solution import active_rows, merge_rows, smooth, weigh
+
+log = logging.getLogger(__name__)
+
+
+class Balancer(Callback):
+    r"""Merges several rewards into one update. A method overrides one of three levels, and nothing else:
+
+    - `merge_rewards`, before advantages exist, or `merge_advantages`; either sets `merged_name` to name its one column;
+    - `weights`, from the inner products of the per-reward gradients: $d = \sum_k \bar\alpha_k s_k g_k$.
+
+    A gradient method is asked every `refresh_every` optimizer steps. Its weights are smoothed reward by reward,
+    $\bar\alpha_k \leftarrow \rho \bar\alpha_k + (1 - \rho) \alpha_k$, the first time $\bar\alpha_k = \alpha_k$. With
+    `normalize`, $s_k = \operatorname{mean}_j |g_j| / |g_k|$, else 1. A reward whose gradient is not finite, or zero (below
+    3.5e-4 of the largest, what rounding leaves), is left out of the solution and keeps its $\bar\alpha_k$ and $s_k$; one
+    never seen has those of `prior` and 1. The others are not shrunk to make room for it, so the sum may pass 1 until the
+    next solution: a reward holding all the weight would otherwise leave the rest with none on falling silent.
+
+    Source: MARBLE, arXiv 2605.06507, eq. 7 ($s_k$), 12 (smoothing), proposition 1 (reuse between refreshes).
+
+    Args:
+        refresh_every: optimizer steps between two solutions, >= 1.
+        ema_decay: rho, how much of the old weights a solution keeps, in [0, 1).
+        normalize: whether `weights` sees unit gradients, brought back to their mean norm afterwards.
+        amortize: between refreshes use weights times smoothed norm ratios (scaled), which follows the direction solved
+            for, or the weights alone on raw gradients (raw), which is the paper.
+        estimate_share: share of a refresh step's micro-batches whose gradients are used, in (0, 1].
+        uniform_after_step: optimizer step from which all rewards weigh the same, without gradients. Null: never.
+    """
+
+    merged_name: str | None = None
+    """Name of the one column that `merge_rewards` or `merge_advantages` leaves; None if columns stay one per reward."""
+
+    def __init__(
+        self,
+        *,
+        refresh_every: int = 1,
+        ema_decay: float = 0.0,
+        normalize: bool = False,
+        amortize: Literal["scaled", "raw"] = "scaled",
+        estimate_share: float = 1.0,
+        uniform_after_step: int | None = None,
+    ) -> None:
+        check_options(refresh_every, ema_decay, amortize, estimate_share, uniform_after_step)
+        self.refresh_every, self.ema_decay, self.normalize = refresh_every, ema_decay, normalize
+        self.amortize, self.estimate_share, self.uniform_after_step = amortize, estimate_share, uniform_after_step
+
+        self.reward_names: tuple[str, ...] = ()
+        self.names: tuple[str, ...] = ()
+        self.step = 0
+        self.counts = {"refreshes": 0, "update_conflicts": 0, "mean_conflicts": 0}
+        self.diagnostics: dict[str, Any] = {}
+        self._sum, self._solved = GradientSum(), False  # of this optimizer step
+
+    # Names
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self.bind(tuple(cast(Mapping[str, object], pl_module.rewards)))
+
+    def bind(self, reward_names: Sequence[str]) -> None:
+        """Learn the rewards' names. Binding again, or after `load_state_dict`, keeps what is remembered.
+
+        Raises:
+            ValueError: there is no reward, or the names differ from those bound or loaded before.
+            TypeError: several columns are left and the method does not override `weights`.
+        """
+        check_names(reward_names, self.reward_names)
+        if self.reward_names:
+            return
+        k = 1 if self.merged_name else len(reward_names)
+        if type(self).weights is Balancer.weights:
+            self.weights(torch.eye(k))  # raises now rather than after the first rollouts
+        self.reward_names = tuple(reward_names)
+        self.names = (self.merged_name,) if self.merged_name else self.reward_names
+        self.prior = torch.full((k,), 1 / k, dtype=torch.float64)
+        self.active = torch.ones(k, dtype=torch.bool)
+        self.alpha_smoothed = torch.full_like(self.prior, torch.nan)
+        self.scale = torch.full_like(self.prior, torch.nan)
+
+    # The three levels
+
+    def merge_rewards(
+        self, rewards: Float[Tensor, "sample reward"], applies: Bool[Tensor, "sample reward"]
+    ) -> Float[Tensor, "sample column"]:
+        """Merge before advantages: (N, K) -> (N, K) or (N, 1). Identity unless overridden."""
+        return rewards
+
+    def merge_advantages(self, advantages: Float[Tensor, "sample column"]) -> Float[Tensor, "sample column"]:
+        """Merge per-reward advantages, NaN where missing: (N, K) -> (N, K) or (N, 1). Identity unless overridden."""
+        return advantages
+
+    def weights(self, gram: Float[Tensor, "active active"]) -> Float[Tensor, "active"]:
+        """Weights of the active rewards (`self.active` says which) from their inner products, float64 on the CPU."""
+        if len(gram) > 1:
+            raise TypeError(f"{type(self).__name__} must override `weights` to merge {len(gram)} gradients.")
+        return torch.ones_like(gram[0])
+
+    @property
+    def needs_gradients(self) -> bool:
+        """Whether the method ever looks at gradients. A single column leaves nothing to weigh."""
+        return len(self.names) > 1
+
+    # One optimizer step
+
+    @property
+    def uniform(self) -> bool:
+        """Whether the last, uniform stage has begun."""
+        return self.uniform_after_step is not None and self.step >= self.uniform_after_step
+
+    @property
+    def wants_gradients(self) -> bool:
+        """Whether the next micro-batch must deliver its per-reward gradients."""
+        return self._sum.incomplete
+
+    @property
+    def coefficients(self) -> Float[Tensor, "reward"]:
+        """What multiplies each reward's loss in the scalarised loss now: (K,) float32 on the CPU."""
+        if self.uniform:
+            return torch.full((len(self.names),), 1 / len(self.names))
+        alpha = self._alpha
+        if self.amortize == "scaled" or self._solved:
+            alpha = alpha * self.scale.nan_to_num(1.0)
+        return alpha.float()
+
+    @property
+    def _alpha(self) -> Float[Tensor, "reward"]:
+        return torch.where(self.alpha_smoothed.isnan(), self.prior, self.alpha_smoothed)
+
+    def begin_step(self, n_micro_batches: int) -> None:
+        """Start an optimizer step of `n_micro_batches` micro-batches; decide whether it is a refresh step."""
+        due = self.step % self.refresh_every == 0 or bool(self.alpha_smoothed.isnan().all())
+        due = due and self.needs_gradients and not self.uniform
+        share = math.ceil(round(self.estimate_share * n_micro_batches, 9))  # 0.7 * 10 is a hair above 7
+        self._sum, self._solved = GradientSum(max(share, 1) if due else 0), False
+
+    def add_gradients(self, gradients: Float[Tensor, "reward parameter"]) -> None:
+        """Add one micro-batch's per-reward gradients (K, P), normalised over the optimizer step so that they sum up."""
+        self._sum.add(gradients, len(self.names))
+
+    def solve(self, reduce: Callable[[Tensor], Tensor]) -> Float[Tensor, "parameter"]:
+        """Turn the summed gradients into new coefficients and the merged gradient; free them.
+
+        Args:
+            reduce: average of a tensor over the ranks.
+
+        Raises:
+            RuntimeError: not all the gradients asked for have been added.
+            ValueError: `weights` returned something of another shape or not finite.
+        """
+        gradients = reduce(self._sum.take())
+        gram = gram_matrix(gradients)
+        norms = gram.diagonal().sqrt()
+        active = self.active = active_rows(norms)
+        self.diagnostics = {"left_out": tuple(compress(self.names, ~active)), "gradient_norms": norms, "gram": gram}
+        if not active.any():
+            log.warning("No reward has a finite, non-zero gradient at optimizer step %d: nothing merged.", self.step)
+            return torch.zeros_like(gradients[0])
+
+        block = gram[active][:, active]
+        alpha = torch.zeros_like(self.prior).masked_scatter(active, weigh(self.weights, block, self.normalize))
+        ratio = norms[active].mean() / norms if self.normalize else torch.ones_like(norms)
+        self.alpha_smoothed = smooth(self.alpha_smoothed, alpha, active, self.ema_decay)
+        self.scale = smooth(self.scale, ratio, active, self.ema_decay if self.amortize == "scaled" else 0.0)
+        self._solved = True
+
+        agreement = compare(block, self.coefficients[active])
+        self.counts["refreshes"] += 1
+        self.counts["update_conflicts"] += in_conflict(agreement["update/cos_min"])
+        self.counts["mean_conflicts"] += in_conflict(agreement["mean/cos_min"])
+        self.diagnostics |= {"alpha": alpha, "alpha_smoothed": self._alpha, **agreement}
+        return merge_rows(gradients, self.coefficients, active)
+
+    def end_step(self) -> None:
+        """End an optimizer step, after the optimizer has stepped."""
+        self.step += 1
+        self._sum, self._solved = GradientSum(), False
+
+    # Checkpoints
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that the next step depends on, between two optimizer steps; NaN where a reward has never been active."""
+        if not self.names:
+            return {}
+        state = {"alpha_smoothed": self.alpha_smoothed.clone(), "scale": self.scale.clone()}
+        return {"reward_names": list(self.reward_names), "step": self.step, "counts": dict(self.counts), **state}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take up a `state_dict`, before or after `bind`. Raises a ValueError if its rewards are not the run's."""
+        self.bind(state_dict["reward_names"])
+        self.step, self.counts = state_dict["step"], dict(state_dict["counts"])
+        self.alpha_smoothed, self.scale = state_dict["alpha_smoothed"].clone(), state_dict["scale"].clone()

@@ -1,0 +1,308 @@
+"""The schedule, the smoothing, the merged gradient and the memory that every method shares."""
+
+import copy
+import logging
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from balancers import MARBLE, Balancer, FixedWeights, WeightedSum
+from balancers.solution import smooth
+
+NAMES = ("clip", "ocr", "pick")
+
+
+class Scripted(Balancer):
+    """Returns prepared weights, so that everything around them can be followed by hand."""
+
+    def __init__(self, *answers, **options):
+        super().__init__(**options)
+        self.answers, self.asked = list(answers), []
+
+    def weights(self, gram):
+        self.asked.append(gram)
+        return torch.tensor(self.answers[len(self.asked) - 1])
+
+
+def bound(balancer, names=NAMES):
+    balancer.bind(names)
+    return balancer
+
+
+def step(balancer, gradients, n_micro_batches=1):
+    """One optimizer step. Returns the merged gradient (None on a cheap step) and the coefficients then in use."""
+    merged = None
+    balancer.begin_step(n_micro_batches)
+    while balancer.wants_gradients:
+        balancer.add_gradients(gradients)
+        if not balancer.wants_gradients:
+            merged = balancer.solve(lambda x: x)
+    coefficients = balancer.coefficients
+    balancer.end_step()
+    return merged, coefficients
+
+
+def gradients_of(seed, k=3, p=7):
+    return torch.randn(k, p, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("every", [1, 2, 5])
+def test_refreshes_every_so_many_steps(every):
+    balancer = bound(MARBLE(refresh_every=every))
+    refreshed = [step(balancer, gradients_of(s))[0] is not None for s in range(11)]
+    assert refreshed == [s % every == 0 for s in range(11)]
+
+
+@pytest.mark.parametrize(("share", "n", "wanted"), [(1.0, 4, 4), (0.25, 4, 1), (0.3, 10, 3), (0.7, 10, 7), (0.01, 3, 1)])
+def test_estimate_share_counts_micro_batches(share, n, wanted):
+    balancer = bound(MARBLE(estimate_share=share))
+    balancer.begin_step(n)
+    received = 0
+    while balancer.wants_gradients:
+        balancer.add_gradients(gradients_of(received))
+        received += 1
+    assert received == wanted
+    # What was added is summed over the micro-batches and then averaged over the ranks.
+    seen = []
+    balancer.solve(lambda x: seen.append(x.clone()) or x / 2)
+    torch.testing.assert_close(seen[0], sum(gradients_of(i) for i in range(wanted)))
+
+
+def test_smoothing_by_hand():
+    balancer = bound(Scripted([0.2, 0.3, 0.5], [1.0, 0.0, 0.0], ema_decay=0.7))
+    _, first = step(balancer, gradients_of(0))
+    _, second = step(balancer, gradients_of(1))
+    torch.testing.assert_close(first, torch.tensor([0.2, 0.3, 0.5]))
+    torch.testing.assert_close(second, torch.tensor([0.44, 0.21, 0.35]))
+
+
+def test_merged_gradient_is_the_paper_s_formula():
+    gradients = gradients_of(3) * torch.tensor([[1.0], [10.0], [0.1]])
+    balancer = bound(Scripted([0.2, 0.3, 0.5], normalize=True))
+    merged, _ = step(balancer, gradients)
+    norms = gradients.norm(dim=1, keepdim=True)
+    unit = gradients / norms
+    torch.testing.assert_close(merged, (torch.tensor([0.2, 0.3, 0.5]) @ unit) * norms.mean())
+    torch.testing.assert_close(balancer.asked[0], (unit @ unit.T).double(), rtol=0, atol=1e-6)
+
+
+def test_marble_direction_is_not_against_any_reward():
+    for seed in range(5):
+        balancer = bound(MARBLE(ema_decay=0.0))
+        gradients = gradients_of(seed, p=4)
+        merged, _ = step(balancer, gradients)
+        assert (gradients @ merged >= -1e-5).all()
+        assert balancer.counts["update_conflicts"] == 0
+
+
+def test_scaled_and_raw_differ_on_cheap_steps_only():
+    gradients = gradients_of(3) * torch.tensor([[1.0], [10.0], [0.1]])
+    norms = gradients.norm(dim=1)
+    alpha = torch.tensor([0.2, 0.3, 0.5])
+    scaled, raw = (bound(Scripted([0.2, 0.3, 0.5], normalize=True, refresh_every=2, amortize=a)) for a in ("scaled", "raw"))
+    (merged_scaled, on_refresh_scaled), (merged_raw, on_refresh_raw) = step(scaled, gradients), step(raw, gradients)
+    torch.testing.assert_close(merged_scaled, merged_raw)
+    torch.testing.assert_close(on_refresh_scaled, on_refresh_raw)
+    torch.testing.assert_close(step(scaled, gradients)[1], alpha * norms.mean() / norms)
+    torch.testing.assert_close(step(raw, gradients)[1], alpha)
+
+
+def test_norm_ratios_are_smoothed_when_scaled_and_not_when_raw():
+    first, second = torch.eye(2), torch.diag(torch.tensor([1.0, 3.0]))  # ratios (1, 1), then (2, 2/3)
+    for amortize, expected in (("scaled", [1.5, 5 / 6]), ("raw", [2.0, 2 / 3])):
+        balancer = bound(FixedWeights(weights=None, normalize=True, ema_decay=0.5, amortize=amortize), ("a", "b"))
+        step(balancer, first)
+        _, coefficients = step(balancer, second)
+        torch.testing.assert_close(coefficients, torch.tensor(expected) / 2)
+
+
+@pytest.mark.parametrize("silent", [0.0, torch.nan, torch.inf])
+def test_inactive_reward_leaves_and_its_coefficient_survives(silent):
+    balancer = bound(Scripted([0.2, 0.3, 0.5], [0.4, 0.6], ema_decay=0.5, normalize=True))
+    step(balancer, torch.eye(3))
+    gradients = torch.eye(3)
+    gradients[1] *= silent
+    merged, coefficients = step(balancer, gradients)
+    assert balancer.asked[1].shape == (2, 2)
+    assert balancer.diagnostics["left_out"] == ("ocr",)
+    torch.testing.assert_close(coefficients, torch.tensor([0.3, 0.3, 0.55]))
+    torch.testing.assert_close(merged, torch.tensor([0.3, 0.0, 0.55]))
+
+
+def test_reward_never_active_keeps_the_prior():
+    balancer = bound(Scripted([0.4, 0.6], normalize=True))
+    _, coefficients = step(balancer, torch.diag(torch.tensor([1.0, 0.0, 1.0])))
+    torch.testing.assert_close(coefficients, torch.tensor([0.4, 1 / 3, 0.6]))
+
+
+def test_one_silent_reward_with_all_the_weight_does_not_stop_the_step():
+    balancer = bound(Scripted([1.0, 0.0], [1.0]), ("a", "b"))
+    step(balancer, torch.eye(2))
+    merged, _ = step(balancer, torch.diag(torch.tensor([0.0, 2.0])))
+    torch.testing.assert_close(merged, torch.tensor([0.0, 2.0]))
+
+
+def test_no_active_reward_changes_nothing_and_is_asked_again(caplog):
+    balancer = bound(MARBLE(refresh_every=10))
+    with caplog.at_level(logging.WARNING):
+        merged, coefficients = step(balancer, torch.zeros(3, 4))
+    assert "No reward has a finite, non-zero gradient at optimizer step 0" in caplog.text
+    assert merged.tolist() == [0, 0, 0, 0]
+    torch.testing.assert_close(coefficients, torch.full((3,), 1 / 3))
+    assert balancer.diagnostics["left_out"] == NAMES
+    assert step(balancer, torch.eye(3))[0] is not None
+    assert balancer.counts["refreshes"] == 1
+
+
+def test_uniform_stage():
+    balancer = bound(MARBLE(refresh_every=1, uniform_after_step=2))
+    refreshed, coefficients = zip(*(step(balancer, gradients_of(s)) for s in range(4)), strict=True)
+    assert [merged is not None for merged in refreshed] == [True, True, False, False]
+    assert coefficients[3].tolist() == pytest.approx([1 / 3] * 3)
+
+
+def test_diagnostics_in_coefficient_space_equal_those_of_the_vectors():
+    gradients = gradients_of(5, p=4)
+    balancer = bound(MARBLE())
+    merged, _ = step(balancer, gradients)
+    for name, update in (("update", merged), ("mean", gradients.mean(0))):
+        cos = torch.nn.functional.cosine_similarity(gradients, update[None])
+        expected = [cos.min().item(), cos.mean().item(), cos.var(correction=0).item()]
+        found = [balancer.diagnostics[f"{name}/cos_{figure}"] for figure in ("min", "mean", "var")]
+        assert found == pytest.approx(expected, abs=1e-5)
+    torch.testing.assert_close(balancer.diagnostics["gram"], gradients.double() @ gradients.double().T)
+    torch.testing.assert_close(balancer.diagnostics["gradient_norms"].float(), gradients.norm(dim=1))
+    torch.testing.assert_close(balancer.diagnostics["alpha"], balancer.diagnostics["alpha_smoothed"])
+
+
+def test_conflicts_are_counted():
+    gradients = torch.tensor([[10.0, 1.0], [-1.0, 1.0]])  # the plain mean goes against the second
+    balancer = bound(MARBLE(refresh_every=1), ("a", "b"))
+    for _ in range(3):
+        step(balancer, gradients)
+    assert balancer.counts == {"refreshes": 3, "update_conflicts": 0, "mean_conflicts": 3}
+
+
+@pytest.mark.parametrize("amortize", ["scaled", "raw"])
+@pytest.mark.parametrize("bind_first", [True, False])
+@pytest.mark.parametrize("stop", [3, 4])
+def test_state_round_trip_continues_bit_for_bit(tmp_path, amortize, bind_first, stop):
+    options = {"refresh_every": 3, "amortize": amortize, "uniform_after_step": 9}
+    whole = bound(MARBLE(**options))
+    for s in range(stop):
+        step(whole, gradients_of(s))
+    torch.save(whole.state_dict(), tmp_path / "state.pt")
+    state = torch.load(tmp_path / "state.pt", weights_only=True)
+    resumed = MARBLE(**options)
+    if bind_first:
+        resumed.bind(NAMES)
+    resumed.load_state_dict(state)
+    resumed.bind(NAMES)
+    for s in range(stop, 11):
+        (merged_a, coefficients_a), (merged_b, coefficients_b) = (step(b, gradients_of(s)) for b in (whole, resumed))
+        assert (merged_a is None) == (merged_b is None)
+        assert merged_a is None or torch.equal(merged_a, merged_b)
+        assert torch.equal(coefficients_a, coefficients_b)
+    assert whole.counts == resumed.counts
+
+
+def test_state_is_a_snapshot():
+    balancer = bound(MARBLE(refresh_every=1))
+    step(balancer, gradients_of(0))
+    state = balancer.state_dict()
+    before = copy.deepcopy(state)
+    step(balancer, gradients_of(1))
+    assert torch.equal(state["alpha_smoothed"], before["alpha_smoothed"])
+    assert state["counts"] == before["counts"]
+
+
+@pytest.mark.parametrize("bind_first", [True, False])
+def test_other_rewards_than_the_checkpoint_s_are_refused(bind_first):
+    state, balancer = bound(MARBLE()).state_dict(), MARBLE()
+    first, second = (lambda: balancer.bind(("clip", "geneval"))), (lambda: balancer.load_state_dict(state))
+    if not bind_first:
+        first, second = second, first
+    first()
+    with pytest.raises(ValueError, match=r"`rewards` must stay the same(?=.*geneval)(?=.*clip, ocr, pick)"):
+        second()
+
+
+def test_setup_binds_the_module_s_rewards():
+    balancer = MARBLE()
+    balancer.setup(
+        None, SimpleNamespace(rewards=torch.nn.ModuleDict({"b": torch.nn.Identity(), "a": torch.nn.Identity()})), "fit"
+    )
+    assert balancer.names == balancer.reward_names == ("b", "a")
+
+
+@pytest.mark.parametrize("balancer", [WeightedSum(), FixedWeights(), MARBLE(uniform_after_step=0)])
+def test_cheap_methods_never_want_gradients(balancer):
+    bound(balancer)
+    for s in range(3):
+        assert step(balancer, gradients_of(s))[0] is None
+
+
+def test_a_single_reward_needs_no_method():
+    balancer = bound(MARBLE(), ("only",))
+    merged, coefficients = step(balancer, torch.ones(1, 4))
+    assert merged is None
+    assert coefficients.tolist() == [1.0]
+
+
+def test_levels_default_to_identity():
+    balancer, rewards = bound(MARBLE()), torch.randn(4, 3)
+    assert balancer.merge_rewards(rewards, torch.ones(4, 3, dtype=torch.bool)) is rewards
+    assert balancer.merge_advantages(rewards) is rewards
+
+
+def test_gradients_are_copied_and_freed():
+    balancer, gradients = bound(MARBLE()), gradients_of(0)
+    before = gradients.clone()
+    balancer.begin_step(2)
+    balancer.add_gradients(gradients)
+    balancer.add_gradients(gradients)
+    assert torch.equal(gradients, before)
+    balancer.solve(lambda x: x)
+    assert balancer._sum.total is None
+
+
+def test_smoothing_is_per_reward():
+    old, new = torch.tensor([1.0, torch.nan, 4.0]), torch.tensor([3.0, 5.0, torch.inf])
+    assert smooth(old, new, torch.tensor([True, True, False]), 0.5).tolist() == [2.0, 5.0, 4.0]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"refresh_every": 0}, "`refresh_every` must be >= 1. Found 0."),
+        ({"ema_decay": 1.0}, r"`ema_decay` must be in \[0, 1\). Found 1.0."),
+        ({"amortize": "no"}, "`amortize` must be 'scaled' or 'raw'. Found 'no'."),
+        ({"estimate_share": 0.0}, r"`estimate_share` must be in \(0, 1\]. Found 0.0."),
+        ({"uniform_after_step": -1}, "`uniform_after_step` must be >= 0 or null. Found -1."),
+    ],
+)
+def test_option_errors(options, message):
+    with pytest.raises(ValueError, match=message):
+        MARBLE(**options)
+
+
+def test_errors_of_use():
+    balancer = MARBLE()
+    with pytest.raises(ValueError, match="at least one reward"):
+        balancer.bind(())
+    with pytest.raises(TypeError, match="Balancer must override `weights` to merge 3 gradients"):
+        Balancer().bind(NAMES)
+    bound(balancer)
+    balancer.begin_step(2)
+    with pytest.raises(ValueError, match=r"`gradients` must have shape \(3, P\). Found \(2, 4\)."):
+        balancer.add_gradients(torch.ones(2, 4))
+    balancer.add_gradients(torch.ones(3, 4))
+    with pytest.raises(RuntimeError, match=r"`solve` must follow 2 `add_gradients` of a refresh step, once. Found 1."):
+        balancer.solve(lambda x: x)
+    balancer.end_step()
+    with pytest.raises(RuntimeError, match="`add_gradients` must be called while `wants_gradients`"):
+        balancer.add_gradients(torch.ones(3, 4))
+    for answer in ([1.0, 2.0], [1.0, 2.0, torch.nan]):
+        with pytest.raises(ValueError, match="`weights` must return 3 finite numbers"):
+            step(bound(Scripted(answer)), torch.eye(3))

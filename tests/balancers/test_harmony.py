@@ -1,0 +1,39 @@
+"""Cosines from inner products against cosines from the vectors themselves."""
+
+import pytest
+import torch
+
+from balancers import cosines, harmony
+from balancers.harmony import compare, gram_matrix, in_conflict
+
+
+@pytest.mark.parametrize("rank", [1, 2, 5])
+def test_cosines_equal_those_of_the_vectors(rank):
+    rows = torch.randn(4, rank, dtype=torch.float64, generator=torch.Generator().manual_seed(rank))
+    coefficients = torch.tensor([0.1, 0.7, -0.4, 2.0], dtype=torch.float64)
+    expected = torch.nn.functional.cosine_similarity(rows, (coefficients @ rows)[None])
+    torch.testing.assert_close(cosines(rows @ rows.T, coefficients), expected)
+    torch.testing.assert_close(cosines(rows @ rows.T, 1e6 * coefficients), expected)
+
+
+def test_vectors_lost_in_rounding_have_cosine_zero():
+    opposite = torch.tensor([[1.0, -1.0], [-1.0, 1.0]], dtype=torch.float64)
+    assert cosines(opposite, torch.tensor([0.5, 0.5])).tolist() == [0, 0]
+    assert cosines(torch.diag(torch.tensor([1.0, 0.0])), torch.tensor([1.0, 1.0])).tolist() == [1, 0]
+    assert not in_conflict(compare(opposite, torch.tensor([0.5, 0.5]))["update/cos_min"])
+
+
+def test_gram_matrix_is_float64_and_the_same_in_chunks(monkeypatch):
+    rows = 1e25 * torch.randn(3, 50, generator=torch.Generator().manual_seed(0))  # squares overflow float32
+    expected = rows.double() @ rows.double().T
+    monkeypatch.setattr(harmony, "CHUNK", 7)
+    torch.testing.assert_close(gram_matrix(rows), expected)
+
+
+def test_a_broken_gradient_spoils_only_its_own_products():
+    rows = torch.eye(3)
+    rows[1, 1] = torch.nan
+    gram = gram_matrix(rows)
+    assert gram[1].isnan().all()
+    assert gram[0, 0] == gram[2, 2] == 1
+    assert gram[0, 2] == 0

@@ -1,0 +1,137 @@
+"""What is particular to each method, and how a user names it."""
+
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from jsonargparse import ArgumentParser
+
+import balancers
+from balancers import MARBLE, Balancer, FixedWeights, WeightedSum, min_norm_weights
+
+NAMES = ("clip", "ocr", "pick")
+CONFIGS = sorted((Path(__file__).parents[2] / "configs" / "balancers").glob("*.yaml"))
+
+
+def bound(balancer, names=NAMES):
+    balancer.bind(names)
+    return balancer
+
+
+def test_weighted_sum_by_hand():
+    rewards = torch.tensor([[1.0, 2.0, 4.0], [1.0, torch.nan, 4.0], [1.0, 2.0, 4.0], [torch.nan, 0.0, torch.inf]])
+    applies = torch.tensor([[1, 1, 1], [1, 1, 1], [1, 0, 1], [1, 0, 1]], dtype=torch.bool)
+    balancer = bound(WeightedSum({"pick": 3.0}))
+    merged = balancer.merge_rewards(rewards, applies)
+    expected = torch.tensor([[(1 + 2 + 12) / 5], [13 / 4], [13 / 4], [torch.nan]])
+    torch.testing.assert_close(merged, expected, equal_nan=True)
+    assert balancer.names == ("sum",)
+    assert balancer.reward_names == NAMES
+    assert balancer.coefficients.tolist() == [1.0]
+
+
+def test_weighted_sum_leaves_a_sample_whose_rewards_weigh_nothing_missing():
+    merged = bound(WeightedSum({"clip": 0.0})).merge_rewards(torch.ones(1, 3), torch.tensor([[True, False, False]]))
+    assert merged.isnan().all()
+
+
+def test_fixed_weights_are_constant_and_sum_to_one():
+    balancer = bound(FixedWeights(weights={"ocr": 2.0}))
+    assert not balancer.needs_gradients
+    assert balancer.coefficients.tolist() == [0.25, 0.5, 0.25]
+    assert bound(FixedWeights()).coefficients.tolist() == pytest.approx([1 / 3] * 3)
+
+
+def test_fixed_weights_with_norms_and_a_silent_reward():
+    balancer = bound(FixedWeights(weights={"ocr": 2.0}, normalize=True))
+    balancer.begin_step(1)
+    balancer.add_gradients(torch.diag(torch.tensor([1.0, 3.0, 0.0])))
+    merged = balancer.solve(lambda x: x)
+    torch.testing.assert_close(merged, torch.tensor([0.25 * 2, 0.5 * 2, 0.0]))
+    torch.testing.assert_close(balancer.coefficients, torch.tensor([0.25 * 2, 0.5 * 2 / 3, 0.25]))
+
+
+@pytest.mark.parametrize("method", [WeightedSum, FixedWeights])
+def test_weights_by_name_errors(method):
+    with pytest.raises(ValueError, match=r"must use the names of the rewards: clip, ocr, pick. Found typo"):
+        method(weights={"typo": 1.0}).bind(NAMES)
+    with pytest.raises(ValueError, match=r"must be finite and >= 0. Found {'ocr': -1.0}"):
+        method(weights={"ocr": -1.0}).bind(NAMES)
+    with pytest.raises(ValueError, match="at least one reward above 0"):
+        method(weights=dict.fromkeys(NAMES, 0.0)).bind(NAMES)
+
+
+def test_marble_is_min_norm_with_the_paper_s_options():
+    balancer = MARBLE()
+    assert (balancer.refresh_every, balancer.ema_decay, balancer.normalize, balancer.floor) == (10, 0.7, True, 0.0)
+    gram = torch.tensor([[1.0, -0.5, 0.1], [-0.5, 1.0, 0.2], [0.1, 0.2, 1.0]], dtype=torch.float64)
+    assert torch.equal(balancer.weights(gram), min_norm_weights(gram))
+    assert (MARBLE(floor=0.3).weights(gram) >= 0.3).all()
+
+
+def test_marble_floor_is_checked_before_training():
+    with pytest.raises(ValueError, match=r"at most 1 / 1 for 1 rewards. Found 1.5"):
+        MARBLE(floor=1.5)
+    with pytest.raises(ValueError, match=r"at most 1 / 3 for 3 rewards. Found 0.5"):
+        MARBLE(floor=0.5).bind(NAMES)
+
+
+def command_line() -> ArgumentParser:
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_argument("-c", action="config")
+    parser.add_subclass_arguments(Balancer, "balancer", required=True)
+    return parser
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.stem)
+def test_configs_name_a_balancer_that_binds(config):
+    assert config.read_text().startswith("# ")
+    assert list(yaml.safe_load(config.read_text())) == ["balancer"]
+    parser = command_line()
+    balancer = parser.instantiate(parser.parse_args(["-c", str(config)])).balancer
+    assert bound(balancer).coefficients.sum().item() == pytest.approx(1)
+
+
+def test_there_is_a_config_for_every_method():
+    named = {yaml.safe_load(path.read_text())["balancer"]["class_path"] for path in CONFIGS}
+    methods = {name for name in balancers.__all__ if isinstance(getattr(balancers, name), type)} - {"Balancer"}
+    assert named == {f"balancers.{name}" for name in methods}
+
+
+def test_short_names_and_single_options_on_the_command_line():
+    parser = command_line()
+    arguments = [
+        "--balancer",
+        "MARBLE",
+        "--balancer.refresh_every",
+        "5",
+        "--balancer.amortize",
+        "raw",
+        "--balancer.floor=0.1",
+    ]
+    balancer = parser.instantiate(parser.parse_args(arguments)).balancer
+    assert isinstance(balancer, MARBLE)
+    assert (balancer.refresh_every, balancer.amortize, balancer.floor, balancer.ema_decay) == (5, "raw", 0.1, 0.7)
+    arguments = ["--balancer", "FixedWeights", "--balancer.weights", "{ocr: 2}", "--balancer.uniform_after_step", "7"]
+    balancer = parser.instantiate(parser.parse_args(arguments)).balancer
+    assert (balancer.by_name, balancer.uniform_after_step) == ({"ocr": 2.0}, 7)
+
+
+def test_every_option_is_explained_by_help(capsys):
+    parser = ArgumentParser()
+    parser.add_subclass_arguments(Balancer, "balancer", required=True)
+    with pytest.raises(SystemExit):
+        parser.parse_args(["--balancer.help", "MARBLE"])
+    text = capsys.readouterr().out.split("Help for", 1)[1]
+    for option in (
+        "floor",
+        "refresh_every",
+        "ema_decay",
+        "normalize",
+        "amortize",
+        "estimate_share",
+        "uniform_after_step",
+    ):
+        line = text.split(f"--balancer.{option} ", 1)[1].split("--balancer.", 1)[0]
+        assert len(line.split()) > 12, f"no help for {option}: {line}"
