@@ -1,0 +1,37 @@
+"""Rewards: how good an image is for its prompt, one number per (image, prompt) pair.
+
+A `Reward` is a frozen `nn.Module` that scores images of shape (B, 3, H, W) with values in [0, 1] against B prompts and
+returns B numbers, higher is better. Rewards do not all apply to all prompts: a spelling reward needs quoted text, a
+counting reward needs to know what should be counted. `Reward.applies_to` says which prompts a reward can judge, and a
+score that does not exist is NaN, never 0. Weights load in `setup`, so building a reward costs nothing.
+
+A reward of your own is a subclass of `Reward` that overrides `score`:
+
+    class Brightness(Reward):
+        def score(self, *, images, prompts):
+            return images.mean(dim=(1, 2, 3))
+
+This package knows nothing of policies, gradients or training.
+"""
+
+from rewards.base import Prompt, Reward
+from rewards.clipscore import CLIPScore
+from rewards.detectors import Detection, Detector
+from rewards.geneval import GenEval
+from rewards.geneval_rules import Verdict
+from rewards.hpsv2 import HPSv2
+from rewards.ocr import OCR
+from rewards.pickscore import PickScore
+
+__all__ = [
+    "OCR",
+    "CLIPScore",
+    "Detection",
+    "Detector",
+    "GenEval",
+    "HPSv2",
+    "PickScore",
+    "Prompt",
+    "Reward",
+    "Verdict",
+]

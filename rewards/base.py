@@ -1,0 +1,171 @@
+"""What every reward shares: the prompt it reads, the checks around its scores, and what a missing score is."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+RANGE_TOLERANCE = 1e-3
+"""How far outside [0, 1] a pixel may lie: room for a half-precision decoder's rounding, not for images in [-1, 1]."""
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A caption with where it came from and what is known about it.
+
+    Args:
+        text: the caption the image was made from.
+        source: name of the prompt set, for rewards that judge only some sets and for logging per set.
+        metadata: what a reward needs to know beyond the caption, for instance the objects `GenEval` should find.
+    """
+
+    text: str
+    source: str
+    metadata: Mapping[str, Any] = field(default_factory=dict)
+
+
+class Reward(nn.Module, ABC):
+    """A frozen judge of (image, prompt) pairs. Subclass it, override `score`, and it is ready to be named in a config.
+
+    Calling the reward scores a batch: `reward(images=images, prompts=prompts)`. Only samples whose prompt passes
+    `applies_to` reach `score`, at most `batch_size` at a time; all others are NaN. Arguments are keyword-only because
+    scorers called as (prompts, images) go wrong silently.
+
+    Args:
+        batch_size: samples handed to `score` at once, >= 1. None keeps the class's own `batch_size`.
+
+    Raises:
+        ValueError: if `batch_size` is below 1.
+    """
+
+    batch_size: int = 32
+    _missing: int = 0
+
+    def __init__(self, batch_size: int | None = None) -> None:
+        super().__init__()
+        if batch_size is not None:
+            if batch_size < 1:
+                raise ValueError(
+                    f"{self._name}: `batch_size` must be >= 1. Found {batch_size}. Lower it only as far as memory demands."
+                )
+            self.batch_size = batch_size
+
+    def setup(self) -> None:
+        """Load weights. Safe to call twice; the base has nothing to load."""
+
+    def applies_to(self, prompt: Prompt) -> bool:
+        """Whether this reward can judge images of `prompt`. Default: every prompt."""
+        return True
+
+    @abstractmethod
+    def score(self, *, images: Float[Tensor, "b 3 h w"], prompts: Sequence[Prompt]) -> Float[Tensor, "b"]:
+        """Judge each image against its own prompt, higher is better.
+
+        Args:
+            images: float32 pixels in [0, 1].
+            prompts: one per image; `applies_to` holds for each.
+
+        Returns:
+            One score per pair. NaN marks a score that could not be had; infinities are rejected.
+        """
+
+    @torch.no_grad()
+    def forward(self, *, images: Float[Tensor, "b 3 h w"], prompts: Sequence[Prompt]) -> Float[Tensor, "b"]:
+        """Score a batch; NaN where the reward does not apply or has no score.
+
+        Args:
+            images: floating point pixels, finite and in [0, 1].
+            prompts: one per image.
+
+        Shape:
+            - images: (B, 3, H, W)
+            - result: (B,), float32, on the device of `images`
+
+        Raises:
+            TypeError: if `images` is not a floating point tensor or `prompts` holds something else than `Prompt`.
+            ValueError: if shapes, lengths or values are not as above, or `score` returns a wrong shape or an infinity.
+        """
+        self._check_inputs(images, prompts)
+        scores = torch.full((len(prompts),), torch.nan, dtype=torch.float32, device=images.device)
+        applicable = [index for index, prompt in enumerate(prompts) if self.applies_to(prompt)]
+        # A mixed-precision trainer must not change what a reward says, so scoring leaves autocast.
+        with torch.autocast(device_type=images.device.type, enabled=False):
+            for start in range(0, len(applicable), self.batch_size):
+                chosen = applicable[start : start + self.batch_size]
+                batch = images[chosen].float().clamp(0, 1)
+                result = self.score(images=batch, prompts=[prompts[index] for index in chosen])
+                self._check_scores(result, len(chosen))
+                self._missing += int(result.isnan().sum())
+                scores[chosen] = result.to(scores)
+        return scores
+
+    @property
+    def missing(self) -> int:
+        """How many samples this reward applied to and yet gave NaN, since it was built."""
+        return self._missing
+
+    def train(self, mode: bool = True) -> "Reward":
+        """Stay in eval mode: a trainer switches its children to train mode, which would turn on a judge's dropout."""
+        return super().train(False)
+
+    @property
+    def _name(self) -> str:
+        return type(self).__name__
+
+    def _loaded(self, part: T | None) -> T:
+        """`part`, or an error that says to call `setup` first."""
+        if part is None:
+            raise RuntimeError(
+                f"{self._name}: weights must be loaded before scoring. Found none. Call `setup()` once, then `to(device)`."
+            )
+        return part
+
+    def _check_inputs(self, images: Any, prompts: Any) -> None:
+        if not isinstance(images, Tensor) or not images.is_floating_point():
+            found = f"a tensor of {images.dtype}" if isinstance(images, Tensor) else f"a {type(images).__name__}"
+            raise TypeError(
+                f"{self._name}: `images` must be a floating point tensor. Found {found}. Divide 8-bit pixels by 255."
+            )
+        if images.ndim != 4 or images.shape[1] != 3:
+            raise ValueError(
+                f"{self._name}: `images` must have shape (B, 3, H, W). Found {tuple(images.shape)}. "
+                "Put channels second and add a batch dimension."
+            )
+        odd = next((prompt for prompt in prompts if not isinstance(prompt, Prompt)), None)
+        if odd is not None:
+            raise TypeError(
+                f"{self._name}: `prompts` must hold `Prompt` objects. Found {type(odd).__name__}. "
+                "Wrap texts: Prompt(text=..., source=...)."
+            )
+        if len(prompts) != len(images):
+            raise ValueError(
+                f"{self._name}: `prompts` must hold one prompt per image. Found {len(prompts)} prompts for "
+                f"{len(images)} images. Repeat a prompt for each of its images."
+            )
+        if not images.numel():
+            return
+        low, high = (value.item() for value in images.aminmax())
+        if not (low >= -RANGE_TOLERANCE and high <= 1 + RANGE_TOLERANCE):  # written so that NaN fails too
+            raise ValueError(
+                f"{self._name}: `images` must be finite and in [0, 1]. Found values from {low:.4g} to {high:.4g}. "
+                "Map decoder output x in [-1, 1] to x / 2 + 0.5 and clamp it."
+            )
+
+    def _check_scores(self, result: Any, expected: int) -> None:
+        if not isinstance(result, Tensor) or result.shape != (expected,):
+            found = tuple(result.shape) if isinstance(result, Tensor) else type(result).__name__
+            raise ValueError(
+                f"{self._name}: `score` must return a tensor of shape ({expected},), one score an image. Found {found}. "
+                "Reduce over every dimension but the first."
+            )
+        if result.isinf().any():
+            raise ValueError(
+                f"{self._name}: `score` must be finite, or NaN where a score is missing. Found an infinity. "
+                "Return NaN for samples that cannot be judged."
+            )

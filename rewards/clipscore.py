@@ -1,0 +1,55 @@
+"""CLIPScore: how well an image fits its caption in the eyes of CLIP."""
+
+from collections.abc import Sequence
+
+from jaxtyping import Float
+from torch import Tensor
+
+from rewards.base import Prompt, Reward
+from rewards.clip import CLIPTower, check_dtype, load_tower
+
+
+class CLIPScore(Reward):
+    """Text alignment: logits_per_image / 100 = exp(logit_scale) * cos(text, image) / 100.
+
+    The logit scale of the published models is 100, so this is their cosine. It can be negative: unlike the metric of
+    the paper it is neither clamped at 0 nor multiplied by 2.5.
+
+    Source: Radford et al., "Learning Transferable Visual Models From Natural Language Supervision", 2021; as a score,
+    Hessel et al., "CLIPScore: A Reference-free Evaluation Metric for Image Captioning", 2021, section 3.
+
+    Args:
+        path: folder or hub id of a transformers-format CLIPModel with its tokenizer and preprocessor_config.json.
+        revision: branch, tag or commit of `path`. None: its main branch.
+        dtype: number format of the weights: "float32", "bfloat16" or "float16". Scores are always float32.
+        batch_size: images scored at once, >= 1.
+
+    Shape:
+        - images: (B, 3, H, W), result: (B,)
+
+    Raises:
+        ValueError: if an argument is out of range.
+    """
+
+    def __init__(
+        self,
+        path: str = "openai/clip-vit-large-patch14",
+        revision: str | None = None,
+        dtype: str = "float32",
+        batch_size: int = 32,
+    ) -> None:
+        super().__init__(batch_size)
+        self.path = path
+        self.revision = revision
+        self.dtype = check_dtype("CLIPScore", dtype)
+        self.tower: CLIPTower | None = None
+
+    def setup(self) -> None:
+        """Load the tower."""
+        if self.tower is None:
+            self.tower = load_tower("CLIPScore", path=self.path, revision=self.revision, dtype=self.dtype)
+
+    def score(self, *, images: Float[Tensor, "b 3 h w"], prompts: Sequence[Prompt]) -> Float[Tensor, "b"]:
+        """exp(logit_scale) * cos(text, image) / 100."""
+        tower = self._loaded(self.tower)
+        return tower.scale * tower.cosine(images=images, texts=[prompt.text for prompt in prompts]) / 100

@@ -1,0 +1,107 @@
+"""GenEval as a reward: are the asked objects there, in the asked number, colour and place?"""
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from rewards.base import Prompt, Reward
+from rewards.detectors import Detector
+from rewards.geneval_rules import COUNTING_THRESHOLD, MAX_OBJECTS, THRESHOLD, Verdict, evaluate
+
+SCORES = ("partial", "strict", "accuracy")
+
+
+class GenEval(Reward):
+    """Compositional correctness by object detection; the rules are in `rewards.geneval_rules`.
+
+    Applies only to prompts whose metadata has `include`, a list of clauses. `judge` gives all three scores of each
+    image in one pass, for reporting the accuracy of a policy trained on the partial score.
+
+    Source: Ghosh, Hajishirzi, Schmidt, "GenEval", 2023, whose score is the mean of "accuracy" over its six tags.
+
+    Args:
+        detector: finds the objects and names their colours.
+        score: "partial", at most 1 and negative where many surplus objects are found, for training; "strict", 0 or 1;
+            "accuracy", 0 or 1 as published.
+        threshold: confidence in [0, 1] above which a detection counts.
+        counting_threshold: the same for prompts with the tag "counting".
+        max_objects: most objects kept per class, >= 1.
+        batch_size: images given to the detector at once, >= 1.
+
+    Shape:
+        - images: (B, 3, H, W), result: (B,)
+
+    Raises:
+        ValueError: if `score` is none of the three, or an argument is out of range.
+    """
+
+    def __init__(
+        self,
+        detector: Detector,
+        score: Literal["partial", "strict", "accuracy"] = "partial",
+        threshold: float = THRESHOLD,
+        counting_threshold: float = COUNTING_THRESHOLD,
+        max_objects: int = MAX_OBJECTS,
+        batch_size: int = 32,
+    ) -> None:
+        super().__init__(batch_size)
+        if score not in SCORES:
+            raise ValueError(f"GenEval: `score` must be one of {', '.join(SCORES)}. Found {score!r}. Choose one of them.")
+        for name, value in (("threshold", threshold), ("counting_threshold", counting_threshold)):
+            if not 0 <= value <= 1:
+                raise ValueError(f"GenEval: `{name}` must be in [0, 1]. Found {value}. Detector scores lie there.")
+        if max_objects < 1:
+            raise ValueError(f"GenEval: `max_objects` must be >= 1. Found {max_objects}. The benchmark keeps 16.")
+        self.detector = detector
+        self.kind = score
+        self.threshold = threshold
+        self.counting_threshold = counting_threshold
+        self.max_objects = max_objects
+
+    def setup(self) -> None:
+        """Load the detector and freeze it."""
+        self.detector.setup()
+        self.detector.requires_grad_(False).eval()
+
+    def applies_to(self, prompt: Prompt) -> bool:
+        """Only prompts that say which objects to include."""
+        return bool(prompt.metadata.get("include"))
+
+    @torch.no_grad()
+    def judge(self, *, images: Float[Tensor, "b 3 h w"], prompts: Sequence[Prompt]) -> list[Verdict]:
+        """Accuracy, strict and partial score of each image, from one pass of the detector.
+
+        Args:
+            images: float32 pixels in [0, 1].
+            prompts: one per image; `applies_to` holds for each.
+
+        Raises:
+            ValueError: if the detector returns another number of lists than there are images, or metadata is malformed.
+        """
+        found = self.detector.detect(images)
+        if len(found) != len(images):
+            raise ValueError(
+                f"GenEval: `{type(self.detector).__name__}.detect` must return one list an image. Found {len(found)} for "
+                f"{len(images)} images. Return an empty list where nothing is seen."
+            )
+        return [
+            evaluate(
+                prompt.metadata,
+                detections,
+                partial(self.detector.colours, image),
+                threshold=self.threshold,
+                counting_threshold=self.counting_threshold,
+                max_objects=self.max_objects,
+            )
+            for image, prompt, detections in zip(images, prompts, found, strict=True)
+        ]
+
+    def score(self, *, images: Float[Tensor, "b 3 h w"], prompts: Sequence[Prompt]) -> Float[Tensor, "b"]:
+        """The chosen score of each image."""
+        field = "correct" if self.kind == "accuracy" else self.kind
+        verdicts = self.judge(images=images, prompts=prompts)
+        return torch.tensor([float(getattr(verdict, field)) for verdict in verdicts], device=images.device)

@@ -1,0 +1,168 @@
+"""The rules of the GenEval benchmark as pure functions over detections: what counts as right, and how nearly right.
+
+Source: Ghosh, Hajishirzi, Schmidt, "GenEval: An Object-Focused Framework for Evaluating Text-to-Image Alignment",
+2023, section 3; the partial score as used for RL by Flow-GRPO (2025), without its double count of failed relations.
+"""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from rewards.detectors import Detection
+
+Box = tuple[float, float, float, float]
+
+COLOURS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black", "white")
+THRESHOLD = 0.3
+COUNTING_THRESHOLD = 0.9
+MAX_OBJECTS = 16
+OVERLAP_SHARE = 0.1
+"""Share of two boxes' summed sizes that their centres must be apart before a side is named."""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What the rules say of one image.
+
+    Args:
+        correct: the benchmark's accuracy: enough objects, the best ones of the right colour and place, none excluded.
+        strict: exactly the asked number of objects, all of the right colour and place; exclusions ignored.
+        partial: mean over the parts of the request, 1 if all are met. One surplus object of `count` costs 1 / count,
+            so many surplus objects make it negative.
+    """
+
+    correct: bool
+    strict: bool
+    partial: float
+
+
+def keep(detections: Sequence[Detection], threshold: float, max_objects: int = MAX_OBJECTS) -> dict[str, list[Detection]]:
+    """Detections with score > `threshold`, by label, best first, at most `max_objects` of a label.
+
+    >>> [d.score for d in keep([Detection("cat", s, (0, 0, 1, 1)) for s in (0.3, 0.4, 0.9)], 0.3)["cat"]]
+    [0.9, 0.4]
+    """
+    kept: dict[str, list[Detection]] = {}
+    for detection in sorted(detections, key=lambda d: d.score, reverse=True):
+        group = kept.setdefault(detection.label, []) if detection.score > threshold else []
+        if len(group) < max_objects:
+            group.append(detection)
+    return kept
+
+
+def relations(box: Box, other: Box) -> set[str]:
+    """Where `box` lies relative to `other`: any of left of, right of, above, below.
+
+    With off = centre(box) - centre(other), each axis keeps sign(off) * max(|off| - 0.1 (size + other size), 0). If both
+    are below 1e-3 no side is named; otherwise a side is named where the kept part exceeds half of the distance |off|.
+
+    >>> relations((0, 0, 10, 10), (50, 0, 60, 10))
+    {'left of'}
+    """
+
+    def kept_offset(axis: int) -> tuple[float, float]:
+        offset = (box[axis] + box[axis + 2] - other[axis] - other[axis + 2]) / 2
+        sizes = abs(box[axis + 2] - box[axis]) + abs(other[axis + 2] - other[axis])
+        return offset, math.copysign(max(abs(offset) - OVERLAP_SHARE * sizes, 0.0), offset)
+
+    (off_x, kept_x), (off_y, kept_y) = kept_offset(0), kept_offset(1)
+    if abs(kept_x) < 1e-3 and abs(kept_y) < 1e-3:
+        return set()
+    distance = math.hypot(off_x, off_y)
+    dx, dy = kept_x / distance, kept_y / distance
+    named = {"left of": dx < -0.5, "right of": dx > 0.5, "above": dy < -0.5, "below": dy > 0.5}
+    return {name for name, holds in named.items() if holds}
+
+
+def evaluate(
+    metadata: Mapping[str, Any],
+    detections: Sequence[Detection],
+    colours_fn: Callable[[Sequence[Detection]], list[str]],
+    *,
+    threshold: float = THRESHOLD,
+    counting_threshold: float = COUNTING_THRESHOLD,
+    max_objects: int = MAX_OBJECTS,
+) -> Verdict:
+    """Judge one image by its detections.
+
+    Every clause of `include` adds 1 - |count - found| / count to the list whose mean is the partial score. If the number
+    is wrong, a clause that also asks a colour or a position adds one 0. If it is right, a colour adds
+    1 - |count - matches| / count and a position adds 1 or 0.
+
+    Args:
+        metadata: `include` = [{class, count, color?, position? = [relation, index of an earlier clause]}], optionally
+            `exclude` = [{class, count}] and `tag`; spelled as in the benchmark's files.
+        detections: all candidates of the image, unthresholded.
+        colours_fn: colour names of detections of one class; called only where a colour is asked of enough objects.
+        threshold: score above which a detection counts, in [0, 1].
+        counting_threshold: the same where `tag` is "counting".
+        max_objects: most objects kept per class.
+
+    Raises:
+        ValueError: if `include` is empty, a count is below 1, or a position refers to no earlier clause.
+    """
+    check(metadata)
+    objects = keep(detections, counting_threshold if metadata.get("tag") == "counting" else threshold, max_objects)
+    # Objects that met their clause, or None: a later clause may ask for a position relative to them.
+    matched: list[list[Detection] | None] = []
+    strictly_matched: list[list[Detection] | None] = []
+    parts: list[float] = []
+    for clause in metadata["include"]:
+        count, found = clause["count"], objects.get(clause["class"], [])
+        best = found[:count]
+        enough, exact = len(found) >= count, len(found) == count
+        matches = colours_fn(best).count(clause["color"]) if "color" in clause and enough else count
+        correct_place = strict_place = True
+        if "position" in clause:
+            relation, target = clause["position"]
+            correct_place = stands(best, relation, matched[target])
+            strict_place = stands(best, relation, strictly_matched[target])
+        matched.append(best if enough and matches == count and correct_place else None)
+        strictly_matched.append(best if exact and matches == count and strict_place else None)
+
+        parts.append(1 - abs(count - len(found)) / count)
+        if not exact:
+            parts += [0.0] if "color" in clause or "position" in clause else []
+            continue
+        if "color" in clause:
+            parts.append(1 - abs(count - matches) / count)
+        if "position" in clause:
+            parts.append(float(strict_place))
+    unwanted = any(len(objects.get(clause["class"], [])) >= clause["count"] for clause in metadata.get("exclude", []))
+    return Verdict(
+        correct=None not in matched and not unwanted,
+        strict=None not in strictly_matched,
+        partial=sum(parts) / len(parts),
+    )
+
+
+def stands(objects: Sequence[Detection], relation: str, targets: Sequence[Detection] | None) -> bool:
+    """Whether each object has `relation` to each target; False where the targets' own clause was not met."""
+    if targets is None:
+        return False
+    return all(relation in relations(one.box, target.box) for one in objects for target in targets)
+
+
+def check(metadata: Mapping[str, Any]) -> None:
+    """Reject metadata the rules cannot judge.
+
+    Raises:
+        ValueError: as `evaluate`.
+    """
+    if not metadata.get("include"):
+        raise ValueError(
+            f"GenEval: metadata must list at least one object under `include`. Found {dict(metadata)}. "
+            "Add a clause such as {'class': 'cat', 'count': 1}."
+        )
+    for clause in [*metadata["include"], *metadata.get("exclude", [])]:
+        if clause.get("count", 0) < 1 or "class" not in clause:
+            raise ValueError(
+                f"GenEval: each clause must have a `class` and a `count` >= 1. Found {clause}. Correct the prompt file."
+            )
+    for index, clause in enumerate(metadata["include"]):
+        if "position" in clause and not 0 <= clause["position"][1] < index:
+            raise ValueError(
+                f"GenEval: the position of clause {index} must refer to an earlier clause. Found {clause['position']}. "
+                "List the object it is relative to first."
+            )

@@ -1,0 +1,155 @@
+"""OCR: is the quoted text of the prompt written in the image, and spelled right?"""
+
+import logging
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor
+
+from rewards.base import Prompt, Reward
+
+logger = logging.getLogger(__name__)
+
+QUOTED = re.compile('"([^"]*)"|“([^”]*)”')
+
+LINE_CANVAS = [3, 48, 96]
+"""Smallest input (channels, height, width) of the recogniser where a whole image is read as one line. Wider images widen
+it. Its own 320 pixels are meant for long lines and take three times as long; at 48 a square image's text touches the
+edge of the canvas and first letters get lost."""
+
+
+def quoted_text(text: str) -> str | None:
+    """The first text in double quotes, straight or curly, that is not blank; None if there is none.
+
+    >>> quoted_text('a sign that says "Open late" at night')
+    'Open late'
+    """
+    found = (match[1] or match[2] or "" for match in QUOTED.finditer(text))
+    return next((target for target in found if target.strip()), None)
+
+
+def spelling_score(target: str, read: str) -> float:
+    """1 - d / len(target), with spaces dropped and letters lower-cased in both; in [0, 1].
+
+    d = 0 if `target` is a part of `read`, else min(Levenshtein(target, read), len(target)).
+
+    >>> spelling_score("Hello", "HELPO")
+    0.8
+
+    Raises:
+        ValueError: if `target` is blank.
+    """
+    target, read = ("".join(text.split()).lower() for text in (target, read))
+    if not target:
+        raise ValueError(
+            "`target` must hold at least one letter. Found blanks only. Skip prompts where `quoted_text` is None."
+        )
+    if target in read:
+        return 1.0
+    from torchmetrics.functional.text import edit_distance  # here, because importing it takes a second
+
+    distance = min(int(edit_distance([read], [target], reduction="sum")), len(target))
+    return 1 - distance / len(target)
+
+
+class OCR(Reward):
+    """Text rendering: `spelling_score` between the prompt's first quoted text and what PP-OCR reads in the image, 0 to 1.
+
+    Applies only to prompts with text in double quotes. Pieces of text are read from top to bottom and left to right and
+    joined. An image with no text scores 0; one the engine fails on is missing. The engine runs on the CPU and needs no
+    download.
+
+    Source: the text-rendering reward of Flow-GRPO, Liu et al., 2025, after TextDiffuser, Chen et al., 2023.
+
+    Args:
+        upscale_to: pixels that the shorter side of smaller images is enlarged to before reading. None: leave as it is.
+        detect: True finds lines of text and reads each. False reads the whole image as one line, over ten times as
+            fast; right where an image is nothing but a line of text.
+        batch_size: images handed to the engine at once, >= 1.
+        threads: CPU threads of one recognition, >= 1.
+
+    Shape:
+        - images: (B, 3, H, W), result: (B,)
+
+    Raises:
+        ValueError: if an argument is out of range.
+    """
+
+    def __init__(
+        self,
+        upscale_to: int | None = None,
+        detect: bool = True,
+        batch_size: int = 32,
+        threads: int = 1,
+    ) -> None:
+        super().__init__(batch_size)
+        if upscale_to is not None and upscale_to < 1:
+            raise ValueError(f"OCR: `upscale_to` must be >= 1 or None. Found {upscale_to}. 96 is enough for one line.")
+        if threads < 1:
+            raise ValueError(f"OCR: `threads` must be >= 1. Found {threads}. Use 1 where other work shares the CPU.")
+        self.upscale_to = upscale_to
+        self.detect = detect
+        self.threads = threads
+        self._engine: Any = None  # no nn.Module: it is neither moved between devices nor part of a state dict
+
+    def setup(self) -> None:
+        """Load the engine."""
+        if self._engine is None:
+            from rapidocr import RapidOCR
+
+            params: dict[str, Any] = {
+                "Global.log_level": "error",  # at "warning" it reports every image without text
+                "EngineConfig.onnxruntime.intra_op_num_threads": self.threads,
+                "EngineConfig.onnxruntime.inter_op_num_threads": 1,
+            }
+            if not self.detect:
+                params["Rec.rec_img_shape"] = LINE_CANVAS
+            self._engine = RapidOCR(params=params)
+
+    def applies_to(self, prompt: Prompt) -> bool:
+        """Only prompts with text in double quotes."""
+        return quoted_text(prompt.text) is not None
+
+    def read(self, images: Float[Tensor, "b 3 h w"]) -> list[str | None]:
+        """The text in each image, or None where the engine failed.
+
+        Args:
+            images: float32 pixels in [0, 1].
+        """
+        height, width = images.shape[-2:]
+        if self.upscale_to is not None and min(height, width) < self.upscale_to:
+            factor = self.upscale_to / min(height, width)
+            shape = (round(height * factor), round(width * factor))
+            images = F.interpolate(images, size=shape, mode="bicubic", antialias=True).clamp(0, 1)
+        # The engine wants 8-bit (H, W, BGR), contiguous.
+        pixels = (images.flip(1) * 255).round().byte().permute(0, 2, 3, 1).contiguous().cpu().numpy()
+        if not self.detect:
+            try:
+                return list(self._loaded(self._engine).recognize_txt(list(pixels)).txts)
+            except Exception as error:  # noqa: BLE001 - one image spoils a batch; reading them singly shows which
+                logger.debug("OCR: a batch failed, reading its images one by one: %s", error)
+        return [self._read_one(picture) for picture in pixels]
+
+    def _read_one(self, picture: Any) -> str | None:
+        engine = self._loaded(self._engine)
+        try:
+            if self.detect:
+                # No orientation classifier: the published reward has none, and it would turn upside-down letters.
+                return "".join(engine(picture, use_det=True, use_cls=False, use_rec=True).txts or ())
+            return "".join(engine.recognize_txt([picture]).txts)
+        except Exception as error:  # noqa: BLE001 - whatever the engine trips over, the image has no score
+            logger.warning("OCR: the engine failed on an image, its score is missing: %s", error)
+            return None
+
+    def score(self, *, images: Float[Tensor, "b 3 h w"], prompts: Sequence[Prompt]) -> Float[Tensor, "b"]:
+        """1 - d / len(target); NaN where the engine failed."""
+        self._loaded(self._engine)
+        scores = []
+        for prompt, read in zip(prompts, self.read(images), strict=True):
+            target = quoted_text(prompt.text)
+            scores.append(torch.nan if target is None or read is None else spelling_score(target, read))
+        return torch.tensor(scores, device=images.device)

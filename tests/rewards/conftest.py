@@ -1,0 +1,139 @@
+"""Small checkpoints in the real formats, and pictures with text. Helpers are fixtures, so no test imports this file."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image, ImageDraw, ImageFont
+
+from rewards import Detection, Detector, Prompt
+
+IMAGE_SIZE = 32
+POSITIONS = 12
+
+
+def write_clip(folder: Path, *, seed: int = 0, image_size: int = IMAGE_SIZE) -> Path:
+    """A CLIPModel folder as published ones: config, safetensors, vocab.json, merges.txt, preprocessor_config.json."""
+    from transformers import CLIPConfig, CLIPModel
+
+    folder.mkdir(parents=True, exist_ok=True)
+    letters = [chr(code) for code in range(33, 127)]
+    merges = ["c a", "ca t</w>", "d o", "do g</w>"]
+    vocabulary = [*letters, *(letter + "</w>" for letter in letters), *(merge.replace(" ", "") for merge in merges)]
+    vocabulary += ["<|startoftext|>", "<|endoftext|>"]
+    (folder / "vocab.json").write_text(json.dumps({token: index for index, token in enumerate(vocabulary)}))
+    (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *merges, ""]))
+    (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "CLIPTokenizer"}))
+    (folder / "preprocessor_config.json").write_text(
+        json.dumps(
+            {
+                "crop_size": image_size,
+                "do_center_crop": True,
+                "do_normalize": True,
+                "do_resize": True,
+                "image_mean": [0.48145466, 0.4578275, 0.40821073],
+                "image_std": [0.26862954, 0.26130258, 0.27577711],
+                "image_processor_type": "CLIPImageProcessor",
+                "resample": 3,
+                "size": image_size,
+            }
+        )
+    )
+    small = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = CLIPConfig(
+        text_config={
+            **small,
+            "vocab_size": len(vocabulary),
+            "max_position_embeddings": POSITIONS,
+            "bos_token_id": len(vocabulary) - 2,
+            "eos_token_id": len(vocabulary) - 1,
+            "pad_token_id": len(vocabulary) - 1,
+        },
+        vision_config={**small, "image_size": image_size, "patch_size": 8},
+        projection_dim=16,
+        logit_scale_init_value=3.0,
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = CLIPModel(config)
+        # Fresh weights are so small that all embeddings look alike; larger ones make scores differ.
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                parameter.data.mul_(6)
+    model.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session", name="write_clip")
+def _write_clip() -> Callable[..., Path]:
+    return write_clip
+
+
+@pytest.fixture(scope="session")
+def clip_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_clip(tmp_path_factory.mktemp("clip"))
+
+
+def render(text: str, size: int = 256, font_size: int = 60) -> torch.Tensor:
+    """A white square with black text in its middle, (3, size, size) in [0, 1]."""
+    image = Image.new("RGB", (size, size), "white")
+    font = ImageFont.load_default(font_size)
+    ImageDraw.Draw(image).text((size / 2, size / 2), text, fill="black", font=font, anchor="mm")
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 255
+
+
+@pytest.fixture(scope="session")
+def picture() -> Callable[..., torch.Tensor]:
+    return render
+
+
+class BrightBlobs(Detector):
+    """A real, if simple, detector: one cat in each half of the picture that is bright, coloured by its channel."""
+
+    def detect(self, images: torch.Tensor) -> list[list[Detection]]:
+        width = images.shape[-1]
+        found: list[list[Detection]] = []
+        for image in images:
+            halves = {0: image[..., : width // 2], width // 2: image[..., width // 2 :]}
+            found.append(
+                [
+                    Detection(
+                        "cat",
+                        half.mean().item(),
+                        (x, 0, x + width // 2, width // 2),
+                        colour=("red", "green", "blue")[int(half.mean(dim=(1, 2)).argmax())],
+                    )
+                    for x, half in halves.items()
+                ]
+            )
+        return found
+
+
+@pytest.fixture(scope="session", name="BrightBlobs")
+def _bright_blobs() -> type[Detector]:
+    return BrightBlobs
+
+
+@pytest.fixture
+def prompts() -> list[Prompt]:
+    """Prompts of three sources; each of the five rewards applies to some of them."""
+    one_cat = {"tag": "colors", "include": [{"class": "cat", "count": 1, "color": "red"}]}
+    return [
+        Prompt("a cat", "plain"),
+        Prompt('a sign that says "CAT"', "text"),
+        Prompt("a red cat", "geneval", one_cat),
+        Prompt("a dog and a very long story that does not fit into the positions of the model", "plain"),
+        Prompt('the word "dog"', "text"),
+        Prompt("two cats", "geneval", {"tag": "two_object", "include": [{"class": "cat", "count": 2}]}),
+    ]
+
+
+@pytest.fixture
+def images() -> torch.Tensor:
+    """Six different pictures, 48 pixels square, some with text."""
+    generator = torch.Generator().manual_seed(1)
+    noise = torch.rand(4, 3, 48, 48, generator=generator)
+    return torch.stack([noise[0], render("CAT", 48, 18), noise[1], noise[2], render("dig", 48, 18), noise[3]])

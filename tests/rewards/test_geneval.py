@@ -1,0 +1,372 @@
+"""GenEval's rules case by case, each expectation derived by hand, and the reward around them."""
+
+import pytest
+import torch
+
+from rewards import Detection, Detector, GenEval, Prompt
+from rewards.geneval_rules import Verdict, evaluate, keep, relations
+
+LEFT, MIDDLE, RIGHT = (0, 40, 20, 60), (40, 40, 60, 60), (80, 40, 100, 60)
+TOP, BOTTOM = (40, 0, 60, 20), (40, 80, 60, 100)
+
+
+def see(label: str, score: float = 0.95, box: tuple = MIDDLE, colour: str | None = None) -> Detection:
+    return Detection(label, score, box, colour=colour)
+
+
+def want(label: str, count: int = 1, **extra: object) -> dict:
+    return {"class": label, "count": count, **extra}
+
+
+def colours(detections):
+    return [detection.colour for detection in detections]
+
+
+RED_CAT = [want("cat", color="red")]
+TWO_RED_CATS = [want("cat", 2, color="red")]
+# "a photo of a dog right of a cat": the published files list the target first.
+DOG_RIGHT_OF_CAT = [want("cat"), want("dog", position=["right of", 0])]
+ATTRIBUTES = [want("cat", color="red"), want("dog", color="blue")]
+
+# name: tag, include, exclude, detections, correct, strict, partial
+CASES = {
+    # single_object. Thresholds are exclusive: 0.3 itself is not enough.
+    "there": ("single_object", [want("cat")], [], [see("cat")], True, True, 1.0),
+    "not there": ("single_object", [want("cat")], [], [], False, False, 0.0),
+    "other class": ("single_object", [want("cat")], [], [see("dog")], False, False, 0.0),
+    "at the threshold": ("single_object", [want("cat")], [], [see("cat", 0.3)], False, False, 0.0),
+    "above the threshold": ("single_object", [want("cat")], [], [see("cat", 0.31)], True, True, 1.0),
+    # At least one is correct, exactly one is strict: 1 - |1 - 2| / 1 = 0.
+    "one too many": ("single_object", [want("cat")], [], [see("cat"), see("cat")], True, False, 0.0),
+    # 1 - |1 - 4| / 1 = -2: surplus objects make it negative.
+    "three too many": ("single_object", [want("cat")], [], [see("cat")] * 4, True, False, -2.0),
+    # 20 candidates are cut to 16: 1 - 15 = -14.
+    "at most sixteen": ("single_object", [want("cat")], [], [see("cat")] * 20, True, False, -14.0),
+    # two_object: mean over two clauses.
+    "both": ("two_object", [want("cat"), want("dog")], [], [see("cat"), see("dog")], True, True, 1.0),
+    "one of both": ("two_object", [want("cat"), want("dog")], [], [see("dog")], False, False, 0.5),
+    "neither of both": ("two_object", [want("cat"), want("dog")], [], [see("cow")], False, False, 0.0),
+    # counting: threshold 0.9, and the file excludes count + 1.
+    "two": ("counting", [want("cat", 2)], [want("cat", 3)], [see("cat")] * 2, True, True, 1.0),
+    "one of two": ("counting", [want("cat", 2)], [want("cat", 3)], [see("cat")], False, False, 0.5),
+    # Three are at least two, but the exclusion fails accuracy; strict fails on the number; 1 - 1/2.
+    "three for two": ("counting", [want("cat", 2)], [want("cat", 3)], [see("cat")] * 3, False, False, 0.5),
+    # The second is below 0.9, so only one counts.
+    "unsure second": ("counting", [want("cat", 2)], [want("cat", 3)], [see("cat"), see("cat", 0.9)], False, False, 0.5),
+    "unsure third": ("counting", [want("cat", 2)], [], [see("cat")] * 2 + [see("cat", 0.8)], True, True, 1.0),
+    # Without the tag the same third one counts.
+    "third without tag": ("colors", [want("cat", 2)], [], [see("cat")] * 2 + [see("cat", 0.8)], True, False, 0.5),
+    # An excluded class that is there: accuracy fails; strict and partial look at `include` alone.
+    "excluded": ("two_object", [want("cat")], [want("dog", 1)], [see("cat"), see("dog")], False, True, 1.0),
+    "fewer than excluded": ("two_object", [want("cat")], [want("dog", 2)], [see("cat"), see("dog")], True, True, 1.0),
+    # colors: parts are number and colour.
+    "right colour": ("colors", RED_CAT, [], [see("cat", colour="red")], True, True, 1.0),
+    "wrong colour": ("colors", RED_CAT, [], [see("cat", colour="blue")], False, False, 0.5),
+    "colour of nothing": ("colors", RED_CAT, [], [], False, False, 0.0),
+    # Only the best `count` are asked for their colour: the better one is red, so accurate; number wrong: 0 and 0.
+    "best is red": (
+        "colors",
+        RED_CAT,
+        [],
+        [see("cat", 0.5, colour="blue"), see("cat", 0.6, colour="red")],
+        True,
+        False,
+        0.0,
+    ),
+    "best is blue": (
+        "colors",
+        RED_CAT,
+        [],
+        [see("cat", 0.5, colour="red"), see("cat", 0.6, colour="blue")],
+        False,
+        False,
+        0.0,
+    ),
+    # Number 1, colour 1 - |2 - 1| / 2 = 0.5: mean 0.75.
+    "one of two red": (
+        "colors",
+        TWO_RED_CATS,
+        [],
+        [see("cat", colour="red"), see("cat", colour="blue")],
+        False,
+        False,
+        0.75,
+    ),
+    # Number 0.5 and one 0 for the colour: mean 0.25.
+    "one red for two": ("colors", TWO_RED_CATS, [], [see("cat", colour="red")], False, False, 0.25),
+    # color_attr: (1 + 1 + 1 + 1) / 4 and (1 + 0 + 1 + 1) / 4.
+    "attributes": (
+        "color_attr",
+        ATTRIBUTES,
+        [],
+        [see("cat", colour="red"), see("dog", colour="blue")],
+        True,
+        True,
+        1.0,
+    ),
+    "swapped attributes": (
+        "color_attr",
+        ATTRIBUTES,
+        [],
+        [see("cat", colour="blue"), see("dog", colour="red")],
+        False,
+        False,
+        0.5,
+    ),
+    "one attribute": (
+        "color_attr",
+        ATTRIBUTES,
+        [],
+        [see("cat", colour="pink"), see("dog", colour="blue")],
+        False,
+        False,
+        0.75,
+    ),
+    # position: parts are number of cats, number of dogs, relation.
+    "right of": ("position", DOG_RIGHT_OF_CAT, [], [see("cat", box=LEFT), see("dog", box=RIGHT)], True, True, 1.0),
+    # A failed relation is one 0, not a 0 and a 1: (1 + 1 + 0) / 3.
+    "left instead": (
+        "position",
+        DOG_RIGHT_OF_CAT,
+        [],
+        [see("cat", box=RIGHT), see("dog", box=LEFT)],
+        False,
+        False,
+        2 / 3,
+    ),
+    "same place": ("position", DOG_RIGHT_OF_CAT, [], [see("cat"), see("dog")], False, False, 2 / 3),
+    # No cat: its number is 0, the dog's 1, and there is nothing to be right of: (0 + 1 + 0) / 3.
+    "no target": ("position", DOG_RIGHT_OF_CAT, [], [see("dog", box=RIGHT)], False, False, 1 / 3),
+    # No dog: cat 1, dog 0, and one more 0 for the position.
+    "nothing to place": ("position", DOG_RIGHT_OF_CAT, [], [see("cat", box=LEFT)], False, False, 1 / 3),
+    # Two cats, the better one on the left. Accuracy keeps that one and is satisfied. Strictly the cat clause fails, so
+    # the dog has no target: cats 1 - 1/1 = 0, dog 1, relation 0.
+    "two targets": (
+        "position",
+        DOG_RIGHT_OF_CAT,
+        [],
+        [see("cat", 0.9, LEFT), see("cat", 0.5, RIGHT), see("dog", box=MIDDLE)],
+        True,
+        False,
+        1 / 3,
+    ),
+    # Each dog must be right of each cat; the second dog is not. cats 1, dogs 1, relation 0.
+    "relation to all": (
+        "position",
+        [want("cat"), want("dog", 2, position=["right of", 0])],
+        [],
+        [see("cat", box=MIDDLE), see("dog", box=RIGHT), see("dog", box=LEFT)],
+        False,
+        False,
+        2 / 3,
+    ),
+    # The target has the wrong colour, so it is no target: number 1, colour 0, dog 1, relation 0.
+    "target of wrong colour": (
+        "position",
+        [want("cat", color="red"), want("dog", position=["right of", 0])],
+        [],
+        [see("cat", box=LEFT, colour="blue"), see("dog", box=RIGHT)],
+        False,
+        False,
+        0.5,
+    ),
+    # Colour and place in one clause: cat 1, dog 1, colour 0, relation 1.
+    "colour and place": (
+        "position",
+        [want("cat"), want("dog", color="red", position=["above", 0])],
+        [],
+        [see("cat", box=BOTTOM), see("dog", box=TOP, colour="blue")],
+        False,
+        False,
+        0.75,
+    ),
+    # Wrong number with colour and place: cat 1, dog 0, and one 0 for both together: 1/3.
+    "missing with colour and place": (
+        "position",
+        [want("cat"), want("dog", color="red", position=["above", 0])],
+        [],
+        [see("cat", box=BOTTOM)],
+        False,
+        False,
+        1 / 3,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_rules(name: str) -> None:
+    tag, include, exclude, detections, *expected = CASES[name]
+    verdict = evaluate({"tag": tag, "include": include, "exclude": exclude}, detections, colours)
+    assert [verdict.correct, verdict.strict] == expected[:2]
+    assert verdict.partial == pytest.approx(expected[2])
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_full_partial_score_is_strictness(name: str) -> None:
+    tag, include, exclude, detections, *_ = CASES[name]
+    verdict = evaluate({"tag": tag, "include": include, "exclude": exclude}, detections[::-1], colours)
+    assert verdict.strict == (verdict.partial == 1)
+
+
+@pytest.mark.parametrize(
+    ("box", "other", "expected"),
+    [
+        (LEFT, RIGHT, {"left of"}),
+        (RIGHT, LEFT, {"right of"}),
+        (TOP, BOTTOM, {"above"}),
+        (BOTTOM, TOP, {"below"}),
+        (MIDDLE, MIDDLE, set()),
+        # Centres 4 apart, margin 0.1 * (20 + 20) = 4: nothing is left.
+        ((44, 40, 64, 60), MIDDLE, set()),
+        # 8 apart, 4 left: 4 / 8 = 0.5 is not more than half. 9 apart, 5 left: 5 / 9 is.
+        ((48, 40, 68, 60), MIDDLE, set()),
+        ((49, 40, 69, 60), MIDDLE, {"right of"}),
+        # 40 and 40 apart, 36 left each: 36 / 56.6 = 0.64 on both axes.
+        ((80, 80, 100, 100), MIDDLE, {"right of", "below"}),
+        # 40 right and 20 up: 36 / 44.7 = 0.80 and 16 / 44.7 = 0.36.
+        ((80, 20, 100, 40), MIDDLE, {"right of"}),
+        # Sizes count per axis: a wide box needs more room in x. 20 apart, margin 0.1 * (100 + 20) = 12, 8 / 20 = 0.4.
+        ((20, 40, 120, 60), MIDDLE, set()),
+    ],
+)
+def test_relations(box: tuple, other: tuple, expected: set) -> None:
+    assert relations(box, other) == expected
+
+
+def test_relations_are_antisymmetric() -> None:
+    opposite = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
+    generator = torch.Generator().manual_seed(3)
+    named = 0
+    for _ in range(200):
+        corners = torch.rand(2, 2, 2, generator=generator).sort(dim=1).values.flatten(1).tolist()
+        one, two = tuple(corners[0]), tuple(corners[1])
+        assert relations(two, one) == {opposite[name] for name in relations(one, two)}
+        named += len(relations(one, two))
+    assert named > 50
+
+
+def test_keep_sorts_and_drops() -> None:
+    candidates = [see("cat", 0.4), see("dog", 0.9), see("cat", 0.8), see("cat", 0.2)]
+    kept = keep(candidates, 0.3, max_objects=1)
+    assert {label: [d.score for d in group] for label, group in kept.items()} == {"cat": [0.8], "dog": [0.9]}
+
+
+def test_colours_are_asked_only_of_enough_objects() -> None:
+    def never(detections):
+        raise AssertionError("asked for a colour")
+
+    evaluate({"include": TWO_RED_CATS}, [see("cat")], never)  # one cat is not enough
+    evaluate({"include": [want("cat")]}, [see("cat")], never)  # no colour asked
+
+
+@pytest.mark.parametrize(
+    ("metadata", "message"),
+    [
+        ({}, "at least one object under `include`"),
+        ({"include": []}, "at least one object under `include`"),
+        ({"include": [want("cat", 0)]}, "a `count` >= 1. Found"),
+        ({"include": [{"count": 1}]}, "must have a `class`"),
+        ({"include": [want("cat")], "exclude": [want("cat", 0)]}, "a `count` >= 1. Found"),
+        ({"include": [want("cat", position=["above", 0])]}, "must refer to an earlier clause"),
+        ({"include": [want("cat"), want("dog", position=["above", -1])]}, "must refer to an earlier clause"),
+    ],
+)
+def test_malformed_metadata_is_refused(metadata: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        evaluate(metadata, [], colours)
+
+
+# Two red cats, left brighter than right; a bright left half only; nothing.
+PICTURES = torch.zeros(3, 3, 8, 8)
+PICTURES[0, 0], PICTURES[0, 1:] = 1.0, 0.6
+PICTURES[1, 1, :, :4], PICTURES[1, (0, 2), :, :4] = 1.0, 0.8
+TWO_CATS = Prompt("two red cats", "geneval", {"include": TWO_RED_CATS})
+
+
+@pytest.mark.parametrize(
+    ("score", "expected"),
+    # two red cats; one green cat of two: number 0.5, then a 0; nothing: 0, then a 0
+    [("partial", [1, 0.25, 0]), ("strict", [1, 0, 0]), ("accuracy", [1, 0, 0])],
+)
+def test_reward_gives_the_chosen_score(BrightBlobs: type[Detector], score: str, expected: list[float]) -> None:
+    reward = GenEval(BrightBlobs(), score)
+    reward.setup()
+    assert reward(images=PICTURES, prompts=[TWO_CATS] * 3).tolist() == expected
+
+
+def test_accuracy_and_strict_differ(BrightBlobs: type[Detector]) -> None:
+    one_cat = Prompt("a cat", "geneval", {"include": [want("cat")]})
+    scores = {kind: GenEval(BrightBlobs(), kind)(images=PICTURES[:1], prompts=[one_cat]).item() for kind in KINDS}
+    assert scores == {"partial": 0, "strict": 0, "accuracy": 1}  # two cats where one is asked
+
+
+KINDS = ("partial", "strict", "accuracy")
+
+
+def test_judge_gives_all_three_at_once(BrightBlobs: type[Detector]) -> None:
+    verdicts = GenEval(BrightBlobs()).judge(images=PICTURES, prompts=[TWO_CATS] * 3)
+    assert verdicts == [Verdict(True, True, 1.0), Verdict(False, False, 0.25), Verdict(False, False, 0.0)]
+
+
+def test_thresholds_are_arguments(BrightBlobs: type[Detector]) -> None:
+    counting = Prompt("two cats", "geneval", {"tag": "counting", "include": [want("cat", 2)]})
+    # Both cats score about 0.73, below the 0.9 of counting.
+    assert GenEval(BrightBlobs())(images=PICTURES[:1], prompts=[counting]).item() == 0
+    assert GenEval(BrightBlobs(), counting_threshold=0.7)(images=PICTURES[:1], prompts=[counting]).item() == 1
+    assert GenEval(BrightBlobs(), threshold=0.8)(images=PICTURES[:1], prompts=[TWO_CATS]).item() == 0
+    assert GenEval(BrightBlobs(), max_objects=1)(images=PICTURES[:1], prompts=[TWO_CATS]).item() == 0.25
+
+
+def test_detector_is_loaded_and_frozen(BrightBlobs: type[Detector]) -> None:
+    class Learned(BrightBlobs):
+        def setup(self) -> None:
+            self.layer = torch.nn.Linear(2, 2)
+
+    reward = GenEval(Learned())
+    assert not list(reward.parameters())
+    reward.setup()
+    assert [parameter.requires_grad for parameter in reward.parameters()] == [False, False]
+
+
+def test_detector_without_colours_says_so() -> None:
+    class Colourless(Detector):
+        def detect(self, images):
+            return [[see("cat"), see("cat")] for _ in images]
+
+    with pytest.raises(ValueError, match="Colourless: .*carry one. Found none on a 'cat'"):
+        GenEval(Colourless())(images=PICTURES[:1], prompts=[TWO_CATS])
+
+
+def test_detector_can_name_colours_itself() -> None:
+    class ByPixel(Detector):
+        def detect(self, images):
+            return [[see("cat"), see("cat")] for _ in images]
+
+        def colours(self, image, detections):
+            return [("red", "green", "blue")[int(image.mean(dim=(1, 2)).argmax())] for _ in detections]
+
+    # number 1 and colour 1; number 1 and colour 0
+    assert GenEval(ByPixel())(images=PICTURES[:2], prompts=[TWO_CATS] * 2).tolist() == [1, 0.5]
+
+
+def test_detector_must_answer_for_each_image() -> None:
+    class Short(Detector):
+        def detect(self, images):
+            return []
+
+    with pytest.raises(ValueError, match="`Short.detect` must return one list per image. Found 0 for 3 images"):
+        GenEval(Short())(images=PICTURES, prompts=[TWO_CATS] * 3)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"score": "exact"}, "`score` must be one of partial, strict, accuracy. Found 'exact'"),
+        ({"threshold": 1.2}, r"`threshold` must be in \[0, 1\]. Found 1.2"),
+        ({"counting_threshold": -0.1}, r"`counting_threshold` must be in \[0, 1\]"),
+        ({"max_objects": 0}, "`max_objects` must be >= 1. Found 0"),
+    ],
+)
+def test_arguments_are_checked(BrightBlobs: type[Detector], arguments: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        GenEval(BrightBlobs(), **arguments)

@@ -1,0 +1,183 @@
+"""OCR with the real engine on rendered text, and its spelling score."""
+
+import random
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from rewards import OCR, Prompt
+from rewards.ocr import quoted_text, spelling_score
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ('a sign that says "Open late"', "Open late"),
+        ('"first" and "second"', "first"),
+        ("a “curly” sign", "curly"),
+        ('“curly” before "straight"', "curly"),
+        ('an empty "" then a "full" one', "full"),
+        ('blanks "  " only', None),
+        ('5" wide', None),  # one quote opens nothing
+        ("it's 'single'", None),
+        ("", None),
+    ],
+)
+def test_quoted_text(text: str, expected: str | None) -> None:
+    assert quoted_text(text) == expected
+
+
+@pytest.mark.parametrize(
+    ("target", "read", "expected"),
+    [
+        ("HELLO", "HELLO", 1.0),
+        ("Hello", "hELLO", 1.0),  # case is dropped
+        ("Open late", "open  LATE", 1.0),  # spaces are dropped
+        ("cat", "concatenate", 1.0),  # part of what was read
+        ("HELLO", "HELPO", 0.8),  # 1 of 5 replaced
+        ("HELLO", "HELO", 0.8),  # 1 of 5 left out
+        ("cat", "ct", 2 / 3),
+        ("cat", "dog", 0.0),  # distance 3 of 3
+        ("cat", "", 0.0),
+        ("cat", "xyzxyzxyz", 0.0),  # distance 9, at most 3 counts
+        ("a b", "b a", 0.0),  # "ab" and "ba" are 2 apart
+    ],
+)
+def test_spelling_score(target: str, read: str, expected: float) -> None:
+    assert spelling_score(target, read) == pytest.approx(expected)
+
+
+def test_spelling_score_agrees_with_the_textbook() -> None:
+    def distance(a: str, b: str) -> int:
+        row = list(range(len(b) + 1))
+        for i, x in enumerate(a, 1):
+            above, row = row, [i]
+            for j, y in enumerate(b, 1):
+                row.append(min(above[j] + 1, row[-1] + 1, above[j - 1] + (x != y)))
+        return row[-1]
+
+    source = random.Random(0)
+    for _ in range(200):
+        target = "".join(source.choices("abc", k=source.randint(1, 40)))
+        read = "".join(source.choices("abc", k=source.randint(0, 90)))
+        d = 0 if target in read else min(distance(target, read), len(target))
+        assert spelling_score(target, read) == pytest.approx(1 - d / len(target))
+
+
+def test_blank_target_is_refused() -> None:
+    with pytest.raises(ValueError, match="`target` must hold at least one letter"):
+        spelling_score("  ", "text")
+
+
+Picture = Callable[..., torch.Tensor]
+
+
+@pytest.fixture(scope="module", params=[True, False], ids=["detect", "line"])
+def ocr(request: pytest.FixtureRequest) -> OCR:
+    reward = OCR(detect=request.param)
+    reward.setup()
+    return reward
+
+
+def test_rendered_words(ocr: OCR, picture: Picture) -> None:
+    sign = Prompt('a sign that says "HELLO"', "ocr")
+    images = torch.stack([picture("HELLO"), picture("HELPO"), picture(""), picture("HELLO")])
+    scores = ocr(images=images, prompts=[sign, sign, sign, Prompt("a sign that says HELLO", "ocr")])
+    # right, one letter of five wrong, nothing written, nothing asked
+    torch.testing.assert_close(scores, torch.tensor([1.0, 0.8, 0.0, torch.nan]), equal_nan=True)
+    assert ocr.missing == 0
+
+
+def test_two_lines_are_read_in_order(picture: Picture) -> None:
+    reward = OCR()
+    reward.setup()
+    image = torch.cat([picture("OPEN", 256)[:, 64:192], picture("LATE", 256)[:, 64:192]], dim=1)
+    prompt = Prompt('a shop sign: "Open late"', "ocr")
+    assert reward(images=image[None], prompts=[prompt]).item() == 1
+
+
+def test_colour_order_reaches_the_engine_as_bgr(monkeypatch: pytest.MonkeyPatch) -> None:
+    reward = OCR(detect=False)
+    reward.setup()
+    seen = []
+    recognise = reward._engine.recognize_txt
+    monkeypatch.setattr(reward._engine, "recognize_txt", lambda images: (seen.extend(images), recognise(images))[1])
+    red = torch.zeros(1, 3, 32, 32)
+    red[:, 0] = 1
+    reward(images=red, prompts=[Prompt('"red"', "ocr")])
+    assert seen[0].shape == (32, 32, 3)
+    assert seen[0][0, 0].tolist() == [0, 0, 255]
+
+
+def test_small_images_are_enlarged(monkeypatch: pytest.MonkeyPatch) -> None:
+    reward = OCR(detect=False, upscale_to=96)
+    reward.setup()
+    shapes = []
+    recognise = reward._engine.recognize_txt
+    monkeypatch.setattr(
+        reward._engine,
+        "recognize_txt",
+        lambda images: (shapes.extend(image.shape for image in images), recognise(images))[1],
+    )
+    for height, width in ((32, 32), (32, 64), (128, 100)):
+        reward(images=torch.ones(1, 3, height, width), prompts=[Prompt('"x"', "ocr")])
+    assert shapes == [(96, 96, 3), (96, 192, 3), (128, 100, 3)]
+
+
+def test_words_of_a_tiny_image(picture: Picture) -> None:
+    reward = OCR(detect=False, upscale_to=96)
+    reward.setup()
+    words = ["cat", "dog", "sun", "tree"]
+    small = torch.nn.functional.interpolate(
+        torch.stack([picture(word, 128, 46) for word in words]), size=(32, 32), mode="bicubic", antialias=True
+    ).clamp(0, 1)
+    scores = reward(images=small, prompts=[Prompt(f'the word "{word}"', "ocr") for word in words])
+    assert scores.tolist() == [1, 1, 1, 1]
+
+
+def test_images_the_engine_fails_on_are_missing(
+    ocr: OCR, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, picture: Picture
+) -> None:
+    images = torch.stack([picture("HELLO"), picture("BAD"), picture("HELPO")])
+    bad = int((images[1] * 255).sum())
+    engine = ocr._engine
+
+    class SometimesFails:
+        def fail_on_bad(self, pixels: list) -> None:
+            if any(int(image.sum()) == bad for image in pixels):
+                raise RuntimeError("engine trouble")
+
+        def __call__(self, image, **kwargs):
+            self.fail_on_bad([image])
+            return engine(image, **kwargs)
+
+        def recognize_txt(self, pixels):
+            self.fail_on_bad(pixels)
+            return engine.recognize_txt(pixels)
+
+    monkeypatch.setattr(ocr, "_engine", SometimesFails())
+    before = ocr.missing
+    scores = ocr(images=images, prompts=[Prompt('"HELLO"', "ocr")] * 3)
+    torch.testing.assert_close(scores, torch.tensor([1.0, torch.nan, 0.8]), equal_nan=True)
+    assert ocr.missing == before + 1
+    assert "engine trouble" in caplog.text
+
+
+def test_nothing_of_the_engine_is_in_a_checkpoint(ocr: OCR) -> None:
+    assert ocr.state_dict() == {}
+    assert list(ocr.children()) == []
+
+
+def test_the_engine_is_silent(ocr: OCR, capfd: pytest.CaptureFixture[str], picture: Picture) -> None:
+    ocr(images=picture("")[None], prompts=[Prompt('"HELLO"', "ocr")])
+    assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [({"upscale_to": 0}, "`upscale_to` must be >= 1 or None. Found 0"), ({"threads": 0}, "`threads` must be >= 1")],
+)
+def test_arguments_are_checked(arguments: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        OCR(**arguments)
