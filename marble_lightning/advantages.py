@@ -1,0 +1,50 @@
+"""Advantages: how much better an image is than the other images of its prompt, for each reward on its own."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+EPSILON = 1e-4
+"""Added to the standard deviation, as in the published implementation."""
+
+
+def group_advantages(
+    rewards: Float[Tensor, "sample reward"], groups: Int[Tensor, " sample"], std: Literal["round", "group"] = "round"
+) -> Float[Tensor, "sample reward"]:
+    r"""Standardise each reward within the samples of one prompt.
+
+    A_ik = (R_ik - mean over i's group) / (std_k + 1e-4), over valid samples only.
+
+    Source: MARBLE, arXiv 2605.06507, eq. 3; `std="round"` is what its released code takes.
+
+    Args:
+        rewards: Reward of each sample; NaN where it does not apply or is missing.
+        groups: Index of each sample's prompt, from 0.
+        std: Standard deviation over the whole round's valid samples (`round`) or over the prompt's own (`group`).
+
+    Returns:
+        Advantages, NaN exactly where the rewards are.
+    """
+    valid = ~rewards.isnan()
+    values = torch.where(valid, rewards, 0.0).double()
+    count = _per_group(valid.double(), groups)
+    mean = (_per_group(values, groups) / count.clamp(min=1))[groups]
+    centred = torch.where(valid, values - mean, 0.0)
+    if std == "group":
+        deviation = (_per_group(centred.square(), groups) / count.clamp(min=1)).sqrt()[groups]
+    else:
+        number = valid.sum(0).clamp(min=1)
+        overall = torch.where(valid, values - values.sum(0) / number, 0.0)
+        deviation = (overall.square().sum(0) / number).sqrt()
+    advantages = (centred / (deviation + EPSILON)).to(rewards.dtype)
+    return advantages.masked_fill(~valid, torch.nan)
+
+
+def _per_group(values: Tensor, groups: Tensor) -> Tensor:
+    """Sums over groups, (group, reward)."""
+    sums = values.new_zeros(int(groups.max()) + 1, values.shape[1])
+    return sums.index_add(0, groups, values)

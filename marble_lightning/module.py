@@ -1,0 +1,326 @@
+"""DiffusionNFT on several rewards, as a LightningModule: one epoch is one round of sampling and training."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any, cast
+
+import torch
+from lightning.pytorch import LightningModule
+from lightning.pytorch.cli import OptimizerCallable
+from torch import Tensor, nn
+from torchmetrics import CatMetric
+from tqdm import tqdm
+
+from balancers import Balancer
+from marble_lightning.gradients import add_flat, gradients_by_passes
+from marble_lightning.objective import nft_losses, noised
+from marble_lightning.policy import Adapter, Conditions, SD3Policy
+from marble_lightning.prompts import PromptDataModule
+from marble_lightning.rollouts import MicroBatch, Plan, Rollout, micro_batches, score, weigh_round
+from marble_lightning.seeds import generator
+from marble_lightning.settings import Averaging, Evaluation, Objective, Sampling
+from rewards import Prompt, Reward
+
+HeldOut = list[tuple[int, Prompt]]
+"""A batch of held-out prompts, each with the index that names its noise."""
+
+
+def adamw(parameters: Any) -> torch.optim.Optimizer:
+    """AdamW with the published settings."""
+    return torch.optim.AdamW(parameters, lr=3e-4, betas=(0.9, 0.999), weight_decay=1e-4, eps=1e-8)
+
+
+class DiffusionNFT(LightningModule):
+    """Online RL fine-tuning of SD3 with several rewards, merged by the trainer's Balancer callback.
+
+    Args:
+        policy: The model that learns.
+        rewards: Rewards to learn, by the name they are logged under.
+        metrics: Rewards that are only measured, on held-out prompts.
+        sampling: How a round is sampled.
+        objective: The NFT loss.
+        averaging: How the old and the averaged adapter follow the trained one.
+        evaluation: How held-out prompts are sampled.
+        optimizer: Makes the optimizer of the adapter's parameters.
+        micro_batch_size: Pictures of one forward and backward pass, >= 1.
+        optimizer_steps_per_round: Optimizer steps a round is split into, >= 1.
+        seed: Seed of everything random.
+
+    Source: DiffusionNFT, arXiv 2509.16117; MARBLE, arXiv 2605.06507. Defaults are the SD3.5-Medium run's.
+    """
+
+    strict_loading = False  # checkpoints hold the adapters only; `on_load_checkpoint` checks that they are all there
+
+    def __init__(
+        self,
+        policy: SD3Policy,
+        rewards: dict[str, Reward],
+        metrics: dict[str, Reward] | None = None,
+        sampling: Sampling = Sampling(),
+        objective: Objective = Objective(),
+        averaging: Averaging = Averaging(),
+        evaluation: Evaluation = Evaluation(),
+        optimizer: OptimizerCallable = adamw,
+        micro_batch_size: int = 9,
+        optimizer_steps_per_round: int = 1,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        if not rewards:
+            raise ValueError("`rewards` must name at least one reward. Found none; configs/tiny.yaml has five.")
+        if twice := set(rewards) & set(metrics or {}):
+            raise ValueError(f"`metrics` must not use the name of a reward. Found {', '.join(sorted(twice))} in both.")
+        if min(micro_batch_size, optimizer_steps_per_round) < 1:
+            raise ValueError("`micro_batch_size` and `optimizer_steps_per_round` must be >= 1. Found a smaller one.")
+        self.policy = policy
+        self.rewards, self.metrics = nn.ModuleDict(rewards), nn.ModuleDict(metrics or {})
+        self.sampling, self.objective, self.averaging, self.evaluation = sampling, objective, averaging, evaluation
+        self.optimizer = optimizer
+        self.micro_batch_size, self.optimizer_steps_per_round = micro_batch_size, optimizer_steps_per_round
+        self.seed = seed
+        self.held_out_scores = CatMetric(nan_strategy="disable")
+        self.base_scores: Tensor | None = None
+        """Held-out scores (picture, judge) of the base, measured by the trainer's sanity check; kept in checkpoints."""
+        self.trained_scores: Tensor | None = None
+        """The same of the averaged adapter, from the last validation."""
+
+    # Setting up -----------------------------------------------------------------------------------------------------
+
+    def setup(self, stage: str) -> None:
+        """Check the sizes, then load the weights."""
+        if stage == "fit":
+            self.balancer = self._find_balancer()
+            self.plan = self._make_plan()
+            self.trainer.accumulate_grad_batches = self.plan.per_step
+        self.policy.setup(self.seed)
+        for judge in self.judges.values():
+            judge.setup()
+        self.trainable = self.policy.parameters_of("trained")
+
+    def _find_balancer(self) -> Balancer:
+        found = [callback for callback in self.trainer.callbacks if isinstance(callback, Balancer)]  # type: ignore[attr-defined]
+        if len(found) != 1:
+            raise ValueError(f"The trainer must have one Balancer callback, e.g. balancers.MARBLE(). Found {len(found)}.")
+        return found[0]
+
+    def _make_plan(self) -> Plan:
+        data, ranks = self._data(), self.trainer.world_size
+        if data.prompts_per_round % ranks:
+            raise ValueError(
+                f"`prompts_per_round` must be a multiple of the number of processes, {ranks}. "
+                f"Found {data.prompts_per_round}."
+            )
+        if self.trainer.accumulate_grad_batches != 1:
+            raise ValueError(
+                "`accumulate_grad_batches` follows from the size of a round and must stay 1. "
+                f"Found {self.trainer.accumulate_grad_batches}; set `micro_batch_size` and `optimizer_steps_per_round`."
+            )
+        images = data.prompts_per_round // ranks * data.images_per_prompt
+        return Plan(images, self.sampling.times, self.micro_batch_size, self.optimizer_steps_per_round)
+
+    def _data(self) -> PromptDataModule:
+        data = getattr(self.trainer, "datamodule", None)
+        if not isinstance(data, PromptDataModule):
+            raise ValueError(f"The trainer must be given a PromptDataModule. Found {type(data).__name__}.")
+        return data
+
+    @property
+    def judges(self) -> dict[str, Reward]:
+        """Rewards and metrics: what held-out pictures are scored by."""
+        return {**self._learned, **cast(dict[str, Reward], dict(self.metrics.items()))}
+
+    @property
+    def _learned(self) -> dict[str, Reward]:
+        return cast(dict[str, Reward], dict(self.rewards.items()))
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return self.optimizer(self.trainable)
+
+    # A round: sample, score, compare --------------------------------------------------------------------------------
+
+    def on_train_epoch_start(self) -> None:
+        """Sample this round with the old adapter, score it, and turn the scores into coefficients."""
+        begin = time.perf_counter()
+        rollout = self.sample_round()
+        sampled = time.perf_counter()
+        prompts = [rollout.prompts[group] for group in rollout.groups.tolist()]
+        scores = self._scored(rollout.images, prompts)
+        self.rollout = rollout
+        self.coefficients = weigh_round(
+            scores, rollout.groups, self.balancer, self.objective, self.plan, self._key("train"), self.trainer
+        )
+        self.trained_since = time.perf_counter()
+        self.log_dict({f"train/{name}": column.nanmean() for name, column in zip(self.rewards, scores.T, strict=True)})
+        self.log_dict({"time/sampling": sampled - begin, "time/scoring": self.trained_since - sampled})
+
+    def sample_round(self) -> Rollout:
+        """Encode each distinct prompt once and sample its k pictures with the old adapter."""
+        data = self._data()
+        prompts = data.round(self.seed, self.current_epoch, self.global_rank, self.trainer.world_size)
+        conditions = self.policy.encode([prompt.text for prompt in prompts])
+        groups = torch.arange(len(prompts), device=self.device).repeat_interleave(data.images_per_prompt)
+        latents, images = [], []
+        chunks = torch.arange(len(groups)).split(self.sampling.batch_size)
+        for chunk in self._progress(chunks, "sampling"):
+            noise = [generator(*self._key("rollout"), index) for index in chunk.tolist()]
+            latents.append(
+                self.policy.sample(
+                    conditions[groups[chunk.to(self.device)]], noise, "old",
+                    steps=self.sampling.steps, solver=self.sampling.solver,
+                )
+            )  # fmt: skip
+            images.append(self.policy.decode(latents[-1]))
+        return Rollout(prompts, conditions, groups, torch.cat(latents), torch.cat(images))
+
+    def _scored(self, images: Tensor, prompts: Sequence[Prompt]) -> Tensor:
+        size = self.sampling.batch_size
+        parts = [
+            score(self._learned, images[start : start + size], prompts[start : start + size])
+            for start in self._progress(range(0, len(prompts), size), "scoring")
+        ]
+        return torch.cat(parts)
+
+    def _key(self, purpose: str) -> tuple[int | str, ...]:
+        return self.seed, self.current_epoch, self.global_rank, purpose
+
+    def _progress(self, iterable: Any, doing: str) -> Any:
+        return tqdm(
+            iterable, f"Round {self.current_epoch}: {doing}", leave=False, dynamic_ncols=True,
+            disable=not self.trainer.is_global_zero or self.trainer.progress_bar_callback is None,
+        )  # fmt: skip
+
+    # Training on it -------------------------------------------------------------------------------------------------
+
+    def train_dataloader(self) -> MicroBatches:
+        return MicroBatches(self)
+
+    def training_step(self, batch: MicroBatch, batch_idx: int) -> Tensor:
+        """The scalarised loss, or on a refresh the per-reward gradients; the KL term beside either."""
+        if batch_idx % self.plan.per_step == 0:
+            self.balancer.begin_step(self.plan.per_step)
+        noisy = noised(batch.clean, batch.noise, batch.t)
+        old, reference, velocity = self._velocities(noisy, batch)
+        plus, minus = nft_losses(velocity, old, noisy, batch.clean, batch.t, self.objective.beta)
+        losses = (batch.coefficients.plus.T @ plus + batch.coefficients.minus.T @ minus) * self.trainer.world_size
+        kl = (velocity - reference).square().mean()
+        self.log_dict(
+            {"kl": kl.detach(), "loss": losses.detach().sum() * self.plan.per_step},
+            on_epoch=True,
+            on_step=False,
+            batch_size=1,
+        )
+
+        if self.balancer.wants_gradients:
+            self.balancer.add_gradients(gradients_by_passes(losses, self.trainable))
+            if not self.balancer.wants_gradients:
+                self.merged = self.balancer.solve(self.trainer.strategy.reduce)
+            return self.objective.kl_weight * kl
+        weights = self.balancer.coefficients.to(losses)
+        # Lightning divides by the micro-batches of a step; the coefficients already count over all of them
+        return weights @ losses * self.plan.per_step + self.objective.kl_weight * kl
+
+    def _velocities(self, noisy: Tensor, batch: MicroBatch) -> tuple[Tensor, Tensor, Tensor]:
+        def velocity(adapter: Adapter | None) -> Tensor:
+            with self.policy.using(adapter):
+                return self.policy.velocity(noisy, batch.t, batch.conditions)
+
+        with torch.no_grad():
+            old, reference = velocity("old"), velocity(None)
+        return old, reference, velocity("trained")
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Write a refresh's merged gradient beside the KL gradient."""
+        if self.merged is not None:
+            add_flat(self.merged, self.trainable)
+            self.merged = None
+
+    merged: Tensor | None = None
+
+    def on_train_batch_end(self, outputs: Any, batch: MicroBatch, batch_idx: int) -> None:
+        """After an optimizer step the averaged adapter follows; after the round's last one the old adapter does."""
+        if (batch_idx + 1) % self.plan.per_step:
+            return
+        self.balancer.end_step()
+        self.policy.move("ema", towards="trained", by=1 - self.averaging.ema_decay)
+        if batch_idx + 1 == self.plan.total:
+            self.policy.move("old", towards="trained", by=1 - self.averaging.old_decay(self.global_step))
+            self.log("time/training", time.perf_counter() - self.trained_since)
+
+    # Held-out prompts -----------------------------------------------------------------------------------------------
+
+    def predict_step(self, batch: HeldOut, batch_idx: int) -> dict[str, Tensor]:
+        """Sample prompts with the averaged adapter, each with noise of its own, and score the pictures."""
+        images = self.sample_held_out(batch)
+        return {"images": images, "scores": score(self.judges, images, [prompt for _, prompt in batch])}
+
+    def validation_step(self, batch: HeldOut, batch_idx: int) -> dict[str, Tensor]:
+        """As `predict_step`, and remember the scores."""
+        pictures = self.predict_step(batch, batch_idx)
+        self.held_out_scores.update(pictures["scores"])
+        return pictures
+
+    test_step = validation_step
+
+    def sample_held_out(self, batch: HeldOut) -> Tensor:
+        """Pictures of prompts; the index names the noise."""
+        conditions = self.policy.encode([prompt.text for _, prompt in batch])
+        empty: Conditions | None = self.policy.encode([""]) if self.evaluation.guidance > 1 else None
+        noise = [generator(self.seed, "held-out", index) for index, _ in batch]
+        latents = self.policy.sample(
+            conditions, noise, "ema", steps=self.evaluation.steps, solver=self.evaluation.solver,
+            guidance=self.evaluation.guidance, unconditional=empty,
+        )  # fmt: skip
+        return self.policy.decode(latents)
+
+    def on_validation_epoch_end(self) -> None:
+        scores = self.held_out_scores.compute().cpu()
+        self.held_out_scores.reset()
+        if self.trainer.sanity_checking:
+            self.base_scores = scores
+        else:
+            self.trained_scores = scores
+        means = {f"held_out/{name}": column.nanmean() for name, column in zip(self.judges, scores.T, strict=True)}
+        if not self.trainer.sanity_checking:
+            self.log_dict(means)
+        elif self.logger is not None:
+            self.logger.log_metrics({name: float(mean) for name, mean in means.items()}, step=0)
+
+    on_test_epoch_end = on_validation_epoch_end
+
+    # Checkpoints ----------------------------------------------------------------------------------------------------
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep the adapters, never the frozen weights."""
+        checkpoint["state_dict"] = {name: checkpoint["state_dict"][name] for name in self._adapter_names()}
+        checkpoint["base_scores"] = self.base_scores
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Make sure that the checkpoint's adapters are this model's."""
+        expected, found = self._adapter_names(), checkpoint["state_dict"]
+        shapes = {name: tensor.shape for name, tensor in self.state_dict().items() if name in expected}
+        if {name: tensor.shape for name, tensor in found.items()} != shapes:
+            raise ValueError(
+                "The checkpoint must hold adapters of this model's layers and rank. Found others; "
+                "use the `policy` settings it was trained with (config.yaml in its run folder)."
+            )
+        self.base_scores = checkpoint["base_scores"]
+
+    def _adapter_names(self) -> set[str]:
+        return {name for name, _ in self.named_parameters() if ".lora_A." in name or ".lora_B." in name}
+
+
+class MicroBatches:
+    """The micro-batches of the round at hand; their number is known before it is sampled."""
+
+    def __init__(self, module: DiffusionNFT) -> None:
+        self.module = module
+
+    def __len__(self) -> int:
+        return self.module.plan.total
+
+    def __iter__(self) -> Iterator[MicroBatch]:
+        module = self.module
+        grid = module.policy.sigmas(module.sampling.steps)[: module.sampling.usable_times]
+        yield from micro_batches(module.rollout, module.coefficients, grid, module.plan, module._key("train"))

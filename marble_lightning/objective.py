@@ -1,0 +1,97 @@
+"""The DiffusionNFT objective as pure functions, with one coefficient per sample and reward.
+
+For each sample there are two losses: L+, of the policy moved towards the trained one, and L-, of the policy moved away
+from it. A reward enters only through how it weighs the two. So the loss of any mixture of rewards is one weighted sum of
+L+ and L-, exact also where an advantage is clamped or a reward does not apply to a sample.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+SCALE_FLOOR = 1e-5
+"""Smallest adaptive scale w, as in the published implementation."""
+
+
+class Coefficients(NamedTuple):
+    """What L+ and L- of each sample count for in the loss of each reward; both (sample, reward)."""
+
+    plus: Float[Tensor, "sample reward"]
+    minus: Float[Tensor, "sample reward"]
+
+    def mixed(self, weights: Float[Tensor, " reward"]) -> tuple[Float[Tensor, " sample"], Float[Tensor, " sample"]]:
+        """Coefficients of the mixture sum_k w_k loss_k."""
+        return self.plus @ weights, self.minus @ weights
+
+
+def noised(
+    clean: Float[Tensor, "batch *latent"], noise: Float[Tensor, "batch *latent"], t: Float[Tensor, " batch"]
+) -> Float[Tensor, "batch *latent"]:
+    """x_t = (1 - t) x_0 + t eps, the rectified flow's path; t in (0, 1]."""
+    t = _column(t, clean)
+    return (1 - t) * clean + t * noise
+
+
+def nft_losses(
+    velocity: Float[Tensor, "batch *latent"],
+    old_velocity: Float[Tensor, "batch *latent"],
+    noisy: Float[Tensor, "batch *latent"],
+    clean: Float[Tensor, "batch *latent"],
+    t: Float[Tensor, " batch"],
+    beta: float,
+) -> tuple[Float[Tensor, " batch"], Float[Tensor, " batch"]]:
+    r"""L+ and L- of each sample.
+
+    v± = (1 ∓ β) v_old ± β v_θ,  x̂± = x_t - t v±,  w± = stop_grad(mean |x̂± - x_0|),  L± = mean (x̂± - x_0)² / w±.
+
+    Source: DiffusionNFT, arXiv 2509.16117, the implicit positive and negative policies and the adaptive loss weighting.
+
+    Args:
+        velocity: v_θ, of the trained policy; carries the gradient.
+        old_velocity: v_old, of the policy that sampled the round.
+        noisy: x_t.
+        clean: x_0, the sampled latents.
+        t: Flow time in (0, 1].
+        beta: β > 0, how far the two policies are from the old one.
+    """
+
+    def loss(mixed: Tensor) -> Tensor:
+        error = (noisy - _column(t, noisy) * mixed - clean).double().flatten(1)
+        scale = error.detach().abs().mean(1).clamp(min=SCALE_FLOOR)
+        return (error.square().mean(1) / scale).to(velocity.dtype)
+
+    return loss((1 - beta) * old_velocity + beta * velocity), loss((1 + beta) * old_velocity - beta * velocity)
+
+
+def coefficients(
+    advantages: Float[Tensor, "sample reward"],
+    counts: Float[Tensor, " reward"],
+    beta: float,
+    max_advantage: float,
+) -> Coefficients:
+    r"""How each reward weighs L+ and L- of each sample.
+
+    r = clamp(1/2 + A / (2 A_max), 0, 1);  c+ = (A_max / β) m r / n,  c- = (A_max / β) m (1 - r) / n, where m is 1 where
+    the reward applies and n counts those samples over the whole optimizer step and all ranks.
+
+    Source: DiffusionNFT, arXiv 2509.16117 (loss); MARBLE, arXiv 2605.06507, Prop. 1, here for coefficients instead of
+    advantages, which makes it hold with clamps and missing rewards too.
+
+    Args:
+        advantages: Advantage of each sample under each reward; NaN where the reward does not apply.
+        counts: n, the number of samples of the whole optimizer step that each reward applies to.
+        beta: β of the loss.
+        max_advantage: A_max, the advantage at which a sample counts as wholly good.
+    """
+    applies = ~advantages.isnan()
+    optimality = (0.5 + torch.where(applies, advantages, 0.0) / (2 * max_advantage)).clamp(0, 1)
+    share = applies.to(advantages) * (max_advantage / beta) / counts.clamp(min=1)
+    return Coefficients(share * optimality, share * (1 - optimality))
+
+
+def _column(t: Tensor, like: Tensor) -> Tensor:
+    return t.view(-1, *[1] * (like.ndim - 1)).to(like.dtype)

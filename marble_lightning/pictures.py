@@ -1,0 +1,53 @@
+"""Grids of pictures with their prompts and scores written under them."""
+
+from __future__ import annotations
+
+import math
+import textwrap
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+
+SIDE = 160
+"""Side of a picture in a grid, in pixels; smaller ones are enlarged."""
+LINE = 13
+"""Height of a line of text in pixels."""
+
+
+def to_image(picture: Float[Tensor, "3 pixel pixel"]) -> Image.Image:
+    """A picture in [0, 1] as an 8-bit image."""
+    pixels = (picture.detach().float().cpu().clamp(0, 1) * 255).round().byte()
+    return Image.fromarray(pixels.permute(1, 2, 0).numpy())
+
+
+def scores_text(scores: Float[Tensor, " reward"], names: Sequence[str]) -> str:
+    """The scores that are there, e.g. `ocr 0.67  clip 0.31`."""
+    return "  ".join(f"{name} {score:.2f}" for name, score in zip(names, scores.tolist(), strict=True) if score == score)
+
+
+def grid(pictures: Sequence[Tensor], texts: Sequence[str], columns: int = 4) -> Float[Tensor, "3 height width"]:
+    """Pictures in rows, with a text under each.
+
+    Args:
+        pictures: Each (3, pixel, pixel) in [0, 1].
+        texts: A text per picture; wrapped, newlines kept.
+        columns: Pictures in a row.
+
+    Returns:
+        One picture in [0, 1], for TensorBoard's `add_image`.
+    """
+    wrapped = [[part for line in text.split("\n") for part in textwrap.wrap(line, 26) or [""]] for text in texts]
+    height = SIDE + LINE * max(map(len, wrapped)) + 6
+    columns = min(columns, len(pictures))
+    rows = math.ceil(len(pictures) / columns)
+    sheet = Image.new("RGB", (columns * (SIDE + 6), rows * height), "white")
+    canvas, font = ImageDraw.Draw(sheet), ImageFont.load_default(10)
+    for index, (picture, lines) in enumerate(zip(pictures, wrapped, strict=True)):
+        x, y = (index % columns) * (SIDE + 6) + 3, (index // columns) * height + 3
+        sheet.paste(to_image(picture).resize((SIDE, SIDE), Image.Resampling.NEAREST), (x, y))
+        canvas.multiline_text((x, y + SIDE), "\n".join(lines), fill="black", font=font, spacing=LINE - 11)
+    return torch.from_numpy(np.asarray(sheet).copy()).permute(2, 0, 1).float() / 255

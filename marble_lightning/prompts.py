@@ -1,0 +1,158 @@
+"""Prompt files, and the rounds of prompts drawn from them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from lightning.pytorch import LightningDataModule
+from torch.utils.data import DataLoader
+
+from marble_lightning.seeds import generator
+from rewards import Prompt
+
+Split = Literal["train", "test"]
+
+
+def read_prompts(folder: Path, source: str, split: Split) -> list[Prompt]:
+    """Read one source of a prompt folder in the published formats.
+
+    `{source}/{split}.txt` has a prompt a line; `{source}/{split}_metadata.jsonl` a JSON object a line, whose `prompt` is
+    the text and whose other keys are the metadata.
+
+    Args:
+        folder: Folder with one folder per source.
+        source: Name of the source.
+        split: `train` or `test`.
+
+    Raises:
+        ValueError: An unknown source, an empty file, a line that is not JSON or lacks `prompt`; names file and line.
+    """
+    lines = folder / source / f"{split}.txt"
+    records = folder / source / f"{split}_metadata.jsonl"
+    if lines.exists():
+        prompts = [Prompt(line.strip(), source) for line in lines.read_text().splitlines() if line.strip()]
+    elif records.exists():
+        numbered = enumerate(records.read_text().splitlines(), start=1)
+        prompts = [_record(line, source, f"{records}:{number}") for number, line in numbered if line.strip()]
+    else:
+        known = sorted(entry.name for entry in folder.iterdir() if entry.is_dir()) if folder.is_dir() else []
+        raise ValueError(
+            f"`sources` must name folders of {folder.resolve()} with {split}.txt or {split}_metadata.jsonl. "
+            f"Found {source!r}; known: {', '.join(known) or 'none, the folder is not there'}."
+        )
+    if not prompts:
+        raise ValueError(
+            f"A prompt file must have at least one prompt. Found none in {lines if lines.exists() else records}."
+        )
+    return prompts
+
+
+def _record(line: str, source: str, place: str) -> Prompt:
+    try:
+        record = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{place} must be a JSON object. Found {line[:60]!r}: {error.msg}.") from error
+    if not isinstance(record, dict) or not isinstance(record.get("prompt"), str):
+        raise ValueError(f"{place} must be a JSON object with a text under `prompt`. Found {line[:60]!r}.")
+    return Prompt(record.pop("prompt"), source, record)
+
+
+def draw_round(pools: dict[str, list[Prompt]], count: int, seed: int, index: int) -> list[Prompt]:
+    """The distinct prompts of one round, the same number from each source, sources in turn.
+
+    Args:
+        pools: Prompts of each source.
+        count: Prompts of the round; a multiple of the number of sources.
+        seed: Seed of the run.
+        index: Index of the round.
+    """
+    share = count // len(pools)
+    drawn = []
+    for source, prompts in pools.items():
+        order = torch.randperm(len(prompts), generator=generator(seed, index, "prompts", source))
+        drawn.append([prompts[i] for i in order[:share].tolist()])
+    return [prompt for turn in zip(*drawn, strict=True) for prompt in turn]
+
+
+class PromptDataModule(LightningDataModule):
+    """Prompts to learn on, a round at a time, and held-out prompts to be judged on.
+
+    Args:
+        folder: Folder with one folder per source, in the published formats (see `read_prompts`).
+        sources: Names of the sources; a round has the same number of prompts of each.
+        prompts_per_round: Distinct prompts of a round over all ranks.
+        images_per_prompt: k, pictures sampled of each prompt of a round.
+        held_out_per_source: Held-out prompts used of each source, from the start of the file; None uses all.
+        held_out_images: Pictures sampled of each held-out prompt.
+        held_out_batch_size: Held-out pictures sampled at once.
+    """
+
+    def __init__(
+        self,
+        folder: str,
+        sources: Sequence[str],
+        prompts_per_round: int = 48,
+        images_per_prompt: int = 24,
+        held_out_per_source: int | None = None,
+        held_out_images: int = 1,
+        held_out_batch_size: int = 16,
+    ) -> None:
+        super().__init__()
+        self.folder, self.sources = Path(folder), tuple(sources)
+        self.prompts_per_round, self.images_per_prompt = prompts_per_round, images_per_prompt
+        self.held_out_per_source, self.held_out_images = held_out_per_source, held_out_images
+        self.held_out_batch_size = held_out_batch_size
+        if not self.sources or len(set(self.sources)) != len(self.sources):
+            raise ValueError(f"`sources` must name at least one source, each once. Found {list(sources)}.")
+        if prompts_per_round % len(self.sources):
+            share = max(1, round(prompts_per_round / len(self.sources)))
+            raise ValueError(
+                f"`prompts_per_round` must be a multiple of the number of sources, {len(self.sources)}. "
+                f"Found {prompts_per_round}; try {share * len(self.sources)}."
+            )
+        if images_per_prompt < 2:
+            raise ValueError(
+                f"`images_per_prompt` must be >= 2: an advantage compares pictures of one prompt. Found {images_per_prompt}."
+            )
+        if min(held_out_images, held_out_batch_size) < 1:
+            raise ValueError("`held_out_images` and `held_out_batch_size` must be >= 1. Found a smaller one.")
+
+    def setup(self, stage: str) -> None:
+        """Read the prompt files."""
+        self.held_out: list[Prompt] = []
+        for source in self.sources:
+            prompts = read_prompts(self.folder, source, "test")[: self.held_out_per_source]
+            self.held_out += [prompt for prompt in prompts for _ in range(self.held_out_images)]
+        if stage != "fit":
+            return
+        self.pools = {source: read_prompts(self.folder, source, "train") for source in self.sources}
+        share = self.prompts_per_round // len(self.sources)
+        for source, prompts in self.pools.items():
+            if len(prompts) < share:
+                raise ValueError(
+                    f"A round takes {share} distinct prompts of each source. Found {len(prompts)} in {source!r}; "
+                    "lower `prompts_per_round` or add prompts."
+                )
+
+    def round(self, seed: int, index: int, rank: int, ranks: int) -> list[Prompt]:
+        """This rank's distinct prompts of a round; ranks share no prompt."""
+        return draw_round(self.pools, self.prompts_per_round, seed, index)[rank::ranks]
+
+    def train_dataloader(self) -> Iterable[Any]:
+        """The micro-batches of a round, from the module that samples it: Lightning asks here when there is a data module."""
+        return self.trainer.lightning_module.train_dataloader()  # type: ignore[union-attr]
+
+    def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
+        """Nothing to move: micro-batches are cut where the round is, prompts are text."""
+        return batch
+
+    def held_out_dataloader(self) -> DataLoader[tuple[int, Prompt]]:
+        """Batches of (index, prompt); the index names the picture's noise, whatever the batches."""
+        numbered = list(enumerate(self.held_out))
+        return DataLoader(numbered, batch_size=self.held_out_batch_size, collate_fn=list)  # type: ignore[arg-type]
+
+    val_dataloader = test_dataloader = predict_dataloader = held_out_dataloader

@@ -1,0 +1,158 @@
+"""A round: pictures sampled with the old policy, scored, and cut into micro-batches."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int
+from lightning.pytorch import Trainer
+from torch import Tensor
+
+from balancers import Balancer
+from marble_lightning.advantages import group_advantages
+from marble_lightning.objective import Coefficients, coefficients
+from marble_lightning.policy import Conditions
+from marble_lightning.seeds import generator
+from marble_lightning.settings import Objective
+from rewards import Prompt, Reward
+
+
+@dataclass
+class Rollout:
+    """The pictures of one round on this rank, in groups of k per prompt.
+
+    `latents` (image, ...) are the clean latents; `conditions` one row per distinct prompt; `groups` (image,) points
+    into it; `images` (image, 3, pixel, pixel) are the pictures.
+    """
+
+    prompts: Sequence[Prompt]
+    conditions: Conditions
+    groups: Int[Tensor, " image"]
+    latents: Float[Tensor, "image *latent"]
+    images: Float[Tensor, "image 3 pixel pixel"]
+
+
+@dataclass
+class MicroBatch:
+    """Some pictures, each at one flow time."""
+
+    clean: Float[Tensor, "batch *latent"]
+    noise: Float[Tensor, "batch *latent"]
+    t: Float[Tensor, " batch"]
+    conditions: Conditions
+    coefficients: Coefficients
+
+
+def score(
+    rewards: Mapping[str, Reward], images: Float[Tensor, "image 3 pixel pixel"], prompts: Sequence[Prompt]
+) -> Float[Tensor, "image reward"]:
+    """Every reward of every picture, float32, NaN where one does not apply."""
+    return torch.stack([reward(images=images, prompts=prompts).float() for reward in rewards.values()], dim=1)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a round becomes micro-batches.
+
+    Args:
+        images: Pictures of the round on this rank.
+        times: Flow times used of each picture.
+        batch_size: Pictures of a micro-batch.
+        optimizer_steps: Optimizer steps of a round.
+    """
+
+    images: int
+    times: int
+    batch_size: int
+    optimizer_steps: int
+
+    def __post_init__(self) -> None:
+        unit = self.batch_size * self.optimizer_steps
+        if self.images % unit:
+            raise ValueError(
+                "A round's pictures per rank must be a multiple of `micro_batch_size` x `optimizer_steps_per_round` = "
+                f"{self.batch_size} x {self.optimizer_steps} = {unit}. Found {self.images}; "
+                "change `prompts_per_round`, `images_per_prompt` or `micro_batch_size`."
+            )
+
+    @property
+    def per_step(self) -> int:
+        """Micro-batches of one optimizer step."""
+        return self.images // (self.batch_size * self.optimizer_steps) * self.times
+
+    @property
+    def total(self) -> int:
+        """Micro-batches of the round."""
+        return self.per_step * self.optimizer_steps
+
+
+def weigh_round(
+    scores: Float[Tensor, "image reward"],
+    groups: Int[Tensor, " image"],
+    balancer: Balancer,
+    objective: Objective,
+    plan: Plan,
+    key: Sequence[int | str],
+    trainer: Trainer,
+) -> Coefficients:
+    """From this rank's scores to its pictures' coefficients, with statistics over all ranks.
+
+    Args:
+        scores: Reward of each picture, NaN where it does not apply.
+        groups: Index of each picture's prompt on this rank; ranks share no prompt.
+        balancer: May merge rewards before advantages exist, or the advantages.
+        objective: Settings of the loss.
+        plan: Which pictures fall into which optimizer step, with `key`.
+        key: Seed of the order.
+        trainer: Its strategy gathers and sums over ranks.
+    """
+    strategy, rank = trainer.strategy, trainer.global_rank
+    groups = groups + rank * (int(groups.max()) + 1)
+    everyone, all_groups = (strategy.all_gather(part).reshape(-1, *part.shape[1:]) for part in (scores, groups))
+    merged = balancer.merge_rewards(everyone, ~everyone.isnan())
+    advantages = group_advantages(merged, all_groups, objective.advantage_std)
+    own = slice(rank * len(scores), (rank + 1) * len(scores))
+    advantages = balancer.merge_advantages(advantages)[own]
+
+    plus, minus = torch.empty_like(advantages), torch.empty_like(advantages)
+    for step in image_order(plan, key).chunk(plan.optimizer_steps):
+        counts = plan.times * (~advantages[step].isnan()).sum(0)
+        counts = strategy.reduce(counts, reduce_op="sum")
+        plus[step], minus[step] = coefficients(advantages[step], counts, objective.beta, objective.max_advantage)
+    return Coefficients(plus, minus)
+
+
+def micro_batches(
+    rollout: Rollout, weighed: Coefficients, grid: Float[Tensor, " step"], plan: Plan, key: Sequence[int | str]
+) -> Iterator[MicroBatch]:
+    """Cut a round into micro-batches: pictures in random order, each at `plan.times` distinct times of the grid.
+
+    Args:
+        rollout: The round.
+        weighed: Coefficients of each picture, already normalised over its optimizer step.
+        grid: Flow times to draw from, in (0, 1].
+        plan: Sizes.
+        key: Seed of order, times and noise.
+    """
+    device = rollout.latents.device
+    draws = generator(*key, "times")
+    order = image_order(plan, key)
+    times = torch.stack([torch.randperm(len(grid), generator=draws)[: plan.times] for _ in range(plan.images)])
+    for chosen in order.split(plan.batch_size):
+        here = chosen.to(device)
+        for column in range(plan.times):
+            clean = rollout.latents[here].float()
+            yield MicroBatch(
+                clean=clean,
+                noise=torch.randn(clean.shape, generator=draws).to(device),
+                t=grid[times[chosen, column]].to(device),
+                conditions=rollout.conditions[rollout.groups[here]],
+                coefficients=Coefficients(weighed.plus[here], weighed.minus[here]),
+            )
+
+
+def image_order(plan: Plan, key: Sequence[int | str]) -> Int[Tensor, " image"]:
+    """The order in which a round's pictures are trained on; optimizer step s takes the s-th part of it."""
+    return torch.randperm(plan.images, generator=generator(*key, "order"))

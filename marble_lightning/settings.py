@@ -1,0 +1,131 @@
+"""Groups of settings, each checked as soon as it is written down. Defaults are the SD3.5-Medium run's."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from marble_lightning.solvers import Solver
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How a round's pictures are sampled and which of its flow times are trained on.
+
+    Args:
+        steps: Solver steps of a rollout, >= 1.
+        solver: `dpm2` (DPM-Solver++ 2M) or `euler`; one network evaluation a step either way.
+        batch_size: Pictures sampled at once, >= 1.
+        timestep_fraction: Share (0, 1] of the rollout's times, from the noisiest, that may be trained on.
+        times_per_image: Times trained on per picture, drawn anew each round; null takes all of the fraction.
+    """
+
+    steps: int = 25
+    solver: Solver = "dpm2"
+    batch_size: int = 9
+    timestep_fraction: float = 0.99
+    times_per_image: int | None = None
+
+    def __post_init__(self) -> None:
+        _at_least_one(steps=self.steps, batch_size=self.batch_size)
+        if not 1 <= self.usable_times <= self.steps:
+            raise ValueError(
+                f"`timestep_fraction` must leave 1 to {self.steps} of the times. Found {self.timestep_fraction}."
+            )
+        if not 1 <= self.times <= self.usable_times:
+            raise ValueError(
+                f"`times_per_image` must be 1 to {self.usable_times}, the times `timestep_fraction` leaves. "
+                f"Found {self.times_per_image}."
+            )
+
+    @property
+    def usable_times(self) -> int:
+        """Times of the grid that may be trained on."""
+        return int(self.timestep_fraction * self.steps)
+
+    @property
+    def times(self) -> int:
+        """Times trained on per picture."""
+        return self.usable_times if self.times_per_image is None else self.times_per_image
+
+
+@dataclass(frozen=True)
+class Objective:
+    """The NFT loss.
+
+    Args:
+        beta: β > 0, how far the positive and negative policies are from the old one.
+        max_advantage: A_max > 0, the advantage at which a sample counts as wholly good.
+        advantage_std: Advantages are divided by the standard deviation of the whole `round` or of their `group`.
+        kl_weight: Weight >= 0 of the squared distance to the base's velocity; never balanced.
+
+    Source: DiffusionNFT, arXiv 2509.16117.
+    """
+
+    beta: float = 0.1
+    max_advantage: float = 5.0
+    advantage_std: Literal["round", "group"] = "round"
+    kl_weight: float = 1e-4
+
+    def __post_init__(self) -> None:
+        for name in ("beta", "max_advantage"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"`{name}` must be > 0. Found {getattr(self, name)}.")
+        if not self.kl_weight >= 0:
+            raise ValueError(f"`kl_weight` must be >= 0. Found {self.kl_weight}.")
+
+
+@dataclass(frozen=True)
+class Averaging:
+    """How the other two adapters follow the trained one.
+
+    Args:
+        old_rate: After optimizer step s the old adapter keeps min(old_rate * (s - old_start), old_cap) of itself, >= 0.
+        old_start: Optimizer step before which the old adapter is a plain copy.
+        old_cap: The cap, in [0, 1).
+        ema_decay: Decay per optimizer step of the averaged adapter, in [0, 1).
+
+    Source: DiffusionNFT, arXiv 2509.16117; MARBLE's release caps at 0.95.
+    """
+
+    old_rate: float = 0.001
+    old_start: int = 0
+    old_cap: float = 0.5
+    ema_decay: float = 0.9
+
+    def __post_init__(self) -> None:
+        for name in ("old_cap", "ema_decay"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"`{name}` must be in [0, 1). Found {getattr(self, name)}.")
+        if min(self.old_rate, self.old_start) < 0:
+            raise ValueError("`old_rate` and `old_start` must be >= 0. Found a negative one.")
+
+    def old_decay(self, step: int) -> float:
+        """What the old adapter keeps of itself after optimizer step `step`."""
+        return min(self.old_rate * max(step - self.old_start, 0), self.old_cap)
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """How held-out prompts are sampled.
+
+    Args:
+        steps: Solver steps, >= 1.
+        solver: `euler` or `dpm2`.
+        guidance: Classifier-free guidance scale, >= 1; 1 is none.
+    """
+
+    steps: int = 40
+    solver: Solver = "euler"
+    guidance: float = 1.0
+
+    def __post_init__(self) -> None:
+        _at_least_one(steps=self.steps)
+        if not self.guidance >= 1:
+            raise ValueError(f"`guidance` must be >= 1. Found {self.guidance}.")
+
+
+def _at_least_one(**counts: int) -> None:
+    for name, count in counts.items():
+        if count < 1:
+            raise ValueError(f"`{name}` must be >= 1. Found {count}.")

@@ -1,0 +1,18 @@
+"""The laptop world: a small but real Stable Diffusion 3, the scenes it was trained on, and what judges its pictures.
+
+Scenes are coloured shapes, or a sign with a word, drawn in code at 32 x 32 pixels (`scenes`) with captions in the style
+of the published prompt sets (`captions`) and six ways to go wrong (`degradations`). `train` makes the bundled weights
+from them: an SD3 pipeline in diffusers format and three CLIP reward models in transformers format. `ColourBlobs` is the
+object detector GenEval uses here. Everything else in the project treats this world exactly as it would the large one.
+"""
+
+from pathlib import Path
+
+from marble_lightning.tinyworld.detector import ColourBlobs
+
+WEIGHTS = Path(__file__).parent / "weights"
+"""Folder of the bundled weights."""
+PROMPTS = Path(__file__).parent / "prompts"
+"""Folder of the bundled prompt files."""
+
+__all__ = ["PROMPTS", "WEIGHTS", "ColourBlobs"]

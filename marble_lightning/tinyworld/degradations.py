@@ -1,0 +1,105 @@
+"""Six ways a picture goes wrong: three spoil the pixels (technique), three what the caption asks for (content)."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+import numpy as np
+from scipy import ndimage
+
+from marble_lightning.tinyworld.captions import Captioned
+from marble_lightning.tinyworld.scenes import COLOURS, INK, SHAPES, SIZE, WORDS, Scene, Thing, draw
+
+
+def blur(scene: Scene, rng: random.Random) -> np.ndarray:
+    """Gaussian blur of 1.0 to 1.8 pixels."""
+    sigma = rng.uniform(1.0, 1.8)
+    return ndimage.gaussian_filter(draw(scene), sigma=(sigma, sigma, 0))
+
+
+def noise(scene: Scene, rng: random.Random) -> np.ndarray:
+    """Gaussian pixel noise of standard deviation 28 to 50 (of 255)."""
+    generator = np.random.default_rng(rng.getrandbits(63))
+    picture = draw(scene).astype(np.float32)
+    return _bytes(picture + generator.normal(0, rng.uniform(28, 50), picture.shape))
+
+
+def washed_out(scene: Scene, rng: random.Random) -> np.ndarray:
+    """Contrast and saturation lowered to 20 to 45 percent, towards a grey."""
+    keep, grey = rng.uniform(0.2, 0.45), rng.uniform(120, 190)
+    return _bytes(grey + keep * (draw(scene).astype(np.float32) - grey))
+
+
+def wrong_colour(scene: Scene, rng: random.Random) -> np.ndarray:
+    """One thing, or the board of a sign, in another colour."""
+    if scene.sign is not None:
+        board = rng.choice([c for c in INK if c != scene.sign.board])
+        return draw(replace(scene, sign=replace(scene.sign, board=board)))
+    index = rng.randrange(len(scene.things))
+    thing = scene.things[index]
+    taken = {other.colour for other in scene.things}
+    return draw(scene.with_thing(index, replace(thing, colour=rng.choice([c for c in COLOURS if c not in taken]))))
+
+
+def distorted(scene: Scene, rng: random.Random) -> np.ndarray:
+    """Things squeezed and bent, or one exchanged for another shape; on a sign, another word."""
+    if scene.sign is not None:
+        word = rng.choice([word for word in WORDS if word != scene.sign.word])
+        return draw(replace(scene, sign=replace(scene.sign, word=word)))
+    if rng.random() < 0.5:
+        index = rng.randrange(len(scene.things))
+        thing = scene.things[index]
+        return draw(scene.with_thing(index, replace(thing, shape=rng.choice([s for s in SHAPES if s != thing.shape]))))
+    squeeze = rng.uniform(0.4, 0.65)
+    wide = rng.random() < 0.5
+    bent = [
+        replace(
+            thing,
+            width=thing.width * (1 if wide else squeeze),
+            height=thing.height * (squeeze if wide else 1),
+            warp=rng.uniform(0.25, 0.5),
+        )
+        for thing in scene.things
+    ]
+    return draw(replace(scene, things=tuple(bent)))
+
+
+def clutter(scene: Scene, rng: random.Random) -> np.ndarray:
+    """Two to four small shapes thrown over the picture."""
+    litter = [
+        Thing(
+            rng.choice(SHAPES),
+            rng.choice(list(COLOURS)),
+            rng.uniform(2, SIZE - 2),
+            rng.uniform(2, SIZE - 2),
+            size,
+            size,
+        )
+        for size in (rng.uniform(6, 9) for _ in range(rng.randint(2, 4)))
+    ]
+    under = draw(scene)
+    over = draw(replace(scene, things=(*scene.things, *litter), sign=None))
+    plain = draw(replace(scene, sign=None))
+    changed = (over != plain).any(axis=-1, keepdims=True)
+    return np.where(changed, over, under)
+
+
+Fault = Callable[[Scene, random.Random], np.ndarray]
+TECHNICAL: tuple[Fault, ...] = (blur, noise, washed_out)
+CONTENT: tuple[Fault, ...] = (wrong_colour, distorted, clutter)
+
+
+def spoil(shown: Captioned, rng: random.Random, faults: Sequence[Fault] = (*TECHNICAL, *CONTENT)) -> np.ndarray:
+    """Draw the scene with one fault; a wrong colour only where the caption names one.
+
+    Returns:
+        RGB picture, uint8, shape (32, 32, 3).
+    """
+    named = any(colour in shown.caption for colour in COLOURS)
+    return rng.choice([fault for fault in faults if named or fault is not wrong_colour])(shown.scene, rng)
+
+
+def _bytes(picture: np.ndarray) -> np.ndarray:
+    return np.clip(np.rint(picture), 0, 255).astype(np.uint8)

@@ -1,0 +1,110 @@
+"""The base model: an SD3 transformer and its two CLIP text encoders, trained together by flow matching."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
+from torch import Tensor, nn
+from transformers import CLIPTextConfig, CLIPTextModelWithProjection, CLIPTokenizer
+
+from marble_lightning.tinyworld.recipe.autoencoder import latents_of
+from marble_lightning.tinyworld.recipe.pictures import Pictures
+from marble_lightning.tinyworld.recipe.stage import Stage, run
+
+EMPTY_TOKENS = 4
+"""Zero tokens that stand in for T5, as `max_sequence_length` of the pipeline."""
+SHIFT = 2.0
+"""Shift of the sigma grid: more steps at high noise, where the layout is decided."""
+TEXT_WIDTH = 64
+
+
+class Base(nn.Module):
+    """Transformer and text encoders, called as the stock pipeline calls them."""
+
+    def __init__(self, tokenizer: CLIPTokenizer) -> None:
+        super().__init__()
+        self.transformer = SD3Transformer2DModel(
+            sample_size=16,
+            patch_size=2,
+            in_channels=4,
+            out_channels=4,
+            num_layers=5,
+            attention_head_dim=24,
+            num_attention_heads=4,
+            joint_attention_dim=2 * TEXT_WIDTH,
+            caption_projection_dim=96,
+            pooled_projection_dim=2 * TEXT_WIDTH,
+            pos_embed_max_size=16,
+            qk_norm="rms_norm",
+        )
+        text = CLIPTextConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=TEXT_WIDTH,
+            intermediate_size=4 * TEXT_WIDTH,
+            projection_dim=TEXT_WIDTH,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            max_position_embeddings=tokenizer.model_max_length,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+        self.text_encoder = CLIPTextModelWithProjection(text)
+        self.text_encoder_2 = CLIPTextModelWithProjection(text)
+
+    def forward(self, noisy: Tensor, sigma: Tensor, tokens: Tensor) -> Tensor:
+        """Velocity of noisy latents (B, 4, 16, 16) at noise levels (B,) for token ids (B, T)."""
+        encoded = [encoder(tokens, output_hidden_states=True) for encoder in (self.text_encoder, self.text_encoder_2)]
+        hidden = torch.cat([output.hidden_states[-2] for output in encoded], dim=-1)
+        hidden = torch.cat([hidden, hidden.new_zeros(len(hidden), EMPTY_TOKENS, hidden.shape[-1])], dim=1)
+        return self.transformer(
+            hidden_states=noisy,
+            encoder_hidden_states=hidden,
+            pooled_projections=torch.cat([output.text_embeds for output in encoded], dim=-1),
+            timestep=1000 * sigma,
+        ).sample
+
+
+class BaseStage(Stage):
+    """Flow matching: velocity noise - latents, noise levels logit-normal then shifted, 1 caption in 12 dropped."""
+
+    def __init__(self, model: Base, latents: Tensor, tokens: Tensor, empty: Tensor, steps: int) -> None:
+        super().__init__(model, len(latents), steps, batch_size=96, lr=1.5e-3)
+        self.latents, self.tokens, self.empty = latents, tokens, empty
+
+    def training_step(self, indices: Tensor, batch_idx: int) -> Tensor:
+        generator = torch.Generator().manual_seed(104729 * self.global_step + 2)
+        latents = self.latents[indices]
+        noise = torch.randn(latents.shape, generator=generator)
+        sigma = torch.randn(len(latents), generator=generator).sigmoid()
+        sigma = SHIFT * sigma / (1 + (SHIFT - 1) * sigma)
+        dropped = torch.rand(len(latents), generator=generator) < 1 / 12
+        tokens = torch.where(dropped[:, None], self.empty, self.tokens[indices])
+        mix = sigma[:, None, None, None]
+        velocity = self.model((1 - mix) * latents + mix * noise, sigma, tokens)
+        loss = (velocity - (noise - latents)).square().mean()
+        self.log("loss", loss, prog_bar=True)
+        return loss
+
+
+def train_base(
+    pictures: Pictures, tokenizer: CLIPTokenizer, vae: AutoencoderKL, work: Path, steps: int
+) -> StableDiffusion3Pipeline:
+    """Train transformer and text encoders on the pictures; returns the whole pipeline."""
+    torch.manual_seed(2)
+    tokens = tokenizer([*pictures.captions, ""], padding="max_length", truncation=True, return_tensors="pt").input_ids
+    stage = BaseStage(Base(tokenizer), latents_of(vae, pictures.images), tokens[:-1], tokens[-1], steps)
+    trained = run(stage, work)
+    return StableDiffusion3Pipeline(
+        transformer=trained.transformer,
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=SHIFT),
+        vae=vae,
+        text_encoder=trained.text_encoder,
+        tokenizer=tokenizer,
+        text_encoder_2=trained.text_encoder_2,
+        tokenizer_2=tokenizer,
+        text_encoder_3=None,
+        tokenizer_3=None,
+    )

@@ -1,0 +1,55 @@
+"""Pictures with captions to train on, drawn once and kept in the recipe's work folder."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from marble_lightning.tinyworld.captions import captioned
+from marble_lightning.tinyworld.degradations import spoil
+from marble_lightning.tinyworld.scenes import draw
+
+
+class Pictures(NamedTuple):
+    """`images` uint8 (N, 3, 32, 32), and a caption for each."""
+
+    images: Tensor
+    captions: list[str]
+
+
+def tensor(picture: np.ndarray) -> Tensor:
+    """(H, W, 3) -> (3, H, W)."""
+    return torch.from_numpy(picture.copy()).permute(2, 0, 1)
+
+
+def drawn_pictures(work: Path, count: int, spoiled: float, seed: int) -> Pictures:
+    """Draw training scenes, a share of them with a fault.
+
+    Args:
+        work: Folder that keeps the result.
+        count: Number of pictures.
+        spoiled: Share of pictures with one fault, 0 to 1.
+        seed: Seed of scenes and faults.
+    """
+    file = work / f"pictures-{count}-{spoiled}-{seed}.pt"
+    if not file.exists():
+        rng = random.Random(seed)
+        images, captions = [], []
+        for _ in tqdm(range(count), desc="drawing scenes"):
+            shown = captioned(rng)
+            picture = spoil(shown, rng) if rng.random() < spoiled else draw(shown.scene)
+            images.append(tensor(picture))
+            captions.append(shown.caption)
+        torch.save((torch.stack(images), captions), file)
+    return Pictures(*torch.load(file, weights_only=True))
+
+
+def to_unit(images: Tensor) -> Tensor:
+    """uint8 [0, 255] -> float [0, 1]."""
+    return images.float() / 255

@@ -1,0 +1,43 @@
+"""The vocabulary: byte-pair encoding learned from the captions, saved as a CLIPTokenizer."""
+
+from __future__ import annotations
+
+import random
+import string
+from pathlib import Path
+
+from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
+from transformers import CLIPTokenizer
+
+from marble_lightning.tinyworld.captions import captioned
+
+TOKENS = 20
+"""Tokens in a caption, the two marks included."""
+
+
+def train_tokenizer(folder: Path, seed: int) -> CLIPTokenizer:
+    """Learn the merges of CLIP's byte-pair encoding on 20,000 captions and save the tokenizer to `folder`."""
+    rng = random.Random(seed)
+    captions = [captioned(rng).caption for _ in range(20_000)]
+    captions += [" ".join(string.printable.strip())] * 2  # so that every letter can also end a word
+    bpe = Tokenizer(models.BPE(unk_token="<|endoftext|>", end_of_word_suffix="</w>"))
+    bpe.normalizer = normalizers.Sequence([normalizers.NFC(), normalizers.Lowercase()])
+    bpe.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(r"\s+"), "removed"),
+            pre_tokenizers.Punctuation(),
+            pre_tokenizers.ByteLevel(False, use_regex=False),
+        ]
+    )
+    trainer = trainers.BpeTrainer(
+        vocab_size=1200,
+        end_of_word_suffix="</w>",
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        special_tokens=["<|startoftext|>", "<|endoftext|>"],
+        show_progress=False,
+    )
+    bpe.train_from_iterator(captions, trainer)
+    folder.mkdir(parents=True, exist_ok=True)
+    bpe.model.save(str(folder))
+    CLIPTokenizer(str(folder / "vocab.json"), str(folder / "merges.txt"), model_max_length=TOKENS).save_pretrained(folder)
+    return CLIPTokenizer.from_pretrained(folder)

@@ -1,0 +1,41 @@
+"""Make the bundled weights again from nothing: `python -m marble_lightning.tinyworld.train`.
+
+Every stage is seeded and resumes from its last checkpoint in the work folder when the command is run again.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import torch
+
+from marble_lightning.tinyworld import WEIGHTS
+from marble_lightning.tinyworld.recipe.autoencoder import train_autoencoder
+from marble_lightning.tinyworld.recipe.base import train_base
+from marble_lightning.tinyworld.recipe.pictures import drawn_pictures
+from marble_lightning.tinyworld.recipe.vocabulary import train_tokenizer
+
+
+def main() -> None:
+    """Run every stage of the recipe."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, default=WEIGHTS, help="folder the weights are written to")
+    parser.add_argument("--work", type=Path, default=Path("runs/tinyworld"), help="folder of checkpoints and drawn scenes")
+    parser.add_argument("--pictures", type=int, default=60_000, help="training scenes")
+    parser.add_argument("--spoiled", type=float, default=0.5, help="share of the base model's scenes that have a fault")
+    parser.add_argument("--autoencoder-steps", type=int, default=1200)
+    parser.add_argument("--base-steps", type=int, default=3600)
+    parser.add_argument("--reward-steps", type=int, default=1500)
+    options = parser.parse_args()
+    options.work.mkdir(parents=True, exist_ok=True)
+
+    tokenizer = train_tokenizer(options.work / "tokenizer", seed=0)
+    pictures = drawn_pictures(options.work, options.pictures, options.spoiled, seed=1)
+    vae = train_autoencoder(pictures, options.work / "autoencoder", options.autoencoder_steps)
+    pipeline = train_base(pictures, tokenizer, vae, options.work / "base", options.base_steps)
+    pipeline.to(dtype=torch.float16).save_pretrained(options.out / "sd3")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,151 @@
+"""fit, validate, predict, resume through the command line; bad configs fail early and by name."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import StableDiffusion3Pipeline
+from lightning.pytorch import Callback
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from marble_lightning.cli import MarbleCLI, last_checkpoint, main
+from marble_lightning.module import DiffusionNFT
+from marble_lightning.prompts import PromptDataModule
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+
+
+def checkpoint(folder: Path, version: int = 0) -> Path:
+    return folder / f"tiny/version_{version}/checkpoints/last.ckpt"
+
+
+def adapters(path: Path) -> dict[str, torch.Tensor]:
+    return torch.load(path, weights_only=True)["state_dict"]
+
+
+def test_fit_shows_a_table_and_validate_repeats_it(small, tmp_path, capsys):
+    main(["fit", *small])
+    shown = capsys.readouterr().out
+    assert "validate -c" in shown
+    after = {line.split("│")[1].strip(): line.split("│")[4].strip() for line in shown.splitlines() if line.startswith("│")}
+    assert set(after) == {"pickscore", "hpsv2", "clipscore", "ocr", "geneval", "geneval_accuracy"}
+
+    saved = checkpoint(tmp_path)
+    assert {name.split(".")[-2] for name in adapters(saved)} == {"trained", "old", "ema"}
+    assert not any("base_layer" in name or "rewards" in name for name in adapters(saved))
+    main(["validate", *small, "--ckpt_path", str(saved)])
+    again = capsys.readouterr().out
+    repeated = {
+        line.split("│")[1].strip(): line.split("│")[4].strip() for line in again.splitlines() if line.startswith("│")
+    }
+    assert repeated == after
+
+
+def test_what_tensorboard_gets(small, tmp_path):
+    main(["fit", *small])
+    events = EventAccumulator(str(tmp_path / "tiny/version_0")).Reload()
+    scalars = set(events.Tags()["scalars"])
+    wanted = {
+        "train/ocr",
+        "held_out/geneval",
+        "alpha/clipscore",
+        "alpha_smoothed/hpsv2",
+        "gradient_norms/pickscore",
+        "kl",
+    }
+    wanted |= {f"harmony/{kind}/cos_{what}" for kind in ("update", "mean") for what in ("min", "mean", "var")}
+    wanted |= {"time/sampling", "time/scoring", "time/training", "harmony/update/conflict_rate"}
+    assert wanted <= scalars
+    assert events.Tags()["images"] == ["held_out"]
+    assert len(events.Images("held_out")) == 2  # the base and the last round
+    assert len(events.Scalars("held_out/pickscore")) == 2
+
+
+def test_validate_without_a_checkpoint_judges_the_base(small, capsys):
+    main(["validate", *small])
+    assert "pickscore" in capsys.readouterr().out
+
+
+def test_predict_writes_pictures_and_scores(small, tmp_path):
+    main(["predict", *small, "--predictions.folder", str(tmp_path / "out")])
+    lines = [json.loads(line) for line in (tmp_path / "out/pictures-0.jsonl").read_text().splitlines()]
+    assert len(lines) == 6
+    assert all((tmp_path / "out" / line["file"]).exists() for line in lines)
+    assert {line["source"] for line in lines} == {"pickscore", "ocr", "geneval"}
+    assert all(("ocr" in line["scores"]) == (line["source"] == "ocr") for line in lines)
+
+
+class Halt(RuntimeError):
+    """Stands for a kill signal."""
+
+
+class HaltInThirdRound(Callback):
+    """Stops the program in the middle of a round."""
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        if trainer.current_epoch == 2 and batch_idx == 3:
+            raise Halt
+
+
+@pytest.mark.parametrize("balancer", ["MARBLE", "WeightedSum"])
+def test_a_run_that_was_stopped_goes_on_bit_for_bit(small, tmp_path, balancer):
+    options = [*small, "--trainer.max_epochs", "4", "--balancer", balancer]
+    if balancer == "MARBLE":
+        options += ["--balancer.refresh_every", "2"]
+    main(["fit", *options])
+    with pytest.raises(Halt):
+        _fit_with(options, HaltInThirdRound())
+    main(["fit", *options, "--ckpt_path", str(checkpoint(tmp_path, 1))])
+    whole, resumed = adapters(checkpoint(tmp_path, 0)), adapters(checkpoint(tmp_path, 2))
+    assert whole.keys() == resumed.keys()
+    for name, tensor in whole.items():
+        assert torch.equal(tensor, resumed[name]), name
+
+
+def _fit_with(options: list[str], callback: Callback) -> None:
+    MarbleCLI(
+        DiffusionNFT,
+        PromptDataModule,
+        args=["fit", *options],
+        seed_everything_default=0,
+        auto_configure_optimizers=False,
+        trainer_defaults={"callbacks": [last_checkpoint(), callback]},
+    )
+
+
+@pytest.mark.parametrize("file", sorted(CONFIGS.rglob("*.yaml")), ids=lambda file: file.stem)
+def test_every_config_parses(file, capsys):
+    base = [] if file.parent == CONFIGS else ["-c", str(CONFIGS / "tiny.yaml")]
+    with pytest.raises(SystemExit) as end:
+        main(["fit", *base, "-c", str(file), "--print_config"])
+    assert end.value.code == 0
+    assert "class_path: balancers." in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--model.policy.path", "nowhere"], "must be a folder in diffusers format"),
+        (["--model.rewards", "{}"], "`rewards` must name at least one reward"),
+        (["--model.micro_batch_size", "7"], "must be a multiple of `micro_batch_size`"),
+        (["--data.prompts_per_round", "7"], "`prompts_per_round` must be a multiple of the number of sources"),
+        (["--data.sources", "[pickscore, riddles]"], "Found 'riddles'; known: geneval, ocr, pickscore"),
+        (["--model.sampling.times_per_image", "9"], "`times_per_image` must be 1 to"),
+        (["--balancer.refresh_every", "0"], "`refresh_every` must be >= 1. Found 0"),
+        (["--balancer", "Marbel"], "Marbel"),
+        (["--model.sampling.stepz", "3"], "stepz"),
+        (["--trainer.accumulate_grad_batches", "4"], "`accumulate_grad_batches` follows from"),
+        (["--trainer.max_epochs", "3"], "`max_epochs` must be a multiple"),
+    ],
+)
+def test_bad_settings_fail_before_any_weight_loads(small, options, message, monkeypatch, capsys):
+    def loading(*arguments: object) -> None:
+        raise AssertionError("weights were loaded")
+
+    monkeypatch.setattr(StableDiffusion3Pipeline, "from_pretrained", loading)
+    with pytest.raises((ValueError, SystemExit)) as error:
+        main(["fit", *small, *options])
+    assert message in str(error.value) + capsys.readouterr().err

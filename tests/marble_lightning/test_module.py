@@ -1,0 +1,178 @@
+"""One optimizer step against plain autograd, and what balancing must leave alone."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import Callback, Trainer
+from torch import Tensor
+
+from balancers import MARBLE, Balancer, FixedWeights, WeightedSum
+from marble_lightning.gradients import flat, gradients_by_passes
+from marble_lightning.module import DiffusionNFT
+from marble_lightning.objective import coefficients, nft_losses, noised
+from marble_lightning.policy import SD3Policy
+from marble_lightning.prompts import PromptDataModule
+from marble_lightning.settings import Averaging, Evaluation, Objective, Sampling
+from marble_lightning.tinyworld import PROMPTS
+from rewards import Prompt, Reward
+
+
+class Brightness(Reward):
+    def score(self, *, images: Tensor, prompts: Any) -> Tensor:
+        return images.mean((1, 2, 3))
+
+
+class Redness(Brightness):
+    """Applies to a part of the prompts only."""
+
+    def applies_to(self, prompt: Prompt) -> bool:
+        return prompt.source == "geneval"
+
+    def score(self, *, images: Tensor, prompts: Any) -> Tensor:
+        return images[:, 0].mean((1, 2)) - images[:, 2].mean((1, 2))
+
+
+class Contrast(Brightness):
+    def score(self, *, images: Tensor, prompts: Any) -> Tensor:
+        return images.std((1, 2, 3))
+
+
+class Gradients(Callback):
+    """Keeps the gradient of every optimizer step, and the micro-batches it came from."""
+
+    def __init__(self) -> None:
+        self.batches: list[Any] = []
+        self.gradients: list[Tensor] = []
+        self.states: list[Any] = []
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        if not self.states or batch_idx % pl_module.plan.per_step == 0:
+            self.states.append(copy.deepcopy(pl_module.policy.transformer.state_dict()))
+            self.batches.append([])
+        self.batches[-1].append(batch)
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        if (batch_idx + 1) % pl_module.plan.per_step == 0:
+            self.gradients.append(flat([parameter.grad for parameter in pl_module.trainable]))
+
+
+def run(checkpoints: Path, folder: Path, balancer: Balancer, rounds: int = 1, **objective: Any):
+    module = DiffusionNFT(
+        SD3Policy(str(checkpoints / "sd3"), resolution=16, rank=2, alpha=4, text_length=4, dtype="float32"),
+        rewards={"bright": Brightness(), "red": Redness(), "contrast": Contrast()},
+        sampling=Sampling(steps=4, batch_size=12, times_per_image=2),
+        objective=Objective(beta=0.5, **objective),
+        averaging=Averaging(old_rate=0.5, old_cap=0.5, ema_decay=0.75),
+        evaluation=Evaluation(steps=2),
+        micro_batch_size=6,
+        optimizer=lambda parameters: torch.optim.SGD(parameters, lr=0.1),
+    )
+    kept = Gradients()
+    trainer = Trainer(
+        accelerator="cpu", max_epochs=rounds, logger=False, enable_checkpointing=False, enable_progress_bar=False,
+        enable_model_summary=False, callbacks=[balancer, kept], limit_val_batches=0, default_root_dir=folder,
+    )  # fmt: skip
+    data = PromptDataModule(str(PROMPTS), ["ocr", "geneval"], prompts_per_round=4, images_per_prompt=3)
+    trainer.fit(module, datamodule=data)
+    return module, kept
+
+
+def reference(module: DiffusionNFT, kept: Gradients, step: int) -> tuple[Tensor, Tensor]:
+    """Per-reward gradients (reward, parameter) and the KL gradient of one step, by plain autograd over all samples."""
+    module.policy.transformer.load_state_dict(kept.states[step])
+    totals, divergence = [], []
+    for batch in kept.batches[step]:
+        noisy = noised(batch.clean, batch.noise, batch.t)
+        old, base, velocity = module._velocities(noisy, batch)
+        plus, minus = nft_losses(velocity, old, noisy, batch.clean, batch.t, module.objective.beta)
+        totals.append(batch.coefficients.plus.T @ plus + batch.coefficients.minus.T @ minus)
+        divergence.append((velocity - base).square().mean())
+    losses, kl = torch.stack(totals).sum(0), torch.stack(divergence).mean()
+    return gradients_by_passes(losses, module.trainable), gradients_by_passes(kl[None], module.trainable)[0]
+
+
+@pytest.fixture(autouse=True)
+def _known_warnings(recwarn):
+    import warnings
+
+    warnings.simplefilter("ignore")
+
+
+def test_a_cheap_step_is_the_mixture_of_the_per_reward_gradients(checkpoints, tmp_path):
+    weights = {"bright": 0.2, "red": 0.5, "contrast": 0.3}
+    module, kept = run(checkpoints, tmp_path, FixedWeights(weights=weights), rounds=2, kl_weight=0.5, max_advantage=0.5)
+    for step in range(2):
+        gradients, kl = reference(module, kept, step)
+        expected = torch.tensor(list(weights.values())) @ gradients + 0.5 * kl
+        torch.testing.assert_close(kept.gradients[step], expected, rtol=1e-4, atol=1e-6)
+
+
+def test_a_refresh_step_is_marbles_formula_and_kl_is_untouched(checkpoints, tmp_path):
+    module, kept = run(checkpoints, tmp_path, MARBLE(refresh_every=1, ema_decay=0.0), rounds=2, kl_weight=0.5)
+    for step in range(2):
+        gradients, kl = reference(module, kept, step)
+        norms = gradients.norm(dim=1)
+        unit = gradients / norms[:, None]
+        alpha = MARBLE().weights(unit.double() @ unit.double().T).float()
+        expected = alpha @ unit * norms.mean() + 0.5 * kl
+        torch.testing.assert_close(kept.gradients[step], expected, rtol=1e-3, atol=1e-6)
+
+
+def test_an_estimate_from_a_part_of_the_step_is_applied_to_all_of_it(checkpoints, tmp_path):
+    balancer = MARBLE(refresh_every=1, ema_decay=0.0, estimate_share=0.5)
+    module, kept = run(checkpoints, tmp_path, balancer, kl_weight=0.0)
+    gradients, _ = reference(module, kept, 0)
+    coefficients_used = (balancer.alpha_smoothed * balancer.scale).float()
+    torch.testing.assert_close(kept.gradients[0], coefficients_used @ gradients, rtol=1e-3, atol=1e-6)
+
+
+def test_rewards_merged_before_advantages_train_on_one_column(checkpoints, tmp_path):
+    module, kept = run(checkpoints, tmp_path, WeightedSum(), kl_weight=0.0)
+    gradients, _ = reference(module, kept, 0)
+    assert gradients.shape[0] == 1
+    torch.testing.assert_close(kept.gradients[0], gradients[0], rtol=1e-4, atol=1e-6)
+
+
+def test_coefficients_count_over_the_whole_step(checkpoints, tmp_path):
+    """Each reward's c+ and c- add up to A_max / beta over the step, however samples fall into micro-batches."""
+    _, kept = run(checkpoints, tmp_path, FixedWeights())
+    sums = sum(batch.coefficients.plus.sum(0) + batch.coefficients.minus.sum(0) for batch in kept.batches[0])
+    torch.testing.assert_close(sums, torch.full((3,), 5.0 / 0.5))
+
+
+def test_old_and_averaged_adapters_move_as_scheduled(checkpoints, tmp_path):
+    module, kept = run(checkpoints, tmp_path, FixedWeights(), rounds=2)
+    policy = module.policy
+    final = [parameter.clone() for parameter in policy.parameters_of("trained")]
+    old, ema = ([p.clone() for p in policy.parameters_of(name)] for name in ("old", "ema"))
+    policy.transformer.load_state_dict(kept.states[0])
+    initial = [parameter.clone() for parameter in policy.parameters_of("trained")]
+    policy.transformer.load_state_dict(kept.states[1])
+    between = [parameter.clone() for parameter in policy.parameters_of("trained")]
+    for first, second, last, now, mean in zip(initial, between, final, old, ema, strict=True):
+        after_one = 0.5 * first + 0.5 * second  # old keeps min(0.5 * step, 0.5)
+        torch.testing.assert_close(now, 0.5 * after_one + 0.5 * last)
+        averaged = 0.75 * first + 0.25 * second
+        torch.testing.assert_close(mean, 0.75 * averaged + 0.25 * last)
+
+
+def test_the_base_never_changes(checkpoints, tmp_path):
+    module, _ = run(checkpoints, tmp_path, FixedWeights(), rounds=2)
+    fresh = SD3Policy(str(checkpoints / "sd3"), resolution=16, rank=2, alpha=4, dtype="float32")
+    fresh.setup(seed=0)
+    trained = module.policy.transformer.state_dict()
+    for name, tensor in fresh.transformer.state_dict().items():
+        if ".lora_" not in name:
+            assert torch.equal(tensor, trained[name]), name
+
+
+def test_reference_coefficients_are_the_published_ones():
+    advantages = torch.tensor([[1.0], [-2.0]])
+    plus, minus = coefficients(advantages, torch.tensor([2]), 0.1, 5.0)
+    torch.testing.assert_close(plus[:, 0], torch.tensor([0.6, 0.3]) * 50 / 2)
+    torch.testing.assert_close(minus[:, 0], torch.tensor([0.4, 0.7]) * 50 / 2)

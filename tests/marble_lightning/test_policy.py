@@ -1,0 +1,121 @@
+"""The pipeline and its three adapters."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from marble_lightning.policy import ADAPTERS, SD3Policy
+from marble_lightning.seeds import generator
+
+
+@pytest.fixture
+def policy(checkpoints) -> SD3Policy:
+    policy = SD3Policy(str(checkpoints / "sd3"), resolution=16, rank=2, alpha=4, text_length=4, dtype="float32")
+    policy.setup(seed=0)
+    return policy
+
+
+@torch.no_grad()
+def shake(policy: SD3Policy, adapter: str) -> None:
+    for index, parameter in enumerate(policy.parameters_of(adapter)):
+        parameter.add_(torch.randn(parameter.shape, generator=generator("shake", adapter, index)))
+
+
+def outputs(policy: SD3Policy, adapter: str | None) -> torch.Tensor:
+    conditions = policy.encode(["a red circle", "two squares"])
+    noisy = torch.randn(2, 4, 8, 8, generator=generator("noisy"))
+    with torch.no_grad(), policy.using(adapter):
+        return policy.velocity(noisy, torch.tensor([0.3, 0.9]), conditions)
+
+
+def test_adapters_start_at_the_base_and_only_one_is_trainable(policy):
+    base = outputs(policy, None)
+    for adapter in ADAPTERS:
+        torch.testing.assert_close(outputs(policy, adapter), base)
+    trainable = {id(parameter) for parameter in policy.parameters() if parameter.requires_grad}
+    assert trainable == {id(parameter) for parameter in policy.parameters_of("trained")}
+
+
+def test_adapters_are_apart_and_the_base_never_changes(policy):
+    base = outputs(policy, None)
+    shake(policy, "trained")
+    assert (outputs(policy, "trained") - base).abs().max() > 1e-3
+    for adapter in (None, "old", "ema"):
+        torch.testing.assert_close(outputs(policy, adapter), base)
+
+
+def test_moving_is_a_weighted_mean(policy):
+    shake(policy, "trained")
+    shake(policy, "old")
+    before = [parameter.clone() for parameter in policy.parameters_of("old")]
+    policy.move("old", towards="trained", by=0.25)
+    for now, was, goal in zip(policy.parameters_of("old"), before, policy.parameters_of("trained"), strict=True):
+        torch.testing.assert_close(now, 0.75 * was + 0.25 * goal)
+
+
+def test_using_an_adapter_leaves_requires_grad_alone(policy):
+    flags = [parameter.requires_grad for parameter in policy.parameters()]
+    with policy.using("old"), policy.using(None):
+        assert flags == [parameter.requires_grad for parameter in policy.parameters()]
+
+
+def test_every_attention_projection_has_a_lora(policy):
+    """Also the second attention of SD3.5 Medium's dual blocks, and to_out.0."""
+    names = {name.split(".lora_")[0] for name, _ in policy.transformer.named_parameters() if ".lora_A.trained" in name}
+    assert "transformer_blocks.0.attn.to_out.0" in names
+    assert "transformer_blocks.0.attn2.to_q" in names
+    assert "transformer_blocks.0.attn.add_k_proj" in names
+
+
+def test_initial_adapters_depend_on_the_seed_only(checkpoints):
+    def first(seed: int) -> torch.Tensor:
+        torch.randn(3)  # the global generator must not matter
+        policy = SD3Policy(str(checkpoints / "sd3"), resolution=16, rank=2, dtype="float32")
+        policy.setup(seed)
+        return policy.parameters_of("trained")[0].detach()
+
+    torch.testing.assert_close(first(0), first(0), rtol=0, atol=0)
+    assert (first(0) - first(1)).abs().max() > 0
+
+
+@pytest.mark.parametrize("solver", ["dpm2", "euler"])
+def test_a_picture_depends_on_its_own_generator_only(policy, solver):
+    conditions = policy.encode(["a red circle", "two squares", "a cross"])
+
+    def sample(indices: list[int]) -> torch.Tensor:
+        chosen = conditions[torch.tensor(indices)]
+        return policy.sample(chosen, [generator("x", i) for i in indices], "old", steps=3, solver=solver)
+
+    together, alone = sample([0, 1, 2]), sample([1])
+    torch.testing.assert_close(together[1:2], alone, rtol=1e-4, atol=1e-5)
+    images = policy.decode(together)
+    assert images.shape == (3, 3, 16, 16)
+    assert images.min() >= 0
+    assert images.max() <= 1
+
+
+def test_guidance_changes_the_pictures(policy):
+    conditions, empty = policy.encode(["a red circle"]), policy.encode([""])
+    plain = policy.sample(conditions, [generator("x")], None, steps=3, solver="euler")
+    guided = policy.sample(conditions, [generator("x")], None, steps=3, solver="euler", guidance=5.0, unconditional=empty)
+    assert (plain - guided).abs().max() > 1e-4
+
+
+def test_a_folder_that_is_not_sd3_is_refused_before_loading(tmp_path):
+    with pytest.raises(ValueError, match="must be a folder in diffusers format or a hub id"):
+        SD3Policy(str(tmp_path / "nowhere")).check()
+    with pytest.raises(ValueError, match=r"with a model_index\.json"):
+        SD3Policy(str(tmp_path)).check()
+    (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": "FluxPipeline"}))
+    with pytest.raises(ValueError, match="Found FluxPipeline"):
+        SD3Policy(str(tmp_path)).check()
+
+
+def test_bad_options():
+    with pytest.raises(ValueError, match="`rank` must be >= 1"):
+        SD3Policy("x/y", rank=0)
+    with pytest.raises(ValueError, match="`targets` must name"):
+        SD3Policy("x/y", targets=[])
