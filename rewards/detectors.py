@@ -31,6 +31,9 @@ class Detection:
 class Detector(nn.Module, ABC):
     """Finds objects and names their colours. Subclass it, override `detect`, and hand it to `GenEval`."""
 
+    classes: frozenset[str] | None = None
+    """Names of the classes it can find; None where that cannot be told beforehand."""
+
     def setup(self) -> None:
         """Load weights. Safe to call twice; the base has nothing to load."""
 

@@ -80,8 +80,10 @@ class GenEval(Reward):
             prompts: one per image; `applies_to` holds for each.
 
         Raises:
-            ValueError: if the detector returns another number of lists than there are images, or metadata is malformed.
+            ValueError: if the detector does not know a class a prompt names, or returns another number of lists than there
+                are images, or metadata is malformed.
         """
+        self._check_classes(prompts)
         found = self.detector.detect(images)
         if len(found) != len(images):
             raise ValueError(
@@ -99,6 +101,18 @@ class GenEval(Reward):
             )
             for image, prompt, detections in zip(images, prompts, found, strict=True)
         ]
+
+    def _check_classes(self, prompts: Sequence[Prompt]) -> None:
+        known = self.detector.classes
+        if known is None:
+            return
+        asked = {clause["class"] for prompt in prompts for clause in prompt.metadata["include"] if "class" in clause}
+        if unknown := sorted(asked - known):
+            raise ValueError(
+                f"GenEval: `detector` must know every class that prompts name. Found {', '.join(unknown[:5])}, which "
+                f"{type(self.detector).__name__} does not: it knows {', '.join(sorted(known))}. "
+                "Name a detector of these classes, or leave these prompts out."
+            )
 
     def score(self, *, images: Float[Tensor, "b 3 h w"], prompts: Sequence[Prompt]) -> Float[Tensor, "b"]:
         """The chosen score of each image."""

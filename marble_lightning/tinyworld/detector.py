@@ -29,6 +29,8 @@ class ColourBlobs(Detector):
         min_area: Smallest blob in pixels.
     """
 
+    classes = frozenset(SHAPES)
+
     def __init__(self, reach: float = 62.0, min_area: int = 14) -> None:
         super().__init__()
         self.reach, self.min_area = reach, min_area

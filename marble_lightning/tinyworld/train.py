@@ -10,11 +10,15 @@ from pathlib import Path
 
 import torch
 
-from marble_lightning.tinyworld import WEIGHTS
+from marble_lightning.tinyworld import PROMPTS, WEIGHTS
 from marble_lightning.tinyworld.recipe.autoencoder import train_autoencoder
 from marble_lightning.tinyworld.recipe.base import train_base
+from marble_lightning.tinyworld.recipe.judges import train_judges
 from marble_lightning.tinyworld.recipe.pictures import drawn_pictures
+from marble_lightning.tinyworld.recipe.prompt_files import write_prompt_files
 from marble_lightning.tinyworld.recipe.vocabulary import train_tokenizer
+
+PROMPT_SEED = 4
 
 
 def main() -> None:
@@ -26,7 +30,8 @@ def main() -> None:
     parser.add_argument("--spoiled", type=float, default=0.5, help="share of the base model's scenes that have a fault")
     parser.add_argument("--autoencoder-steps", type=int, default=1200)
     parser.add_argument("--base-steps", type=int, default=3600)
-    parser.add_argument("--reward-steps", type=int, default=1500)
+    parser.add_argument("--judge-steps", type=int, default=2000)
+    parser.add_argument("--pairs", type=int, default=24_000, help="preference pairs of each reward model")
     options = parser.parse_args()
     options.work.mkdir(parents=True, exist_ok=True)
 
@@ -35,6 +40,8 @@ def main() -> None:
     vae = train_autoencoder(pictures, options.work / "autoencoder", options.autoencoder_steps)
     pipeline = train_base(pictures, tokenizer, vae, options.work / "base", options.base_steps)
     pipeline.to(dtype=torch.float16).save_pretrained(options.out / "sd3")
+    train_judges(tokenizer, options.work / "judges", options.out, options.judge_steps, options.pairs)
+    write_prompt_files(PROMPTS, PROMPT_SEED)
 
 
 if __name__ == "__main__":

@@ -354,7 +354,7 @@ def test_detector_must_answer_for_each_image() -> None:
         def detect(self, images):
             return []
 
-    with pytest.raises(ValueError, match="`Short.detect` must return one list per image. Found 0 for 3 images"):
+    with pytest.raises(ValueError, match="`Short.detect` must return one list an image. Found 0 for 3 images"):
         GenEval(Short())(images=PICTURES, prompts=[TWO_CATS] * 3)
 
 

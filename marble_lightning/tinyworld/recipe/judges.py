@@ -53,6 +53,11 @@ def fastidious(shown: Captioned, rng: random.Random) -> tuple[np.ndarray, np.nda
     return _preference(shown, rng, minded=TECHNICAL, excused=CONTENT)
 
 
+def clean(shown: Captioned, rng: random.Random) -> tuple[np.ndarray, np.ndarray]:
+    """A clean rendering over one with any of the six faults: common ground of the two preference models."""
+    return draw(shown.scene), spoil(shown, rng)
+
+
 def _preference(shown: Captioned, rng: random.Random, minded: Sequence, excused: Sequence) -> tuple[np.ndarray, np.ndarray]:
     draws = rng.random()
     if draws < 0.15:

@@ -7,10 +7,12 @@ import random
 from collections import Counter
 from pathlib import Path
 
-from marble_lightning.tinyworld.captions import SHARES, Captioned, captioned
+from marble_lightning.tinyworld.captions import GENEVAL, SHARES, Captioned, captioned
 
 TRAIN, TEST = 600, 96
-"""Prompts of each text source."""
+"""Prompts of each source, at most."""
+DRAWS = 20_000
+"""Captions drawn to find distinct ones; enough that a tag runs out only where it has no more."""
 TEST_PER_TAG = 24
 """Held-out GenEval prompts of each tag, as far as there are distinct ones."""
 
@@ -32,17 +34,15 @@ def write_prompt_files(folder: Path, seed: int) -> None:
 
 
 def _distinct(rng: random.Random, source: str, test: bool) -> list[Captioned]:
+    """Distinct captions, at most a fixed number of each GenEval tag, or of the source where it has no tags."""
+    tagged = source == "geneval"
+    most = (TEST_PER_TAG if tagged else TEST) if test else (TRAIN // len(GENEVAL) if tagged else TRAIN)
     found: dict[str, Captioned] = {}
     tags: Counter[str] = Counter()
-    for _ in range(20_000):
+    for _ in range(DRAWS):
         each = captioned(rng, source, test=test)
-        if each.caption in found:
-            continue
         tag = each.metadata.get("tag", source)
-        if tags[tag] >= (TRAIN if not test else TEST_PER_TAG if source == "geneval" else TEST):
-            continue
-        if not test and source == "geneval" and tags[tag] >= TRAIN // 6:
-            continue
-        tags[tag] += 1
-        found[each.caption] = each
+        if each.caption not in found and tags[tag] < most:
+            tags[tag] += 1
+            found[each.caption] = each
     return list(found.values())

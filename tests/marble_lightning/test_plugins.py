@@ -1,0 +1,71 @@
+"""A reward and a balancer of somebody else's, each a short file outside the project, named in YAML."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from marble_lightning.cli import main
+
+REWARD = '''
+from rewards import Reward
+
+
+class Warmth(Reward):
+    """Red minus blue."""
+
+    def __init__(self, gain: float = 1.0) -> None:
+        super().__init__()
+        self.gain = gain
+
+    def score(self, *, images, prompts):
+        return self.gain * (images[:, 0] - images[:, 2]).mean((1, 2))
+'''
+
+BALANCER = '''
+import torch
+from balancers import Balancer
+
+
+class InverseNorm(Balancer):
+    """Each reward in inverse proportion to the length of its gradient."""
+
+    def weights(self, gram):
+        inverse = 1 / gram.diagonal().sqrt()
+        return inverse / inverse.sum()
+'''
+
+CONFIG = """
+balancer:
+  class_path: their_balancer.InverseNorm
+  init_args: {refresh_every: 2, ema_decay: 0.5}
+model:
+  rewards:
+    warmth:
+      class_path: their_reward.Warmth
+      init_args: {gain: 2.0}
+    brightness:
+      class_path: their_reward.Warmth
+      init_args: {gain: -1.0}
+"""
+
+
+def test_they_train_for_two_rounds(small, tmp_path, monkeypatch):
+    (tmp_path / "their_reward.py").write_text(REWARD)
+    (tmp_path / "their_balancer.py").write_text(BALANCER)
+    config = Path(tmp_path / "theirs.yaml")
+    config.write_text(CONFIG)
+    assert max(len(text.strip().splitlines()) for text in (REWARD, BALANCER)) <= 15
+    monkeypatch.syspath_prepend(tmp_path)
+    main(["fit", *_without_rewards(small), "-c", str(config)])
+    saved = torch.load(tmp_path / "tiny/version_0/checkpoints/last.ckpt", weights_only=True)
+    assert saved["callbacks"]["InverseNorm"]["reward_names"] == ["warmth", "brightness"]
+    assert saved["callbacks"]["InverseNorm"]["step"] == 2
+    trained = [tensor for name, tensor in saved["state_dict"].items() if ".lora_B.trained" in name]
+    assert max(tensor.abs().max() for tensor in trained) > 0
+
+
+def _without_rewards(options: list[str]) -> list[str]:
+    pairs = zip(options[::2], options[1::2], strict=True)
+    return [part for name, value in pairs if not name.startswith("--model.rewards") for part in (name, value)]
