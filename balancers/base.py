@@ -27,10 +27,13 @@ class Balancer(Callback):
 
     A gradient method is asked every `refresh_every` optimizer steps. Its weights are smoothed reward by reward,
     $\bar\alpha_k \leftarrow \rho \bar\alpha_k + (1 - \rho) \alpha_k$, the first time $\bar\alpha_k = \alpha_k$. With
-    `normalize`, $s_k = \operatorname{mean}_j |g_j| / |g_k|$, else 1. A reward whose gradient is not finite, or zero (below
-    3.5e-4 of the largest, what rounding leaves), is left out of the solution and keeps its $\bar\alpha_k$ and $s_k$; one
-    never seen has those of `prior` and 1. The others are not shrunk to make room for it, so the sum may pass 1 until the
-    next solution: a reward holding all the weight would otherwise leave the rest with none on falling silent.
+    `normalize`, $s_k = \operatorname{mean}_j |g_j| / |g_k|$, else 1: from the gradients at hand on a refresh, from norms
+    smoothed like the weights in between. (Smoothed ratios would let one faint gradient outweigh all that follow.)
+
+    A reward whose gradient is not finite, or zero (below 3.5e-4 of the largest, what rounding leaves), is left out of the
+    solution and keeps its $\bar\alpha_k$ and $s_k$; one never seen has those of `prior` and 1. The others are not shrunk
+    to make room for it, so the sum may pass 1 until the next solution: a reward holding all the weight would otherwise
+    leave the rest with none on falling silent.
 
     Source: MARBLE, arXiv 2605.06507, eq. 7 ($s_k$), 12 (smoothing), proposition 1 (reuse between refreshes).
 
@@ -38,7 +41,7 @@ class Balancer(Callback):
         refresh_every: optimizer steps between two solutions, >= 1.
         ema_decay: rho, how much of the old weights a solution keeps, in [0, 1).
         normalize: whether `weights` sees unit gradients, brought back to their mean norm afterwards.
-        amortize: between refreshes use weights times smoothed norm ratios (scaled), which follows the direction solved
+        amortize: between refreshes use weights times ratios of smoothed norms (scaled), which follows the direction solved
             for, or the weights alone on raw gradients (raw), which is the paper.
         estimate_share: share of a refresh step's micro-batches whose gradients are used, in (0, 1].
         uniform_after_step: optimizer step from which all rewards weigh the same, without gradients. Null: never.
@@ -66,7 +69,7 @@ class Balancer(Callback):
         self.step = 0
         self.counts = {"refreshes": 0, "update_conflicts": 0, "mean_conflicts": 0}
         self.diagnostics: dict[str, Any] = {}
-        self._sum, self._solved = GradientSum(), False  # of this optimizer step
+        self._sum, self._solved = GradientSum(), cast(Tensor | None, None)  # of this optimizer step
 
     # Names
 
@@ -91,7 +94,7 @@ class Balancer(Callback):
         self.prior = torch.full((k,), 1 / k, dtype=torch.float64)
         self.active = torch.ones(k, dtype=torch.bool)
         self.alpha_smoothed = torch.full_like(self.prior, torch.nan)
-        self.scale = torch.full_like(self.prior, torch.nan)
+        self.norms = torch.full_like(self.prior, torch.nan)
 
     # The three levels
 
@@ -133,10 +136,14 @@ class Balancer(Callback):
         """What multiplies each reward's loss in the scalarised loss now: (K,) float32 on the CPU."""
         if self.uniform:
             return torch.full((len(self.names),), 1 / len(self.names))
-        alpha = self._alpha
-        if self.amortize == "scaled" or self._solved:
-            alpha = alpha * self.scale.nan_to_num(1.0)
-        return alpha.float()
+        if self._solved is not None:
+            return self._solved
+        return (self._alpha * self.scale if self.amortize == "scaled" else self._alpha).float()
+
+    @property
+    def scale(self) -> Float[Tensor, "reward"]:
+        """Smoothed s_k, which brings a raw gradient to the mean length; 1 without `normalize` or a past."""
+        return (self.norms.nanmean() / self.norms).nan_to_num(1.0) if self.normalize else torch.ones_like(self.prior)
 
     @property
     def _alpha(self) -> Float[Tensor, "reward"]:
@@ -147,7 +154,7 @@ class Balancer(Callback):
         due = self.step % self.refresh_every == 0 or bool(self.alpha_smoothed.isnan().all())
         due = due and self.needs_gradients and not self.uniform
         share = math.ceil(round(self.estimate_share * n_micro_batches, 9))  # 0.7 * 10 is a hair above 7
-        self._sum, self._solved = GradientSum(max(share, 1) if due else 0), False
+        self._sum, self._solved = GradientSum(max(share, 1) if due else 0), None
 
     def add_gradients(self, gradients: Float[Tensor, "reward parameter"]) -> None:
         """Add one micro-batch's per-reward gradients (K, P), normalised over the optimizer step so that they sum up."""
@@ -176,8 +183,8 @@ class Balancer(Callback):
         alpha = torch.zeros_like(self.prior).masked_scatter(active, weigh(self.weights, block, self.normalize))
         ratio = norms[active].mean() / norms if self.normalize else torch.ones_like(norms)
         self.alpha_smoothed = smooth(self.alpha_smoothed, alpha, active, self.ema_decay)
-        self.scale = smooth(self.scale, ratio, active, self.ema_decay if self.amortize == "scaled" else 0.0)
-        self._solved = True
+        self.norms = smooth(self.norms, norms, active, self.ema_decay)
+        self._solved = torch.where(active, self._alpha * ratio, self._alpha * self.scale).float()
 
         agreement = compare(block, self.coefficients[active])
         self.counts["refreshes"] += 1
@@ -189,7 +196,7 @@ class Balancer(Callback):
     def end_step(self) -> None:
         """End an optimizer step, after the optimizer has stepped."""
         self.step += 1
-        self._sum, self._solved = GradientSum(), False
+        self._sum, self._solved = GradientSum(), None
 
     # Checkpoints
 
@@ -197,11 +204,11 @@ class Balancer(Callback):
         """All that the next step depends on, between two optimizer steps; NaN where a reward has never been active."""
         if not self.names:
             return {}
-        state = {"alpha_smoothed": self.alpha_smoothed.clone(), "scale": self.scale.clone()}
+        state = {"alpha_smoothed": self.alpha_smoothed.clone(), "norms": self.norms.clone()}
         return {"reward_names": list(self.reward_names), "step": self.step, "counts": dict(self.counts), **state}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take up a `state_dict`, before or after `bind`. Raises a ValueError if its rewards are not the run's."""
         self.bind(state_dict["reward_names"])
         self.step, self.counts = state_dict["step"], dict(state_dict["counts"])
-        self.alpha_smoothed, self.scale = state_dict["alpha_smoothed"].clone(), state_dict["scale"].clone()
+        self.alpha_smoothed, self.norms = state_dict["alpha_smoothed"].clone(), state_dict["norms"].clone()

@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import BasePredictionWriter, TQDMProgressBar
-from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
 from rich.console import Console
@@ -25,14 +24,13 @@ from marble_lightning.table import held_out_table
 class ProgressBar(TQDMProgressBar):
     """Lightning's bar, with the words of this method: the sanity check measures the base, an epoch is a round."""
 
-    def init_sanity_tqdm(self) -> Tqdm:
-        bar = super().init_sanity_tqdm()
-        bar.set_description("Base on held-out prompts")
-        return bar
+    @property
+    def sanity_check_description(self) -> str:
+        return "Base on held-out prompts"
 
-    def on_sanity_check_start(self, *arguments: Any) -> None:
-        super().on_sanity_check_start(*arguments)
-        self.val_progress_bar.set_description("Base on held-out prompts")
+    @property
+    def validation_description(self) -> str:
+        return "Held-out prompts"
 
     def on_train_epoch_start(self, trainer: Trainer, *arguments: Any) -> None:
         super().on_train_epoch_start(trainer, *arguments)
@@ -75,31 +73,39 @@ class Pictures(Callback):
 
 
 class Harmony(Callback):
-    """Logs what the balancer found at each refresh: coefficients, gradient norms, and how well the update agrees."""
+    """Logs what the balancer found at each refresh: coefficients, gradient norms, and how well the update agrees.
 
-    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *arguments: Any) -> None:
+    Straight to the logger, since Lightning would repeat the last values on the steps in between.
+    """
+
+    def on_train_batch_end(self, trainer: Trainer, *arguments: Any) -> None:
         for balancer in trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(balancer, Balancer) and balancer.diagnostics:
-                self._log(pl_module, balancer)
+                if trainer.logger is not None:
+                    trainer.logger.log_metrics(self._figures(balancer), step=trainer.global_step)
                 balancer.diagnostics = {}
 
     @staticmethod
-    def _log(pl_module: LightningModule, balancer: Balancer) -> None:
+    def _figures(balancer: Balancer) -> dict[str, float]:
         found = dict(balancer.diagnostics)
         found.pop("gram")
-        pl_module.log("left_out", float(len(found.pop("left_out"))))
+        figures = {"left_out": float(len(found.pop("left_out")))}
         for title, value in found.items():
             if isinstance(value, Tensor):
-                pl_module.log_dict({f"{title}/{name}": v for name, v in zip(balancer.names, value.float(), strict=True)})
+                figures |= {f"{title}/{name}": v for name, v in zip(balancer.names, value.tolist(), strict=True)}
             else:
-                pl_module.log(f"harmony/{title}", value)
+                figures[f"harmony/{title}"] = value
         refreshes = max(balancer.counts["refreshes"], 1)
         for kind in ("update", "mean"):
-            pl_module.log(f"harmony/{kind}/conflict_rate", balancer.counts[f"{kind}_conflicts"] / refreshes)
+            figures[f"harmony/{kind}/conflict_rate"] = balancer.counts[f"{kind}_conflicts"] / refreshes
+        return figures
 
 
 class HeldOutTable(Callback):
-    """Prints base -> trained on held-out prompts when a run ends, where it is, and what to do next."""
+    """Prints base -> trained on held-out prompts when a run ends, where it is, and what to do next.
+
+    The scores themselves, one row per held-out picture, are kept in the run's folder as `held_out.pt`.
+    """
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         every = trainer.check_val_every_n_epoch
@@ -109,34 +115,42 @@ class HeldOutTable(Callback):
                 f"Found {trainer.max_epochs}."
             )
 
-    @rank_zero_only
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._show(pl_module)
-        if trainer.log_dir is None:
+        folder = Path(trainer.log_dir or ".")  # asked on every rank: it is a broadcast
+        if not trainer.is_global_zero:
             return
-        folder = Path(trainer.log_dir)
+        self._show(trainer, pl_module)
+        if isinstance(pl_module, DiffusionNFT) and pl_module.trained_scores is not None:
+            kept = {"judges": list(pl_module.judges), "base": pl_module.base_scores, "trained": pl_module.trained_scores}
+            torch.save(kept, folder / "held_out.pt")
         config, checkpoint = folder / "config.yaml", folder / "checkpoints" / "last.ckpt"
         print(
             f"\nThis run:       {folder}\n"
             f"Judge it again: marble-lightning validate -c {config} --ckpt_path {checkpoint}\n"
             f"See it:         tensorboard --logdir {folder.parent}\n"
-            f"The plain sum:  marble-lightning fit -c {config} -c configs/balancers/weighted_sum.yaml"
+            f"The plain sum:  marble-lightning fit -c {config} -c configs/balancers/weighted_sum.yaml --ckpt_path null"
         )
 
     @rank_zero_only
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.state.fn == "validate":
-            self._show(pl_module)
+            self._show(trainer, pl_module)
 
     @rank_zero_only
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._show(pl_module)
+        self._show(trainer, pl_module)
 
     @staticmethod
-    def _show(module: LightningModule) -> None:
+    def _show(trainer: Trainer, module: LightningModule) -> None:
         if isinstance(module, DiffusionNFT) and module.trained_scores is not None:
-            table = held_out_table(list(module.judges), module.trained_scores, module.base_scores)
-            Console(width=110).print(table)
+            console = Console(width=110)
+            names, scores = list(module.judges), module.trained_scores
+            if trainer.state.fn != "fit" and not trainer.ckpt_path:
+                console.print(held_out_table(names, scores, heading="base"))
+                return
+            console.print(held_out_table(names, scores, base=module.base_scores))
+            if module.base_scores is None:
+                console.print("No base beside it: it was not measured on these prompts (`num_sanity_val_steps: -1` does).")
 
 
 class PictureWriter(BasePredictionWriter):

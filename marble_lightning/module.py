@@ -13,14 +13,14 @@ from torch import Tensor, nn
 from torchmetrics import CatMetric
 from tqdm import tqdm
 
-from balancers import Balancer
+from marble_lightning.checks import every_reward_applies, the_balancer, the_data, the_plan
 from marble_lightning.gradients import add_flat, gradients_by_passes
 from marble_lightning.objective import nft_losses, noised
-from marble_lightning.policy import Adapter, Conditions, SD3Policy
-from marble_lightning.prompts import PromptDataModule
-from marble_lightning.rollouts import MicroBatch, Plan, Rollout, micro_batches, score, weigh_round
-from marble_lightning.seeds import generator
+from marble_lightning.policy import Adapter, SD3Policy, is_adapter
+from marble_lightning.rollouts import MicroBatch, MicroBatches, Rollout, micro_batches, score, weigh_round
+from marble_lightning.seeds import derived_seed, generator
 from marble_lightning.settings import Averaging, Evaluation, Objective, Sampling
+from marble_lightning.table import per_prompt
 from rewards import Prompt, Reward
 
 HeldOut = list[tuple[int, Prompt]]
@@ -80,51 +80,32 @@ class DiffusionNFT(LightningModule):
         self.optimizer = optimizer
         self.micro_batch_size, self.optimizer_steps_per_round = micro_batch_size, optimizer_steps_per_round
         self.seed = seed
+        self.merged: Tensor | None = None
+        """A refresh's merged gradient, flat, until it is written."""
         self.held_out_scores = CatMetric(nan_strategy="disable")
         self.base_scores: Tensor | None = None
-        """Held-out scores (picture, judge) of the base, measured by the trainer's sanity check; kept in checkpoints."""
+        """Held-out scores (prompt, judge) of the base, measured by the trainer's sanity check; kept in checkpoints."""
         self.trained_scores: Tensor | None = None
         """The same of the averaged adapter, from the last validation."""
 
     # Setting up -----------------------------------------------------------------------------------------------------
 
     def setup(self, stage: str) -> None:
-        """Check the sizes, then load the weights."""
+        """Check what can be checked, then load the weights."""
         if stage == "fit":
-            self.balancer = self._find_balancer()
-            self.plan = self._make_plan()
+            self.balancer = the_balancer(self.trainer)
+            self.plan = the_plan(self.trainer, self.sampling, self.micro_batch_size, self.optimizer_steps_per_round)
+            every_reward_applies(self._learned, the_data(self.trainer))
             self.trainer.accumulate_grad_batches = self.plan.per_step
         self.policy.setup(self.seed)
         for judge in self.judges.values():
             judge.setup()
+            judge.requires_grad_(False)
         self.trainable = self.policy.parameters_of("trained")
 
-    def _find_balancer(self) -> Balancer:
-        found = [callback for callback in self.trainer.callbacks if isinstance(callback, Balancer)]  # type: ignore[attr-defined]
-        if len(found) != 1:
-            raise ValueError(f"The trainer must have one Balancer callback, e.g. balancers.MARBLE(). Found {len(found)}.")
-        return found[0]
-
-    def _make_plan(self) -> Plan:
-        data, ranks = self._data(), self.trainer.world_size
-        if data.prompts_per_round % ranks:
-            raise ValueError(
-                f"`prompts_per_round` must be a multiple of the number of processes, {ranks}. "
-                f"Found {data.prompts_per_round}."
-            )
-        if self.trainer.accumulate_grad_batches != 1:
-            raise ValueError(
-                "`accumulate_grad_batches` follows from the size of a round and must stay 1. "
-                f"Found {self.trainer.accumulate_grad_batches}; set `micro_batch_size` and `optimizer_steps_per_round`."
-            )
-        images = data.prompts_per_round // ranks * data.images_per_prompt
-        return Plan(images, self.sampling.times, self.micro_batch_size, self.optimizer_steps_per_round)
-
-    def _data(self) -> PromptDataModule:
-        data = getattr(self.trainer, "datamodule", None)
-        if not isinstance(data, PromptDataModule):
-            raise ValueError(f"The trainer must be given a PromptDataModule. Found {type(data).__name__}.")
-        return data
+    def teardown(self, stage: str) -> None:
+        if stage == "fit":
+            self.trainer.accumulate_grad_batches = 1
 
     @property
     def judges(self) -> dict[str, Reward]:
@@ -148,16 +129,17 @@ class DiffusionNFT(LightningModule):
         prompts = [rollout.prompts[group] for group in rollout.groups.tolist()]
         scores = self._scored(rollout.images, prompts)
         self.rollout = rollout
-        self.coefficients = weigh_round(
+        self.weighed = weigh_round(
             scores, rollout.groups, self.balancer, self.objective, self.plan, self._key("train"), self.trainer
         )
         self.trained_since = time.perf_counter()
         self.log_dict({f"train/{name}": column.nanmean() for name, column in zip(self.rewards, scores.T, strict=True)})
+        self.log_dict({f"missing/{name}": float(reward.missing) for name, reward in self._learned.items()})
         self.log_dict({"time/sampling": sampled - begin, "time/scoring": self.trained_since - sampled})
 
     def sample_round(self) -> Rollout:
         """Encode each distinct prompt once and sample its k pictures with the old adapter."""
-        data = self._data()
+        data = the_data(self.trainer)
         prompts = data.round(self.seed, self.current_epoch, self.global_rank, self.trainer.world_size)
         conditions = self.policy.encode([prompt.text for prompt in prompts])
         groups = torch.arange(len(prompts), device=self.device).repeat_interleave(data.images_per_prompt)
@@ -194,7 +176,11 @@ class DiffusionNFT(LightningModule):
     # Training on it -------------------------------------------------------------------------------------------------
 
     def train_dataloader(self) -> MicroBatches:
-        return MicroBatches(self)
+        return MicroBatches(self.plan.total, self._micro_batches)
+
+    def _micro_batches(self) -> Iterator[MicroBatch]:
+        grid = self.policy.sigmas(self.sampling.steps)[: self.sampling.usable_times]
+        return micro_batches(self.rollout, self.weighed, grid, self.plan, self._key("train"))
 
     def training_step(self, batch: MicroBatch, batch_idx: int) -> Tensor:
         """The scalarised loss, or on a refresh the per-reward gradients; the KL term beside either."""
@@ -236,8 +222,6 @@ class DiffusionNFT(LightningModule):
             add_flat(self.merged, self.trainable)
             self.merged = None
 
-    merged: Tensor | None = None
-
     def on_train_batch_end(self, outputs: Any, batch: MicroBatch, batch_idx: int) -> None:
         """After an optimizer step the averaged adapter follows; after the round's last one the old adapter does."""
         if (batch_idx + 1) % self.plan.per_step:
@@ -258,7 +242,8 @@ class DiffusionNFT(LightningModule):
     def validation_step(self, batch: HeldOut, batch_idx: int) -> dict[str, Tensor]:
         """As `predict_step`, and remember the scores."""
         pictures = self.predict_step(batch, batch_idx)
-        self.held_out_scores.update(pictures["scores"])
+        indices = torch.tensor([index for index, _ in batch], device=self.device, dtype=torch.float32)
+        self.held_out_scores.update(torch.cat([indices[:, None], pictures["scores"]], dim=1))
         return pictures
 
     test_step = validation_step
@@ -266,7 +251,7 @@ class DiffusionNFT(LightningModule):
     def sample_held_out(self, batch: HeldOut) -> Tensor:
         """Pictures of prompts; the index names the noise."""
         conditions = self.policy.encode([prompt.text for _, prompt in batch])
-        empty: Conditions | None = self.policy.encode([""]) if self.evaluation.guidance > 1 else None
+        empty = self.policy.encode([""]) if self.evaluation.guidance > 1 else None
         noise = [generator(self.seed, "held-out", index) for index, _ in batch]
         latents = self.policy.sample(
             conditions, noise, "ema", steps=self.evaluation.steps, solver=self.evaluation.solver,
@@ -275,7 +260,7 @@ class DiffusionNFT(LightningModule):
         return self.policy.decode(latents)
 
     def on_validation_epoch_end(self) -> None:
-        scores = self.held_out_scores.compute().cpu()
+        scores = per_prompt(self.held_out_scores.compute().cpu(), the_data(self.trainer).held_out_images)
         self.held_out_scores.reset()
         if self.trainer.sanity_checking:
             self.base_scores = scores
@@ -293,34 +278,21 @@ class DiffusionNFT(LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep the adapters, never the frozen weights."""
-        checkpoint["state_dict"] = {name: checkpoint["state_dict"][name] for name in self._adapter_names()}
-        checkpoint["base_scores"] = self.base_scores
+        adapters = {name: tensor for name, tensor in checkpoint["state_dict"].items() if is_adapter(name)}
+        checkpoint["state_dict"], checkpoint["lora"] = adapters, self.policy.lora
+        checkpoint["base_scores"], checkpoint["base_measured"] = self.base_scores, self._measured()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Make sure that the checkpoint's adapters are this model's."""
-        expected, found = self._adapter_names(), checkpoint["state_dict"]
-        shapes = {name: tensor.shape for name, tensor in self.state_dict().items() if name in expected}
-        if {name: tensor.shape for name, tensor in found.items()} != shapes:
+        """Make sure that the checkpoint's adapters are this policy's, and that its base was measured as ours would be."""
+        if checkpoint["lora"] != self.policy.lora:
             raise ValueError(
-                "The checkpoint must hold adapters of this model's layers and rank. Found others; "
+                f"The checkpoint must hold adapters like this policy's: {self.policy.lora}. Found {checkpoint['lora']}; "
                 "use the `policy` settings it was trained with (config.yaml in its run folder)."
             )
-        self.base_scores = checkpoint["base_scores"]
+        if checkpoint["base_measured"] == self._measured():
+            self.base_scores = checkpoint["base_scores"]
 
-    def _adapter_names(self) -> set[str]:
-        return {name for name, _ in self.named_parameters() if ".lora_A." in name or ".lora_B." in name}
-
-
-class MicroBatches:
-    """The micro-batches of the round at hand; their number is known before it is sampled."""
-
-    def __init__(self, module: DiffusionNFT) -> None:
-        self.module = module
-
-    def __len__(self) -> int:
-        return self.module.plan.total
-
-    def __iter__(self) -> Iterator[MicroBatch]:
-        module = self.module
-        grid = module.policy.sigmas(module.sampling.steps)[: module.sampling.usable_times]
-        yield from micro_batches(module.rollout, module.coefficients, grid, module.plan, module._key("train"))
+    def _measured(self) -> str:
+        """What held-out scores depend on besides the policy; scores are compared only where it is the same."""
+        texts = [prompt.text for prompt in the_data(self.trainer).held_out]
+        return repr((self.seed, self.evaluation, list(self.judges), derived_seed(*texts)))

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
@@ -26,6 +25,11 @@ ADAPTERS: tuple[Adapter, ...] = ("trained", "old", "ema")
 
 TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
 """Linear layers of a joint attention block that get a LoRA, as in the published runs."""
+
+
+def is_adapter(name: str) -> bool:
+    """Whether a parameter of that name belongs to an adapter."""
+    return ".lora_A." in name or ".lora_B." in name
 
 
 @dataclass(frozen=True)
@@ -69,6 +73,8 @@ class SD3Policy(nn.Module):
         super().__init__()
         if rank < 1:
             raise ValueError(f"`rank` must be >= 1. Found {rank}.")
+        if resolution < 16 or resolution % 16:
+            raise ValueError(f"`resolution` must be a positive multiple of 16. Found {resolution}.")
         if not targets:
             raise ValueError("`targets` must name at least one linear layer. Found none.")
         self.path, self.resolution, self.rank, self.alpha = path, resolution, rank, alpha
@@ -76,40 +82,40 @@ class SD3Policy(nn.Module):
         self.dtype: torch.dtype = getattr(torch, dtype)
         self.transformer: SD3Transformer2DModel
 
-    def check(self) -> None:
-        """Read the folder's index, before any weight is loaded.
+    def index(self) -> dict[str, Any]:
+        """The pipeline's model_index.json, from the folder or the hub; no weight is loaded.
 
         Raises:
-            ValueError: Where `path` is a folder that holds no StableDiffusion3Pipeline.
+            ValueError: Where there is none, or it is not a StableDiffusion3Pipeline's.
         """
-        folder = Path(self.path)
-        looks_local = self.path.startswith((".", "/", "~")) or self.path.count("/") != 1
-        if not folder.exists():
-            if looks_local:
-                raise ValueError(
-                    f"`policy.path` must be a folder in diffusers format or a hub id (owner/name). Found {self.path!r}; "
-                    f"no such folder from {Path.cwd()}, where relative paths start."
-                )
-            return
-        index = folder / "model_index.json"
-        if not index.exists():
+        folder = Path(self.path).expanduser()
+        if folder.exists() and not (folder / "model_index.json").exists():
             raise ValueError(
                 f"`policy.path` must hold a diffusers pipeline with a model_index.json. Found none in {folder}; "
                 "save one with `pipeline.save_pretrained(folder)`."
             )
-        kind = json.loads(index.read_text()).get("_class_name")
-        if kind != "StableDiffusion3Pipeline":
+        hub_id = self.path.count("/") == 1 and not self.path.startswith((".", "/", "~"))
+        try:
+            if not (folder.exists() or hub_id):
+                raise OSError("there is no such folder")
+            index = dict(StableDiffusion3Pipeline.load_config(self.path, revision=self.revision))
+        except OSError as error:
             raise ValueError(
-                f"`policy.path` must hold a StableDiffusion3Pipeline. Found {kind} in {index}; "
+                f"`policy.path` must be a folder in diffusers format or a hub id (owner/name). Found {self.path!r}: no such "
+                f"folder from {Path.cwd()}, where relative paths start" + ", and no such model on the hub." * hub_id
+            ) from error
+        if index.get("_class_name") != "StableDiffusion3Pipeline":
+            raise ValueError(
+                f"`policy.path` must hold a StableDiffusion3Pipeline. Found {index.get('_class_name')} in {self.path!r}; "
                 "choose a Stable Diffusion 3 or 3.5 checkpoint."
             )
+        return index
 
     def setup(self, seed: int) -> None:
         """Load the pipeline, freeze it and add the adapters; the same seed gives the same initial adapters."""
         if hasattr(self, "pipeline"):
             return
-        self.check()
-        index = StableDiffusion3Pipeline.load_config(self.path, revision=self.revision)
+        index = self.index()
         absent = {name: None for name in ("text_encoder_3", "tokenizer_3") if index.get(name, [None])[0] is None}
         pipeline = StableDiffusion3Pipeline.from_pretrained(self.path, dtype=self.dtype, revision=self.revision, **absent)
         pipeline.set_progress_bar_config(disable=True)
@@ -137,6 +143,11 @@ class SD3Policy(nn.Module):
         return LoraConfig(
             r=self.rank, lora_alpha=self.alpha, init_lora_weights="gaussian", target_modules=list(self.targets)
         )
+
+    @property
+    def lora(self) -> dict[str, object]:
+        """What a checkpoint's adapters must have been trained with to fit."""
+        return {"rank": self.rank, "alpha": float(self.alpha), "targets": list(self.targets)}
 
     # Adapters -------------------------------------------------------------------------------------------------------
 

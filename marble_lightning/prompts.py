@@ -118,8 +118,15 @@ class PromptDataModule(LightningDataModule):
             raise ValueError(
                 f"`images_per_prompt` must be >= 2: an advantage compares pictures of one prompt. Found {images_per_prompt}."
             )
-        if min(held_out_images, held_out_batch_size) < 1:
-            raise ValueError("`held_out_images` and `held_out_batch_size` must be >= 1. Found a smaller one.")
+        counts = {
+            "prompts_per_round": prompts_per_round,
+            "held_out_per_source": 1 if held_out_per_source is None else held_out_per_source,
+            "held_out_images": held_out_images,
+            "held_out_batch_size": held_out_batch_size,
+        }
+        for name, count in counts.items():
+            if count < 1:
+                raise ValueError(f"`{name}` must be >= 1. Found {count}.")
 
     def setup(self, stage: str) -> None:
         """Read the prompt files."""
@@ -140,7 +147,8 @@ class PromptDataModule(LightningDataModule):
 
     def round(self, seed: int, index: int, rank: int, ranks: int) -> list[Prompt]:
         """This rank's distinct prompts of a round; ranks share no prompt."""
-        return draw_round(self.pools, self.prompts_per_round, seed, index)[rank::ranks]
+        share = self.prompts_per_round // ranks  # neighbours, since sources take turns
+        return draw_round(self.pools, self.prompts_per_round, seed, index)[rank * share : (rank + 1) * share]
 
     def train_dataloader(self) -> Iterable[Any]:
         """The micro-batches of a round, from the module that samples it: Lightning asks here when there is a data module."""

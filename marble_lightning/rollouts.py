@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -151,6 +151,24 @@ def micro_batches(
                 conditions=rollout.conditions[rollout.groups[here]],
                 coefficients=Coefficients(weighed.plus[here], weighed.minus[here]),
             )
+
+
+class MicroBatches:
+    """A round's micro-batches as a data loader: their number is known before the round is sampled.
+
+    Args:
+        number: Micro-batches of a round.
+        cut: Cuts the round at hand, once it is there.
+    """
+
+    def __init__(self, number: int, cut: Callable[[], Iterator[MicroBatch]]) -> None:
+        self.number, self.cut = number, cut
+
+    def __len__(self) -> int:
+        return self.number
+
+    def __iter__(self) -> Iterator[MicroBatch]:
+        yield from self.cut()  # lazily: Lightning asks for the first round's iterator before it is sampled
 
 
 def image_order(plan: Plan, key: Sequence[int | str]) -> Int[Tensor, " image"]:

@@ -108,13 +108,23 @@ def test_scaled_and_raw_differ_on_cheap_steps_only():
     torch.testing.assert_close(step(raw, gradients)[1], alpha)
 
 
-def test_norm_ratios_are_smoothed_when_scaled_and_not_when_raw():
-    first, second = torch.eye(2), torch.diag(torch.tensor([1.0, 3.0]))  # ratios (1, 1), then (2, 2/3)
-    for amortize, expected in (("scaled", [1.5, 5 / 6]), ("raw", [2.0, 2 / 3])):
-        balancer = bound(FixedWeights(weights=None, normalize=True, ema_decay=0.5, amortize=amortize), ("a", "b"))
-        step(balancer, first)
-        _, coefficients = step(balancer, second)
-        torch.testing.assert_close(coefficients, torch.tensor(expected) / 2)
+def test_norms_are_smoothed_between_refreshes_and_fresh_on_them():
+    first, second = torch.eye(2), torch.diag(torch.tensor([1.0, 3.0]))  # norms (1, 1), then (1, 3): smoothed (1, 2)
+    balancer = bound(FixedWeights(weights=None, normalize=True, ema_decay=0.5, refresh_every=2), ("a", "b"))
+    for gradients in (first, first, second):
+        _, coefficients = step(balancer, gradients)
+    torch.testing.assert_close(coefficients, torch.tensor([2.0, 2 / 3]) / 2)  # eq. 7 on the gradients at hand
+    _, coefficients = step(balancer, second)
+    torch.testing.assert_close(coefficients, torch.tensor([1.5, 0.75]) / 2)
+
+
+def test_one_faint_gradient_does_not_outweigh_what_follows():
+    """Smoothed ratios would remember 1 / 0.001; smoothed norms do not."""
+    balancer = bound(FixedWeights(weights=None, normalize=True, ema_decay=0.7, refresh_every=2), ("a", "b"))
+    usual, faint = torch.eye(2), torch.diag(torch.tensor([1.0, 0.001]))
+    for gradients in (usual, usual, faint, usual):
+        _, coefficients = step(balancer, gradients)
+    assert coefficients.max() < 0.7
 
 
 @pytest.mark.parametrize("silent", [0.0, torch.nan, torch.inf])

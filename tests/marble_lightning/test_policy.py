@@ -6,6 +6,7 @@ import json
 
 import pytest
 import torch
+from diffusers import StableDiffusion3Pipeline
 
 from marble_lightning.policy import ADAPTERS, SD3Policy
 from marble_lightning.seeds import generator
@@ -106,16 +107,27 @@ def test_guidance_changes_the_pictures(policy):
 
 def test_a_folder_that_is_not_sd3_is_refused_before_loading(tmp_path):
     with pytest.raises(ValueError, match="must be a folder in diffusers format or a hub id"):
-        SD3Policy(str(tmp_path / "nowhere")).check()
+        SD3Policy(str(tmp_path / "nowhere")).index()
     with pytest.raises(ValueError, match=r"with a model_index\.json"):
-        SD3Policy(str(tmp_path)).check()
+        SD3Policy(str(tmp_path)).index()
     (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": "FluxPipeline"}))
     with pytest.raises(ValueError, match="Found FluxPipeline"):
-        SD3Policy(str(tmp_path)).check()
+        SD3Policy(str(tmp_path)).index()
+
+
+def test_a_hub_id_that_cannot_be_reached_is_named(monkeypatch):
+    def unreachable(*arguments, **options):
+        raise OSError("offline")
+
+    monkeypatch.setattr(StableDiffusion3Pipeline, "load_config", unreachable)
+    with pytest.raises(ValueError, match=r"Found 'owner/name': no such folder from .*, and no such model on the hub"):
+        SD3Policy("owner/name").index()
 
 
 def test_bad_options():
     with pytest.raises(ValueError, match="`rank` must be >= 1"):
         SD3Policy("x/y", rank=0)
+    with pytest.raises(ValueError, match="`resolution` must be a positive multiple of 16. Found 500"):
+        SD3Policy("x/y", resolution=500)
     with pytest.raises(ValueError, match="`targets` must name"):
         SD3Policy("x/y", targets=[])

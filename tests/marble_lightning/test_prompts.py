@@ -44,6 +44,7 @@ def test_a_round_is_balanced_distinct_and_split_over_ranks(folder):
     together = [prompt for part in ranks for prompt in part]
     assert len({prompt.text for prompt in together}) == 8
     assert Counter(prompt.source for prompt in together) == {"a": 4, "b": 4}
+    assert all(Counter(prompt.source for prompt in part) == {"a": 2, "b": 2} for part in ranks)
     whole = data.round(seed=1, index=3, rank=0, ranks=1)
     assert {p.text for p in whole} == {p.text for p in together}
 
@@ -94,7 +95,9 @@ def test_unknown_and_empty_sources(folder):
         ({"sources": ["a", "a"]}, "each once"),
         ({"prompts_per_round": 3}, "multiple of the number of sources, 2. Found 3; try 4"),
         ({"images_per_prompt": 1}, "`images_per_prompt` must be >= 2"),
-        ({"held_out_images": 0}, "must be >= 1"),
+        ({"held_out_images": 0}, "`held_out_images` must be >= 1. Found 0"),
+        ({"prompts_per_round": 0}, "`prompts_per_round` must be >= 1. Found 0"),
+        ({"held_out_per_source": -1}, "`held_out_per_source` must be >= 1. Found -1"),
     ],
 )
 def test_impossible_sizes(folder, options, message):

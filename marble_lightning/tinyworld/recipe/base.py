@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection, CLIPTokenizer
 
 from marble_lightning.tinyworld.recipe.autoencoder import latents_of
-from marble_lightning.tinyworld.recipe.pictures import Pictures
+from marble_lightning.tinyworld.recipe.pictures import Pictures, kept
 from marble_lightning.tinyworld.recipe.stage import Stage, run
 
 EMPTY_TOKENS = 4
@@ -70,12 +71,12 @@ class Base(nn.Module):
 class BaseStage(Stage):
     """Flow matching: velocity noise - latents, noise levels logit-normal then shifted, 1 caption in 12 dropped."""
 
-    def __init__(self, model: Base, latents: Tensor, tokens: Tensor, empty: Tensor, steps: int) -> None:
-        super().__init__(model, len(latents), steps, batch_size=96, lr=1.5e-3)
-        self.latents, self.tokens, self.empty = latents, tokens, empty
+    def __init__(self, model: Base, latents: Tensor, tokens: Tensor, **options: Any) -> None:
+        super().__init__(model, len(latents), **options)
+        self.latents, self.tokens, self.empty = latents, tokens[:-1], tokens[-1]
 
     def training_step(self, indices: Tensor, batch_idx: int) -> Tensor:
-        generator = torch.Generator().manual_seed(104729 * self.global_step + 2)
+        generator = torch.Generator().manual_seed(104729 * self.global_step + 2 + self.seed)
         latents = self.latents[indices]
         noise = torch.randn(latents.shape, generator=generator)
         sigma = torch.randn(len(latents), generator=generator).sigmoid()
@@ -90,13 +91,25 @@ class BaseStage(Stage):
 
 
 def train_base(
-    pictures: Pictures, tokenizer: CLIPTokenizer, vae: AutoencoderKL, work: Path, steps: int
+    pictures: Pictures, tokenizer: CLIPTokenizer, vae: AutoencoderKL, work: Path, steps: int, more_steps: int
 ) -> StableDiffusion3Pipeline:
-    """Train transformer and text encoders on the pictures; returns the whole pipeline."""
+    """Train transformer and text encoders on the pictures; returns the whole pipeline.
+
+    Args:
+        pictures: What to learn, with a caption each.
+        tokenizer: Of the captions.
+        vae: The trained autoencoder.
+        work: Folder of the checkpoints.
+        steps: Steps on large batches, which find layout and colour.
+        more_steps: Further steps on small ones, which find shapes and letters.
+    """
     torch.manual_seed(2)
     tokens = tokenizer([*pictures.captions, ""], padding="max_length", truncation=True, return_tensors="pt").input_ids
-    stage = BaseStage(Base(tokenizer), latents_of(vae, pictures.images), tokens[:-1], tokens[-1], steps)
-    trained = run(stage, work)
+    latents = kept(work / "latents.pt", lambda: latents_of(vae, pictures.images))
+    first = BaseStage(Base(tokenizer), latents, tokens, steps=steps, batch_size=96, lr=1.5e-3)
+    model = run(first, work / "base")
+    second = BaseStage(model, latents, tokens, steps=more_steps, batch_size=48, lr=1e-3, decay=0.999, seed=1)
+    trained = run(second, work / "base-more")
     return StableDiffusion3Pipeline(
         transformer=trained.transformer,
         scheduler=FlowMatchEulerDiscreteScheduler(shift=SHIFT),

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -28,6 +29,13 @@ def tensor(picture: np.ndarray) -> Tensor:
     return torch.from_numpy(picture.copy()).permute(2, 0, 1)
 
 
+def kept(file: Path, make: Callable[[], Any]) -> Any:
+    """What `make` returns, made once and kept in a file."""
+    if not file.exists():
+        torch.save(make(), file)
+    return torch.load(file, weights_only=True)
+
+
 def drawn_pictures(work: Path, count: int, spoiled: float, seed: int) -> Pictures:
     """Draw training scenes, a share of them with a fault.
 
@@ -37,17 +45,17 @@ def drawn_pictures(work: Path, count: int, spoiled: float, seed: int) -> Picture
         spoiled: Share of pictures with one fault, 0 to 1.
         seed: Seed of scenes and faults.
     """
-    file = work / f"pictures-{count}-{spoiled}-{seed}.pt"
-    if not file.exists():
+
+    def drawn() -> tuple[Tensor, list[str]]:
         rng = random.Random(seed)
         images, captions = [], []
         for _ in tqdm(range(count), desc="drawing scenes"):
             shown = captioned(rng)
-            picture = spoil(shown, rng) if rng.random() < spoiled else draw(shown.scene)
-            images.append(tensor(picture))
+            images.append(tensor(spoil(shown, rng) if rng.random() < spoiled else draw(shown.scene)))
             captions.append(shown.caption)
-        torch.save((torch.stack(images), captions), file)
-    return Pictures(*torch.load(file, weights_only=True))
+        return torch.stack(images), captions
+
+    return Pictures(*kept(work / f"pictures-{count}-{spoiled}-{seed}.pt", drawn))
 
 
 def to_unit(images: Tensor) -> Tensor:

@@ -1,0 +1,1 @@
+"""Long measurements, each a module to run: `python -m benchmarks.NAME`. The README says which made a figure."""

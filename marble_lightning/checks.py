@@ -1,0 +1,66 @@
+"""What must hold before any weight loads, checked by name and with the remedy."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from lightning.pytorch import Trainer
+
+from balancers import Balancer
+from marble_lightning.prompts import PromptDataModule
+from marble_lightning.rollouts import Plan
+from marble_lightning.settings import Sampling
+from rewards import Reward
+
+
+def the_balancer(trainer: Trainer) -> Balancer:
+    """The trainer's one Balancer callback."""
+    found = [callback for callback in trainer.callbacks if isinstance(callback, Balancer)]  # type: ignore[attr-defined]
+    if len(found) != 1:
+        raise ValueError(f"The trainer must have one Balancer callback, e.g. balancers.MARBLE(). Found {len(found)}.")
+    return found[0]
+
+
+def the_data(trainer: Trainer) -> PromptDataModule:
+    """The trainer's PromptDataModule."""
+    data = getattr(trainer, "datamodule", None)
+    if not isinstance(data, PromptDataModule):
+        raise ValueError(f"The trainer must be given a PromptDataModule. Found {type(data).__name__}.")
+    return data
+
+
+def the_plan(trainer: Trainer, sampling: Sampling, micro_batch_size: int, optimizer_steps: int) -> Plan:
+    """How a round is cut, where the trainer's and the data's sizes allow it."""
+    data, ranks = the_data(trainer), trainer.world_size
+    if data.prompts_per_round % ranks:
+        raise ValueError(
+            f"`prompts_per_round` must be a multiple of the number of processes, {ranks}. Found {data.prompts_per_round}."
+        )
+    if trainer.accumulate_grad_batches != 1:
+        raise ValueError(
+            "`accumulate_grad_batches` follows from the size of a round and must stay 1. "
+            f"Found {trainer.accumulate_grad_batches}; set `micro_batch_size` and `optimizer_steps_per_round`."
+        )
+    whole = {
+        "limit_train_batches": trainer.limit_train_batches in (1.0, None),
+        "overfit_batches": not trainer.overfit_batches,
+    }
+    whole |= {"fast_dev_run": not trainer.fast_dev_run, "max_steps": (trainer.max_steps or -1) < 0}  # type: ignore[attr-defined]
+    for name, holds in whole.items():
+        if not holds:
+            raise ValueError(
+                f"`{name}` must keep its default, since a round is trained on as a whole. Found {getattr(trainer, name)}; "
+                "use `max_epochs` for fewer rounds, and `prompts_per_round` or `images_per_prompt` for smaller ones."
+            )
+    images = data.prompts_per_round // ranks * data.images_per_prompt
+    return Plan(images, sampling.times, micro_batch_size, optimizer_steps)
+
+
+def every_reward_applies(rewards: Mapping[str, Reward], data: PromptDataModule) -> None:
+    """Each reward judges at least one training prompt."""
+    for name, reward in rewards.items():
+        if not any(reward.applies_to(prompt) for prompts in data.pools.values() for prompt in prompts):
+            raise ValueError(
+                f"`rewards.{name}` must apply to at least one training prompt. Found none in {', '.join(data.sources)}; "
+                "add a source of prompts it judges, or leave it out."
+            )
