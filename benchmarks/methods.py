@@ -55,7 +55,7 @@ def main() -> None:
 
     wanted = [(method, seed) for seed in options.seeds for method in options.methods]
     with ThreadPoolExecutor(options.jobs) as pool:
-        places = dict(zip(wanted, pool.map(lambda pair: run(*pair, options.folder, extra), wanted), strict=True))
+        places = dict(zip(wanted, pool.map(lambda pair: run(pair[0], pair[1], options.folder, extra), wanted), strict=True))
 
     print(scores_table(places))
     print()
@@ -64,7 +64,7 @@ def main() -> None:
 
 def scores_table(places: dict[tuple[str, int], Path]) -> str:
     """Held-out scores (change ± its standard error) of each method, prompts' means over seeds first, then seed by seed."""
-    lines = []
+    lines: list[str] = []
     for method in dict.fromkeys(method for method, _ in places):
         kept = [
             torch.load(place / "held_out.pt", weights_only=True) for (name, _), place in places.items() if name == method

@@ -12,6 +12,14 @@ from marble_lightning.rollouts import Plan
 from marble_lightning.settings import Sampling
 from rewards import Reward
 
+WHOLE_ROUNDS = {
+    "limit_train_batches": (1.0, None),
+    "overfit_batches": (0.0,),
+    "fast_dev_run": (False,),
+    "max_steps": (-1, None),
+}
+"""Trainer options that would cut a round short, with their defaults."""
+
 
 def the_balancer(trainer: Trainer) -> Balancer:
     """The trainer's one Balancer callback."""
@@ -41,13 +49,8 @@ def the_plan(trainer: Trainer, sampling: Sampling, micro_batch_size: int, optimi
             "`accumulate_grad_batches` follows from the size of a round and must stay 1. "
             f"Found {trainer.accumulate_grad_batches}; set `micro_batch_size` and `optimizer_steps_per_round`."
         )
-    whole = {
-        "limit_train_batches": trainer.limit_train_batches in (1.0, None),
-        "overfit_batches": not trainer.overfit_batches,
-    }
-    whole |= {"fast_dev_run": not trainer.fast_dev_run, "max_steps": (trainer.max_steps or -1) < 0}  # type: ignore[attr-defined]
-    for name, holds in whole.items():
-        if not holds:
+    for name, defaults in WHOLE_ROUNDS.items():
+        if getattr(trainer, name) not in defaults:
             raise ValueError(
                 f"`{name}` must keep its default, since a round is trained on as a whole. Found {getattr(trainer, name)}; "
                 "use `max_epochs` for fewer rounds, and `prompts_per_round` or `images_per_prompt` for smaller ones."

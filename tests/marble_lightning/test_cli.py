@@ -26,22 +26,45 @@ def adapters(path: Path) -> dict[str, torch.Tensor]:
     return torch.load(path, weights_only=True)["state_dict"]
 
 
-def test_fit_shows_a_table_and_validate_repeats_it(small, tmp_path, capsys):
-    main(["fit", *small])
-    shown = capsys.readouterr().out
-    assert "validate -c" in shown
-    after = {line.split("│")[1].strip(): line.split("│")[4].strip() for line in shown.splitlines() if line.startswith("│")}
-    assert set(after) == {"pickscore", "hpsv2", "clipscore", "ocr", "geneval", "geneval_accuracy"}
+def column(shown: str, title: str) -> dict[str, str]:
+    """A column of the printed table, by reward."""
+    rows = [line.strip("│┃").replace("┃", "│").split("│") for line in shown.splitlines() if line[:1] in ("│", "┃")]
+    cells = [[cell.strip() for cell in row] for row in rows]
+    index = cells[0].index(title)
+    return {row[0]: row[index] for row in cells[1:]}
 
-    saved = checkpoint(tmp_path)
-    assert {name.split(".")[-2] for name in adapters(saved)} == {"trained", "old", "ema"}
-    assert not any("base_layer" in name or "rewards" in name for name in adapters(saved))
-    main(["validate", *small, "--ckpt_path", str(saved)])
+
+def test_fit_shows_a_table_and_the_printed_command_repeats_it(small, tmp_path, capsys):
+    main(["fit", *small, "--model.optimizer.init_args.lr", "0.05"])
+    shown = capsys.readouterr().out
+    after = column(shown, "trained")
+    assert list(after) == ["pickscore", "hpsv2", "clipscore", "ocr", "geneval", "geneval_accuracy"]
+    assert after["pickscore"] != column(shown, "base")["pickscore"]
+
+    saved = adapters(checkpoint(tmp_path))
+    assert {name.split(".")[-2] for name in saved} == {"trained", "old", "ema"}
+    assert not any("base_layer" in name or "rewards" in name for name in saved)
+
+    (command,) = [line for line in shown.splitlines() if line.startswith("Judge it again:")]
+    main(command.split()[4:])
     again = capsys.readouterr().out
-    repeated = {
-        line.split("│")[1].strip(): line.split("│")[4].strip() for line in again.splitlines() if line.startswith("│")
-    }
-    assert repeated == after
+    assert column(again, "trained") == after
+    assert column(again, "base") == column(shown, "base")
+
+
+def test_a_checkpoint_of_another_rank_is_refused(small, tmp_path):
+    main(["fit", *small])
+    with pytest.raises(ValueError, match="must hold adapters like this policy's: {'rank': 3"):
+        main(["validate", *small, "--model.policy.rank", "3", "--ckpt_path", str(checkpoint(tmp_path))])
+
+
+def test_scores_measured_otherwise_are_not_compared(small, tmp_path, capsys):
+    main(["fit", *small])
+    capsys.readouterr()
+    main(["validate", *small, "--model.evaluation.steps", "3", "--ckpt_path", str(checkpoint(tmp_path))])
+    shown = capsys.readouterr().out
+    assert "change" not in shown
+    assert "it was not measured on these prompts" in shown
 
 
 def test_what_tensorboard_gets(small, tmp_path):
@@ -65,8 +88,10 @@ def test_what_tensorboard_gets(small, tmp_path):
 
 
 def test_validate_without_a_checkpoint_judges_the_base(small, capsys):
+    main(["fit", *small])
+    before = column(capsys.readouterr().out, "base")
     main(["validate", *small])
-    assert "pickscore" in capsys.readouterr().out
+    assert column(capsys.readouterr().out, "base") == before
 
 
 def test_predict_writes_pictures_and_scores(small, tmp_path):
@@ -139,6 +164,10 @@ def test_every_config_parses(file, capsys):
         (["--model.sampling.stepz", "3"], "stepz"),
         (["--trainer.accumulate_grad_batches", "4"], "`accumulate_grad_batches` follows from"),
         (["--trainer.max_epochs", "3"], "`max_epochs` must be a multiple"),
+        (["--trainer.limit_train_batches", "2"], "`limit_train_batches` must keep its default"),
+        (["--trainer.fast_dev_run", "true"], "must keep its default"),
+        (["--trainer.max_steps", "3"], "`max_steps` must keep its default"),
+        (["--data.sources", "[pickscore, geneval]"], "`rewards.ocr` must apply to at least one training prompt"),
     ],
 )
 def test_bad_settings_fail_before_any_weight_loads(small, options, message, monkeypatch, capsys):

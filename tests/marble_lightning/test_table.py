@@ -1,0 +1,41 @@
+"""Means, standard errors and paired changes by hand."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from rich.console import Console
+
+from marble_lightning.table import changes, held_out_table, per_prompt, summarise
+
+NAN = torch.nan
+
+
+def test_mean_and_standard_error_of_what_is_there():
+    found = summarise(torch.tensor([1.0, NAN, 3.0, 5.0]))
+    assert found.mean == pytest.approx(3.0)
+    assert found.error == pytest.approx(2.0 / 3**0.5)  # deviation 2 over three values
+    assert found.n == 3
+
+
+def test_changes_are_paired():
+    base = torch.tensor([[0.0], [10.0], [NAN]])
+    (change,) = changes(base, base + torch.tensor([[1.0], [2.0], [1.0]]))
+    assert change.mean == pytest.approx(1.5)
+    assert change.error == pytest.approx(0.5)  # deviation 0.707 over two, however far apart the prompts are
+    assert change.n == 2
+
+
+def test_pictures_of_a_prompt_are_averaged_whatever_the_order_and_padding():
+    rows = torch.tensor([[3.0, 8.0], [0.0, 1.0], [2.0, 4.0], [1.0, NAN], [0.0, 1.0]])
+    torch.testing.assert_close(per_prompt(rows, 2), torch.tensor([[1.0], [6.0]]))
+
+
+def test_table_without_and_with_a_base():
+    console = Console(width=110, record=True)
+    scores = torch.tensor([[0.5], [0.7]])
+    console.print(held_out_table(["ocr"], scores, heading="base"))
+    console.print(held_out_table(["ocr"], scores, base=scores - 0.1))
+    shown = console.export_text()
+    assert "0.6000 ± 0.1000" in shown
+    assert "+0.1000 ± 0.0000" in shown
