@@ -66,7 +66,7 @@ def _background(rng: random.Random) -> str:
 
 
 def _size(rng: random.Random, count: int) -> float:
-    low, high = {1: (13, 19), 2: (11, 14)}.get(count, (9.5, 11.5))
+    low, high = {1: (14, 20), 2: (12, 14)}.get(count, (10, 12))
     return rng.uniform(low, high)
 
 
@@ -150,11 +150,10 @@ def position(rng: random.Random, opening: str) -> Captioned:
     relation = rng.choice(RELATIONS)
     size = _size(rng, 2)
     low, high = size / 2 + 1, SIZE - size / 2 - 1
-    before = rng.uniform(low, low + 3)
-    after = rng.uniform(high - 3, high)
+    slack = (high - low - size - 1) / 2  # so that they do not touch
+    before, after = rng.uniform(low, low + slack), rng.uniform(high - slack, high)
     drift = rng.uniform(low + 2, high - 2)
-    slack = 2.5
-    drifts = [min(max(drift + rng.uniform(-slack, slack), low), high) for _ in range(2)]
+    drifts = [drift + rng.uniform(-2, 2) for _ in range(2)]
     along = (before, after) if relation in ("left of", "above") else (after, before)
     flat = relation in ("left of", "right of")
     places = [(a, d) if flat else (d, a) for a, d in zip(along, drifts, strict=True)]
@@ -191,7 +190,7 @@ def sign(rng: random.Random) -> Captioned:
     """A sign that says a quoted word, as in the published OCR prompts."""
     word, board = rng.choice(WORDS), rng.choice(list(INK))
     opening = rng.choice(SIGN_OPENINGS).format(board=board)
-    place = Sign(word, board, SIZE / 2 + rng.uniform(-0.5, 0.5), SIZE / 2 + rng.uniform(-2, 2))
+    place = Sign(word, board, SIZE / 2 + rng.uniform(-0.4, 0.4), SIZE / 2 + rng.uniform(-1, 1))
     return Captioned(f'{opening} "{word}"', Scene(_background(rng), sign=place), "ocr")
 
 

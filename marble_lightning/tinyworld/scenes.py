@@ -35,15 +35,12 @@ BACKGROUNDS: dict[str, tuple[int, int, int]] = {
 """Names and RGB values of the backgrounds; all are far from every object colour."""
 
 SHAPES = ("circle", "square", "triangle", "cross")
-WORDS = (
-    "SUN", "CAT", "DOG", "BUS", "MAP", "TEA", "BOX", "FOX", "PEN", "KEY", "JAM", "HAT",
-    "ICE", "ART", "BAG", "GYM", "PIE", "SKY", "TOY", "VAN", "YES", "TWO", "HOT", "NEW",
-)  # fmt: skip
+WORDS = ("GO", "UP", "NO", "HI", "OK", "BY", "WE", "US", "AX", "TV", "IF", "ME")
 """Words a sign can carry; few, and as large as the board allows, so that a small network can learn to spell them."""
 
 INK = {"white": "black", "yellow": "black", "blue": "white", "red": "white"}
 """Board colour of a sign -> colour of its letters."""
-FONT_SIZE = 13
+FONT_SIZE = 19
 
 
 @dataclass(frozen=True)
@@ -133,7 +130,7 @@ def draw(scene: Scene) -> np.ndarray:
         canvas.polygon([(x * scale, y * scale) for x, y in outline(thing)], fill=COLOURS[thing.colour])
     if scene.sign is not None:
         sign = scene.sign
-        x, y, half_width, half_height = (value * scale for value in (sign.x, sign.y, 15.5, 8))
+        x, y, half_width, half_height = (value * scale for value in (sign.x, sign.y, 15.5, 10.5))
         canvas.rectangle([x - half_width, y - half_height, x + half_width, y + half_height], fill=COLOURS[sign.board])
         canvas.text((x, y), sign.word, font=_font(FONT_SIZE * scale), fill=COLOURS[INK[sign.board]], anchor="mm")
     return np.asarray(picture.resize((SIZE, SIZE), Image.Resampling.BOX))

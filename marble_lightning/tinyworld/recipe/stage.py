@@ -37,7 +37,6 @@ class Stage(LightningModule):
         batch_size: Examples per step.
         lr: Peak learning rate of AdamW, after a warm-up over the first 5% and with a cosine decay.
         decay: Decay per step of the moving average.
-        seed: Seed of everything drawn while training.
     """
 
     def __init__(
@@ -48,16 +47,15 @@ class Stage(LightningModule):
         batch_size: int,
         lr: float,
         decay: float = 0.998,
-        seed: int = 0,
     ) -> None:
         super().__init__()
         self.model: Any = model
         self.averaged = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=True)
-        self.examples, self.steps, self.batch_size, self.lr, self.seed = examples, steps, batch_size, lr, seed
+        self.examples, self.steps, self.batch_size, self.lr = examples, steps, batch_size, lr
 
     def draws(self, step: int) -> torch.Generator:
         """What a step draws its batch with."""
-        return torch.Generator().manual_seed(7919 * step + 1 + 1_000_003 * self.seed)
+        return torch.Generator().manual_seed(7919 * step + 1)
 
     def train_dataloader(self) -> DataLoader[Tensor]:
         return DataLoader(Draws(self), batch_size=None)
