@@ -132,7 +132,7 @@ class Balancer(Callback):
         return self._sum.incomplete
 
     @property
-    def coefficients(self) -> Float[Tensor, "reward"]:
+    def loss_weights(self) -> Float[Tensor, "reward"]:
         """What multiplies each reward's loss in the scalarised loss now: (K,) float32 on the CPU."""
         if self.uniform:
             return torch.full((len(self.names),), 1 / len(self.names))
@@ -186,12 +186,12 @@ class Balancer(Callback):
         self.norms = smooth(self.norms, norms, active, self.ema_decay)
         self._solved = torch.where(active, self._alpha * ratio, self._alpha * self.scale).float()
 
-        agreement = compare(block, self.coefficients[active])
+        agreement = compare(block, self.loss_weights[active])
         self.counts["refreshes"] += 1
         self.counts["update_conflicts"] += in_conflict(agreement["update/cos_min"])
         self.counts["mean_conflicts"] += in_conflict(agreement["mean/cos_min"])
         self.diagnostics |= {"alpha": alpha, "alpha_smoothed": self._alpha, **agreement}
-        return merge_rows(gradients, self.coefficients, active)
+        return merge_rows(gradients, self.loss_weights, active)
 
     def end_step(self) -> None:
         """End an optimizer step, after the optimizer has stepped."""

@@ -22,8 +22,17 @@ QUIET = (
 
 
 def last_checkpoint() -> ModelCheckpoint:
-    """Keeps the last finished round as `checkpoints/last.ckpt` in the run's folder."""
-    return ModelCheckpoint(filename="last", enable_version_counter=False, every_n_epochs=1, save_on_train_epoch_end=True)
+    """Keeps the last finished round in the run's folder, `checkpoints/last.ckpt` pointing to it.
+
+    The next round's file is complete before the one before it goes, so that a kill at any moment loses no more than a round.
+    """
+    return ModelCheckpoint(
+        filename="round_{epoch:04d}",
+        auto_insert_metric_name=False,
+        save_last="link",
+        every_n_epochs=1,
+        save_on_train_epoch_end=True,
+    )
 
 
 class MarbleCLI(LightningCLI):

@@ -124,21 +124,22 @@ class DiffusionNFT(LightningModule):
     def on_train_epoch_start(self) -> None:
         """Sample this round with the old adapter, score it, and turn the scores into coefficients."""
         begin = time.perf_counter()
-        rollout = self.sample_round()
+        rollout, images = self.sample_round()
         sampled = time.perf_counter()
         prompts = [rollout.prompts[group] for group in rollout.groups.tolist()]
-        scores = self._scored(rollout.images, prompts)
+        scores = self._scored(images, prompts)
         self.rollout = rollout
         self.weighed = weigh_round(
             scores, rollout.groups, self.balancer, self.objective, self.plan, self._key("train"), self.trainer
         )
         self.trained_since = time.perf_counter()
-        self.log_dict({f"train/{name}": column.nanmean() for name, column in zip(self.rewards, scores.T, strict=True)})
+        means = self.trainer.strategy.all_gather(scores).reshape(-1, len(self.rewards)).nanmean(0)
+        self.log_dict({f"train/{name}": mean for name, mean in zip(self.rewards, means, strict=True)})
         self.log_dict({f"missing/{name}": float(reward.missing) for name, reward in self._learned.items()})
         self.log_dict({"time/sampling": sampled - begin, "time/scoring": self.trained_since - sampled})
 
-    def sample_round(self) -> Rollout:
-        """Encode each distinct prompt once and sample its k pictures with the old adapter."""
+    def sample_round(self) -> tuple[Rollout, Tensor]:
+        """Encode each distinct prompt once and sample its k pictures with the old adapter; (image, 3, pixel, pixel)."""
         data = the_data(self.trainer)
         prompts = data.round(self.seed, self.current_epoch, self.global_rank, self.trainer.world_size)
         conditions = self.policy.encode([prompt.text for prompt in prompts])
@@ -154,7 +155,7 @@ class DiffusionNFT(LightningModule):
                 )
             )  # fmt: skip
             images.append(self.policy.decode(latents[-1]))
-        return Rollout(prompts, conditions, groups, torch.cat(latents), torch.cat(images))
+        return Rollout(prompts, conditions, groups, torch.cat(latents)), torch.cat(images)
 
     def _scored(self, images: Tensor, prompts: Sequence[Prompt]) -> Tensor:
         size = self.sampling.batch_size
@@ -189,7 +190,7 @@ class DiffusionNFT(LightningModule):
         noisy = noised(batch.clean, batch.noise, batch.t)
         old, reference, velocity = self._velocities(noisy, batch)
         plus, minus = nft_losses(velocity, old, noisy, batch.clean, batch.t, self.objective.beta)
-        losses = (batch.coefficients.plus.T @ plus + batch.coefficients.minus.T @ minus) * self.trainer.world_size
+        losses = batch.coefficients.losses(plus, minus) * self.trainer.world_size  # DistributedDataParallel averages
         kl = (velocity - reference).square().mean()
         self.log_dict(
             {"kl": kl.detach(), "loss": losses.detach().sum() * self.plan.per_step},
@@ -203,7 +204,7 @@ class DiffusionNFT(LightningModule):
             if not self.balancer.wants_gradients:
                 self.merged = self.balancer.solve(self.trainer.strategy.reduce)
             return self.objective.kl_weight * kl
-        weights = self.balancer.coefficients.to(losses)
+        weights = self.balancer.loss_weights.to(losses)
         # Lightning divides by the micro-batches of a step; the coefficients already count over all of them
         return weights @ losses * self.plan.per_step + self.objective.kl_weight * kl
 

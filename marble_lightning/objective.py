@@ -23,9 +23,9 @@ class Coefficients(NamedTuple):
     plus: Float[Tensor, "sample reward"]
     minus: Float[Tensor, "sample reward"]
 
-    def mixed(self, weights: Float[Tensor, " reward"]) -> tuple[Float[Tensor, " sample"], Float[Tensor, " sample"]]:
-        """Coefficients of the mixture sum_k w_k loss_k."""
-        return self.plus @ weights, self.minus @ weights
+    def losses(self, plus: Float[Tensor, " sample"], minus: Float[Tensor, " sample"]) -> Float[Tensor, " reward"]:
+        """The loss of each reward: sum_i c+_ik L+_i + c-_ik L-_i."""
+        return self.plus.T @ plus + self.minus.T @ minus
 
 
 def noised(

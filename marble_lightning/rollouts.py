@@ -24,14 +24,13 @@ class Rollout:
     """The pictures of one round on this rank, in groups of k per prompt.
 
     `latents` (image, ...) are the clean latents; `conditions` one row per distinct prompt; `groups` (image,) points
-    into it; `images` (image, 3, pixel, pixel) are the pictures.
+    into it.
     """
 
     prompts: Sequence[Prompt]
     conditions: Conditions
     groups: Int[Tensor, " image"]
     latents: Float[Tensor, "image *latent"]
-    images: Float[Tensor, "image 3 pixel pixel"]
 
 
 @dataclass

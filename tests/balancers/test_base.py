@@ -38,7 +38,7 @@ def step(balancer, gradients, n_micro_batches=1):
         balancer.add_gradients(gradients)
         if not balancer.wants_gradients:
             merged = balancer.solve(lambda x: x)
-    coefficients = balancer.coefficients
+    coefficients = balancer.loss_weights
     balancer.end_step()
     return merged, coefficients
 

@@ -28,7 +28,7 @@ def test_weighted_sum_by_hand():
     torch.testing.assert_close(merged, expected, equal_nan=True)
     assert balancer.names == ("sum",)
     assert balancer.reward_names == NAMES
-    assert balancer.coefficients.tolist() == [1.0]
+    assert balancer.loss_weights.tolist() == [1.0]
 
 
 def test_weighted_sum_leaves_a_sample_whose_rewards_weigh_nothing_missing():
@@ -39,7 +39,7 @@ def test_weighted_sum_leaves_a_sample_whose_rewards_weigh_nothing_missing():
 def test_fixed_weights_are_constant_and_sum_to_one():
     balancer = bound(FixedWeights(weights={"ocr": 2.0}))
     assert not balancer.needs_gradients
-    assert balancer.coefficients.tolist() == [0.25, 0.5, 0.25]
+    assert balancer.loss_weights.tolist() == [0.25, 0.5, 0.25]
     assert bound(FixedWeights()).coefficients.tolist() == pytest.approx([1 / 3] * 3)
 
 
@@ -49,7 +49,7 @@ def test_fixed_weights_with_norms_and_a_silent_reward():
     balancer.add_gradients(torch.diag(torch.tensor([1.0, 3.0, 0.0])))
     merged = balancer.solve(lambda x: x)
     torch.testing.assert_close(merged, torch.tensor([0.25 * 2, 0.5 * 2, 0.0]))
-    torch.testing.assert_close(balancer.coefficients, torch.tensor([0.25 * 2, 0.5 * 2 / 3, 0.25]))
+    torch.testing.assert_close(balancer.loss_weights, torch.tensor([0.25 * 2, 0.5 * 2 / 3, 0.25]))
 
 
 @pytest.mark.parametrize("method", [WeightedSum, FixedWeights])

@@ -12,6 +12,7 @@ from lightning.pytorch import Callback, Trainer
 from torch import Tensor
 
 from balancers import MARBLE, Balancer, FixedWeights, WeightedSum
+from marble_lightning.cli import QUIET
 from marble_lightning.gradients import flat, gradients_by_passes
 from marble_lightning.module import DiffusionNFT
 from marble_lightning.objective import coefficients, nft_losses, noised
@@ -90,17 +91,13 @@ def reference(module: DiffusionNFT, kept: Gradients, step: int) -> tuple[Tensor,
         noisy = noised(batch.clean, batch.noise, batch.t)
         old, base, velocity = module._velocities(noisy, batch)
         plus, minus = nft_losses(velocity, old, noisy, batch.clean, batch.t, module.objective.beta)
-        totals.append(batch.coefficients.plus.T @ plus + batch.coefficients.minus.T @ minus)
+        totals.append(batch.coefficients.losses(plus, minus))
         divergence.append((velocity - base).square().mean())
     losses, kl = torch.stack(totals).sum(0), torch.stack(divergence).mean()
     return gradients_by_passes(losses, module.trainable), gradients_by_passes(kl[None], module.trainable)[0]
 
 
-@pytest.fixture(autouse=True)
-def _known_warnings(recwarn):
-    import warnings
-
-    warnings.simplefilter("ignore")
+pytestmark = [pytest.mark.filterwarnings(f"ignore:{known}") for known in QUIET]
 
 
 def test_a_cheap_step_is_the_mixture_of_the_per_reward_gradients(checkpoints, tmp_path):

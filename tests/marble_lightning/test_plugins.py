@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
 import torch
 
 from marble_lightning.cli import main
@@ -24,6 +25,7 @@ class Warmth(Reward):
 '''
 
 BALANCER = '''
+import pytest
 import torch
 from balancers import Balancer
 
@@ -69,3 +71,15 @@ def test_they_train_for_two_rounds(small, tmp_path, monkeypatch):
 def _without_rewards(options: list[str]) -> list[str]:
     pairs = zip(options[::2], options[1::2], strict=True)
     return [part for name, value in pairs if not name.startswith("--model.rewards") for part in (name, value)]
+
+
+def test_the_readmes_command_adds_a_reward_to_the_five(small, tmp_path, monkeypatch, capsys):
+    (tmp_path / "their_reward.py").write_text(REWARD)
+    (tmp_path / "their_balancer.py").write_text(BALANCER)
+    monkeypatch.syspath_prepend(tmp_path)
+    theirs = ["--model.rewards.warmth", "their_reward.Warmth", "--balancer", "their_balancer.InverseNorm"]
+    with pytest.raises(SystemExit):
+        main(["fit", *small, *theirs, "--balancer.refresh_every", "5", "--print_config"])
+    shown = capsys.readouterr().out
+    assert "class_path: their_balancer.InverseNorm" in shown
+    assert all(f"    {name}:" in shown for name in ("pickscore", "hpsv2", "clipscore", "ocr", "geneval", "warmth"))

@@ -1,0 +1,113 @@
+"""From scores to micro-batches."""
+
+from __future__ import annotations
+
+from collections import Counter
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from balancers import FixedWeights, WeightedSum
+from marble_lightning.objective import Coefficients
+from marble_lightning.policy import Conditions
+from marble_lightning.rollouts import Plan, Rollout, image_order, micro_batches, weigh_round
+from marble_lightning.settings import Objective
+from rewards import Prompt
+
+KEY = (0, 1, 0, "train")
+
+
+class Ranks:
+    """Stands for the strategy of one rank of several: what the others hold is given beforehand."""
+
+    def __init__(self, rank: int, everyone: list[torch.Tensor]) -> None:
+        self.rank, self.everyone = rank, everyone
+
+    def all_gather(self, tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.is_floating_point():
+            return torch.stack(self.everyone)
+        size = int(tensor.max()) - int(tensor.min()) + 1
+        return torch.stack([tensor + (other - self.rank) * size for other in range(len(self.everyone))])
+
+    def reduce(self, tensor: torch.Tensor, reduce_op: str) -> torch.Tensor:
+        assert reduce_op == "sum"
+        return tensor * len(self.everyone)  # the same count on every rank in these tests
+
+
+def weigh(scores: torch.Tensor, groups: torch.Tensor, balancer, plan: Plan, rank: int = 0, everyone=None) -> Coefficients:
+    balancer.bind([f"reward{k}" for k in range(scores.shape[1])])
+    trainer = SimpleNamespace(strategy=Ranks(rank, everyone or [scores]), global_rank=rank)
+    return weigh_round(scores, groups, balancer, Objective(beta=1.0), plan, KEY, trainer)
+
+
+def test_each_picture_is_used_at_distinct_times_exactly_once():
+    plan = Plan(images=12, times=3, batch_size=4, optimizer_steps=1)
+    latents = torch.arange(12.0).view(12, 1, 1, 1)
+    weighed = Coefficients(torch.arange(12.0)[:, None], -torch.arange(12.0)[:, None])
+    conditions = Conditions(torch.arange(3.0).view(3, 1, 1), torch.zeros(3, 1))
+    rollout = Rollout([Prompt("x", "y")] * 3, conditions, torch.arange(3).repeat_interleave(4), latents)
+    grid = torch.tensor([1.0, 0.8, 0.6, 0.4, 0.2])
+    batches = list(micro_batches(rollout, weighed, grid, plan, KEY))
+    assert len(batches) == plan.total == plan.per_step == 9
+    seen: Counter[tuple[int, float]] = Counter()
+    for batch in batches:
+        pictures = batch.clean.flatten()
+        torch.testing.assert_close(batch.coefficients.plus[:, 0], pictures)
+        torch.testing.assert_close(batch.conditions.embeds.flatten(), pictures // 4)
+        seen.update(zip(pictures.int().tolist(), batch.t.tolist(), strict=True))
+    assert set(seen.values()) == {1}
+    assert all(count == 3 for count in Counter(picture for picture, _ in seen).values())
+    noise = torch.cat([batch.noise.flatten() for batch in batches])
+    assert len(noise.unique()) == len(noise)
+
+
+def test_the_same_key_cuts_the_same_micro_batches():
+    plan = Plan(images=4, times=2, batch_size=2, optimizer_steps=1)
+    rollout = Rollout(
+        [Prompt("x", "y")],
+        Conditions(torch.zeros(1, 1, 1), torch.zeros(1, 1)),
+        torch.zeros(4).long(),
+        torch.randn(4, 1, 2, 2),
+    )
+    weighed = Coefficients(torch.zeros(4, 1), torch.zeros(4, 1))
+    grid = torch.linspace(1, 0.1, 6)
+    one, other = (list(micro_batches(rollout, weighed, grid, plan, KEY)) for _ in range(2))
+    for a, b in zip(one, other, strict=True):
+        assert torch.equal(a.noise, b.noise)
+        assert torch.equal(a.t, b.t)
+
+
+def test_coefficients_add_up_over_each_optimizer_step():
+    """n counts the step's own samples, so every step weighs every reward alike however many of them apply."""
+    scores = torch.rand(12, 2, generator=torch.Generator().manual_seed(0))
+    scores[::3, 1] = torch.nan
+    plan = Plan(images=12, times=2, batch_size=3, optimizer_steps=2)
+    weighed = weigh(scores, torch.arange(4).repeat_interleave(3), FixedWeights(), plan)
+    for step in image_order(plan, KEY).chunk(2):
+        total = plan.times * (weighed.plus[step] + weighed.minus[step]).sum(0)
+        torch.testing.assert_close(total, torch.full((2,), 5.0))
+
+
+def test_statistics_are_those_of_all_ranks():
+    """Two ranks together give what one process with all pictures gives, but for the order of training."""
+    scores = torch.rand(12, 2, generator=torch.Generator().manual_seed(1))
+    groups = torch.arange(4).repeat_interleave(3)
+    whole = weigh(scores, groups, FixedWeights(), Plan(12, 1, 3, 1))
+    halves = list(scores.split(6))
+    for rank, half in enumerate(halves):
+        part = weigh(half, groups[:6], FixedWeights(), Plan(6, 1, 3, 1), rank, halves)
+        torch.testing.assert_close(part.plus, whole.plus[6 * rank : 6 * rank + 6])
+
+
+def test_rewards_merged_before_advantages_leave_one_column():
+    scores = torch.tensor([[1.0, 3.0], [2.0, torch.nan], [0.0, 0.0], [4.0, 4.0]])
+    weighed = weigh(scores, torch.tensor([0, 0, 1, 1]), WeightedSum(), Plan(4, 1, 2, 1))
+    assert weighed.plus.shape == (4, 1)
+    assert weighed.plus[0] == weighed.plus[1]  # 2 and 2, the missing one left out of the mean
+    assert weighed.plus[3] > weighed.plus[2]
+
+
+def test_sizes_that_do_not_divide():
+    with pytest.raises(ValueError, match="= 5 x 2 = 10. Found 12"):
+        Plan(images=12, times=1, batch_size=5, optimizer_steps=2)
