@@ -197,6 +197,7 @@ class DiffusionNFT(LightningModule):
             on_epoch=True,
             on_step=False,
             batch_size=1,
+            sync_dist=True,
         )
 
         if self.balancer.wants_gradients:

@@ -35,7 +35,7 @@ class Base(nn.Module):
             joint_attention_dim=2 * TEXT_WIDTH,
             caption_projection_dim=96,
             pooled_projection_dim=2 * TEXT_WIDTH,
-            pos_embed_max_size=16,
+            pos_embed_max_size=8,  # one unit of position a patch; SD3's own 384 would crowd 8 x 8 patches together
             qk_norm="rms_norm",
         )
         text = CLIPTextConfig(
@@ -73,6 +73,9 @@ class BaseStage(Stage):
         super().__init__(model, len(latents), **options)
         self.latents, self.tokens, self.empty = latents, tokens[:-1], tokens[-1]
 
+    def on_fit_start(self) -> None:
+        self.model.transformer.compile()  # a fifth faster on two cores
+
     def training_step(self, indices: Tensor, batch_idx: int) -> Tensor:
         generator = torch.Generator().manual_seed(104729 * self.global_step + 2)
         latents = self.latents[indices]
@@ -102,7 +105,7 @@ def train_base(
     torch.manual_seed(2)
     tokens = tokenizer([*pictures.captions, ""], padding="max_length", truncation=True, return_tensors="pt").input_ids
     latents = kept(work / "latents.pt", lambda: latents_of(vae, pictures.images))
-    stage = BaseStage(Base(tokenizer), latents, tokens, steps=steps, batch_size=64, lr=1.5e-3, decay=0.999)
+    stage = BaseStage(Base(tokenizer), latents, tokens, steps=steps, batch_size=32, lr=3e-3, decay=0.999)
     trained = run(stage, work / "base")
     return StableDiffusion3Pipeline(
         transformer=trained.transformer,
