@@ -205,8 +205,9 @@ def general(rng: random.Random) -> Captioned:
     return Captioned(f"{rng.choice(STYLES)} {content} {words}", Scene(background, scene.things), "pickscore")
 
 
-SHARES = {"geneval": 0.45, "ocr": 0.33, "pickscore": 0.22}
-"""How often each source is drawn when the base model is trained."""
+SHARES = {"geneval": 0.63, "ocr": 0.12, "pickscore": 0.25}
+"""How often each source is drawn when the base model is trained. Signs stand still and are learned first, so they are few:
+a third of them were read at 0.81 by a base whose GenEval was still 0.23."""
 
 
 def held_out(caption: str) -> bool:
