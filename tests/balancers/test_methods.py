@@ -40,7 +40,7 @@ def test_fixed_weights_are_constant_and_sum_to_one():
     balancer = bound(FixedWeights(weights={"ocr": 2.0}))
     assert not balancer.needs_gradients
     assert balancer.loss_weights.tolist() == [0.25, 0.5, 0.25]
-    assert bound(FixedWeights()).coefficients.tolist() == pytest.approx([1 / 3] * 3)
+    assert bound(FixedWeights()).loss_weights.tolist() == pytest.approx([1 / 3] * 3)
 
 
 def test_fixed_weights_with_norms_and_a_silent_reward():
@@ -90,7 +90,7 @@ def test_configs_name_a_balancer_that_binds(config):
     assert list(yaml.safe_load(config.read_text())) == ["balancer"]
     parser = command_line()
     balancer = parser.instantiate(parser.parse_args(["-c", str(config)])).balancer
-    assert bound(balancer).coefficients.sum().item() == pytest.approx(1)
+    assert bound(balancer).loss_weights.sum().item() == pytest.approx(1)
 
 
 def test_there_is_a_config_for_every_method():
