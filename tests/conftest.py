@@ -82,6 +82,7 @@ def small(checkpoints: Path, tmp_path: Path) -> list[str]:
         "model.sampling.batch_size": 12,
         "model.evaluation.steps": 2,
         "model.micro_batch_size": 8,
+        "model.optimizer_steps_per_round": 1,
     }
     flags = [part for name, value in options.items() for part in (f"--{name}", str(value))]
     return ["-c", str(root / "configs/tiny.yaml"), *flags]
