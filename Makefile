@@ -22,7 +22,7 @@ lint: .venv/installed
 	$(BIN)/pip install --quiet --editable '.[dev]'
 	touch $@
 
-# The tiny world's models, where they are not there yet: about an hour on two cores, and it goes on where it was stopped.
+# The tiny world's models, where they are not there yet: which takes long, and goes on where it was stopped.
 $(TINY): | .venv/installed
 	$(BIN)/python -m marble_lightning.tinyworld.train
 

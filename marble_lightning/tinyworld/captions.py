@@ -206,8 +206,8 @@ def general(rng: random.Random) -> Captioned:
 
 
 SHARES = {"geneval": 0.63, "ocr": 0.12, "pickscore": 0.25}
-"""How often each source is drawn when the base model is trained. Signs stand still and are learned first, so they are few:
-a third of them were read at 0.81 by a base whose GenEval was still 0.23."""
+"""How often each source is drawn when the base model is trained. Signs stand still and are learned long before
+shapes, so they are few: the base must leave room to learn to spell."""
 
 
 def held_out(caption: str) -> bool:
