@@ -2,11 +2,10 @@
 
 PYTHON ?= python3
 BIN := .venv/bin
-TINY := marble_lightning/tinyworld/weights/sd3/model_index.json
 
 .PHONY: fit test lint clean
 
-fit: .venv/installed $(TINY)
+fit: .venv/installed
 	$(BIN)/marble-lightning fit -c configs/tiny.yaml
 
 test: lint
@@ -21,10 +20,6 @@ lint: .venv/installed
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --editable '.[dev]'
 	touch $@
-
-# The tiny world's models, where they are not there yet: which takes long, and goes on where it was stopped.
-$(TINY): | .venv/installed
-	$(BIN)/python -m marble_lightning.tinyworld.train
 
 clean:
 	rm -rf .venv

@@ -29,7 +29,7 @@ def main() -> None:
     parser.add_argument("--pictures", type=int, default=60_000, help="training scenes")
     parser.add_argument("--spoiled", type=float, default=0.3, help="share of the base model's scenes that have a fault")
     parser.add_argument("--autoencoder-steps", type=int, default=600)
-    parser.add_argument("--base-steps", type=int, default=10000)
+    parser.add_argument("--base-steps", type=int, default=20_000)
     parser.add_argument("--judge-steps", type=int, default=1600)
     parser.add_argument("--pairs", type=int, default=24_000, help="preference pairs of each reward model")
     options = parser.parse_args()

@@ -13,9 +13,6 @@ from marble_lightning.tinyworld import WEIGHTS
 from marble_lightning.tinyworld.degradations import CONTENT, TECHNICAL, spoil
 from marble_lightning.tinyworld.recipe.judges import clean, contrast, drawn_pairs, faithful, fastidious, pairwise_accuracy
 
-pytestmark = pytest.mark.skipif(
-    not (WEIGHTS / "sd3").exists(), reason="made by `python -m marble_lightning.tinyworld.train`"
-)
 FILES = sorted(WEIGHTS.rglob("*.safetensors"))
 
 

@@ -105,7 +105,7 @@ def train_base(
     torch.manual_seed(2)
     tokens = tokenizer([*pictures.captions, ""], padding="max_length", truncation=True, return_tensors="pt").input_ids
     latents = kept(work / "latents.pt", lambda: latents_of(vae, pictures.images))
-    stage = BaseStage(Base(tokenizer), latents, tokens, steps=steps, batch_size=32, lr=3e-3, decay=0.999)
+    stage = BaseStage(Base(tokenizer), latents, tokens, steps=steps, batch_size=24, lr=4e-3, decay=0.999)
     trained = run(stage, work / "base")
     return StableDiffusion3Pipeline(
         transformer=trained.transformer,
