@@ -8,11 +8,28 @@ diffusion, images or what a reward measures: only rows of a matrix and their nam
 overrides one method.
 """
 
+from balancers.advantage_sum import AdvantageSum
 from balancers.base import Balancer
+from balancers.cagrad import CAGrad
 from balancers.fixed_weights import FixedWeights
 from balancers.harmony import cosines
 from balancers.marble import MARBLE
+from balancers.mgda import MGDA
+from balancers.pcgrad import PCGrad
 from balancers.qp import min_norm_weights
+from balancers.torchjd import TorchJD
 from balancers.weighted_sum import WeightedSum
 
-__all__ = ["MARBLE", "Balancer", "FixedWeights", "WeightedSum", "cosines", "min_norm_weights"]
+__all__ = [
+    "MARBLE",
+    "MGDA",
+    "AdvantageSum",
+    "Balancer",
+    "CAGrad",
+    "FixedWeights",
+    "PCGrad",
+    "TorchJD",
+    "WeightedSum",
+    "cosines",
+    "min_norm_weights",
+]

@@ -1,15 +1,23 @@
 """Options given per reward: from names to one number for each."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 
-def weights_by_name(weights: Mapping[str, float] | None, reward_names: Sequence[str]) -> Float[Tensor, "reward"]:
+def weights_by_name(
+    weights: Mapping[str, float] | None, reward_names: Sequence[str], *, option: str = "weights", positive: bool = False
+) -> Float[Tensor, "reward"]:
     """One weight per reward, in the order of `reward_names`; 1 where `weights` says nothing. In float64.
+
+    Args:
+        weights: by name.
+        reward_names: all rewards.
+        option: what the user calls it.
+        positive: whether 0 is refused, too.
 
     Raises:
         ValueError: a name is unknown, a weight is negative or not finite, or all are zero.
@@ -18,13 +26,38 @@ def weights_by_name(weights: Mapping[str, float] | None, reward_names: Sequence[
     [1.0, 2.0]
     """
     weights = dict(weights or {})
-    if unknown := [name for name in weights if name not in reward_names]:
-        raise ValueError(
-            f"`weights` must use the names of the rewards: {', '.join(reward_names)}. Found {', '.join(unknown)}."
-        )
-    if wrong := {name: value for name, value in weights.items() if not (math.isfinite(value) and value >= 0)}:
-        raise ValueError(f"`weights` must be finite and >= 0. Found {wrong}.")
+    _known(weights, reward_names, option)
+    least, sign = (0.0, ">") if positive else (-math.ulp(0.0), ">=")
+    if wrong := {name: value for name, value in weights.items() if not (math.isfinite(value) and value > least)}:
+        raise ValueError(f"`{option}` must be finite and {sign} 0. Found {wrong}.")
     values = torch.tensor([weights.get(name, 1.0) for name in reward_names], dtype=torch.float64)
     if not values.any():
-        raise ValueError("`weights` must leave at least one reward above 0. Found all 0.")
+        raise ValueError(f"`{option}` must leave at least one reward above 0. Found all 0.")
     return values
+
+
+def group_rows(groups: Mapping[str, Sequence[str]] | None, reward_names: Sequence[str]) -> Float[Tensor, "group reward"]:
+    """Which rewards a group holds, a row each, 1 or 0; a reward in no group is one by itself. In float64.
+
+    Raises:
+        ValueError: a name is unknown or in two groups, or a group is empty.
+
+    >>> group_rows({"people": ["pick", "hps"]}, ["pick", "ocr", "hps"]).tolist()
+    [[1.0, 0.0, 1.0], [0.0, 1.0, 0.0]]
+    """
+    groups = dict(groups or {})
+    members = [name for group in groups.values() for name in group]
+    _known(members, reward_names, "groups")
+    if twice := sorted({name for name in members if members.count(name) > 1}):
+        raise ValueError(f"`groups` must hold a reward once. Found {', '.join(twice)} twice.")
+    if empty := [name for name, group in groups.items() if not group]:
+        raise ValueError(f"`groups` must hold at least one reward each. Found none in {', '.join(empty)}.")
+    each = [*groups.values(), *([name] for name in reward_names if name not in members)]
+    return torch.tensor([[float(name in group) for name in reward_names] for group in each], dtype=torch.float64)
+
+
+def _known(names: Iterable[str], reward_names: Sequence[str], option: str) -> None:
+    if unknown := [name for name in names if name not in reward_names]:
+        raise ValueError(
+            f"`{option}` must use the names of the rewards: {', '.join(reward_names)}. Found {', '.join(unknown)}."
+        )

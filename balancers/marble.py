@@ -3,11 +3,13 @@
 from collections.abc import Sequence
 from typing import Any
 
-from jaxtyping import Float
+import torch
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from balancers.base import Balancer
-from balancers.qp import check_floor, min_norm_weights
+from balancers.by_name import group_rows, weights_by_name
+from balancers.qp import check_floor, min_norm_weights, sensitivity
 
 
 class MARBLE(Balancer):
@@ -17,13 +19,22 @@ class MARBLE(Balancer):
       \qquad d = \Big(\sum_k \bar\alpha_k \hat g_k\Big) \cdot \tfrac1K \sum_k \|g_k\|$$
 
     Two rewards that oppose each other make the shortest vector by themselves and take nearly all the weight, whatever
-    the others want. If a reward that matters starves this way, raise `floor` or drop one of the two.
+    the others want. If a reward that matters starves this way, raise `floor`, prefer it, put the two into one group, or
+    drop one of them.
+
+    With a `preference` the program sees $\hat g_k / p_k$: the progress it guarantees along $\hat g_k$ is in proportion to
+    $p_k$. With `groups` it sees the mean of each group, whose weight its rewards share.
 
     Source: MARBLE, arXiv 2605.06507, eq. 5 (unit gradients), 6 (program), 7 (length), 12 (smoothing), proposition 1
     (amortisation). `amortize: raw` is the paper to the letter.
 
     Args:
-        floor: smallest weight of a reward before smoothing, in [0, 1 / number of rewards]. 0 is the paper.
+        floor: smallest weight of a reward or group before smoothing, in [0, 1 / their number]. 0 is the paper.
+        preference: how much progress on each reward is wanted relative to the others, by name, > 0; 1 for those not named.
+        groups: names of groups, each with the rewards whose gradients are averaged before the program.
+        dropout: probability in [0, 1) with which a reward is left out of a solution; at least one stays.
+        dropout_ramp: optimizer steps over which `dropout` rises from 0, >= 0.
+        seed: seed of the dropout, which also depends on the optimizer step; the same on every rank.
         refresh_every: optimizer steps between two solutions, >= 1. The steps in between reuse the coefficients.
         ema_decay: how much of the old weights a solution keeps, in [0, 1). 0 forgets them.
         normalize: whether the program sees unit gradients. Without it the smallest gradient takes most of the weight.
@@ -33,6 +44,11 @@ class MARBLE(Balancer):
         self,
         *,
         floor: float = 0.0,
+        preference: dict[str, float] | None = None,
+        groups: dict[str, list[str]] | None = None,
+        dropout: float = 0.0,
+        dropout_ramp: int = 0,
+        seed: int = 0,
         refresh_every: int = 10,
         ema_decay: float = 0.7,
         normalize: bool = True,
@@ -40,11 +56,34 @@ class MARBLE(Balancer):
     ) -> None:
         super().__init__(refresh_every=refresh_every, ema_decay=ema_decay, normalize=normalize, **kwargs)
         check_floor(floor, 1)
-        self.floor = floor
+        if not 0 <= dropout < 1:
+            raise ValueError(f"`dropout` must be in [0, 1). Found {dropout}.")
+        if dropout_ramp < 0:
+            raise ValueError(f"`dropout_ramp` must be >= 0 optimizer steps. Found {dropout_ramp}.")
+        self.floor, self.by_name, self.groups = floor, preference, groups
+        self.dropout, self.dropout_ramp, self.seed = dropout, dropout_ramp, seed
 
     def bind(self, reward_names: Sequence[str]) -> None:
         super().bind(reward_names)
-        check_floor(self.floor, len(self.reward_names))
+        self.preference = weights_by_name(self.by_name, self.reward_names, option="preference", positive=True)
+        self.rows = group_rows(self.groups, self.reward_names)
+        check_floor(self.floor, len(self.rows))
 
     def weights(self, gram: Float[Tensor, "active active"]) -> Float[Tensor, "active"]:
-        return min_norm_weights(gram, self.floor)
+        rows = self.rows[:, self.active] * self._kept()
+        rows = rows[rows.any(1)]
+        rows = rows / rows.sum(1, keepdim=True) / self.preference[self.active]
+        merged = rows @ gram @ rows.T
+        found = torch.zeros_like(self.prior).masked_scatter(self.active, sensitivity(merged, self.floor) @ rows)
+        self.diagnostics["sensitivity"] = found
+        alpha = min_norm_weights(merged, self.floor) @ rows
+        return alpha / alpha.sum()
+
+    def _kept(self) -> Bool[Tensor, "active"]:
+        """Which of the active rewards dropout leaves in this solution."""
+        share = min(1.0, self.step / self.dropout_ramp) if self.dropout_ramp else 1.0
+        draws = torch.rand(
+            int(self.active.sum()), generator=torch.Generator().manual_seed(1_000_003 * self.seed + self.step)
+        )
+        kept = draws >= share * self.dropout
+        return kept if kept.any() else draws == draws.max()

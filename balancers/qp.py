@@ -63,12 +63,43 @@ def min_norm_weights(gram: Float[Tensor, "*batch reward reward"], floor: float =
     scaled = (scaled + scaled.mT) / 2
     size = scaled.diagonal(dim1=-2, dim2=-1).mean(-1)
     scaled = scaled / torch.where(size > 0, size, 1)[:, None, None]
-    eye = torch.eye(k, dtype=torch.float64, device=gram.device)
+    z = simplex_minimum(free * scaled, floor * scaled.sum(-1))
+    return (floor + free * z).reshape(gram.shape[:-1]).to(gram.dtype)
+
+
+def simplex_minimum(
+    quadratic: Float[Tensor, "*batch reward reward"], linear: Float[Tensor, "*batch reward"]
+) -> Float[Tensor, "*batch reward"]:
+    r"""The point of the simplex with the least $\tfrac12 z^\top Q z + p^\top z$. Differentiable in both; Q of size about 1.
+
+    Shape:
+        quadratic (..., K, K), linear (..., K) -> (..., K), float64.
+    """
+    k = quadratic.shape[-1]
+    eye = torch.eye(k, dtype=torch.float64, device=quadratic.device)
     # qpth's defaults (20 iterations, 1e-12) leave flat directions off by 1e-3; these settle them to 1e-8.
     solver = QPFunction(verbose=-1, eps=1e-15, notImprovedLim=6, maxIter=40)
     z = solver(
-        free * scaled + RIDGE * eye, floor * scaled.sum(-1), -eye, eye.new_zeros(k), eye.new_ones(1, k), eye.new_ones(1)
-    )
+        quadratic.reshape(-1, k, k) + RIDGE * eye, linear.reshape(-1, k),
+        -eye, eye.new_zeros(k), eye.new_ones(1, k), eye.new_ones(1),
+    )  # fmt: skip
     z = z.clamp(min=0)
-    z = z / z.sum(-1, keepdim=True)
-    return (floor + free * z).reshape(gram.shape[:-1]).to(gram.dtype)
+    return (z / z.sum(-1, keepdim=True)).reshape(linear.shape)
+
+
+def sensitivity(gram: Float[Tensor, "reward reward"], floor: float = 0.0) -> Float[Tensor, "reward"]:
+    r"""How firmly a Gram matrix determines its min-norm weights: $\| \partial \alpha^*_k / \partial G \|$ of each weight.
+
+    Large where a small change of the gradients would shift the weight a lot, 0 where it rests at its floor. By autograd
+    through the quadratic program.
+
+    Shape:
+        gram (K, K) -> (K,).
+    """
+    if len(gram) == 1:
+        return torch.zeros_like(gram[0], dtype=torch.float64)
+    gram = gram.detach().double().requires_grad_()
+    with torch.enable_grad():
+        weights = min_norm_weights(gram, floor)
+        rows = [torch.autograd.grad(weight, gram, retain_graph=True)[0] for weight in weights]
+    return torch.stack([(row + row.mT).norm() / 2 for row in rows])

@@ -1,26 +1,140 @@
-"""Per-reward gradients of one micro-batch."""
+"""Per-reward gradients of one micro-batch: by one autograd pass per reward, or by two whatever their number.
+
+Each reward's loss is a weighted sum of the same per-sample losses, sum_i (c+_ik L+_i + c-_ik L-_i), and no layer couples
+samples. So one backward pass of sum_i L+_i meets, at every linear layer, all that the gradients of all rewards need: the
+layer's input and the gradient of its output, sample by sample. Weighing the samples by c+_ik there gives every reward's
+share at once; a second pass does the same for L-.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from marble_lightning.objective import Coefficients
+
 
 def gradients_by_passes(
-    losses: Float[Tensor, " reward"], parameters: Sequence[nn.Parameter]
+    losses: Float[Tensor, " reward"], parameters: Sequence[nn.Parameter], loss_scale: float = 1.0
 ) -> Float[Tensor, "reward parameter"]:
     """One autograd pass per reward: the reference, whose time grows with the number of rewards.
 
     Args:
         losses: Loss of each reward, from one graph, which is kept.
         parameters: Trainable parameters, in the order of the flat result.
+        loss_scale: Multiplies losses on the way back, so that half precision does not underflow; undone in the result.
     """
     return torch.stack(
-        [flat(torch.autograd.grad(loss, parameters, retain_graph=True, materialize_grads=True)) for loss in losses]
+        [
+            flat(torch.autograd.grad(loss * loss_scale, parameters, retain_graph=True, materialize_grads=True)) / loss_scale
+            for loss in losses
+        ]
     )
+
+
+class LinearTaps:
+    """Per-reward gradients of linear layers in two backward passes, whatever the number of rewards.
+
+    From then on every forward pass that builds a graph leaves taps in it, identities whose way back tells a layer's input
+    and the gradient of its output. They stay, since gradient checkpointing runs layers again on the way back.
+
+    Args:
+        module: What is trained.
+        parameters: Its trainable parameters, in the order of the flat result.
+
+    Raises:
+        ValueError: A parameter is not the weight or bias of an `nn.Linear` of its own.
+    """
+
+    def __init__(self, module: nn.Module, parameters: Sequence[nn.Parameter]) -> None:
+        places = {parameter: index for index, parameter in enumerate(parameters)}
+        self.sizes = [parameter.numel() for parameter in parameters]
+        self.layers: list[tuple[nn.Module, int | None, int | None]] = []
+        found: set[nn.Parameter] = set()
+        for layer in module.modules():
+            own = {parameter for parameter in layer.parameters(recurse=False) if parameter in places}
+            if own and type(layer).forward is nn.Linear.forward and not own & found:
+                named = dict(layer.named_parameters(recurse=False))
+                weight, bias = (places[named[name]] if named.get(name) in own else None for name in ("weight", "bias"))
+                self.layers.append((layer, weight, bias))
+                found |= own
+        if missed := set(parameters) - found:
+            names = sorted(name for name, parameter in module.named_parameters() if parameter in missed)
+            raise ValueError(
+                "`gradient_passes: two` needs every trainable parameter to be the weight or bias of one nn.Linear. Found "
+                f"{len(missed)} that are not, such as {names[0] if names else 'one outside the module'}; "
+                "set `gradient_passes: per_reward`."
+            )
+
+        self.anchor = torch.zeros((), requires_grad=True)
+        for layer, weight, bias in self.layers:
+            layer.register_forward_hook(self._hook(weight, bias))
+
+    def _hook(self, weight: int | None, bias: int | None) -> Any:
+        def hook(layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+            if not torch.is_grad_enabled():
+                return output
+            if self.anchor.device != output.device:
+                self.anchor = torch.zeros((), requires_grad=True, device=output.device)
+            return _Tap.apply(output, inputs[0], self.anchor, self, weight, bias)
+
+        return hook
+
+    def gradients(
+        self,
+        plus: Float[Tensor, " sample"],
+        minus: Float[Tensor, " sample"],
+        coefficients: Coefficients,
+        loss_scale: float = 1.0,
+    ) -> Float[Tensor, "reward parameter"]:
+        """Gradients of every reward's loss; the graph is kept.
+
+        Args:
+            plus: L+ of each sample, from a forward pass since this was built.
+            minus: L- of each sample, from the same.
+            coefficients: What they count for in each reward's loss.
+            loss_scale: Multiplies losses on the way back, so that half precision does not underflow; undone in the result.
+        """
+        rewards = coefficients.plus.shape[1]
+        self.total = torch.zeros(rewards, sum(self.sizes), device=plus.device)
+        self.parts = list(self.total.split(self.sizes, dim=1))
+        for losses, self.weights in ((plus, coefficients.plus), (minus, coefficients.minus)):
+            torch.autograd.grad(losses.sum() * loss_scale, self.anchor, retain_graph=True, allow_unused=True)
+        total = self.total / loss_scale
+        del self.total, self.parts, self.weights
+        return total
+
+    def _add(self, inputs: Tensor, gradient: Tensor, weight: int | None, bias: int | None) -> None:
+        """Add what one layer's input and output gradient, sample by sample, mean for every reward."""
+        samples, c = len(gradient), self.weights.float()
+        gradient = gradient.float().reshape(samples, -1, gradient.shape[-1])
+        if weight is not None:
+            inputs = inputs.float().reshape(samples, -1, inputs.shape[-1])
+            self.parts[weight] += c.T @ (gradient.mT @ inputs).flatten(1)
+        if bias is not None:
+            self.parts[bias] += c.T @ gradient.sum(1)
+
+
+class _Tap(torch.autograd.Function):
+    """The identity, which on the way back tells its owner a layer's input and the gradient of its output."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, output: Tensor, inputs: Tensor, anchor: Tensor, taps: LinearTaps, weight: int | None, bias: int | None
+    ) -> Tensor:
+        ctx.save_for_backward(inputs)
+        ctx.taps, ctx.places = taps, (weight, bias)
+        return output.view_as(output)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        if hasattr(ctx.taps, "parts"):  # not in the backward pass of another loss of the same graph
+            ctx.taps._add(*ctx.saved_tensors, gradients[0], *ctx.places)
+        return gradients[0], None, None, None, None, None
 
 
 def flat(tensors: Sequence[Tensor]) -> Float[Tensor, " parameter"]:

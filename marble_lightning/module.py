@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
 from lightning.pytorch import LightningModule
@@ -14,8 +14,8 @@ from torchmetrics import CatMetric
 from tqdm import tqdm
 
 from marble_lightning.checks import every_reward_applies, the_balancer, the_data, the_plan
-from marble_lightning.gradients import add_flat, gradients_by_passes
-from marble_lightning.objective import nft_losses, noised
+from marble_lightning.gradients import LinearTaps, add_flat, gradients_by_passes
+from marble_lightning.objective import Coefficients, nft_losses, noised
 from marble_lightning.policy import Adapter, SD3Policy, is_adapter
 from marble_lightning.rollouts import MicroBatch, MicroBatches, Rollout, micro_batches, score, weigh_round
 from marble_lightning.seeds import derived_seed, generator
@@ -46,6 +46,8 @@ class DiffusionNFT(LightningModule):
         optimizer: Makes the optimizer of the adapter's parameters.
         micro_batch_size: Pictures of one forward and backward pass, >= 1.
         optimizer_steps_per_round: Optimizer steps a round is split into, >= 1.
+        gradient_passes: Per-reward gradients by `two` backward passes, whatever the number of rewards, or by one
+            `per_reward`, the reference, which also knows trainable parameters outside linear layers.
         seed: Seed of everything random.
 
     Source: DiffusionNFT, arXiv 2509.16117; MARBLE, arXiv 2605.06507. Defaults are the SD3.5-Medium run's.
@@ -65,6 +67,7 @@ class DiffusionNFT(LightningModule):
         optimizer: OptimizerCallable = adamw,
         micro_batch_size: int = 9,
         optimizer_steps_per_round: int = 1,
+        gradient_passes: Literal["two", "per_reward"] = "two",
         seed: int = 0,
     ) -> None:
         super().__init__()
@@ -79,7 +82,7 @@ class DiffusionNFT(LightningModule):
         self.sampling, self.objective, self.averaging, self.evaluation = sampling, objective, averaging, evaluation
         self.optimizer = optimizer
         self.micro_batch_size, self.optimizer_steps_per_round = micro_batch_size, optimizer_steps_per_round
-        self.seed = seed
+        self.gradient_passes, self.seed = gradient_passes, seed
         self.merged: Tensor | None = None
         """A refresh's merged gradient, flat, until it is written."""
         self.held_out_scores = CatMetric(nan_strategy="disable")
@@ -102,6 +105,8 @@ class DiffusionNFT(LightningModule):
             judge.setup()
             judge.requires_grad_(False)
         self.trainable = self.policy.parameters_of("trained")
+        if stage == "fit" and self.balancer.needs_gradients and self.gradient_passes == "two":
+            self.taps = LinearTaps(self.policy.transformer, self.trainable)
 
     def teardown(self, stage: str) -> None:
         if stage == "fit":
@@ -188,9 +193,10 @@ class DiffusionNFT(LightningModule):
         if batch_idx % self.plan.per_step == 0:
             self.balancer.begin_step(self.plan.per_step)
         noisy = noised(batch.clean, batch.noise, batch.t)
-        old, reference, velocity = self._velocities(noisy, batch)
+        old, reference = self._velocity(noisy, batch, "old"), self._velocity(noisy, batch, None)
+        velocity = self._velocity(noisy, batch, "trained")
         plus, minus = nft_losses(velocity, old, noisy, batch.clean, batch.t, self.objective.beta)
-        losses = batch.coefficients.losses(plus, minus) * self.trainer.world_size  # DistributedDataParallel averages
+        losses = batch.coefficients.losses(plus, minus)
         kl = (velocity - reference).square().mean()
         self.log_dict(
             {"kl": kl.detach(), "loss": losses.detach().sum() * self.plan.per_step},
@@ -201,7 +207,7 @@ class DiffusionNFT(LightningModule):
         )
 
         if self.balancer.wants_gradients:
-            self.balancer.add_gradients(gradients_by_passes(losses, self.trainable))
+            self.balancer.add_gradients(self._gradients(plus, minus, batch.coefficients))
             if not self.balancer.wants_gradients:
                 self.merged = self.balancer.solve(self.trainer.strategy.reduce)
             return self.objective.kl_weight * kl
@@ -209,14 +215,17 @@ class DiffusionNFT(LightningModule):
         # Lightning divides by the micro-batches of a step; the coefficients already count over all of them
         return weights @ losses * self.plan.per_step + self.objective.kl_weight * kl
 
-    def _velocities(self, noisy: Tensor, batch: MicroBatch) -> tuple[Tensor, Tensor, Tensor]:
-        def velocity(adapter: Adapter | None) -> Tensor:
-            with self.policy.using(adapter):
-                return self.policy.velocity(noisy, batch.t, batch.conditions)
+    def _velocity(self, noisy: Tensor, batch: MicroBatch, adapter: Adapter | None) -> Tensor:
+        with self.policy.using(adapter), torch.set_grad_enabled(adapter == "trained"):
+            return self.policy.velocity(noisy, batch.t, batch.conditions)
 
-        with torch.no_grad():
-            old, reference = velocity("old"), velocity(None)
-        return old, reference, velocity("trained")
+    def _gradients(self, plus: Tensor, minus: Tensor, coefficients: Coefficients) -> Tensor:
+        """Gradient of each reward's loss, (reward, parameter)."""
+        scaler = getattr(self.trainer.precision_plugin, "scaler", None)
+        loss_scale = scaler.get_scale() if scaler is not None else 1.0
+        if self.gradient_passes == "two":
+            return self.taps.gradients(plus, minus, coefficients, loss_scale)
+        return gradients_by_passes(coefficients.losses(plus, minus), self.trainable, loss_scale)
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Write a refresh's merged gradient beside the KL gradient."""

@@ -76,20 +76,21 @@ def coefficients(
     r"""How each reward weighs L+ and L- of each sample.
 
     r = clamp(1/2 + A / (2 A_max), 0, 1);  c+ = (A_max / β) m r / n,  c- = (A_max / β) m (1 - r) / n, where m is 1 where
-    the reward applies and n counts those samples over the whole optimizer step and all ranks.
+    the reward applies and n counts those samples over the whole optimizer step, a rank's share of all ranks.
 
     Source: DiffusionNFT, arXiv 2509.16117 (loss); MARBLE, arXiv 2605.06507, Prop. 1, here for coefficients instead of
     advantages, which makes it hold with clamps and missing rewards too.
 
     Args:
         advantages: Advantage of each sample under each reward; NaN where the reward does not apply.
-        counts: n, the number of samples of the whole optimizer step that each reward applies to.
+        counts: n, the number of samples of the whole optimizer step that each reward applies to; the mean over ranks,
+            where gradients are averaged over ranks.
         beta: β of the loss.
         max_advantage: A_max, the advantage at which a sample counts as wholly good.
     """
     applies = ~advantages.isnan()
     optimality = (0.5 + torch.where(applies, advantages, 0.0) / (2 * max_advantage)).clamp(0, 1)
-    share = applies.to(advantages) * (max_advantage / beta) / counts.clamp(min=1)
+    share = applies.to(advantages) * (max_advantage / beta) / torch.where(counts > 0, counts, 1).to(advantages)
     return Coefficients(share * optimality, share * (1 - optimality))
 
 

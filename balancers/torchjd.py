@@ -1,0 +1,79 @@
+"""Any of TorchJD's aggregators that weigh gradients, fed with our inner products."""
+
+import inspect
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from balancers.base import Balancer
+
+
+class TorchJD(Balancer):
+    """Weigh the gradients as an aggregator of the TorchJD library does.
+
+    It is built afresh for every solution, since gradients may drop out and return; only the smoothing of `ema_decay`
+    remembers. So aggregators that live by their own memory are refused.
+
+    Source: Quinton and Rey, "Jacobian Descent for Multi-Objective Optimization", 2024, and the papers TorchJD names.
+
+    Args:
+        aggregator: name of a class in `torchjd.aggregation`, such as UPGrad, DualProj, AlignedMTL, IMTLG, NashMTL.
+        arguments: what it is built with. Null: its defaults. `n_tasks` is filled in.
+        seed: seed of aggregators that draw, which also depends on the optimizer step; the same on every rank.
+    """
+
+    def __init__(
+        self, *, aggregator: str = "UPGrad", arguments: dict[str, Any] | None = None, seed: int = 0, **kwargs: Any
+    ) -> None:
+        super().__init__(**kwargs)
+        self.aggregator, self.arguments, self.seed = aggregator, dict(arguments or {}), seed
+        build(aggregator, self.arguments, 2)  # a wrong name or argument fails here
+
+    def weights(self, gram: Float[Tensor, "active active"]) -> Float[Tensor, "active"]:
+        with torch.random.fork_rng(devices=[]), torch.no_grad():
+            torch.manual_seed(1_000_003 * self.seed + self.step)
+            return build(self.aggregator, self.arguments, len(gram)).weighting(root(gram)).to(gram)
+
+
+def root(gram: Float[Tensor, "reward reward"]) -> Float[Tensor, "reward reward"]:
+    r"""Some $R$ with $R R^\top = G$: as good as the gradients themselves to whatever only looks at inner products.
+
+    >>> root(torch.diag(torch.tensor([1.0, 4.0]))).square().sum(1)
+    tensor([1., 4.])
+    """
+    values, vectors = torch.linalg.eigh(gram)
+    return vectors * values.clamp(min=0).sqrt()
+
+
+WARM_STARTED = ("NashMTL",)
+"""Aggregators whose memory only saves time."""
+
+
+def build(name: str, arguments: dict[str, Any], n_rewards: int) -> Any:
+    """An aggregator of TorchJD.
+
+    Raises:
+        ImportError: TorchJD, or what the aggregator needs, is not installed.
+        ValueError: there is no such aggregator, or it has a memory that matters.
+        TypeError: it does not take those arguments.
+    """
+    try:
+        import torchjd
+        from torchjd import aggregation
+    except ImportError as error:
+        raise ImportError("The TorchJD balancer needs TorchJD: pip install 'marble-lightning[torchjd]'.") from error
+
+    def usable(value: Any) -> bool:
+        weighs = inspect.isclass(value) and issubclass(value, aggregation.WeightedAggregator)
+        return weighs and not inspect.isabstract(value) and not issubclass(value, torchjd.Stateful)
+
+    known = {key for key, value in vars(aggregation).items() if usable(value)} - {"WeightedAggregator"}
+    known |= set(WARM_STARTED)
+    known -= {"GramianWeightedAggregator"}
+    if name not in known:
+        raise ValueError(f"`aggregator` must be one of {', '.join(sorted(known))}. Found {name!r}.")
+    kind = getattr(aggregation, name)
+    sized = {"n_tasks": n_rewards} if "n_tasks" in inspect.signature(kind).parameters else {}
+    return kind(**sized, **arguments)

@@ -1,0 +1,220 @@
+"""PCGrad, CAGrad, MGDA, TorchJD and AdvantageSum: agreement with TorchJD's own, and properties of all."""
+
+import pytest
+import torch
+from torchjd import aggregation
+
+from balancers import MARBLE, MGDA, AdvantageSum, CAGrad, FixedWeights, PCGrad, TorchJD, min_norm_weights
+from balancers.cagrad import conflict_averse
+from balancers.pcgrad import projected
+from balancers.torchjd import root
+
+NAMES = ("a", "b", "c", "d", "e")
+METHODS = [MARBLE, MGDA, PCGrad, CAGrad, FixedWeights, TorchJD]
+
+
+def gram_of(seed: int, k: int = 5, p: int = 8, push: float = 0.0) -> torch.Tensor:
+    """Inner products of random gradients; `push` > 0 makes them conflict more."""
+    generator = torch.Generator().manual_seed(seed)
+    gradients = torch.randn(k, p, generator=generator, dtype=torch.float64)
+    gradients = gradients - push * gradients.mean(0)
+    gradients = gradients * torch.rand(k, 1, generator=generator, dtype=torch.float64).add(0.1)
+    return gradients @ gradients.T
+
+
+def bound(balancer, names=NAMES):
+    balancer.bind(names)
+    return balancer
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_pcgrad_is_torchjds_when_the_order_is_the_same(seed):
+    gram = gram_of(seed, push=0.8)
+    torch.manual_seed(seed)
+    expected = aggregation.PCGradWeighting()(gram)
+    torch.manual_seed(seed)
+    orders = [torch.randperm(5).tolist() for _ in range(5)]
+    torch.testing.assert_close(projected(gram, orders), expected)
+    assert not torch.equal(expected, torch.ones(5))
+
+
+def test_pcgrad_draws_another_order_each_step_and_the_same_one_again():
+    gram = gram_of(3, push=0.9)
+    first, second = bound(PCGrad()), bound(PCGrad())
+    assert torch.equal(first.weights(gram), second.weights(gram))
+    found = []
+    for first.step in range(6):
+        found.append(first.weights(gram))
+    assert len({tuple(weights.tolist()) for weights in found}) > 1
+
+
+@pytest.mark.parametrize("c", [0.1, 0.4, 0.9])
+@pytest.mark.parametrize("seed", range(8))
+def test_cagrad_is_torchjds_or_better(seed, c):
+    """TorchJD's cone program stops a little early: same update, and ours serves the worst-served reward no less."""
+    gram = gram_of(seed, push=0.5)
+    expected = aggregation.CAGradWeighting(c=c, norm_eps=1e-9)(gram)
+    found = conflict_averse(gram, c)
+    length = float((expected @ gram @ expected).sqrt())
+    assert float(((found - expected) @ gram @ (found - expected)).clamp(min=0).sqrt()) < 1e-3 * length
+    assert (gram @ found).min() >= (gram @ expected).min() - 1e-9
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_cagrad_maximises_the_least_progress_in_its_ball(seed):
+    """No other point of the ball serves its worst-served reward better."""
+    gradients = torch.randn(4, 6, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    gram = gradients @ gradients.T
+    d, mean = conflict_averse(gram, 0.4) @ gradients, gradients.mean(0)
+    radius = 0.4 * mean.norm()
+    assert float((d - mean).norm()) == pytest.approx(float(radius), rel=1e-6)
+    others = torch.randn(4000, 6, generator=torch.Generator().manual_seed(seed + 100), dtype=torch.float64)
+    others = mean + radius * others / others.norm(dim=1, keepdim=True)
+    near = d + 0.01 * (others - d)
+    near = mean + (near - mean) * (radius / (near - mean).norm(dim=1, keepdim=True)).clamp(max=1)
+    best = max((group @ gradients.T).min(1).values.max() for group in (others, near))
+    assert (gradients @ d).min() >= best - 1e-9
+
+
+def test_cagrad_edges():
+    opposite = torch.tensor([[1.0, -1.0], [-1.0, 1.0]], dtype=torch.float64)
+    assert conflict_averse(opposite, 0.4).tolist() == [0.5, 0.5]
+    gram = gram_of(0)
+    assert conflict_averse(gram, 0.0).tolist() == pytest.approx([0.2] * 5)
+    torch.testing.assert_close(conflict_averse(gram * 1e12, 0.4), conflict_averse(gram, 0.4), rtol=1e-6, atol=1e-6)
+    with pytest.raises(ValueError, match=r"`c` must be finite and >= 0. Found -1"):
+        CAGrad(c=-1)
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_mgda_is_torchjds(seed):
+    """TorchJD walks towards the point (Frank-Wolfe), so it is compared by the norm it reaches."""
+    gram = gram_of(seed, push=0.5)
+    expected = aggregation.MGDAWeighting(epsilon=1e-9, max_iters=20_000)(gram)
+    found = bound(MGDA()).weights(gram)
+    assert found @ gram @ found <= expected @ gram @ expected + 1e-9
+    assert found @ gram @ found == pytest.approx(float(expected @ gram @ expected), rel=1e-2, abs=1e-6)
+
+
+@pytest.mark.parametrize("name", ["UPGrad", "DualProj", "AlignedMTL", "IMTLG", "Mean", "PCGrad"])
+def test_any_aggregator_of_torchjd(name):
+    balancer = bound(TorchJD(aggregator=name))
+    gradients = torch.randn(5, 30, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    gram = gradients @ gradients.T
+    torch.manual_seed(0)
+    expected = getattr(aggregation, name)()(gradients)
+    torch.testing.assert_close(balancer.weights(gram) @ gradients, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_torchjd_refuses_by_name():
+    with pytest.raises(ValueError, match=r"`aggregator` must be one of .*UPGrad.*Found 'Typo'"):
+        TorchJD(aggregator="Typo")
+    with pytest.raises(ValueError, match=r"Found 'GradVac'"):  # lives by its memory
+        TorchJD(aggregator="GradVac")
+    with pytest.raises(TypeError):
+        TorchJD(aggregator="UPGrad", arguments={"typo": 1})
+
+
+def test_root_has_the_inner_products():
+    gram = gram_of(2, k=5, p=3)  # of rank 3
+    torch.testing.assert_close(root(gram) @ root(gram).T, gram)
+
+
+@pytest.mark.parametrize("method", [MARBLE, MGDA, CAGrad, FixedWeights, TorchJD])
+@pytest.mark.parametrize("seed", range(3))
+def test_permutation_of_the_rewards_permutes_the_weights(method, seed):
+    gram, order = gram_of(seed, push=0.3), torch.randperm(5, generator=torch.Generator().manual_seed(seed))
+    balancer = bound(method())
+    torch.testing.assert_close(balancer.weights(gram[order][:, order]), balancer.weights(gram)[order], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("value", [0.0, torch.nan, torch.inf])
+def test_a_silent_gradient_never_silences_the_others(method, value):
+    balancer = bound(method(normalize=True))
+    gradients = torch.randn(5, 12, generator=torch.Generator().manual_seed(5))
+    gradients[2] = value
+    balancer.begin_step(1)
+    balancer.add_gradients(gradients)
+    merged = balancer.solve(lambda x: x)
+    assert merged.isfinite().all() and merged.norm() > 0.1
+    assert balancer.diagnostics["left_out"] == ("c",)
+
+
+def test_advantage_sum_by_hand():
+    advantages = torch.tensor([[1.0, 2.0], [-1.0, torch.nan], [torch.nan, torch.nan], [3.0, -2.0]])
+    balancer = bound(AdvantageSum({"b": 0.5}), ("a", "b"))
+    summed = torch.tensor([2.0, -1.0, 2.0])
+    expected = (summed - summed.mean()) / (summed.std(correction=0) + 1e-4)
+    found = balancer.merge_advantages(advantages)[:, 0]
+    torch.testing.assert_close(found[[0, 1, 3]], expected)
+    assert found[2].isnan()
+    assert balancer.names == ("sum",)
+
+
+def test_advantage_sum_leaves_out_a_reward_of_weight_zero():
+    found = bound(AdvantageSum({"a": 0.0}), ("a", "b")).merge_advantages(torch.tensor([[1.0, torch.nan], [1.0, 2.0]]))
+    assert found[0].isnan() and found[1] == 0
+
+
+def test_preference_shares_out_guaranteed_progress():
+    """Unit gradients agree with the update in proportion to their preference."""
+    gram = torch.eye(3, dtype=torch.float64)
+    balancer = bound(MARBLE(preference={"b": 2.0}), ("a", "b", "c"))
+    torch.testing.assert_close(gram @ balancer.weights(gram), torch.tensor([0.25, 0.5, 0.25], dtype=torch.float64))
+    with pytest.raises(ValueError, match=r"`preference` must be finite and > 0. Found {'b': 0.0}"):
+        bound(MARBLE(preference={"b": 0.0}))
+
+
+def test_groups_share_one_weight():
+    gram = torch.eye(3, dtype=torch.float64)
+    balancer = bound(MARBLE(groups={"people": ["a", "c"]}), ("a", "b", "c"))
+    weights = balancer.weights(gram)
+    torch.testing.assert_close(weights, torch.tensor([1 / 3, 1 / 3, 1 / 3], dtype=torch.float64))
+    opposed = torch.tensor([[1.0, 0.0, -0.99], [0.0, 1.0, 0.0], [-0.99, 0.0, 1.0]], dtype=torch.float64)
+    alone = bound(MARBLE(), ("a", "b", "c")).weights(opposed)
+    assert alone[1] < 0.01  # the opposed pair takes all
+    for wrong, message in (
+        ({"g": ["typo"]}, "must use the names"),
+        ({"g": ["a"], "h": ["a"]}, "must hold a reward once"),
+        ({"g": []}, "at least one reward each"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            bound(MARBLE(groups=wrong), ("a", "b", "c"))
+
+
+def test_floor_counts_groups():
+    bound(MARBLE(floor=0.5, groups={"people": ["a", "c"]}), ("a", "b", "c"))
+    with pytest.raises(ValueError, match=r"at most 1 / 3"):
+        bound(MARBLE(floor=0.5), ("a", "b", "c"))
+
+
+def test_dropout_leaves_rewards_out_and_grows():
+    gram = torch.eye(5, dtype=torch.float64)
+    balancer = bound(MARBLE(dropout=0.6, dropout_ramp=1000))
+    zeros = []
+    for balancer.step in range(0, 2000, 4):
+        weights = balancer.weights(gram)
+        assert weights.sum() == pytest.approx(1)
+        zeros.append(float((weights == 0).double().mean()))
+    early, late = sum(zeros[:75]) / 75, sum(zeros[-75:]) / 75
+    assert early < 0.2 < 0.5 < late < 0.7
+    with pytest.raises(ValueError, match=r"`dropout` must be in \[0, 1\). Found 1"):
+        MARBLE(dropout=1.0)
+
+
+def test_sensitivity_is_logged_and_right():
+    """The derivative through qpth against finite differences."""
+    balancer = bound(MARBLE(), ("a", "b"))
+    gram = torch.tensor([[1.0, 0.2], [0.2, 1.0]], dtype=torch.float64)
+    balancer.weights(gram)
+    found = balancer.diagnostics["sensitivity"]
+
+    step, rows = 1e-5, torch.zeros(2, 2, 2, dtype=torch.float64)
+    for i in range(2):
+        for j in range(2):
+            moved = torch.zeros_like(gram)
+            moved[i, j] = step
+            rows[:, i, j] = (min_norm_weights(gram + moved) - min_norm_weights(gram - moved)) / (2 * step)
+    expected = ((rows + rows.mT) / 2).flatten(1).norm(dim=1)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-7)
