@@ -27,9 +27,10 @@ def weights_by_name(
     """
     weights = dict(weights or {})
     _known(weights, reward_names, option)
-    least, sign = (0.0, ">") if positive else (-math.ulp(0.0), ">=")
-    if wrong := {name: value for name, value in weights.items() if not (math.isfinite(value) and value > least)}:
-        raise ValueError(f"`{option}` must be finite and {sign} 0. Found {wrong}.")
+    if wrong := {
+        name: value for name, value in weights.items() if not math.isfinite(value) or value < 0 or (positive and value == 0)
+    }:
+        raise ValueError(f"`{option}` must be finite and {'>' if positive else '>='} 0. Found {wrong}.")
     values = torch.tensor([weights.get(name, 1.0) for name in reward_names], dtype=torch.float64)
     if not values.any():
         raise ValueError(f"`{option}` must leave at least one reward above 0. Found all 0.")

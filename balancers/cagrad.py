@@ -56,7 +56,7 @@ def conflict_averse(gram: Float[Tensor, "reward reward"], c: float) -> Float[Ten
         return simplex_minimum(unit * (radius / s / larger), unit @ mean / larger)
 
     if length(solved(TINY), unit) <= TINY:
-        return mean  # zero lies in the hull: no direction serves all, and the ball's best is its centre
+        return mean  # zero lies in the hull, no direction serves all; a zero update would silence every reward
     longest = float(unit.diagonal().max().sqrt())
     s = brentq(lambda s: length(solved(s), unit) - s, TINY, longest * (1 + 1e-6), xtol=1e-14, rtol=1e-12)
     w = solved(s)
@@ -69,4 +69,4 @@ def length(w: Float[Tensor, "reward"], gram: Float[Tensor, "reward reward"]) -> 
 
 
 TINY = 1e-4
-"""A length that counts as zero, relative to the gradients' own, as in the published implementations."""
+"""A length that counts as zero, relative to the gradients' root mean square length."""

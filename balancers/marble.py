@@ -29,7 +29,8 @@ class MARBLE(Balancer):
     (amortisation). `amortize: raw` is the paper to the letter.
 
     Args:
-        floor: smallest weight of a reward or group before smoothing, in [0, 1 / their number]. 0 is the paper.
+        floor: smallest weight of a reward or group in the program, before preference and smoothing, in
+            [0, 1 / their number]; one left out by `dropout` has none. 0 is the paper.
         preference: how much progress on each reward is wanted relative to the others, by name, > 0; 1 for those not named.
         groups: names of groups, each with the rewards whose gradients are averaged before the program.
         dropout: probability in [0, 1) with which a reward is left out of a solution; at least one stays.

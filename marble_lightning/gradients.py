@@ -71,6 +71,8 @@ class LinearTaps:
             )
 
         self.anchor = torch.zeros((), requires_grad=True)
+        self.parts: list[Tensor] | None = None
+        """What is being gathered, a part of the result per parameter; None in the backward pass of any other loss."""
         for layer, weight, bias in self.layers:
             layer.register_forward_hook(self._hook(weight, bias))
 
@@ -100,16 +102,19 @@ class LinearTaps:
             loss_scale: Multiplies losses on the way back, so that half precision does not underflow; undone in the result.
         """
         rewards = coefficients.plus.shape[1]
-        self.total = torch.zeros(rewards, sum(self.sizes), device=plus.device)
-        self.parts = list(self.total.split(self.sizes, dim=1))
-        for losses, self.weights in ((plus, coefficients.plus), (minus, coefficients.minus)):
-            torch.autograd.grad(losses.sum() * loss_scale, self.anchor, retain_graph=True, allow_unused=True)
-        total = self.total / loss_scale
-        del self.total, self.parts, self.weights
-        return total
+        total = torch.zeros(rewards, sum(self.sizes), device=plus.device)
+        self.parts = list(total.split(self.sizes, dim=1))
+        try:
+            for losses, self.weights in ((plus, coefficients.plus), (minus, coefficients.minus)):
+                torch.autograd.grad(losses.sum() * loss_scale, self.anchor, retain_graph=True, allow_unused=True)
+        finally:
+            self.parts = None
+        return total / loss_scale
 
     def _add(self, inputs: Tensor, gradient: Tensor, weight: int | None, bias: int | None) -> None:
         """Add what one layer's input and output gradient, sample by sample, mean for every reward."""
+        if self.parts is None:
+            return
         samples, c = len(gradient), self.weights.float()
         gradient = gradient.float().reshape(samples, -1, gradient.shape[-1])
         if weight is not None:
@@ -132,8 +137,7 @@ class _Tap(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Any:
-        if hasattr(ctx.taps, "parts"):  # not in the backward pass of another loss of the same graph
-            ctx.taps._add(*ctx.saved_tensors, gradients[0], *ctx.places)
+        ctx.taps._add(*ctx.saved_tensors, gradients[0], *ctx.places)
         return gradients[0], None, None, None, None, None
 
 

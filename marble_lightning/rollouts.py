@@ -117,7 +117,7 @@ def weigh_round(
 
     plus, minus = torch.empty_like(advantages), torch.empty_like(advantages)
     for step in image_order(plan, key).chunk(plan.optimizer_steps):
-        counts = plan.times * (~advantages[step].isnan()).sum(0).double()
+        counts = plan.times * (~advantages[step].isnan()).sum(0).float()
         counts = strategy.reduce(counts, reduce_op="mean")  # not the sum: gradients are averaged over ranks
         plus[step], minus[step] = coefficients(advantages[step], counts, objective.beta, objective.max_advantage)
     return Coefficients(plus, minus)
