@@ -16,7 +16,8 @@ from rich.console import Console
 from torch import Tensor
 
 from balancers import Balancer
-from marble_lightning.module import DiffusionNFT, HeldOut
+from marble_lightning.held_out import HeldOut
+from marble_lightning.module import DiffusionNFT
 from marble_lightning.pictures import grid, scores_text, to_image
 from marble_lightning.table import held_out_table
 

@@ -7,24 +7,19 @@ from collections.abc import Iterator, Sequence
 from typing import Any, Literal, cast
 
 import torch
-from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import OptimizerCallable
-from torch import Tensor, nn
-from torchmetrics import CatMetric
+from torch import Tensor
 from tqdm import tqdm
 
 from marble_lightning.checks import every_reward_applies, the_balancer, the_data, the_plan
 from marble_lightning.gradients import LinearTaps, add_flat, gradients_by_passes
+from marble_lightning.held_out import HeldOutEvaluation
 from marble_lightning.objective import Coefficients, nft_losses, noised
 from marble_lightning.policy import Adapter, SD3Policy, is_adapter
 from marble_lightning.rollouts import MicroBatch, MicroBatches, Rollout, micro_batches, score, weigh_round
-from marble_lightning.seeds import derived_seed, generator
+from marble_lightning.seeds import generator
 from marble_lightning.settings import Averaging, Evaluation, Objective, Sampling
-from marble_lightning.table import per_prompt
 from rewards import Prompt, Reward
-
-HeldOut = list[tuple[int, Prompt]]
-"""A batch of held-out prompts, each with the index that names its noise."""
 
 
 def adamw(parameters: Any) -> torch.optim.Optimizer:
@@ -32,7 +27,7 @@ def adamw(parameters: Any) -> torch.optim.Optimizer:
     return torch.optim.AdamW(parameters, lr=3e-4, betas=(0.9, 0.999), weight_decay=1e-4, eps=1e-8)
 
 
-class DiffusionNFT(LightningModule):
+class DiffusionNFT(HeldOutEvaluation):
     """Online RL fine-tuning of SD3 with several rewards, merged by the trainer's Balancer callback.
 
     Args:
@@ -70,26 +65,19 @@ class DiffusionNFT(LightningModule):
         gradient_passes: Literal["two", "per_reward"] = "two",
         seed: int = 0,
     ) -> None:
-        super().__init__()
+        super().__init__(policy, rewards, metrics or {}, evaluation, seed)
         if not rewards:
             raise ValueError("`rewards` must name at least one reward. Found none; configs/tiny.yaml has five.")
         if twice := set(rewards) & set(metrics or {}):
             raise ValueError(f"`metrics` must not use the name of a reward. Found {', '.join(sorted(twice))} in both.")
         if min(micro_batch_size, optimizer_steps_per_round) < 1:
             raise ValueError("`micro_batch_size` and `optimizer_steps_per_round` must be >= 1. Found a smaller one.")
-        self.policy = policy
-        self.rewards, self.metrics = nn.ModuleDict(rewards), nn.ModuleDict(metrics or {})
-        self.sampling, self.objective, self.averaging, self.evaluation = sampling, objective, averaging, evaluation
+        self.sampling, self.objective, self.averaging = sampling, objective, averaging
         self.optimizer = optimizer
         self.micro_batch_size, self.optimizer_steps_per_round = micro_batch_size, optimizer_steps_per_round
-        self.gradient_passes, self.seed = gradient_passes, seed
+        self.gradient_passes = gradient_passes
         self.merged: Tensor | None = None
         """A refresh's merged gradient, flat, until it is written."""
-        self.held_out_scores = CatMetric(nan_strategy="disable")
-        self.base_scores: Tensor | None = None
-        """Held-out scores (prompt, judge) of the base, measured by the trainer's sanity check; kept in checkpoints."""
-        self.trained_scores: Tensor | None = None
-        """The same of the averaged adapter, from the last validation."""
 
     # Setting up -----------------------------------------------------------------------------------------------------
 
@@ -111,11 +99,6 @@ class DiffusionNFT(LightningModule):
     def teardown(self, stage: str) -> None:
         if stage == "fit":
             self.trainer.accumulate_grad_batches = 1
-
-    @property
-    def judges(self) -> dict[str, Reward]:
-        """Rewards and metrics: what held-out pictures are scored by."""
-        return {**self._learned, **cast(dict[str, Reward], dict(self.metrics.items()))}
 
     @property
     def _learned(self) -> dict[str, Reward]:
@@ -243,55 +226,13 @@ class DiffusionNFT(LightningModule):
             self.policy.move("old", towards="trained", by=1 - self.averaging.old_decay(self.global_step))
             self.log("time/training", time.perf_counter() - self.trained_since)
 
-    # Held-out prompts -----------------------------------------------------------------------------------------------
-
-    def predict_step(self, batch: HeldOut, batch_idx: int) -> dict[str, Tensor]:
-        """Sample prompts with the averaged adapter, each with noise of its own, and score the pictures."""
-        images = self.sample_held_out(batch)
-        return {"images": images, "scores": score(self.judges, images, [prompt for _, prompt in batch])}
-
-    def validation_step(self, batch: HeldOut, batch_idx: int) -> dict[str, Tensor]:
-        """As `predict_step`, and remember the scores."""
-        pictures = self.predict_step(batch, batch_idx)
-        indices = torch.tensor([index for index, _ in batch], device=self.device, dtype=torch.float32)
-        self.held_out_scores.update(torch.cat([indices[:, None], pictures["scores"]], dim=1))
-        return pictures
-
-    test_step = validation_step
-
-    def sample_held_out(self, batch: HeldOut) -> Tensor:
-        """Pictures of prompts; the index names the noise."""
-        conditions = self.policy.encode([prompt.text for _, prompt in batch])
-        empty = self.policy.encode([""]) if self.evaluation.guidance > 1 else None
-        noise = [generator(self.seed, "held-out", index) for index, _ in batch]
-        latents = self.policy.sample(
-            conditions, noise, "ema", steps=self.evaluation.steps, solver=self.evaluation.solver,
-            guidance=self.evaluation.guidance, unconditional=empty,
-        )  # fmt: skip
-        return self.policy.decode(latents)
-
-    def on_validation_epoch_end(self) -> None:
-        scores = per_prompt(self.held_out_scores.compute().cpu(), the_data(self.trainer).held_out_images)
-        self.held_out_scores.reset()
-        if self.trainer.sanity_checking:
-            self.base_scores = scores
-        else:
-            self.trained_scores = scores
-        means = {f"held_out/{name}": column.nanmean() for name, column in zip(self.judges, scores.T, strict=True)}
-        if not self.trainer.sanity_checking:
-            self.log_dict(means)
-        elif self.logger is not None:
-            self.logger.log_metrics({name: float(mean) for name, mean in means.items()}, step=0)
-
-    on_test_epoch_end = on_validation_epoch_end
-
     # Checkpoints ----------------------------------------------------------------------------------------------------
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep the adapters, never the frozen weights."""
         adapters = {name: tensor for name, tensor in checkpoint["state_dict"].items() if is_adapter(name)}
         checkpoint["state_dict"], checkpoint["lora"] = adapters, self.policy.lora
-        checkpoint["base_scores"], checkpoint["base_measured"] = self.base_scores, self._measured()
+        checkpoint["base_scores"], checkpoint["base_measured"] = self.base_scores, self.measured
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Make sure that the checkpoint's adapters are this policy's, and that its base was measured as ours would be."""
@@ -300,10 +241,5 @@ class DiffusionNFT(LightningModule):
                 f"The checkpoint must hold adapters like this policy's: {self.policy.lora}. Found {checkpoint['lora']}; "
                 "use the `policy` settings it was trained with (config.yaml in its run folder)."
             )
-        if checkpoint["base_measured"] == self._measured():
+        if checkpoint["base_measured"] == self.measured:
             self.base_scores = checkpoint["base_scores"]
-
-    def _measured(self) -> str:
-        """What held-out scores depend on besides the policy; scores are compared only where it is the same."""
-        texts = [prompt.text for prompt in the_data(self.trainer).held_out]
-        return repr((self.seed, self.evaluation, list(self.judges), derived_seed(*texts)))

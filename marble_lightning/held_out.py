@@ -1,0 +1,101 @@
+"""How a policy is judged: held-out prompts sampled with noise of their own and scored, for the base and the trained."""
+
+from __future__ import annotations
+
+from typing import cast
+
+import torch
+from lightning.pytorch import LightningModule
+from torch import Tensor, nn
+from torchmetrics import CatMetric
+
+from marble_lightning.checks import the_data
+from marble_lightning.policy import SD3Policy
+from marble_lightning.rollouts import score
+from marble_lightning.seeds import derived_seed, generator
+from marble_lightning.settings import Evaluation
+from marble_lightning.table import per_prompt
+from rewards import Prompt, Reward
+
+HeldOut = list[tuple[int, Prompt]]
+"""A batch of held-out prompts, each with the index that names its noise."""
+
+
+class HeldOutEvaluation(LightningModule):
+    """A policy and its judges: what `validate` and `predict` need, and `fit` before and after.
+
+    Args:
+        policy: The model that is judged, with its averaged adapter.
+        rewards: Rewards it learns, by the name they are logged under.
+        metrics: Rewards that are only measured.
+        evaluation: How held-out prompts are sampled.
+        seed: Seed of their noise.
+    """
+
+    def __init__(
+        self,
+        policy: SD3Policy,
+        rewards: dict[str, Reward],
+        metrics: dict[str, Reward],
+        evaluation: Evaluation,
+        seed: int,
+    ) -> None:
+        super().__init__()
+        self.policy, self.evaluation, self.seed = policy, evaluation, seed
+        self.rewards, self.metrics = nn.ModuleDict(rewards), nn.ModuleDict(metrics)
+        self.held_out_scores = CatMetric(nan_strategy="disable")
+        self.base_scores: Tensor | None = None
+        """Held-out scores (prompt, judge) of the base, measured by the trainer's sanity check; kept in checkpoints."""
+        self.trained_scores: Tensor | None = None
+        """The same of the averaged adapter, from the last validation."""
+
+    @property
+    def judges(self) -> dict[str, Reward]:
+        """Rewards and metrics: what held-out pictures are scored by."""
+        return cast(dict[str, Reward], {**dict(self.rewards.items()), **dict(self.metrics.items())})
+
+    @property
+    def measured(self) -> str:
+        """What held-out scores depend on besides the policy; scores are compared only where it is the same."""
+        texts = [prompt.text for prompt in the_data(self.trainer).held_out]
+        return repr((self.seed, self.evaluation, list(self.judges), derived_seed(*texts)))
+
+    def predict_step(self, batch: HeldOut, batch_idx: int) -> dict[str, Tensor]:
+        """Sample prompts with the averaged adapter, each with noise of its own, and score the pictures."""
+        images = self.sample_held_out(batch)
+        return {"images": images, "scores": score(self.judges, images, [prompt for _, prompt in batch])}
+
+    def validation_step(self, batch: HeldOut, batch_idx: int) -> dict[str, Tensor]:
+        """As `predict_step`, and remember the scores."""
+        pictures = self.predict_step(batch, batch_idx)
+        indices = torch.tensor([index for index, _ in batch], device=self.device, dtype=torch.float32)
+        self.held_out_scores.update(torch.cat([indices[:, None], pictures["scores"]], dim=1))
+        return pictures
+
+    test_step = validation_step
+
+    def sample_held_out(self, batch: HeldOut) -> Tensor:
+        """Pictures of prompts; the index names the noise."""
+        conditions = self.policy.encode([prompt.text for _, prompt in batch])
+        empty = self.policy.encode([""]) if self.evaluation.guidance > 1 else None
+        noise = [generator(self.seed, "held-out", index) for index, _ in batch]
+        latents = self.policy.sample(
+            conditions, noise, "ema", steps=self.evaluation.steps, solver=self.evaluation.solver,
+            guidance=self.evaluation.guidance, unconditional=empty,
+        )  # fmt: skip
+        return self.policy.decode(latents)
+
+    def on_validation_epoch_end(self) -> None:
+        scores = per_prompt(self.held_out_scores.compute().cpu(), the_data(self.trainer).held_out_images)
+        self.held_out_scores.reset()
+        if self.trainer.sanity_checking:
+            self.base_scores = scores
+        else:
+            self.trained_scores = scores
+        means = {f"held_out/{name}": column.nanmean() for name, column in zip(self.judges, scores.T, strict=True)}
+        if not self.trainer.sanity_checking:
+            self.log_dict(means)
+        elif self.logger is not None:
+            self.logger.log_metrics({name: float(mean) for name, mean in means.items()}, step=0)
+
+    on_test_epoch_end = on_validation_epoch_end
