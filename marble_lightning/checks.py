@@ -64,6 +64,6 @@ def every_reward_applies(rewards: Mapping[str, Reward], data: PromptDataModule) 
     for name, reward in rewards.items():
         if not any(reward.applies_to(prompt) for prompts in data.pools.values() for prompt in prompts):
             raise ValueError(
-                f"`rewards.{name}` must apply to at least one training prompt. Found none in {', '.join(data.sources)}; "
+                f"`rewards.{name}` must apply to at least one training prompt. Found none in {', '.join(data.shares)}; "
                 "add a source of prompts it judges, or leave it out."
             )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -61,21 +61,28 @@ def _record(line: str, source: str, place: str) -> Prompt:
     return Prompt(record.pop("prompt"), source, record)
 
 
-def draw_round(pools: dict[str, list[Prompt]], count: int, seed: int, index: int) -> list[Prompt]:
-    """The distinct prompts of one round, the same number from each source, sources in turn.
+def draw_round(
+    pools: Mapping[str, Sequence[Prompt]], shares: Mapping[str, int], turns: int, seed: int, index: int
+) -> list[Prompt]:
+    """The distinct prompts of one round, sources in turn, each with its share of the turn.
 
     Args:
         pools: Prompts of each source.
-        count: Prompts of the round; a multiple of the number of sources.
+        shares: Prompts of each source in a turn.
+        turns: Turns of the round.
         seed: Seed of the run.
         index: Index of the round.
     """
-    share = count // len(pools)
-    drawn = []
-    for source, prompts in pools.items():
-        order = torch.randperm(len(prompts), generator=generator(seed, index, "prompts", source))
-        drawn.append([prompts[i] for i in order[:share].tolist()])
-    return [prompt for turn in zip(*drawn, strict=True) for prompt in turn]
+    drawn = {
+        source: torch.randperm(len(prompts), generator=generator(seed, index, "prompts", source)).tolist()
+        for source, prompts in pools.items()
+    }
+    return [
+        pools[source][drawn[source][turn * share + i]]
+        for turn in range(turns)
+        for source, share in shares.items()
+        for i in range(share)
+    ]
 
 
 class PromptDataModule(LightningDataModule):
@@ -83,7 +90,8 @@ class PromptDataModule(LightningDataModule):
 
     Args:
         folder: Folder with one folder per source, in the published formats (see `read_prompts`).
-        sources: Names of the sources; a round has the same number of prompts of each.
+        sources: Names of the sources, which share a round equally; or how many prompts of each are drawn in turn,
+            {a: 1, b: 2} for twice as many of b.
         prompts_per_round: Distinct prompts of a round over all ranks.
         images_per_prompt: k, pictures sampled of each prompt of a round.
         held_out_per_source: Held-out prompts used of each source, from the start of the file; None uses all.
@@ -94,7 +102,7 @@ class PromptDataModule(LightningDataModule):
     def __init__(
         self,
         folder: str,
-        sources: Sequence[str],
+        sources: list[str] | dict[str, int],
         prompts_per_round: int = 48,
         images_per_prompt: int = 24,
         held_out_per_source: int | None = None,
@@ -102,17 +110,18 @@ class PromptDataModule(LightningDataModule):
         held_out_batch_size: int = 16,
     ) -> None:
         super().__init__()
-        self.folder, self.sources = Path(folder), tuple(sources)
+        self.folder = Path(folder)
+        self.shares = sources if isinstance(sources, dict) else dict.fromkeys(sources, 1)
         self.prompts_per_round, self.images_per_prompt = prompts_per_round, images_per_prompt
         self.held_out_per_source, self.held_out_images = held_out_per_source, held_out_images
         self.held_out_batch_size = held_out_batch_size
-        if not self.sources or len(set(self.sources)) != len(self.sources):
-            raise ValueError(f"`sources` must name at least one source, each once. Found {list(sources)}.")
-        if prompts_per_round % len(self.sources):
-            share = max(1, round(prompts_per_round / len(self.sources)))
+        if not self.shares or len(self.shares) != len(sources) or min(self.shares.values()) < 1:
+            raise ValueError(f"`sources` must name at least one source, each once and with a share >= 1. Found {sources}.")
+        turn = sum(self.shares.values())
+        if prompts_per_round % turn:
             raise ValueError(
-                f"`prompts_per_round` must be a multiple of the number of sources, {len(self.sources)}. "
-                f"Found {prompts_per_round}; try {share * len(self.sources)}."
+                f"`prompts_per_round` must be a multiple of the sum of the shares of `sources`, {turn}. "
+                f"Found {prompts_per_round}; try {max(1, round(prompts_per_round / turn)) * turn}."
             )
         if images_per_prompt < 2:
             raise ValueError(
@@ -131,24 +140,24 @@ class PromptDataModule(LightningDataModule):
     def setup(self, stage: str) -> None:
         """Read the prompt files."""
         self.held_out: list[Prompt] = []
-        for source in self.sources:
+        for source in self.shares:
             prompts = read_prompts(self.folder, source, "test")[: self.held_out_per_source]
             self.held_out += [prompt for prompt in prompts for _ in range(self.held_out_images)]
         if stage != "fit":
             return
-        self.pools = {source: read_prompts(self.folder, source, "train") for source in self.sources}
-        share = self.prompts_per_round // len(self.sources)
+        self.pools = {source: read_prompts(self.folder, source, "train") for source in self.shares}
+        self.turns = self.prompts_per_round // sum(self.shares.values())
         for source, prompts in self.pools.items():
-            if len(prompts) < share:
+            if len(prompts) < (needed := self.turns * self.shares[source]):
                 raise ValueError(
-                    f"A round takes {share} distinct prompts of each source. Found {len(prompts)} in {source!r}; "
+                    f"A round takes {needed} distinct prompts of {source!r}. Found {len(prompts)}; "
                     "lower `prompts_per_round` or add prompts."
                 )
 
     def round(self, seed: int, index: int, rank: int, ranks: int) -> list[Prompt]:
         """This rank's distinct prompts of a round; ranks share no prompt."""
         share = self.prompts_per_round // ranks  # neighbours, since sources take turns
-        return draw_round(self.pools, self.prompts_per_round, seed, index)[rank * share : (rank + 1) * share]
+        return draw_round(self.pools, self.shares, self.turns, seed, index)[rank * share : (rank + 1) * share]
 
     def train_dataloader(self) -> Iterable[Any]:
         """The micro-batches of a round, from the module that samples it: Lightning asks here when there is a data module."""

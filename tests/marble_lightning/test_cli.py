@@ -156,7 +156,7 @@ def test_every_config_parses(file, capsys):
         (["--model.policy.path", "nowhere"], "must be a folder in diffusers format"),
         (["--model.rewards", "{}"], "`rewards` must name at least one reward"),
         (["--model.micro_batch_size", "7"], "must be a multiple of `micro_batch_size`"),
-        (["--data.prompts_per_round", "7"], "`prompts_per_round` must be a multiple of the number of sources"),
+        (["--data.prompts_per_round", "7"], "`prompts_per_round` must be a multiple of the sum of the shares"),
         (["--data.sources", "[pickscore, riddles]"], "Found 'riddles'; known: geneval, ocr, pickscore"),
         (["--model.sampling.times_per_image", "9"], "`times_per_image` must be 1 to"),
         (["--balancer.refresh_every", "0"], "`refresh_every` must be >= 1. Found 0"),

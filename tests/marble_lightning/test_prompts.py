@@ -51,9 +51,20 @@ def test_a_round_is_balanced_distinct_and_split_over_ranks(folder):
 
 def test_rounds_depend_on_seed_and_index_only(folder):
     pools = {"a": read_prompts(folder, "a", "train")}
-    assert draw_round(pools, 4, 0, 0) == draw_round(pools, 4, 0, 0)
-    assert draw_round(pools, 4, 0, 0) != draw_round(pools, 4, 0, 1)
-    assert draw_round(pools, 4, 0, 0) != draw_round(pools, 4, 1, 0)
+    first, again, later, other = (
+        draw_round(pools, {"a": 1}, turns=4, seed=seed, index=index) for seed, index in ((0, 0), (0, 0), (0, 1), (1, 0))
+    )
+    assert first == again
+    assert first != later
+    assert first != other
+
+
+def test_sources_may_have_unequal_shares(folder):
+    data = PromptDataModule(str(folder), {"a": 1, "b": 3}, prompts_per_round=8, images_per_prompt=2)
+    data.setup("fit")
+    ranks = [data.round(seed=0, index=0, rank=rank, ranks=2) for rank in range(2)]
+    assert all([prompt.source for prompt in part] == ["a", "b", "b", "b"] for part in ranks)
+    assert len({prompt.text for part in ranks for prompt in part}) == 8
 
 
 def test_held_out_pictures_are_repeated_and_capped(folder):
@@ -93,7 +104,8 @@ def test_unknown_and_empty_sources(folder):
     [
         ({"sources": []}, "at least one source"),
         ({"sources": ["a", "a"]}, "each once"),
-        ({"prompts_per_round": 3}, "multiple of the number of sources, 2. Found 3; try 4"),
+        ({"sources": {"a": 1, "b": 0}}, "a share >= 1"),
+        ({"prompts_per_round": 3}, "multiple of the sum of the shares of `sources`, 2. Found 3; try 4"),
         ({"images_per_prompt": 1}, "`images_per_prompt` must be >= 2"),
         ({"held_out_images": 0}, "`held_out_images` must be >= 1. Found 0"),
         ({"prompts_per_round": 0}, "`prompts_per_round` must be >= 1. Found 0"),
@@ -107,5 +119,5 @@ def test_impossible_sizes(folder, options, message):
 
 def test_more_prompts_than_the_file_has(folder):
     data = PromptDataModule(str(folder), ["a", "b"], prompts_per_round=22)
-    with pytest.raises(ValueError, match="takes 11 distinct prompts"):
+    with pytest.raises(ValueError, match="takes 11 distinct prompts of 'a'. Found 10"):
         data.setup("fit")
