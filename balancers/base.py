@@ -95,6 +95,7 @@ class Balancer(Callback):
         self.active = torch.ones(k, dtype=torch.bool)
         self.alpha_smoothed = torch.full_like(self.prior, torch.nan)
         self.norms = torch.full_like(self.prior, torch.nan)
+        self.solved_at = torch.zeros(k, dtype=torch.int64)
 
     # The three levels
 
@@ -130,6 +131,11 @@ class Balancer(Callback):
     def wants_gradients(self) -> bool:
         """Whether the next micro-batch must deliver its per-reward gradients."""
         return self._sum.incomplete
+
+    @property
+    def solved(self) -> bool:
+        """Whether this optimizer step's weights come from its own gradients."""
+        return self._solved is not None
 
     @property
     def loss_weights(self) -> Float[Tensor, "reward"]:
@@ -174,7 +180,7 @@ class Balancer(Callback):
         gram = gram_matrix(gradients)
         norms = gram.diagonal().sqrt()
         active = self.active = active_rows(norms)
-        self.diagnostics = {"left_out": tuple(compress(self.names, ~active)), "gradient_norms": norms, "gram": gram}
+        self.diagnostics = {"left_out": self._left_out(norms), "gradient_norms": norms, "gram": gram}
         if not active.any():
             log.warning("No reward has a finite, non-zero gradient at optimizer step %d: nothing merged.", self.step)
             return torch.zeros_like(gradients[0])
@@ -185,13 +191,24 @@ class Balancer(Callback):
         self.alpha_smoothed = smooth(self.alpha_smoothed, alpha, active, self.ema_decay)
         self.norms = smooth(self.norms, norms, active, self.ema_decay)
         self._solved = torch.where(active, self._alpha * ratio, self._alpha * self.scale).float()
+        self.solved_at[active] = self.step
 
         agreement = compare(block, self.loss_weights[active])
         self.counts["refreshes"] += 1
         self.counts["update_conflicts"] += in_conflict(agreement["update/cos_min"])
         self.counts["mean_conflicts"] += in_conflict(agreement["mean/cos_min"])
-        self.diagnostics |= {"alpha": alpha, "alpha_smoothed": self._alpha, **agreement}
+        age = self.step - self.solved_at
+        self.diagnostics |= {"alpha": alpha, "alpha_smoothed": self._alpha, "alpha_age": age, **agreement}
         return merge_rows(gradients, self.loss_weights, active)
+
+    def _left_out(self, norms: Float[Tensor, "reward"]) -> dict[str, str]:
+        """Rewards that are not active, and why."""
+        reasons = {name: "zero" if norm.isfinite() else "not finite" for name, norm in zip(self.names, norms, strict=True)}
+        left_out = {name: reasons[name] for name in compress(self.names, ~self.active)}
+        for name, reason in left_out.items():
+            level = logging.WARNING if reason == "not finite" else logging.DEBUG
+            log.log(level, "The gradient of %s is %s at optimizer step %d: left out.", name, reason, self.step)
+        return left_out
 
     def end_step(self) -> None:
         """End an optimizer step, after the optimizer has stepped."""
@@ -204,11 +221,12 @@ class Balancer(Callback):
         """All that the next step depends on, between two optimizer steps; NaN where a reward has never been active."""
         if not self.names:
             return {}
-        state = {"alpha_smoothed": self.alpha_smoothed.clone(), "norms": self.norms.clone()}
+        state = {name: getattr(self, name).clone() for name in ("alpha_smoothed", "norms", "solved_at")}
         return {"reward_names": list(self.reward_names), "step": self.step, "counts": dict(self.counts), **state}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take up a `state_dict`, before or after `bind`. Raises a ValueError if its rewards are not the run's."""
         self.bind(state_dict["reward_names"])
         self.step, self.counts = state_dict["step"], dict(state_dict["counts"])
-        self.alpha_smoothed, self.norms = state_dict["alpha_smoothed"].clone(), state_dict["norms"].clone()
+        for name in ("alpha_smoothed", "norms", "solved_at"):
+            setattr(self, name, state_dict[name].clone())

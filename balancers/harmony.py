@@ -46,7 +46,7 @@ def cosines(gram: Float[Tensor, "reward reward"], coefficients: Float[Tensor, "r
 
 
 def compare(gram: Float[Tensor, "reward reward"], coefficients: Float[Tensor, "reward"]) -> dict[str, float]:
-    r"""Harmony of an update and of the plain mean $\tfrac1K \sum_k g_k$ of the same gradients.
+    r"""Harmony of an update $\sum_k c_k g_k$ and of the plain mean $\tfrac1K \sum_k g_k$ of the same gradients.
 
     The paper's three figures, least, mean and (population) variance over the rewards of `cosines`, under the keys
     `update/cos_min`, `update/cos_mean`, `update/cos_var` and `mean/...`.
@@ -56,9 +56,24 @@ def compare(gram: Float[Tensor, "reward reward"], coefficients: Float[Tensor, "r
     Shape:
         gram (K, K), coefficients (K,).
     """
+    return _figures(cosines(gram, coefficients), cosines(gram, torch.ones_like(coefficients)))
+
+
+def agreement(update: Float[Tensor, "parameter"], gradients: Float[Tensor, "reward parameter"]) -> dict[str, float]:
+    """What `compare` tells, of any update and gradients of any samples, not only those it was made of.
+
+    Shape:
+        update (P,), gradients (K, P).
+    """
+    gram = gram_matrix(torch.cat([gradients, update[None]]))
+    ours = torch.zeros(len(gram), dtype=gram.dtype)
+    ours[-1] = 1
+    return _figures(cosines(gram, ours)[:-1], cosines(gram, 1 - ours)[:-1])
+
+
+def _figures(update: Float[Tensor, "reward"], mean: Float[Tensor, "reward"]) -> dict[str, float]:
     figures = {}
-    for name, c in (("update", coefficients), ("mean", torch.ones_like(coefficients))):
-        cos = cosines(gram, c)
+    for name, cos in (("update", update), ("mean", mean)):
         figures[f"{name}/cos_min"] = cos.min().item()
         figures[f"{name}/cos_mean"] = cos.mean().item()
         figures[f"{name}/cos_var"] = cos.var(correction=0).item()

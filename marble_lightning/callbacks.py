@@ -15,7 +15,6 @@ from lightning.pytorch.utilities import rank_zero_only
 from rich.console import Console
 from torch import Tensor
 
-from balancers import Balancer
 from marble_lightning.held_out import HeldOut
 from marble_lightning.module import DiffusionNFT
 from marble_lightning.pictures import grid, scores_text, to_image
@@ -71,35 +70,6 @@ class Pictures(Callback):
         if shown and isinstance(trainer.logger, TensorBoardLogger) and trainer.is_global_zero:
             sheet = grid([image for image, _ in shown], [text for _, text in shown])
             trainer.logger.experiment.add_image("held_out", sheet, trainer.global_step)
-
-
-class Harmony(Callback):
-    """Logs what the balancer found at each refresh: coefficients, gradient norms, and how well the update agrees.
-
-    Straight to the logger, since Lightning would repeat the last values on the steps in between.
-    """
-
-    def on_train_batch_end(self, trainer: Trainer, *arguments: Any) -> None:
-        for balancer in trainer.callbacks:  # type: ignore[attr-defined]
-            if isinstance(balancer, Balancer) and balancer.diagnostics:
-                if trainer.logger is not None:
-                    trainer.logger.log_metrics(self._figures(balancer), step=trainer.global_step)
-                balancer.diagnostics = {}
-
-    @staticmethod
-    def _figures(balancer: Balancer) -> dict[str, float]:
-        found = dict(balancer.diagnostics)
-        found.pop("gram")
-        figures = {"left_out": float(len(found.pop("left_out")))}
-        for title, value in found.items():
-            if isinstance(value, Tensor):
-                figures |= {f"{title}/{name}": v for name, v in zip(balancer.names, value.tolist(), strict=True)}
-            else:
-                figures[f"harmony/{title}"] = value
-        refreshes = max(balancer.counts["refreshes"], 1)
-        for kind in ("update", "mean"):
-            figures[f"harmony/{kind}/conflict_rate"] = balancer.counts[f"{kind}_conflicts"] / refreshes
-        return figures
 
 
 class HeldOutTable(Callback):

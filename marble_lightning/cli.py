@@ -9,7 +9,8 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 from balancers import Balancer
-from marble_lightning.callbacks import Harmony, HeldOutTable, Pictures, PictureWriter, ProgressBar
+from marble_lightning.callbacks import HeldOutTable, Pictures, PictureWriter, ProgressBar
+from marble_lightning.harmony import Harmony
 from marble_lightning.module import DiffusionNFT
 from marble_lightning.prompts import PromptDataModule
 
@@ -40,6 +41,7 @@ class MarbleCLI(LightningCLI):
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_lightning_class_args(Balancer, "balancer", subclass_mode=True, required=True)
+        parser.add_lightning_class_args(Harmony, "harmony")
         parser.add_lightning_class_args(Pictures, "pictures")
         parser.add_lightning_class_args(PictureWriter, "predictions")
         parser.link_arguments("seed_everything", "model.seed")
@@ -63,5 +65,5 @@ def main(args: Sequence[str] | None = None) -> None:
         args=list(args) if args is not None else None,
         seed_everything_default=0,
         auto_configure_optimizers=False,
-        trainer_defaults={"callbacks": [Harmony(), HeldOutTable(), last_checkpoint()]},
+        trainer_defaults={"callbacks": [HeldOutTable(), last_checkpoint()]},
     )

@@ -39,8 +39,9 @@ def gradients_by_passes(
 class LinearTaps:
     """Per-reward gradients of linear layers in two backward passes, whatever the number of rewards.
 
-    From then on every forward pass that builds a graph leaves taps in it, identities whose way back tells a layer's input
-    and the gradient of its output. They stay, since gradient checkpointing runs layers again on the way back.
+    While `on`, every forward pass that builds a graph leaves taps in it, identities whose way back tells a layer's input
+    and the gradient of its output. Switch it between micro-batches only: gradient checkpointing runs layers again on the
+    way back and must find them as they were.
 
     Args:
         module: What is trained.
@@ -70,6 +71,7 @@ class LinearTaps:
                 "set `gradient_passes: per_reward`."
             )
 
+        self.on = True
         self.anchor = torch.zeros((), requires_grad=True)
         self.parts: list[Tensor] | None = None
         """What is being gathered, a part of the result per parameter; None in the backward pass of any other loss."""
@@ -78,7 +80,7 @@ class LinearTaps:
 
     def _hook(self, weight: int | None, bias: int | None) -> Any:
         def hook(layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
-            if not torch.is_grad_enabled():
+            if not (self.on and torch.is_grad_enabled()):
                 return output
             if self.anchor.device != output.device:
                 self.anchor = torch.zeros((), requires_grad=True, device=output.device)
@@ -96,7 +98,7 @@ class LinearTaps:
         """Gradients of every reward's loss; the graph is kept.
 
         Args:
-            plus: L+ of each sample, from a forward pass since this was built.
+            plus: L+ of each sample, from a forward pass while this was on.
             minus: L- of each sample, from the same.
             coefficients: What they count for in each reward's loss.
             loss_scale: Multiplies losses on the way back, so that half precision does not underflow; undone in the result.

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
+from itertools import islice
 from typing import Any, Literal, cast
 
 import torch
@@ -12,14 +13,14 @@ from torch import Tensor
 from tqdm import tqdm
 
 from marble_lightning.checks import every_reward_applies, the_balancer, the_data, the_plan
-from marble_lightning.gradients import LinearTaps, add_flat, gradients_by_passes
+from marble_lightning.gradients import LinearTaps, add_flat, flat, gradients_by_passes
 from marble_lightning.held_out import HeldOutEvaluation
-from marble_lightning.objective import Coefficients, nft_losses, noised
+from marble_lightning.objective import Coefficients, nft_losses
 from marble_lightning.policy import Adapter, SD3Policy, is_adapter
 from marble_lightning.rollouts import MicroBatch, MicroBatches, Rollout, micro_batches, score, weigh_round
 from marble_lightning.seeds import generator
 from marble_lightning.settings import Averaging, Evaluation, Objective, Sampling
-from rewards import Prompt, Reward
+from rewards import Reward
 
 
 def adamw(parameters: Any) -> torch.optim.Optimizer:
@@ -76,6 +77,7 @@ class DiffusionNFT(HeldOutEvaluation):
         self.optimizer = optimizer
         self.micro_batch_size, self.optimizer_steps_per_round = micro_batch_size, optimizer_steps_per_round
         self.gradient_passes = gradient_passes
+        self.taps: LinearTaps | None = None
         self.merged: Tensor | None = None
         """A refresh's merged gradient, flat, until it is written."""
 
@@ -93,7 +95,12 @@ class DiffusionNFT(HeldOutEvaluation):
             judge.setup()
             judge.requires_grad_(False)
         self.trainable = self.policy.parameters_of("trained")
-        if stage == "fit" and self.balancer.needs_gradients and self.gradient_passes == "two":
+        if stage == "fit" and self.balancer.needs_gradients:
+            self.tap()
+
+    def tap(self) -> None:
+        """Make ready for per-reward gradients: two passes need taps, and trainable parameters that can be tapped."""
+        if self.gradient_passes == "two" and self.taps is None:
             self.taps = LinearTaps(self.policy.transformer, self.trainable)
 
     def teardown(self, stage: str) -> None:
@@ -112,30 +119,30 @@ class DiffusionNFT(HeldOutEvaluation):
     def on_train_epoch_start(self) -> None:
         """Sample this round with the old adapter, score it, and turn the scores into coefficients."""
         begin = time.perf_counter()
-        rollout, images = self.sample_round()
+        self.rollout, images = self.sample_round(self.seed)
         sampled = time.perf_counter()
-        prompts = [rollout.prompts[group] for group in rollout.groups.tolist()]
-        scores = self._scored(images, prompts)
-        self.rollout = rollout
-        self.weighed = weigh_round(
-            scores, rollout.groups, self.balancer, self.objective, self.plan, self._key("train"), self.trainer
-        )
+        self.scores = self.scored(self.rollout, images)
+        self.weighed = self._weighed(self.rollout, self.scores, self.seed, self.balancer)
         self.trained_since = time.perf_counter()
-        means = self.trainer.strategy.all_gather(scores).reshape(-1, len(self.rewards)).nanmean(0)
+        means = self.trainer.strategy.all_gather(self.scores).reshape(-1, len(self.rewards)).nanmean(0)
         self.log_dict({f"train/{name}": mean for name, mean in zip(self.rewards, means, strict=True)})
         self.log_dict({f"missing/{name}": float(reward.missing) for name, reward in self._learned.items()})
         self.log_dict({"time/sampling": sampled - begin, "time/scoring": self.trained_since - sampled})
 
-    def sample_round(self) -> tuple[Rollout, Tensor]:
-        """Encode each distinct prompt once and sample its k pictures with the old adapter; (image, 3, pixel, pixel)."""
+    def sample_round(self, seed: int) -> tuple[Rollout, Tensor]:
+        """Encode each distinct prompt once and sample its k pictures with the old adapter; (image, 3, pixel, pixel).
+
+        Args:
+            seed: Of prompts and noise: the run's for the round to train on, another for an independent one.
+        """
         data = the_data(self.trainer)
-        prompts = data.round(self.seed, self.current_epoch, self.global_rank, self.trainer.world_size)
+        prompts = data.round(seed, self.current_epoch, self.global_rank, self.trainer.world_size)
         conditions = self.policy.encode([prompt.text for prompt in prompts])
         groups = torch.arange(len(prompts), device=self.device).repeat_interleave(data.images_per_prompt)
         latents, images = [], []
         chunks = torch.arange(len(groups)).split(self.sampling.batch_size)
         for chunk in self._progress(chunks, "sampling"):
-            noise = [generator(*self._key("rollout"), index) for index in chunk.tolist()]
+            noise = [generator(*self._key(seed, "rollout"), index) for index in chunk.tolist()]
             latents.append(
                 self.policy.sample(
                     conditions[groups[chunk.to(self.device)]], noise, "old",
@@ -145,16 +152,22 @@ class DiffusionNFT(HeldOutEvaluation):
             images.append(self.policy.decode(latents[-1]))
         return Rollout(prompts, conditions, groups, torch.cat(latents)), torch.cat(images)
 
-    def _scored(self, images: Tensor, prompts: Sequence[Prompt]) -> Tensor:
-        size = self.sampling.batch_size
+    def scored(self, rollout: Rollout, images: Tensor) -> Tensor:
+        """Every reward of a round's pictures, (image, reward)."""
+        size, prompts = self.sampling.batch_size, [rollout.prompts[group] for group in rollout.groups.tolist()]
         parts = [
             score(self._learned, images[start : start + size], prompts[start : start + size])
             for start in self._progress(range(0, len(prompts), size), "scoring")
         ]
         return torch.cat(parts)
 
-    def _key(self, purpose: str) -> tuple[int | str, ...]:
-        return self.seed, self.current_epoch, self.global_rank, purpose
+    def _weighed(self, rollout: Rollout, scores: Tensor, seed: int, balancer: Balancer | None) -> Coefficients:
+        return weigh_round(
+            scores, rollout.groups, balancer, self.objective, self.plan, self._key(seed, "train"), self.trainer
+        )
+
+    def _key(self, seed: int, purpose: str) -> tuple[int | str, ...]:
+        return seed, self.current_epoch, self.global_rank, purpose
 
     def _progress(self, iterable: Any, doing: str) -> Any:
         return tqdm(
@@ -165,22 +178,22 @@ class DiffusionNFT(HeldOutEvaluation):
     # Training on it -------------------------------------------------------------------------------------------------
 
     def train_dataloader(self) -> MicroBatches:
-        return MicroBatches(self.plan.total, self._micro_batches)
+        return MicroBatches(self.plan.total, lambda: self._cut(self.rollout, self.weighed, self.seed))
 
-    def _micro_batches(self) -> Iterator[MicroBatch]:
+    def _cut(self, rollout: Rollout, weighed: Coefficients, seed: int) -> Iterator[MicroBatch]:
         grid = self.policy.sigmas(self.sampling.steps)[: self.sampling.usable_times]
-        return micro_batches(self.rollout, self.weighed, grid, self.plan, self._key("train"))
+        return micro_batches(rollout, weighed, grid, self.plan, self._key(seed, "train"))
 
     def training_step(self, batch: MicroBatch, batch_idx: int) -> Tensor:
         """The scalarised loss, or on a refresh the per-reward gradients; the KL term beside either."""
         if batch_idx % self.plan.per_step == 0:
             self.balancer.begin_step(self.plan.per_step)
-        noisy = noised(batch.clean, batch.noise, batch.t)
-        old, reference = self._velocity(noisy, batch, "old"), self._velocity(noisy, batch, None)
-        velocity = self._velocity(noisy, batch, "trained")
-        plus, minus = nft_losses(velocity, old, noisy, batch.clean, batch.t, self.objective.beta)
+        if self.taps:
+            self.taps.on = self.balancer.wants_gradients
+        velocity = self._velocity(batch, "trained")
+        plus, minus = self._sample_losses(batch, velocity)
         losses = batch.coefficients.losses(plus, minus)
-        kl = (velocity - reference).square().mean()
+        kl = (velocity - self._velocity(batch, None)).square().mean()
         self.log_dict(
             {"kl": kl.detach(), "loss": losses.detach().sum() * self.plan.per_step},
             on_epoch=True,
@@ -198,15 +211,19 @@ class DiffusionNFT(HeldOutEvaluation):
         # Lightning divides by the micro-batches of a step; the coefficients already count over all of them
         return weights @ losses * self.plan.per_step + self.objective.kl_weight * kl
 
-    def _velocity(self, noisy: Tensor, batch: MicroBatch, adapter: Adapter | None) -> Tensor:
+    def _velocity(self, batch: MicroBatch, adapter: Adapter | None) -> Tensor:
         with self.policy.using(adapter), torch.set_grad_enabled(adapter == "trained"):
-            return self.policy.velocity(noisy, batch.t, batch.conditions)
+            return self.policy.velocity(batch.noisy, batch.t, batch.conditions)
+
+    def _sample_losses(self, batch: MicroBatch, velocity: Tensor) -> tuple[Tensor, Tensor]:
+        old = self._velocity(batch, "old")
+        return nft_losses(velocity, old, batch.noisy, batch.clean, batch.t, self.objective.beta)
 
     def _gradients(self, plus: Tensor, minus: Tensor, coefficients: Coefficients) -> Tensor:
         """Gradient of each reward's loss, (reward, parameter)."""
         scaler = getattr(self.trainer.precision_plugin, "scaler", None)
         loss_scale = scaler.get_scale() if scaler is not None else 1.0
-        if self.gradient_passes == "two":
+        if self.taps:
             return self.taps.gradients(plus, minus, coefficients, loss_scale)
         return gradients_by_passes(coefficients.losses(plus, minus), self.trainable, loss_scale)
 
@@ -225,6 +242,36 @@ class DiffusionNFT(HeldOutEvaluation):
         if batch_idx + 1 == self.plan.total:
             self.policy.move("old", towards="trained", by=1 - self.averaging.old_decay(self.global_step))
             self.log("time/training", time.perf_counter() - self.trained_since)
+
+    # For those who look on ------------------------------------------------------------------------------------------
+
+    def update(self) -> Tensor:
+        """The gradient about to be applied, flat: what has been gathered and, on a refresh, the merged gradient."""
+        update = flat([torch.zeros_like(p) if p.grad is None else p.grad for p in self.trainable])
+        return update if self.merged is None else update + self.merged
+
+    @torch.enable_grad()
+    def reward_gradients(self, rollout: Rollout, scores: Tensor, seed: int, step: int) -> Tensor:
+        """Every reward's gradient over the micro-batches of one optimizer step of a round, (reward, parameter).
+
+        The mean over ranks, all of which must ask. Training goes on as if nobody had looked.
+
+        Args:
+            rollout: The round.
+            scores: Its scores (image, reward).
+            seed: Seed it was sampled with.
+            step: Which of the round's optimizer steps.
+        """
+        self.tap()
+        if self.taps:
+            self.taps.on = True
+        total = torch.zeros(len(self.rewards), sum(p.numel() for p in self.trainable), device=self.device)
+        batches = self._cut(rollout, self._weighed(rollout, scores, seed, balancer=None), seed)
+        for batch in islice(batches, step * self.plan.per_step, (step + 1) * self.plan.per_step):
+            with self.trainer.precision_plugin.forward_context():
+                losses = self._sample_losses(batch, self._velocity(batch, "trained"))
+            total += self._gradients(*losses, batch.coefficients)
+        return self.trainer.strategy.reduce(total)
 
     # Checkpoints ----------------------------------------------------------------------------------------------------
 

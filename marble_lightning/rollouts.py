@@ -12,7 +12,7 @@ from torch import Tensor
 
 from balancers import Balancer
 from marble_lightning.advantages import group_advantages
-from marble_lightning.objective import Coefficients, coefficients
+from marble_lightning.objective import Coefficients, coefficients, noised
 from marble_lightning.policy import Conditions
 from marble_lightning.seeds import generator
 from marble_lightning.settings import Objective
@@ -42,6 +42,11 @@ class MicroBatch:
     t: Float[Tensor, " batch"]
     conditions: Conditions
     coefficients: Coefficients
+
+    @property
+    def noisy(self) -> Float[Tensor, "batch *latent"]:
+        """x_t, what the policy sees."""
+        return noised(self.clean, self.noise, self.t)
 
 
 def score(
@@ -90,7 +95,7 @@ class Plan:
 def weigh_round(
     scores: Float[Tensor, "image reward"],
     groups: Int[Tensor, " image"],
-    balancer: Balancer,
+    balancer: Balancer | None,
     objective: Objective,
     plan: Plan,
     key: Sequence[int | str],
@@ -101,7 +106,7 @@ def weigh_round(
     Args:
         scores: Reward of each picture, NaN where it does not apply.
         groups: Index of each picture's prompt on this rank; ranks share no prompt.
-        balancer: May merge rewards before advantages exist, or the advantages.
+        balancer: May merge rewards before advantages exist, or the advantages; None keeps every reward apart.
         objective: Settings of the loss.
         plan: Which pictures fall into which optimizer step, with `key`.
         key: Seed of the order.
@@ -110,10 +115,11 @@ def weigh_round(
     strategy, rank = trainer.strategy, trainer.global_rank
     groups = groups + rank * (int(groups.max()) + 1)
     everyone, all_groups = (strategy.all_gather(part).reshape(-1, *part.shape[1:]) for part in (scores, groups))
-    merged = balancer.merge_rewards(everyone, ~everyone.isnan())
+    merged = balancer.merge_rewards(everyone, ~everyone.isnan()) if balancer else everyone
     advantages = group_advantages(merged, all_groups, objective.advantage_std)
-    own = slice(rank * len(scores), (rank + 1) * len(scores))
-    advantages = balancer.merge_advantages(advantages)[own]
+    if balancer:
+        advantages = balancer.merge_advantages(advantages)
+    advantages = advantages[rank * len(scores) : (rank + 1) * len(scores)]
 
     plus, minus = torch.empty_like(advantages), torch.empty_like(advantages)
     for step in image_order(plan, key).chunk(plan.optimizer_steps):

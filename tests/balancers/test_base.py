@@ -135,7 +135,8 @@ def test_inactive_reward_leaves_and_its_coefficient_survives(silent):
     gradients[1] *= silent
     merged, coefficients = step(balancer, gradients)
     assert balancer.asked[1].shape == (2, 2)
-    assert balancer.diagnostics["left_out"] == ("ocr",)
+    assert balancer.diagnostics["left_out"] == {"ocr": "zero" if silent == 0 else "not finite"}
+    assert balancer.diagnostics["alpha_age"].tolist() == [0, 1, 0]
     torch.testing.assert_close(coefficients, torch.tensor([0.3, 0.3, 0.55]))
     torch.testing.assert_close(merged, torch.tensor([0.3, 0.0, 0.55]))
 
@@ -160,7 +161,7 @@ def test_no_active_reward_changes_nothing_and_is_asked_again(caplog):
     assert "No reward has a finite, non-zero gradient at optimizer step 0" in caplog.text
     assert merged.tolist() == [0, 0, 0, 0]
     torch.testing.assert_close(coefficients, torch.full((3,), 1 / 3))
-    assert balancer.diagnostics["left_out"] == NAMES
+    assert balancer.diagnostics["left_out"] == dict.fromkeys(NAMES, "zero")
     assert step(balancer, torch.eye(3))[0] is not None
     assert balancer.counts["refreshes"] == 1
 

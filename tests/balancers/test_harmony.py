@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from balancers import cosines, harmony
-from balancers.harmony import compare, gram_matrix, in_conflict
+from balancers.harmony import agreement, compare, gram_matrix, in_conflict
 
 
 @pytest.mark.parametrize("rank", [1, 2, 5])
@@ -37,3 +37,10 @@ def test_a_broken_gradient_spoils_only_its_own_products():
     assert gram[1].isnan().all()
     assert gram[0, 0] == gram[2, 2] == 1
     assert gram[0, 2] == 0
+
+
+def test_agreement_is_compare_for_any_update():
+    rows = torch.randn(3, 20, generator=torch.Generator().manual_seed(1))
+    weights = torch.tensor([0.2, 0.5, 0.3])
+    assert agreement(weights @ rows, rows) == pytest.approx(compare(gram_matrix(rows), weights), abs=1e-6)
+    assert agreement(-rows[0], rows[:1])["update/cos_min"] == pytest.approx(-1)

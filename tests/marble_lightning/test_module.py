@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +63,14 @@ class Gradients(Callback):
             self.gradients.append(flat([parameter.grad for parameter in pl_module.trainable]))
 
 
-def run(checkpoints: Path, folder: Path, balancer: Balancer, rounds: int = 1, **objective: Any):
+def run(
+    checkpoints: Path,
+    folder: Path,
+    balancer: Balancer,
+    rounds: int = 1,
+    callbacks: Sequence[Callback] = (),
+    **objective: Any,
+):
     module = DiffusionNFT(
         SD3Policy(str(checkpoints / "sd3"), resolution=16, rank=2, alpha=4, text_length=4, dtype="float32"),
         rewards={"bright": Brightness(), "red": Redness(), "contrast": Contrast()},
@@ -76,7 +84,7 @@ def run(checkpoints: Path, folder: Path, balancer: Balancer, rounds: int = 1, **
     kept = Gradients()
     trainer = Trainer(
         accelerator="cpu", max_epochs=rounds, logger=False, enable_checkpointing=False, enable_progress_bar=False,
-        enable_model_summary=False, callbacks=[balancer, kept], limit_val_batches=0, default_root_dir=folder,
+        enable_model_summary=False, callbacks=[balancer, kept, *callbacks], limit_val_batches=0, default_root_dir=folder,
     )  # fmt: skip
     data = PromptDataModule(str(PROMPTS), ["ocr", "geneval"], prompts_per_round=4, images_per_prompt=3)
     trainer.fit(module, datamodule=data)
@@ -89,7 +97,7 @@ def reference(module: DiffusionNFT, kept: Gradients, step: int) -> tuple[Tensor,
     totals, divergence = [], []
     for batch in kept.batches[step]:
         noisy = noised(batch.clean, batch.noise, batch.t)
-        old, base, velocity = (module._velocity(noisy, batch, name) for name in ("old", None, "trained"))
+        old, base, velocity = (module._velocity(batch, name) for name in ("old", None, "trained"))
         plus, minus = nft_losses(velocity, old, noisy, batch.clean, batch.t, module.objective.beta)
         totals.append(batch.coefficients.losses(plus, minus))
         divergence.append((velocity - base).square().mean())

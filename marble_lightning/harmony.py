@@ -1,0 +1,109 @@
+"""How well an update serves every reward: where it was solved for, in between, and on pictures it has not seen."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.loggers import TensorBoardLogger
+from torch import Tensor
+
+from balancers import Balancer
+from balancers.harmony import agreement, gram_matrix
+from balancers.solution import active_rows
+from marble_lightning.checks import the_balancer
+from marble_lightning.module import DiffusionNFT
+from marble_lightning.pictures import heat
+from marble_lightning.seeds import derived_seed
+
+
+class Harmony(Callback):
+    r"""Logs the balancer's findings at each refresh, and probes of updates about to be applied.
+
+    At a refresh: coefficients, gradient norms, the rewards' cosines with each other (a picture), and under `harmony/` the
+    least, mean and variance over the rewards of $\cos(d, g_k)$, for the update $d$ and for the plain mean of the same
+    gradients. This is the paper's figure; a min-norm direction cannot score below zero there.
+
+    A probe asks the same of the update that the optimizer is about to take, the KL term included, and is logged as
+    `probe/{solved|reused}/{own|fresh}/...`: `reused` on the steps between two refreshes; `own` against the gradients of the
+    pictures it came from, `fresh` against those of an independent round, the honest figure. It needs no gradient method,
+    and changes nothing in the run.
+
+    Source: MARBLE, arXiv 2605.06507, gradient harmony table.
+
+    Args:
+        probe_every: Optimizer steps between two probes, >= 1, null for none. A probe costs a round's sampling and scoring
+            and the per-reward gradients of two optimizer steps.
+    """
+
+    def __init__(self, probe_every: int | None = None) -> None:
+        if probe_every is not None and probe_every < 1:
+            raise ValueError(f"`probe_every` must be >= 1, or null for no probes. Found {probe_every}.")
+        self.probe_every = probe_every
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if stage == "fit" and self.probe_every and isinstance(pl_module, DiffusionNFT):
+            pl_module.tap()  # raises now where per-reward gradients cannot be had
+
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
+        if self.probe_every and trainer.global_step % self.probe_every == 0 and isinstance(pl_module, DiffusionNFT):
+            kind = "solved" if the_balancer(trainer).solved else "reused"
+            for place, figures in probe(pl_module, trainer.global_step).items():
+                self._log(trainer, {f"probe/{kind}/{place}/{name}": value for name, value in figures.items()})
+
+    def on_train_batch_end(self, trainer: Trainer, *arguments: Any) -> None:
+        balancer = the_balancer(trainer)
+        if balancer.diagnostics:
+            gram = balancer.diagnostics.pop("gram")
+            self._log(trainer, refresh_figures(balancer))
+            if isinstance(trainer.logger, TensorBoardLogger) and trainer.is_global_zero:
+                norms = gram.diagonal().sqrt()
+                picture = heat(gram / norms.outer(norms), balancer.names)
+                trainer.logger.experiment.add_image("cosines", picture, trainer.global_step)
+            balancer.diagnostics = {}
+
+    @staticmethod
+    def _log(trainer: Trainer, figures: dict[str, float]) -> None:
+        # straight to the logger, since Lightning would repeat the last values on the steps in between
+        if trainer.logger is not None:
+            trainer.logger.log_metrics(figures, step=trainer.global_step)
+
+
+def refresh_figures(balancer: Balancer) -> dict[str, float]:
+    """A refresh's diagnostics as curves."""
+    figures: dict[str, float] = {}
+    for title, value in balancer.diagnostics.items():
+        if isinstance(value, Tensor):
+            figures |= {f"{title}/{name}": float(v) for name, v in zip(balancer.names, value.tolist(), strict=True)}
+        elif isinstance(value, dict):
+            figures |= {f"{title}/{name}": float(name in value) for name in balancer.names}
+        else:
+            figures[f"harmony/{title}"] = value
+    refreshes = max(balancer.counts["refreshes"], 1)
+    for kind in ("update", "mean"):
+        figures[f"harmony/{kind}/conflict_rate"] = balancer.counts[f"{kind}_conflicts"] / refreshes
+    return figures
+
+
+def probe(module: DiffusionNFT, step: int) -> dict[str, dict[str, float]]:
+    """Harmony of the update about to be applied, on its `own` pictures and on a `fresh` round of the same policy.
+
+    Rewards without a gradient there are left out of the figures.
+
+    Args:
+        module: A module in training, all gradients of the step gathered.
+        step: The optimizer step, which also seeds the fresh round.
+    """
+    update, figures = module.update(), {}
+    seed = derived_seed(module.seed, "probe", step)
+    rollout, images = module.sample_round(seed)
+    places = {
+        "own": (module.rollout, module.scores, module.seed, step % module.plan.optimizer_steps),
+        "fresh": (rollout, module.scored(rollout, images), seed, 0),
+    }
+    for place, (round_, scores, of, part) in places.items():
+        gradients = module.reward_gradients(round_, scores, of, part)
+        active = active_rows(gram_matrix(gradients).diagonal().sqrt())
+        if active.any():
+            figures[place] = agreement(update, gradients[active.to(gradients.device)])
+    return figures
