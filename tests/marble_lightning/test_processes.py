@@ -1,4 +1,4 @@
-"""Two processes on the CPU learn what they should, together."""
+"""Two processes learn what one would from the same pictures."""
 
 from __future__ import annotations
 
@@ -10,17 +10,50 @@ from pathlib import Path
 import pytest
 import torch
 
+from marble_lightning.cli import QUIET
+from marble_lightning.policy import SD3Policy
+from tests.marble_lightning import two_processes
+from tests.marble_lightning.two_processes import Replay, method, train
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.mark.filterwarnings(*(f"ignore:{known}" for known in QUIET))
+@pytest.mark.parametrize("name", ["WeightedSum", "PCGrad", "CAGrad", "MARBLE"])
+def test_two_ranks_equal_one_process(checkpoints, tmp_path, name):
+    """After five optimizer steps on the same pictures, across refreshes, reuse, clamps and missing rewards."""
+    command = [sys.executable, two_processes.__file__, str(checkpoints), str(tmp_path), name]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    ended = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=200, check=False)
+    assert ended.returncode == 0, ended.stderr[-3000:]
+    ranks = [torch.load(tmp_path / f"rank_{rank}.pt", weights_only=False) for rank in range(2)]
+
+    module, _ = train(Replay, checkpoints, method(name), [rank["rounds"] for rank in ranks], default_root_dir=tmp_path)
+    fresh = SD3Policy(str(checkpoints / "sd3"), resolution=16, rank=2, alpha=4, text_length=4, dtype="float32")
+    fresh.setup(seed=0)
+    start, one = torch.nn.utils.parameters_to_vector(fresh.parameters_of("trained")), flat(module.trainable)
+    first, second = (flat(rank["parameters"]) for rank in ranks)
+    assert torch.equal(first, second)
+    moved = (one - start).norm()
+    assert moved > 1e-2 * start.norm(), "too little was learned for a difference to show"
+    assert (one - first).norm() <= 1e-5 * moved
+
+
+def flat(parameters):
+    """As one vector."""
+    return torch.cat([parameter.detach().flatten() for parameter in parameters])
+
 
 @pytest.mark.slow
 @pytest.mark.parametrize("balancer", ["MARBLE", "WeightedSum"])
-def test_two_processes_train_and_finish(small, tmp_path, balancer):
+def test_two_processes_train_from_the_command_line(small, tmp_path, balancer):
     """DistributedDataParallel over gloo: the run ends with a table, and its adapters have moved."""
     options = ["--trainer.devices", "2", "--trainer.strategy", "ddp", "--balancer", balancer]
-    options += ["--model.micro_batch_size", "6"]
+    options += ["--model.micro_batch_size", "6", "--harmony.probe_every", "1"]
     command = [sys.executable, "-m", "marble_lightning", "fit", *small, *options]
     ended = subprocess.run(
         command,
-        cwd=Path(__file__).parents[2],
+        cwd=ROOT,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,

@@ -1,0 +1,94 @@
+"""Trains on two ranks, as a script that Lightning launches twice; keeps what each rank was given and what came out."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, Trainer
+
+import balancers
+from balancers import Balancer
+from marble_lightning.module import DiffusionNFT
+from marble_lightning.objective import Coefficients
+from marble_lightning.policy import SD3Policy
+from marble_lightning.prompts import PromptDataModule
+from marble_lightning.rollouts import MicroBatch, MicroBatches
+from marble_lightning.settings import Evaluation, Objective, Sampling
+from marble_lightning.tinyworld import PROMPTS
+from tests.marble_lightning.test_module import Brightness, Contrast, Redness
+
+STEPS = 5
+"""Optimizer steps, one a round: with a refresh every other one, both kinds occur."""
+
+
+class Keep(Callback):
+    """Remembers every micro-batch of this rank, round by round."""
+
+    def __init__(self) -> None:
+        self.rounds: list[list[MicroBatch]] = []
+
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: MicroBatch, batch_idx: int) -> None:
+        if batch_idx == 0:
+            self.rounds.append([])
+        self.rounds[-1].append(batch)
+
+
+class Replay(DiffusionNFT):
+    """Trains on recorded micro-batches of several ranks instead of rounds of its own."""
+
+    recorded: list[list[list[MicroBatch]]]
+    """By rank and round."""
+
+    def on_train_epoch_start(self) -> None:
+        self.trained_since = 0.0
+
+    def train_dataloader(self) -> MicroBatches:
+        return MicroBatches(self.plan.total, self._replay)
+
+    def _replay(self) -> Iterator[MicroBatch]:
+        for rounds in self.recorded:
+            for batch in rounds[self.current_epoch]:
+                # a rank's coefficients count for the mean over ranks; here is one process, whose gradients add up
+                shares = (each / len(self.recorded) for each in batch.coefficients)
+                yield MicroBatch(batch.clean, batch.noise, batch.t, batch.conditions, Coefficients(*shares))
+
+
+def train(kind: type[DiffusionNFT], checkpoints: Path, balancer: Balancer, recorded: Any = None, **options: Any) -> Any:
+    """Five optimizer steps; returns the module, its initial parameters and what it was given."""
+    module = kind(
+        SD3Policy(str(checkpoints / "sd3"), resolution=16, rank=2, alpha=4, text_length=4, dtype="float32"),
+        rewards={"bright": Brightness(), "red": Redness(), "contrast": Contrast()},
+        sampling=Sampling(steps=4, batch_size=12, times_per_image=2),
+        objective=Objective(beta=0.5, max_advantage=0.5, kl_weight=0.5),
+        evaluation=Evaluation(steps=2),
+        micro_batch_size=3,
+        optimizer=lambda parameters: torch.optim.SGD(parameters, lr=10.0),
+    )
+    module.recorded = recorded  # type: ignore[assignment]
+    kept = Keep()
+    trainer = Trainer(
+        accelerator="cpu", max_epochs=STEPS, logger=False, enable_checkpointing=False, enable_progress_bar=False,
+        enable_model_summary=False, callbacks=[balancer, kept], limit_val_batches=0, **options,
+    )  # fmt: skip
+    data = PromptDataModule(str(PROMPTS), ["ocr", "geneval"], prompts_per_round=4, images_per_prompt=3)
+    trainer.fit(module, datamodule=data)
+    return module, kept.rounds
+
+
+def method(name: str) -> Balancer:
+    """A balancer that both refreshes and reuses in five steps, where it looks at gradients at all."""
+    found: type[Balancer] = getattr(balancers, name)
+    return found() if name == "WeightedSum" else found(refresh_every=2, ema_decay=0.5)
+
+
+if __name__ == "__main__":
+    warnings.filterwarnings("ignore")
+    given, folder = Path(sys.argv[1]), Path(sys.argv[2])
+    trained, rounds = train(DiffusionNFT, given, method(sys.argv[3]), devices=2, strategy="ddp", default_root_dir=folder)
+    result = {"rounds": rounds, "parameters": [parameter.detach() for parameter in trained.trainable]}
+    torch.save(result, folder / f"rank_{trained.global_rank}.pt")
