@@ -19,10 +19,10 @@ def value(gram: torch.Tensor, weights: torch.Tensor) -> float:
     return (weights @ gram @ weights).item()
 
 
-def scipy_minimum(gram: torch.Tensor, floor: float = 0.0) -> float:
-    """Least value that SLSQP reaches from the centre and from every vertex."""
+def scipy_minimum(gram: torch.Tensor, floor: float = 0.0, only_centre: bool = False) -> float:
+    """Least value that SLSQP reaches from the centre and, unless told not to, from every vertex."""
     g, k = gram.numpy() / gram.diagonal().mean().item(), len(gram)
-    starts = [torch.full((k,), 1 / k), *torch.eye(k)]
+    starts = [torch.full((k,), 1 / k)] if only_centre else [torch.full((k,), 1 / k), *torch.eye(k)]
     results = [
         minimize(
             lambda w: w @ g @ w,
@@ -86,6 +86,27 @@ def test_value_agrees_with_scipy(k, rank, floor):
         gram = gram_of(k, rank, seed)
         found, expected = value(gram, min_norm_weights(gram, floor)), scipy_minimum(gram, floor)
         assert found <= expected * (1 + 1e-6) + 1e-9 * gram.diagonal().mean().item()
+
+
+KINDS = ("random", "rank one", "opposite", "duplicate", "zero")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_five_hundred_grams_against_scipy(kind):
+    """A hundred of each kind, rows of lengths from 1e-6 to 1e6, unit length before the program as in MARBLE."""
+    for seed in range(100):
+        draw = torch.Generator().manual_seed(1000 * KINDS.index(kind) + seed)
+        k = 2 + seed % 5
+        rows = torch.randn(k, 1 if kind == "rank one" else 8, dtype=torch.float64, generator=draw)
+        if kind in ("opposite", "duplicate"):
+            rows[-1] = rows[0] if kind == "duplicate" else -rows[0]
+        rows *= 10 ** (12 * torch.rand(k, 1, dtype=torch.float64, generator=draw) - 6)
+        if kind == "zero":
+            rows[-1] = 0
+        norms = rows.norm(dim=1, keepdim=True)
+        unit = rows / torch.where(norms > 0, norms, 1)
+        gram = unit @ unit.T
+        assert value(gram, min_norm_weights(gram)) == pytest.approx(scipy_minimum(gram, only_centre=True), abs=1e-6)
 
 
 @pytest.mark.parametrize("rank", [2, 3, 6])
