@@ -1,7 +1,8 @@
 """The default run with several balancers and seeds: held-out scores before and after, and harmony.
 
 `python -m benchmarks.methods --seeds 0 1 2` runs each in a process of its own and prints two tables in Markdown. A finished
-run is not repeated, so an interrupted comparison goes on with the rest.
+run is not repeated, so an interrupted comparison goes on with the rest. Other options go to `fit`: with
+`--harmony.probe_every 4` harmony is measured between refreshes and on fresh pictures too.
 """
 
 from __future__ import annotations
@@ -13,17 +14,16 @@ import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from statistics import fmean
 
-import torch
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-from marble_lightning.table import changes, summarise
+from balancers.harmony import in_conflict
+from marble_lightning.runs import Run, compare
 
 METHODS = ("default", "fixed_weights", "weighted_sum")
 """`default` is configs/tiny.yaml as it stands, with MARBLE; the others are files of configs/balancers laid over it."""
 
 
-def run(method: str, seed: int, folder: Path, extra: Sequence[str]) -> Path:
+def fit(method: str, seed: int, folder: Path, extra: Sequence[str]) -> Path:
     """Fit once; returns the run's folder."""
     place = folder / method / f"seed_{seed}"
     if not (place / "held_out.pt").exists():
@@ -38,12 +38,6 @@ def run(method: str, seed: int, folder: Path, extra: Sequence[str]) -> Path:
     return place
 
 
-def scalars(place: Path, name: str) -> list[float]:
-    """All values of one TensorBoard curve."""
-    events = EventAccumulator(str(place)).Reload()
-    return [event.value for event in events.Scalars(name)] if name in events.Tags()["scalars"] else []
-
-
 def main() -> None:
     """Run and tabulate."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -55,50 +49,58 @@ def main() -> None:
 
     wanted = [(method, seed) for seed in options.seeds for method in options.methods]
     with ThreadPoolExecutor(options.jobs) as pool:
-        places = dict(zip(wanted, pool.map(lambda pair: run(pair[0], pair[1], options.folder, extra), wanted), strict=True))
-
-    print(scores_table(places))
+        places = list(pool.map(lambda pair: fit(pair[0], pair[1], options.folder, extra), wanted))
+    runs = {pair: Run(place) for pair, place in zip(wanted, places, strict=True)}
+    print(scores_table(runs))
     print()
-    print(harmony_table(places))
+    print(harmony_table(runs))
 
 
-def scores_table(places: dict[tuple[str, int], Path]) -> str:
+def scores_table(runs: dict[tuple[str, int], Run]) -> str:
     """Held-out scores (change ± its standard error) of each method, prompts' means over seeds first, then seed by seed."""
-    lines: list[str] = []
-    for method in dict.fromkeys(method for method, _ in places):
-        kept = [
-            torch.load(place / "held_out.pt", weights_only=True) for (name, _), place in places.items() if name == method
-        ]
-        if not lines:
-            lines += ["| method | " + " | ".join(kept[0]["judges"]) + " |", "|---" * (len(kept[0]["judges"]) + 1) + "|"]
-            base = torch.stack([each["base"] for each in kept]).mean(0)
-            lines.append("| base | " + " | ".join(f"{summarise(column).mean:.3f}" for column in base.T) + " |")
-        means = torch.stack([each["trained"].nanmean(0) for each in kept]).mean(0)
-        together = changes(*(torch.stack([each[when] for each in kept]).mean(0) for when in ("base", "trained")))
-        cells = [
-            f"{mean:.3f} ({change.mean:+.3f} ± {change.error:.3f})" for mean, change in zip(means, together, strict=True)
-        ]
+    judges = next(iter(runs.values())).judges
+    lines = ["| method | " + " | ".join(judges) + " |", "|---" * (len(judges) + 1) + "|"]
+    whole = compare(list(runs.values()))
+    lines.append("| base | " + " | ".join(f"{whole[name].base.mean:.3f}" for name in judges) + " |")
+    for method, own in by_method(runs).items():
+        found = compare(list(own.values())).values()
+        cells = [f"{each.trained.mean:.3f} ({each.change.mean:+.3f} ± {each.change.error:.3f})" for each in found]
         lines.append(f"| {method} | " + " | ".join(cells) + " |")
-        for (name, seed), each in zip([pair for pair in places if pair[0] == method], kept, strict=True):
-            cells = [f"{change.mean:+.3f} ± {change.error:.3f}" for change in changes(each["base"], each["trained"])]
-            lines.append(f"| {name}, seed {seed} | " + " | ".join(cells) + " |")
+        for seed, run in own.items():
+            cells = [f"{each.change.mean:+.3f} ± {each.change.error:.3f}" for each in compare([run]).values()]
+            lines.append(f"| {method}, seed {seed} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
-def harmony_table(places: dict[tuple[str, int], Path]) -> str:
-    """Cosines between an update and each reward's gradient, averaged over the refreshes of all seeds."""
-    lines = ["| update | refreshes | worst cosine | mean cosine | variance | conflict rate |", "|---|---|---|---|---|---|"]
-    for method in dict.fromkeys(method for method, _ in places):
-        folders = [place for (name, _), place in places.items() if name == method]
-        for kind, title in (("update", method), ("mean", f"plain mean of {method}'s gradients")):
-            found = {
-                what: [value for place in folders for value in scalars(place, f"harmony/{kind}/cos_{what}")]
-                for what in ("min", "mean", "var")
-            }
-            if found["min"]:
-                figures = " | ".join(f"{sum(values) / len(values):+.3f}" for values in found.values())
-                conflicts = sum(value < -1e-6 for value in found["min"]) / len(found["min"])
-                lines.append(f"| {title} | {len(found['min'])} | {figures} | {conflicts:.0%} |")
+def by_method(runs: dict[tuple[str, int], Run]) -> dict[str, dict[int, Run]]:
+    """The runs of each method by seed."""
+    return {method: {seed: run for (name, seed), run in runs.items() if name == method} for method, _ in runs}
+
+
+PLACES = {
+    "harmony": "refresh, the gradients it was solved on",
+    "probe/solved/own": "refresh, as applied",
+    "probe/solved/fresh": "refresh, fresh pictures",
+    "probe/reused/own": "between refreshes, own pictures",
+    "probe/reused/fresh": "between refreshes, fresh pictures",
+}
+"""Where cosines are logged, and what that means; probes only with `--harmony.probe_every`."""
+
+
+def harmony_table(runs: dict[tuple[str, int], Run]) -> str:
+    """Cosines between an update and each reward's gradient, averaged over what all seeds logged."""
+    lines = ["| update | where | n | worst cosine | mean cosine | variance | conflict rate |", "|---" * 7 + "|"]
+    for method, own in by_method(runs).items():
+        for tag, where in PLACES.items():
+            for kind, title in (("update", method), ("mean", f"plain mean, during {method}")):
+                worst, mean, variance = (
+                    [value for run in own.values() for value in run.curve(f"{tag}/{kind}/cos_{what}").values]
+                    for what in ("min", "mean", "var")
+                )
+                if worst:
+                    figures = " | ".join(f"{fmean(values):+.3f}" for values in (worst, mean, variance))
+                    conflicts = fmean(in_conflict(value) for value in worst)
+                    lines.append(f"| {title} | {where} | {len(worst)} | {figures} | {conflicts:.0%} |")
     return "\n".join(lines)
 
 

@@ -41,8 +41,8 @@ class Harmony(Callback):
             raise ValueError(f"`probe_every` must be >= 1, or null for no probes. Found {probe_every}.")
         self.probe_every = probe_every
 
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        if stage == "fit" and self.probe_every and isinstance(pl_module, DiffusionNFT):
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self.probe_every and isinstance(pl_module, DiffusionNFT):
             pl_module.tap()  # raises now where per-reward gradients cannot be had
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:

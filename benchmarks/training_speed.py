@@ -1,0 +1,214 @@
+"""Whole optimizer steps of several ways to merge K rewards, timed in turns within one run, as ratios to the weighted sum.
+
+`python -m benchmarks.training_speed` takes the bundled tiny model, `--model sd35m` the full architecture of Stable
+Diffusion 3.5 Medium with random weights (512 px, LoRA 32, micro-batches of 9; for a GPU). A measured unit is one round of
+ten optimizer steps, so that a method that solves every ten steps solves once in each.
+"""
+
+from __future__ import annotations
+
+import argparse
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import warnings
+from collections import defaultdict
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from balancers import MARBLE, Balancer, WeightedSum
+from benchmarks.random_sd35m import save_random_sd35m
+from marble_lightning.cli import QUIET
+from marble_lightning.module import DiffusionNFT
+from marble_lightning.policy import SD3Policy
+from marble_lightning.prompts import PromptDataModule
+from marble_lightning.settings import Sampling
+from marble_lightning.tinyworld import PROMPTS, WEIGHTS
+from rewards import Reward
+
+STEPS = 10
+"""Optimizer steps of a round."""
+
+
+@dataclass(frozen=True)
+class Method:
+    """A row of the table."""
+
+    title: str
+    paper: str
+    every: int | None = None
+    """Optimizer steps between two solutions; None for the weighted sum."""
+    passes: Literal["two", "per_reward"] = "two"
+
+    def balancer(self) -> Balancer:
+        """A new balancer."""
+        return WeightedSum() if self.every is None else MARBLE(refresh_every=self.every)
+
+
+METHODS = (
+    Method("weighted sum", "1.00"),
+    Method("MARBLE, every 10th step", "0.97", every=10),
+    Method("MARBLE, every step, two passes", "", every=1),
+    Method("MARBLE, every step, K passes", "0.56 (K = 5)", every=1, passes="per_reward"),
+)
+
+
+class Projection(Reward):
+    """A random direction of the picture's pixels: a reward that costs nothing."""
+
+    def __init__(self, seed: int) -> None:
+        super().__init__()
+        self.seed = seed
+
+    def score(self, *, images: Tensor, prompts: Any) -> Tensor:
+        draw = torch.Generator().manual_seed(self.seed)
+        return images.flatten(1) @ torch.randn(images[0].numel(), generator=draw).to(images.device)
+
+
+class Turns(Callback):
+    """Gives every round to the next (method, number of rewards), and keeps its times.
+
+    Args:
+        turns: What takes turns.
+        cycles: Full cycles to run, after a first one that warms up.
+    """
+
+    def __init__(self, turns: list[tuple[Method, int]], cycles: int) -> None:
+        self.turns, self.rounds = turns, (cycles + 1) * len(turns)
+        self.balancers = [method.balancer() for method, _ in turns]
+        self.training: dict[tuple[Method, int], list[float]] = defaultdict(list)
+        self.whole: dict[tuple[Method, int], list[float]] = defaultdict(list)
+        self.peak: dict[tuple[Method, int], float] = {}
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        module = cast(DiffusionNFT, pl_module)
+        module.tap()
+        self.taps, self.rewards = module.taps, dict(module.rewards.items())
+        self.bar = tqdm(total=self.rounds, desc="Rounds, the first of each a warm-up", dynamic_ncols=True)
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        module, index = cast(DiffusionNFT, pl_module), trainer.current_epoch % len(self.turns)
+        method, k = self.turns[index]
+        module.rewards = nn.ModuleDict(dict(list(self.rewards.items())[:k]))
+        module.balancer, module.gradient_passes = self.balancers[index], method.passes
+        module.taps = self.taps if method.passes == "two" else None
+        if self.taps:
+            self.taps.on = False
+        module.balancer.bind(list(module.rewards))
+        if torch.cuda.is_available():
+            torch.cuda.reset_peak_memory_stats()
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        times = {phase: float(trainer.logged_metrics[f"time/{phase}"]) for phase in ("sampling", "scoring", "training")}
+        turn = self.turns[trainer.current_epoch % len(self.turns)]
+        if trainer.current_epoch >= len(self.turns):
+            self.training[turn].append(times["training"])
+            self.whole[turn].append(sum(times.values()))
+        if torch.cuda.is_available():
+            self.peak[turn] = torch.cuda.max_memory_allocated() / 2**20
+        self.bar.update()
+
+
+def run(turns: Turns, model: str, path: Path, device: str) -> None:
+    """Fit `turns.rounds` rounds."""
+    tiny = model == "tiny"
+    resolution, rank, batch = (32, 16, 24) if tiny else (512, 32, 9)
+    module = DiffusionNFT(
+        SD3Policy(
+            str(path), resolution=resolution, rank=rank, alpha=2 * rank, text_length=4 if tiny else 128,
+            dtype="float32" if tiny else "bfloat16",
+        ),
+        rewards={f"reward_{index}": Projection(index) for index in range(max(k for _, k in turns.turns))},
+        sampling=Sampling(steps=8 if tiny else 25, batch_size=batch, times_per_image=2),
+        micro_batch_size=batch,
+        optimizer_steps_per_round=STEPS,
+    )  # fmt: skip
+    prompts = batch * STEPS // 6
+    data = PromptDataModule(str(PROMPTS), ["pickscore"], prompts_per_round=prompts, images_per_prompt=6)
+    trainer = Trainer(
+        accelerator=device, devices=1, max_epochs=turns.rounds, callbacks=[WeightedSum(), turns], limit_val_batches=0,
+        logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
+        gradient_clip_val=1.0, precision="32-true" if tiny else "bf16-mixed",
+    )  # fmt: skip
+    trainer.fit(module, datamodule=data)
+
+
+def peak_of_a_process(method: Method, k: int, arguments: list[str]) -> float:
+    """Peak resident memory in MiB of a process that runs this turn alone."""
+    command = [sys.executable, "-m", "benchmarks.training_speed", *arguments, "--alone", str(METHODS.index(method)), str(k)]
+    return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1])
+
+
+def table(turns: Turns) -> str:
+    """Medians as ratios to the weighted sum's at the same K: speed (above 1 is faster) and peak memory."""
+    lines = [
+        "| method | K | speed, steps only | spread | speed, with rollout | peak memory | paper's speed |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for turn in turns.turns:
+        method, k = turn
+        plain = (METHODS[0], k)
+        training, whole = (statistics.median(times[turn]) for times in (turns.training, turns.whole))
+        ratios = [a / b for a, b in zip(turns.training[plain], turns.training[turn], strict=True)]
+        speed = statistics.median(turns.training[plain]) / training
+        together = statistics.median(turns.whole[plain]) / whole
+        memory = f"{turns.peak[turn] / turns.peak[plain]:.2f}" if turn in turns.peak else ""
+        lines.append(
+            f"| {method.title} | {k} | {speed:.2f} | {min(ratios):.2f} to {max(ratios):.2f} | {together:.2f} | {memory} "
+            f"| {method.paper} |"
+        )
+    two = METHODS[2]
+    if {(two, 5), (two, 20)} <= turns.training.keys():
+        growth = statistics.median(turns.training[two, 20]) / statistics.median(turns.training[two, 5])
+        lines.append(f"\n{two.title}: a step with 20 rewards takes {growth:.2f} times one with 5.")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Time and tabulate."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", choices=["tiny", "sd35m"], default="tiny")
+    parser.add_argument("--rewards", nargs="+", type=int, default=[2, 5, 10, 20], help="numbers of rewards K")
+    parser.add_argument("--cycles", type=int, default=5, help="measured rounds of each method and K")
+    parser.add_argument("--device", default="auto", help="Lightning's accelerator")
+    parser.add_argument("--folder", type=Path, help="where the random sd35m is kept; default a temporary folder")
+    parser.add_argument("--layers", type=int, default=24, help="blocks of the random sd35m")
+    parser.add_argument("--alone", nargs=2, type=int, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    for known in QUIET:
+        warnings.filterwarnings("ignore", known)
+
+    with tempfile.TemporaryDirectory() as temporary:
+        path = WEIGHTS / "sd3"
+        if options.model == "sd35m":
+            path = save_random_sd35m(options.folder or Path(temporary) / "sd35m", options.layers)
+        if options.alone:
+            run(Turns([(METHODS[options.alone[0]], options.alone[1])], cycles=0), options.model, path, options.device)
+            print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+            return
+        turns = Turns([(method, k) for k in options.rewards for method in METHODS], options.cycles)
+        run(turns, options.model, path, options.device)
+        if not turns.peak:  # on a CPU only a process of its own tells what a method takes
+            arguments = ["--model", options.model, "--device", options.device, "--folder", str(path)]
+            for turn in tqdm(turns.turns, desc="Memory"):
+                turns.peak[turn] = peak_of_a_process(turn[0], turn[1], arguments)
+    print(f"\n{options.model}, {torch.get_num_threads()} threads, {gpu_name()}\n\n{table(turns)}")
+
+
+def gpu_name() -> str:
+    """The GPU's name, or that there is none."""
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,95 @@
+"""A finished run, read back: its curves, pictures and held-out scores."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch import Tensor
+
+from marble_lightning.table import Summary, changes, summarise
+
+
+class Curve(NamedTuple):
+    """What was logged under one name: optimizer steps and values."""
+
+    steps: list[int]
+    values: list[float]
+
+
+class Run:
+    """A run's folder.
+
+    Args:
+        folder: The one `fit` names at its end, with `held_out.pt` and TensorBoard's events.
+
+    Raises:
+        ValueError: There is no finished run.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder)
+        if not (self.folder / "held_out.pt").exists():
+            raise ValueError(f"`folder` must be a finished run's, with held_out.pt. Found none in {self.folder.resolve()}.")
+
+    @cached_property
+    def _events(self) -> EventAccumulator:
+        return EventAccumulator(str(self.folder), size_guidance={"scalars": 0, "images": 0}).Reload()
+
+    def curve(self, name: str) -> Curve:
+        """All values of one TensorBoard curve; empty where it was not logged."""
+        known = name in self._events.Tags()["scalars"]
+        events = self._events.Scalars(name) if known else []
+        return Curve([event.step for event in events], [event.value for event in events])
+
+    def pictures(self, name: str) -> list[Image.Image]:
+        """All pictures logged under a name, the first one first; empty where there are none."""
+        events = self._events.Images(name) if name in self._events.Tags()["images"] else []
+        return [Image.open(io.BytesIO(event.encoded_image_string)) for event in events]
+
+    @cached_property
+    def _scores(self) -> Mapping[str, Any]:
+        found: Mapping[str, Any] = torch.load(self.folder / "held_out.pt", weights_only=True)
+        return found
+
+    @property
+    def judges(self) -> list[str]:
+        """Names of the rewards and metrics that judged held-out pictures."""
+        return list(self._scores["judges"])
+
+    @property
+    def base(self) -> Tensor | None:
+        """Held-out scores (prompt, judge) of the base, NaN where a judge does not apply; None if it was not measured."""
+        return self._scores["base"]
+
+    @property
+    def trained(self) -> Tensor:
+        """The same of the trained policy."""
+        return self._scores["trained"]
+
+
+class Comparison(NamedTuple):
+    """One judge's held-out scores in several runs of one method: each prompt's mean over the runs is taken first."""
+
+    base: Summary
+    trained: Summary
+    change: Summary
+
+
+def compare(runs: list[Run]) -> dict[str, Comparison]:
+    """Held-out scores before and after, by judge, of runs that differ in their seed only.
+
+    Raises:
+        ValueError: A run's base was not measured (`num_sanity_val_steps: -1` does).
+    """
+    if missing := [str(run.folder) for run in runs if run.base is None]:
+        raise ValueError(f"The base must have been measured (`num_sanity_val_steps: -1`). Found none in {missing[0]}.")
+    base, trained = (torch.stack([getattr(run, when) for run in runs]).mean(0) for when in ("base", "trained"))
+    columns = zip(runs[0].judges, base.T, trained.T, changes(base, trained), strict=True)
+    return {name: Comparison(summarise(before), summarise(after), change) for name, before, after, change in columns}

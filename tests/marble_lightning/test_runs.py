@@ -1,0 +1,49 @@
+"""A run is read back as it was logged."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch.utils.tensorboard import SummaryWriter
+
+from marble_lightning.runs import Run, compare
+
+NAN = torch.nan
+
+
+def finished(folder: Path, base: list[list[float]] | None, trained: list[list[float]]) -> Run:
+    with SummaryWriter(str(folder)) as writer:
+        for step, value in ((3, 0.25), (5, 0.75)):
+            writer.add_scalar("train/ocr", value, step)
+        writer.add_image("held_out", torch.rand(3, 8, 12), 0)
+    before = None if base is None else torch.tensor(base)
+    torch.save({"judges": ["ocr", "geneval"], "base": before, "trained": torch.tensor(trained)}, folder / "held_out.pt")
+    return Run(folder)
+
+
+def test_curves_and_pictures(tmp_path):
+    run = finished(tmp_path, None, [[1.0, 2.0]])
+    assert run.curve("train/ocr") == ([3, 5], [0.25, 0.75])
+    assert run.curve("train/none") == ([], [])
+    assert [picture.size for picture in run.pictures("held_out")] == [(12, 8)]
+    assert run.pictures("none") == []
+
+
+def test_seeds_are_averaged_prompt_by_prompt_before_errors_are_taken(tmp_path):
+    first = finished(tmp_path / "0", [[0.0, NAN], [1.0, 4.0], [2.0, 1.0]], [[1.0, NAN], [1.0, 5.0], [2.0, 3.0]])
+    second = finished(tmp_path / "1", [[0.0, NAN], [1.0, 4.0], [2.0, 1.0]], [[0.0, NAN], [2.0, 5.0], [3.0, 3.0]])
+    found = compare([first, second])
+    assert found["ocr"].base.mean == pytest.approx(1.0)
+    assert found["ocr"].change.mean == pytest.approx(0.5)  # 1/2, 1/2, 1/2 of the three prompts
+    assert found["ocr"].change.error == pytest.approx(0.0)
+    assert found["geneval"].trained == pytest.approx((4.0, 1.0, 2))
+    assert found["geneval"].change.mean == pytest.approx(1.5)
+
+
+def test_an_unfinished_run_and_an_unmeasured_base(tmp_path):
+    with pytest.raises(ValueError, match=r"must be a finished run's, with held_out.pt"):
+        Run(tmp_path)
+    with pytest.raises(ValueError, match="The base must have been measured"):
+        compare([finished(tmp_path, None, [[1.0, 2.0]])])

@@ -1,0 +1,43 @@
+"""Every notebook runs from top to bottom, on a random model and few rounds."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import nbformat
+import pytest
+from nbclient import NotebookClient
+
+ROOT = Path(__file__).parents[2]
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+
+
+@pytest.mark.parametrize("file", NOTEBOOKS, ids=lambda file: file.stem)
+def test_outputs_are_stripped(file):
+    cells = nbformat.read(file, as_version=4).cells
+    assert not any(cell.get("outputs") or cell.get("execution_count") for cell in cells if cell.cell_type == "code")
+
+
+def test_compare_balancers(small, tmp_path):
+    notebook = nbformat.read(ROOT / "notebooks/compare_balancers.ipynb", as_version=4)
+    (parameters,) = [cell for cell in notebook.cells if "parameters" in cell.metadata.get("tags", [])]
+    options = [*small[2:], "--harmony.probe_every", "1"]  # without `-c configs/tiny.yaml`, which the notebook names itself
+    folder = options.index("--trainer.logger.save_dir")
+    del options[folder : folder + 2]
+    parameters.source = "\n".join(
+        [
+            'METHODS = ["marble", "weighted_sum"]',
+            "ROUNDS = 2",
+            "SEEDS = [0, 1]",
+            f"FOLDER = {str(tmp_path)!r}",
+            f"OPTIONS = {options!r}",
+        ]
+    )
+    done = NotebookClient(notebook, timeout=280, resources={"metadata": {"path": str(ROOT / "notebooks")}}).execute()
+    shown = [output for cell in done.cells if cell.cell_type == "code" for output in cell.outputs]
+    data = [output.data for output in shown if "data" in output]
+    assert sum("image/png" in each for each in data) >= 5  # three figures, a sheet of pictures per method
+    table = next(each["text/markdown"] for each in data if "| weighted_sum |" in each.get("text/markdown", ""))
+    assert "| base |" in table and "| marble |" in table
+    printed = "".join(output.text for output in shown if output.get("name") == "stdout")
+    assert "probe/reused/fresh" in printed
