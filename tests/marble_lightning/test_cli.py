@@ -82,7 +82,7 @@ def test_what_tensorboard_gets(small, tmp_path):
     wanted |= {f"harmony/{kind}/cos_{what}" for kind in ("update", "mean") for what in ("min", "mean", "var")}
     wanted |= {"time/sampling", "time/scoring", "time/training", "harmony/update/conflict_rate"}
     assert wanted <= scalars
-    assert events.Tags()["images"] == ["held_out"]
+    assert events.Tags()["images"] == ["held_out", "cosines"]
     assert len(events.Images("held_out")) == 2  # the base and the last round
     assert len(events.Scalars("held_out/pickscore")) == 2
 
