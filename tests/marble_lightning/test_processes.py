@@ -31,11 +31,12 @@ def test_two_ranks_equal_one_process(checkpoints, tmp_path, name):
     module, _ = train(Replay, checkpoints, method(name), [rank["rounds"] for rank in ranks], default_root_dir=tmp_path)
     fresh = SD3Policy(str(checkpoints / "sd3"), resolution=16, rank=2, alpha=4, text_length=4, dtype="float32")
     fresh.setup(seed=0)
-    start, one = torch.nn.utils.parameters_to_vector(fresh.parameters_of("trained")), flat(module.trainable)
+    start, one = flat(fresh.parameters_of("trained")), flat(module.trainable)
     first, second = (flat(rank["parameters"]) for rank in ranks)
     assert torch.equal(first, second)
-    assert (one - start).norm() > 1e-2 * start.norm(), "too little was learned for a difference to show"
-    assert (one - first).norm() <= 1e-5 * one.norm()
+    moved = (one - start).norm()
+    assert moved > 1e-3 * start.norm(), "too little was learned for a difference to show"
+    assert (one - first).norm() <= 1e-5 * moved  # of the movement, which is less than of the parameters
 
 
 def flat(parameters):

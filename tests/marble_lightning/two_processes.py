@@ -67,7 +67,7 @@ def train(kind: type[DiffusionNFT], checkpoints: Path, balancer: Balancer, recor
         objective=Objective(beta=0.5, max_advantage=0.5, kl_weight=0.5),
         evaluation=Evaluation(steps=2),
         micro_batch_size=3,
-        optimizer=lambda parameters: torch.optim.SGD(parameters, lr=30.0),
+        optimizer=lambda parameters: torch.optim.SGD(parameters, lr=10.0),
     )
     module.recorded = recorded  # type: ignore[assignment]
     kept = Keep()
