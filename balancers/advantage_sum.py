@@ -23,7 +23,7 @@ class AdvantageSum(Balancer):
     decoupled normalisation and batch-wise normalisation.
 
     Args:
-        weights: weight of each reward by name, >= 0; 1 for those not named. Null: all 1.
+        weights: weight of each reward by name, > 0; 1 for those not named. Null: all 1.
     """
 
     merged_name = "sum"
@@ -43,7 +43,7 @@ class AdvantageSum(Balancer):
             advantages (N, K) -> (N, 1).
         """
         weights = self.reward_weights.to(advantages)
-        present = ~advantages.isnan() & (weights > 0)
+        present = ~advantages.isnan()
         total = (weights * torch.where(present, advantages, 0)).sum(1, keepdim=True)
         judged = present.any(1)
         among = total[judged]

@@ -3,6 +3,7 @@
 import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
+from copy import deepcopy
 from itertools import compress
 from typing import Any, Literal, cast
 
@@ -75,20 +76,18 @@ class Balancer(Callback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self.bind(tuple(cast(Mapping[str, object], pl_module.rewards)))
+        self.rehearse()
 
     def bind(self, reward_names: Sequence[str]) -> None:
         """Learn the rewards' names. Binding again, or after `load_state_dict`, keeps what is remembered.
 
         Raises:
             ValueError: there is no reward, or the names differ from those bound or loaded before.
-            TypeError: several columns are left and the method does not override `weights`.
         """
         check_names(reward_names, self.reward_names)
         if self.reward_names:
             return
         k = 1 if self.merged_name else len(reward_names)
-        if type(self).weights is Balancer.weights:
-            self.weights(torch.eye(k))  # raises now rather than after the first rollouts
         self.reward_names = tuple(reward_names)
         self.names = (self.merged_name,) if self.merged_name else self.reward_names
         self.prior = torch.full((k,), 1 / k, dtype=torch.float64)
@@ -96,6 +95,24 @@ class Balancer(Callback):
         self.alpha_smoothed = torch.full_like(self.prior, torch.nan)
         self.norms = torch.full_like(self.prior, torch.nan)
         self.solved_at = torch.zeros(k, dtype=torch.int64)
+
+    def rehearse(self) -> None:
+        """Run every level once on made-up input, on a copy, so that a mistake shows before the first rollout.
+
+        Raises:
+            ValueError: a level returned something of a wrong shape.
+            TypeError: several columns are left and the method does not override `weights`.
+        """
+        copy, k = deepcopy(self), len(self.reward_names)
+        columns = copy.merge_advantages(copy.merge_rewards(torch.eye(k), torch.ones(k, k, dtype=torch.bool)))
+        if tuple(columns.shape) != (k, len(self.names)):
+            raise ValueError(
+                f"{type(self).__name__} must make of (samples, {k}) rewards one column for each of {', '.join(self.names)}. "
+                f"Found shape {tuple(columns.shape)} for {k} samples; set `merged_name` where `merge_rewards` or "
+                "`merge_advantages` leaves a single column."
+            )
+        if self.needs_gradients:
+            weigh(copy.weights, torch.eye(k, dtype=torch.float64), self.normalize)
 
     # The three levels
 

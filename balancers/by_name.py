@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 def weights_by_name(
-    weights: Mapping[str, float] | None, reward_names: Sequence[str], *, option: str = "weights", positive: bool = False
+    weights: Mapping[str, float] | None, reward_names: Sequence[str], *, option: str = "weights"
 ) -> Float[Tensor, "reward"]:
     """One weight per reward, in the order of `reward_names`; 1 where `weights` says nothing. In float64.
 
@@ -17,24 +17,21 @@ def weights_by_name(
         weights: by name.
         reward_names: all rewards.
         option: what the user calls it.
-        positive: whether 0 is refused, too.
 
     Raises:
-        ValueError: a name is unknown, a weight is negative or not finite, or all are zero.
+        ValueError: a name is unknown, or a weight is not finite and > 0.
 
     >>> weights_by_name({"ocr": 2.0}, ["clip", "ocr"]).tolist()
     [1.0, 2.0]
     """
     weights = dict(weights or {})
     _known(weights, reward_names, option)
-    if wrong := {
-        name: value for name, value in weights.items() if not math.isfinite(value) or value < 0 or (positive and value == 0)
-    }:
-        raise ValueError(f"`{option}` must be finite and {'>' if positive else '>='} 0. Found {wrong}.")
-    values = torch.tensor([weights.get(name, 1.0) for name in reward_names], dtype=torch.float64)
-    if not values.any():
-        raise ValueError(f"`{option}` must leave at least one reward above 0. Found all 0.")
-    return values
+    if wrong := {name: value for name, value in weights.items() if not (math.isfinite(value) and value > 0)}:
+        raise ValueError(
+            f"`{option}` must be finite and > 0. Found {wrong}. To measure a reward without learning it, "
+            "move it from `rewards` to `metrics`."
+        )
+    return torch.tensor([weights.get(name, 1.0) for name in reward_names], dtype=torch.float64)
 
 
 def group_rows(groups: Mapping[str, Sequence[str]] | None, reward_names: Sequence[str]) -> Float[Tensor, "group reward"]:

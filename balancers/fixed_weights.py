@@ -19,7 +19,7 @@ class FixedWeights(Balancer):
     Source: the fixed-coefficient ablation of MARBLE, arXiv 2605.06507.
 
     Args:
-        weights: weight of each reward by name, >= 0; 1 for those not named, then divided by the sum. Null: all equal.
+        weights: weight of each reward by name, > 0; 1 for those not named, then divided by the sum. Null: all equal.
         refresh_every: optimizer steps between two measurements of the norms, >= 1. Used with `normalize` only.
         ema_decay: how much of the old norm ratios a measurement keeps, in [0, 1). Used with `normalize` only.
         normalize: whether to bring every gradient to the mean norm before weighing it.

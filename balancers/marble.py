@@ -11,6 +11,9 @@ from balancers.base import Balancer
 from balancers.by_name import group_rows, weights_by_name
 from balancers.qp import check_floor, min_norm_weights, sensitivity
 
+CANCELLED = 1e-3
+"""Share of the longest mean gradient below which a group's gradients count as cancelling each other."""
+
 
 class MARBLE(Balancer):
     r"""Weigh unit gradients by the min-norm point of their convex hull.
@@ -23,7 +26,8 @@ class MARBLE(Balancer):
     drop one of them.
 
     With a `preference` the program sees $\hat g_k / p_k$: the progress it guarantees along $\hat g_k$ is in proportion to
-    $p_k$. With `groups` it sees the mean of each group, whose weight its rewards share.
+    $p_k$. With `groups` it sees the mean of each group, at unit length like a single gradient, and its rewards share the
+    weight: two that oppose each other are one voice, however short their mean.
 
     Source: MARBLE, arXiv 2605.06507, eq. 5 (unit gradients), 6 (program), 7 (length), 12 (smoothing), proposition 1
     (amortisation). `amortize: raw` is the paper to the letter.
@@ -56,7 +60,8 @@ class MARBLE(Balancer):
         **kwargs: Any,
     ) -> None:
         super().__init__(refresh_every=refresh_every, ema_decay=ema_decay, normalize=normalize, **kwargs)
-        check_floor(floor, 1)
+        if not 0 <= floor <= 1:
+            raise ValueError(f"`floor` must be in [0, 1 / number of rewards or groups]. Found {floor}.")
         if not 0 <= dropout < 1:
             raise ValueError(f"`dropout` must be in [0, 1). Found {dropout}.")
         if dropout_ramp < 0:
@@ -66,15 +71,19 @@ class MARBLE(Balancer):
 
     def bind(self, reward_names: Sequence[str]) -> None:
         super().bind(reward_names)
-        self.preference = weights_by_name(self.by_name, self.reward_names, option="preference", positive=True)
+        self.preference = weights_by_name(self.by_name, self.reward_names, option="preference")
         self.rows = group_rows(self.groups, self.reward_names)
         check_floor(self.floor, len(self.rows))
 
     def weights(self, gram: Float[Tensor, "active active"]) -> Float[Tensor, "active"]:
-        rows = self.rows[:, self.active] * self._kept()
-        rows = rows[rows.any(1)]
-        rows = rows / rows.sum(1, keepdim=True) / self.preference[self.active]
-        merged = rows @ gram @ rows.T
+        means = self.rows[:, self.active] * self._kept()
+        means = means[means.any(1)]
+        means = means / means.sum(1, keepdim=True)
+        lengths = ((means @ gram) * means).sum(1).clamp(min=0).sqrt()
+        told = lengths > CANCELLED * lengths.max()  # a group whose gradients cancel has no direction to follow
+        rows = means[told] / self.preference[self.active]
+        seen = rows / lengths[told, None] if self.normalize else rows
+        merged = seen @ gram @ seen.T
         found = torch.zeros_like(self.prior).masked_scatter(self.active, sensitivity(merged, self.floor) @ rows)
         self.diagnostics["sensitivity"] = found
         alpha = min_norm_weights(merged, self.floor) @ rows

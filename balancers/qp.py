@@ -98,8 +98,8 @@ def sensitivity(gram: Float[Tensor, "reward reward"], floor: float = 0.0) -> Flo
     """
     if len(gram) == 1:
         return torch.zeros_like(gram[0], dtype=torch.float64)
-    gram = gram.detach().double().requires_grad_()
+    copies = gram.detach().double().repeat(len(gram), 1, 1).requires_grad_()  # one for each weight, in a single solution
     with torch.enable_grad():
-        weights = min_norm_weights(gram, floor)
-        rows = [torch.autograd.grad(weight, gram, retain_graph=True)[0] for weight in weights]
-    return torch.stack([(row + row.mT).norm() / 2 for row in rows])
+        own = min_norm_weights(copies, floor).diagonal().sum()
+    (rows,) = torch.autograd.grad(own, copies)
+    return (rows + rows.mT).norm(dim=(1, 2)) / 2

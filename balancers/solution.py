@@ -38,8 +38,11 @@ def weigh(
     """
     norms = gram.diagonal().sqrt()
     weights = method(gram / norms.outer(norms) if normalize else gram)
-    if weights.shape != norms.shape or not weights.isfinite().all():
-        raise ValueError(f"`weights` must return {len(gram)} finite numbers. Found {weights.tolist()}.")
+    if not isinstance(weights, Tensor) or weights.shape != norms.shape or not weights.isfinite().all():
+        raise ValueError(
+            f"`{method.__qualname__}` must return a tensor of {len(gram)} finite numbers, one for each row of `gram`. "
+            f"Found {weights}."
+        )
     return weights.detach().double()
 
 

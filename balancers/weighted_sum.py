@@ -19,7 +19,7 @@ class WeightedSum(Balancer):
     Source: the weighted-sum baseline of MARBLE, arXiv 2605.06507.
 
     Args:
-        weights: weight of each reward by name, >= 0; 1 for those not named. Null: all 1.
+        weights: weight of each reward by name, > 0; 1 for those not named. Null: all 1.
     """
 
     merged_name = "sum"

@@ -13,6 +13,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import time
 import warnings
 from collections import defaultdict
 from dataclasses import dataclass
@@ -103,23 +104,38 @@ class Turns(Callback):
         if self.taps:
             self.taps.on = False
         module.balancer.bind(list(module.rewards))
-        if torch.cuda.is_available():
+        if on_gpu(trainer):
             torch.cuda.reset_peak_memory_stats()
+        self.begun = now(trainer)
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        if batch_idx == 0:
+            self.sampled = now(trainer)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        times = {phase: float(trainer.logged_metrics[f"time/{phase}"]) for phase in ("sampling", "scoring", "training")}
-        turn = self.turns[trainer.current_epoch % len(self.turns)]
+        end, turn = now(trainer), self.turns[trainer.current_epoch % len(self.turns)]
         if trainer.current_epoch >= len(self.turns):
-            self.training[turn].append(times["training"])
-            self.whole[turn].append(sum(times.values()))
-        if torch.cuda.is_available():
+            self.training[turn].append(end - self.sampled)
+            self.whole[turn].append(end - self.begun)
+        if on_gpu(trainer):
             self.peak[turn] = torch.cuda.max_memory_allocated() / 2**20
+        self.bar.set_postfix_str(f"{turn[0].title}, K = {turn[1]}: {end - self.sampled:.1f} s")
         self.bar.update()
 
 
-def run(turns: Turns, model: str, path: Path, device: str) -> None:
+def on_gpu(trainer: Trainer) -> bool:
+    """Whether the run's model is on a CUDA device."""
+    return trainer.strategy.root_device.type == "cuda"
+
+
+def now(trainer: Trainer) -> float:
+    """Seconds, once the device has done all it was given."""
+    if on_gpu(trainer):
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def run(turns: Turns, model: str, path: Path, device: str, rollout_steps: int) -> None:
     """Fit `turns.rounds` rounds."""
     tiny = model == "tiny"
     resolution, rank, batch = (32, 16, 24) if tiny else (512, 32, 9)
@@ -129,7 +145,7 @@ def run(turns: Turns, model: str, path: Path, device: str) -> None:
             dtype="float32" if tiny else "bfloat16",
         ),
         rewards={f"reward_{index}": Projection(index) for index in range(max(k for _, k in turns.turns))},
-        sampling=Sampling(steps=8 if tiny else 25, batch_size=batch, times_per_image=2),
+        sampling=Sampling(steps=rollout_steps, batch_size=batch, times_per_image=2),
         micro_batch_size=batch,
         optimizer_steps_per_round=STEPS,
     )  # fmt: skip
@@ -152,8 +168,8 @@ def peak_of_a_process(method: Method, k: int, arguments: list[str]) -> float:
 def table(turns: Turns) -> str:
     """Medians as ratios to the weighted sum's at the same K: speed (above 1 is faster) and peak memory."""
     lines = [
-        "| method | K | speed, steps only | spread | speed, with rollout | peak memory | paper's speed |",
-        "|---|---|---|---|---|---|---|",
+        "| method | K | seconds | speed, steps only | spread | speed, with rollout | peak memory | paper's speed |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for turn in turns.turns:
         method, k = turn
@@ -164,8 +180,8 @@ def table(turns: Turns) -> str:
         together = statistics.median(turns.whole[plain]) / whole
         memory = f"{turns.peak[turn] / turns.peak[plain]:.2f}" if turn in turns.peak else ""
         lines.append(
-            f"| {method.title} | {k} | {speed:.2f} | {min(ratios):.2f} to {max(ratios):.2f} | {together:.2f} | {memory} "
-            f"| {method.paper} |"
+            f"| {method.title} | {k} | {training:.2f} | {speed:.2f} | {min(ratios):.2f} to {max(ratios):.2f} "
+            f"| {together:.2f} | {memory} | {method.paper} |"
         )
     two = METHODS[2]
     if {(two, 5), (two, 20)} <= turns.training.keys():
@@ -183,8 +199,10 @@ def main() -> None:
     parser.add_argument("--device", default="auto", help="Lightning's accelerator")
     parser.add_argument("--folder", type=Path, help="where the random sd35m is kept; default a temporary folder")
     parser.add_argument("--layers", type=int, default=24, help="blocks of the random sd35m")
+    parser.add_argument("--rollout-steps", type=int, help="solver steps of a rollout; default 8 for tiny, 25 for sd35m")
     parser.add_argument("--alone", nargs=2, type=int, help=argparse.SUPPRESS)
     options = parser.parse_args()
+    rollout_steps = options.rollout_steps or (8 if options.model == "tiny" else 25)
     for known in QUIET:
         warnings.filterwarnings("ignore", known)
 
@@ -193,13 +211,20 @@ def main() -> None:
         if options.model == "sd35m":
             path = save_random_sd35m(options.folder or Path(temporary) / "sd35m", options.layers)
         if options.alone:
-            run(Turns([(METHODS[options.alone[0]], options.alone[1])], cycles=0), options.model, path, options.device)
+            run(
+                Turns([(METHODS[options.alone[0]], options.alone[1])], cycles=0),
+                options.model,
+                path,
+                options.device,
+                rollout_steps,
+            )
             print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
             return
         turns = Turns([(method, k) for k in options.rewards for method in METHODS], options.cycles)
-        run(turns, options.model, path, options.device)
+        run(turns, options.model, path, options.device, rollout_steps)
         if not turns.peak:  # on a CPU only a process of its own tells what a method takes
             arguments = ["--model", options.model, "--device", options.device, "--folder", str(path)]
+            arguments += ["--rollout-steps", str(rollout_steps)]
             for turn in tqdm(turns.turns, desc="Memory"):
                 turns.peak[turn] = peak_of_a_process(turn[0], turn[1], arguments)
     print(f"\n{options.model}, {torch.get_num_threads()} threads, {gpu_name()}\n\n{table(turns)}")

@@ -28,12 +28,14 @@ def gradients_by_passes(
         parameters: Trainable parameters, in the order of the flat result.
         loss_scale: Multiplies losses on the way back, so that half precision does not underflow; undone in the result.
     """
-    return torch.stack(
-        [
-            flat(torch.autograd.grad(loss * loss_scale, parameters, retain_graph=True, materialize_grads=True)) / loss_scale
-            for loss in losses
-        ]
-    )
+    with torch.autocast(losses.device.type, enabled=False):
+        return torch.stack(
+            [
+                flat(torch.autograd.grad(loss * loss_scale, parameters, retain_graph=True, materialize_grads=True))
+                / loss_scale
+                for loss in losses
+            ]
+        )
 
 
 class LinearTaps:
@@ -107,11 +109,12 @@ class LinearTaps:
         total = torch.zeros(rewards, sum(self.sizes), device=plus.device)
         self.parts = list(total.split(self.sizes, dim=1))
         try:
-            for losses, self.weights in ((plus, coefficients.plus), (minus, coefficients.minus)):
-                torch.autograd.grad(losses.sum() * loss_scale, self.anchor, retain_graph=True, allow_unused=True)
+            with torch.autocast(plus.device.type, enabled=False):  # the sums over samples and tokens stay float32
+                for losses, self.weights in ((plus, coefficients.plus), (minus, coefficients.minus)):
+                    torch.autograd.grad(losses.sum() * loss_scale, self.anchor, retain_graph=True, allow_unused=True)
         finally:
             self.parts = None
-        return total / loss_scale
+        return total if loss_scale == 1 else total.div_(loss_scale)
 
     def _add(self, inputs: Tensor, gradient: Tensor, weight: int | None, bias: int | None) -> None:
         """Add what one layer's input and output gradient, sample by sample, mean for every reward."""

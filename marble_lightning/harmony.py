@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from itertools import product
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from balancers import Balancer
@@ -44,6 +46,12 @@ class Harmony(Callback):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self.probe_every and isinstance(pl_module, DiffusionNFT):
             pl_module.tap()  # raises now where per-reward gradients cannot be had
+            balancer = the_balancer(trainer)
+            if balancer.needs_gradients and balancer.refresh_every > 1 and self.probe_every % balancer.refresh_every == 0:
+                rank_zero_warn(
+                    f"`probe_every` = {self.probe_every} is a multiple of `refresh_every` = {balancer.refresh_every}: none "
+                    f"falls between two refreshes. Take {self.probe_every + 1} to see both."
+                )
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
         if self.probe_every and trainer.global_step % self.probe_every == 0 and isinstance(pl_module, DiffusionNFT):
@@ -76,7 +84,8 @@ def refresh_figures(balancer: Balancer) -> dict[str, float]:
         if isinstance(value, Tensor):
             figures |= {f"{title}/{name}": float(v) for name, v in zip(balancer.names, value.tolist(), strict=True)}
         elif isinstance(value, dict):
-            figures |= {f"{title}/{name}": float(name in value) for name in balancer.names}
+            for reason, name in product(("zero", "not finite"), balancer.names):
+                figures[f"{title}/{reason.replace(' ', '_')}/{name}"] = float(value.get(name) == reason)
         else:
             figures[f"harmony/{title}"] = value
     refreshes = max(balancer.counts["refreshes"], 1)

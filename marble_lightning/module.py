@@ -8,7 +8,7 @@ from itertools import islice
 from typing import Any, Literal, cast
 
 import torch
-from lightning.pytorch.cli import OptimizerCallable
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor
 from tqdm import tqdm
 
@@ -40,6 +40,7 @@ class DiffusionNFT(HeldOutEvaluation):
         averaging: How the old and the averaged adapter follow the trained one.
         evaluation: How held-out prompts are sampled.
         optimizer: Makes the optimizer of the adapter's parameters.
+        lr_scheduler: Makes the learning rate's schedule, which moves on after every optimizer step; null for none.
         micro_batch_size: Pictures of one forward and backward pass, >= 1.
         optimizer_steps_per_round: Optimizer steps a round is split into, >= 1.
         gradient_passes: Per-reward gradients by `two` backward passes, whatever the number of rewards, or by one
@@ -61,6 +62,7 @@ class DiffusionNFT(HeldOutEvaluation):
         averaging: Averaging = Averaging(),
         evaluation: Evaluation = Evaluation(),
         optimizer: OptimizerCallable = adamw,
+        lr_scheduler: LRSchedulerCallable | None = None,
         micro_batch_size: int = 9,
         optimizer_steps_per_round: int = 1,
         gradient_passes: Literal["two", "per_reward"] = "two",
@@ -74,7 +76,7 @@ class DiffusionNFT(HeldOutEvaluation):
         if min(micro_batch_size, optimizer_steps_per_round) < 1:
             raise ValueError("`micro_batch_size` and `optimizer_steps_per_round` must be >= 1. Found a smaller one.")
         self.sampling, self.objective, self.averaging = sampling, objective, averaging
-        self.optimizer = optimizer
+        self.optimizer, self.lr_scheduler = optimizer, lr_scheduler
         self.micro_batch_size, self.optimizer_steps_per_round = micro_batch_size, optimizer_steps_per_round
         self.gradient_passes = gradient_passes
         self.taps: LinearTaps | None = None
@@ -111,8 +113,11 @@ class DiffusionNFT(HeldOutEvaluation):
     def _learned(self) -> dict[str, Reward]:
         return cast(dict[str, Reward], dict(self.rewards.items()))
 
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        return self.optimizer(self.trainable)
+    def configure_optimizers(self) -> Any:
+        optimizer = self.optimizer(self.trainable)
+        if self.lr_scheduler is None:
+            return optimizer
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": self.lr_scheduler(optimizer), "interval": "step"}}
 
     # A round: sample, score, compare --------------------------------------------------------------------------------
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import product
 
 import torch
 from jaxtyping import Float, Int
@@ -134,6 +135,9 @@ def micro_batches(
 ) -> Iterator[MicroBatch]:
     """Cut a round into micro-batches: pictures in random order, each at `plan.times` distinct times of the grid.
 
+    An optimizer step meets all its pictures at their first time, then at their second, and so on, so that an estimate from
+    its first micro-batches sees many pictures.
+
     Args:
         rollout: The round.
         weighed: Coefficients of each picture, already normalised over its optimizer step.
@@ -145,9 +149,9 @@ def micro_batches(
     draws = generator(*key, "times")
     order = image_order(plan, key)
     times = torch.stack([torch.randperm(len(grid), generator=draws)[: plan.times] for _ in range(plan.images)])
-    for chosen in order.split(plan.batch_size):
-        here = chosen.to(device)
-        for column in range(plan.times):
+    for step, column in product(order.chunk(plan.optimizer_steps), range(plan.times)):
+        for chosen in step.split(plan.batch_size):
+            here = chosen.to(device)
             clean = rollout.latents[here].float()
             yield MicroBatch(
                 clean=clean,

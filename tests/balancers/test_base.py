@@ -303,7 +303,7 @@ def test_errors_of_use():
     with pytest.raises(ValueError, match="at least one reward"):
         balancer.bind(())
     with pytest.raises(TypeError, match="Balancer must override `weights` to merge 3 gradients"):
-        Balancer().bind(NAMES)
+        bound(Balancer()).rehearse()
     bound(balancer)
     balancer.begin_step(2)
     with pytest.raises(ValueError, match=r"`gradients` must have shape \(3, P\). Found \(2, 4\)."):
@@ -315,5 +315,5 @@ def test_errors_of_use():
     with pytest.raises(RuntimeError, match="`add_gradients` must be called while `wants_gradients`"):
         balancer.add_gradients(torch.ones(3, 4))
     for answer in ([1.0, 2.0], [1.0, 2.0, torch.nan]):
-        with pytest.raises(ValueError, match="`weights` must return 3 finite numbers"):
-            step(bound(Scripted(answer)), torch.eye(3))
+        with pytest.raises(ValueError, match=r"`Scripted.weights` must return a tensor of 3 finite numbers"):
+            bound(Scripted(answer)).rehearse()

@@ -31,11 +31,6 @@ def test_weighted_sum_by_hand():
     assert balancer.loss_weights.tolist() == [1.0]
 
 
-def test_weighted_sum_leaves_a_sample_whose_rewards_weigh_nothing_missing():
-    merged = bound(WeightedSum({"clip": 0.0})).merge_rewards(torch.ones(1, 3), torch.tensor([[True, False, False]]))
-    assert merged.isnan().all()
-
-
 def test_fixed_weights_are_constant_and_sum_to_one():
     balancer = bound(FixedWeights(weights={"ocr": 2.0}))
     assert not balancer.needs_gradients
@@ -56,10 +51,9 @@ def test_fixed_weights_with_norms_and_a_silent_reward():
 def test_weights_by_name_errors(method):
     with pytest.raises(ValueError, match=r"must use the names of the rewards: clip, ocr, pick. Found typo"):
         method(weights={"typo": 1.0}).bind(NAMES)
-    with pytest.raises(ValueError, match=r"must be finite and >= 0. Found {'ocr': -1.0}"):
-        method(weights={"ocr": -1.0}).bind(NAMES)
-    with pytest.raises(ValueError, match="at least one reward above 0"):
-        method(weights=dict.fromkeys(NAMES, 0.0)).bind(NAMES)
+    for wrong in (-1.0, 0.0, float("nan")):
+        with pytest.raises(ValueError, match=rf"must be finite and > 0. Found {{'ocr': {wrong}}}. .* to `metrics`"):
+            method(weights={"ocr": wrong}).bind(NAMES)
 
 
 def test_marble_is_min_norm_with_the_paper_s_options():
@@ -71,7 +65,7 @@ def test_marble_is_min_norm_with_the_paper_s_options():
 
 
 def test_marble_floor_is_checked_before_training():
-    with pytest.raises(ValueError, match=r"at most 1 / 1 for 1 rewards. Found 1.5"):
+    with pytest.raises(ValueError, match=r"`floor` must be in \[0, 1 / number of rewards or groups\]. Found 1.5"):
         MARBLE(floor=1.5)
     with pytest.raises(ValueError, match=r"at most 1 / 3 for 3 rewards. Found 0.5"):
         MARBLE(floor=0.5).bind(NAMES)
@@ -87,9 +81,10 @@ def command_line() -> ArgumentParser:
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.stem)
 def test_configs_name_a_balancer_that_binds(config):
     assert config.read_text().startswith("# ")
-    assert list(yaml.safe_load(config.read_text())) == ["balancer"]
+    settings = yaml.safe_load(config.read_text())
+    assert settings.keys() <= {"balancer", "model"}
     parser = command_line()
-    balancer = parser.instantiate(parser.parse_args(["-c", str(config)])).balancer
+    balancer = parser.instantiate(parser.parse_object({"balancer": settings["balancer"]})).balancer
     assert bound(balancer).loss_weights.sum().item() == pytest.approx(1)
 
 

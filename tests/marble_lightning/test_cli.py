@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from diffusers import StableDiffusion3Pipeline
 from lightning.pytorch import Callback
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -148,6 +149,16 @@ def test_every_config_parses(file, capsys):
         main(["fit", *base, "-c", str(file), "--print_config"])
     assert end.value.code == 0
     assert "class_path: balancers." in capsys.readouterr().out
+
+
+def test_a_file_of_balancers_changes_the_rule_and_keeps_the_cadence(capsys):
+    with pytest.raises(SystemExit):
+        main(["fit", "-c", str(CONFIGS / "tiny.yaml"), "-c", str(CONFIGS / "balancers/pcgrad.yaml"), "--print_config"])
+    found, before = (
+        yaml.safe_load(text)["balancer"] for text in (capsys.readouterr().out, (CONFIGS / "tiny.yaml").read_text())
+    )
+    assert found["class_path"] == "balancers.PCGrad"
+    assert {name: found["init_args"][name] for name in before["init_args"]} == before["init_args"]
 
 
 @pytest.mark.parametrize(

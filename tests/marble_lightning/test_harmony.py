@@ -73,7 +73,8 @@ def test_what_a_refresh_logs():
     balancer.solve(lambda gradients: gradients)
     gram = balancer.diagnostics.pop("gram")
     figures = refresh_figures(balancer)
-    assert [figures[f"left_out/{name}"] for name in "abc"] == [0, 0, 1]
+    assert [figures[f"left_out/zero/{name}"] for name in "abc"] == [0, 0, 1]
+    assert [figures[f"left_out/not_finite/{name}"] for name in "abc"] == [0, 0, 0]
     assert figures["alpha/a"] == pytest.approx(0.5)
     assert figures["alpha_age/a"] == 0
     assert figures["harmony/update/cos_min"] == pytest.approx(0.5**0.5)

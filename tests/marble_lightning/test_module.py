@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -16,9 +17,10 @@ from balancers import MARBLE, Balancer, FixedWeights, WeightedSum, min_norm_weig
 from marble_lightning.cli import QUIET
 from marble_lightning.gradients import flat, gradients_by_passes
 from marble_lightning.module import DiffusionNFT
-from marble_lightning.objective import coefficients, nft_losses, noised
-from marble_lightning.policy import SD3Policy
+from marble_lightning.objective import Coefficients, coefficients, nft_losses, noised
+from marble_lightning.policy import Conditions, SD3Policy
 from marble_lightning.prompts import PromptDataModule
+from marble_lightning.rollouts import MicroBatch
 from marble_lightning.settings import Averaging, Evaluation, Objective, Sampling
 from marble_lightning.tinyworld import PROMPTS
 from rewards import Prompt, Reward
@@ -69,17 +71,23 @@ def run(
     balancer: Balancer,
     rounds: int = 1,
     callbacks: Sequence[Callback] = (),
+    kind: type[DiffusionNFT] = DiffusionNFT,
+    micro_batch_size: int = 6,
+    gradient_passes: Literal["two", "per_reward"] = "two",
+    lr_scheduler: Any = None,
     **objective: Any,
 ):
-    module = DiffusionNFT(
+    module = kind(
         SD3Policy(str(checkpoints / "sd3"), resolution=16, rank=2, alpha=4, text_length=4, dtype="float32"),
         rewards={"bright": Brightness(), "red": Redness(), "contrast": Contrast()},
         sampling=Sampling(steps=4, batch_size=12, times_per_image=2),
         objective=Objective(beta=0.5, **objective),
         averaging=Averaging(old_rate=0.5, old_cap=0.5, ema_decay=0.75),
         evaluation=Evaluation(steps=2),
-        micro_batch_size=6,
+        micro_batch_size=micro_batch_size,
         optimizer=lambda parameters: torch.optim.SGD(parameters, lr=0.1),
+        lr_scheduler=lr_scheduler,
+        gradient_passes=gradient_passes,
     )
     kept = Gradients()
     trainer = Trainer(
@@ -148,6 +156,55 @@ def test_coefficients_count_over_the_whole_step(checkpoints, tmp_path):
     _, kept = run(checkpoints, tmp_path, FixedWeights())
     sums = sum(batch.coefficients.plus.sum(0) + batch.coefficients.minus.sum(0) for batch in kept.batches[0])
     torch.testing.assert_close(sums, torch.full((3,), 5.0 / 0.5))
+
+
+class Recut(DiffusionNFT):
+    """Draws micro-batches of six, and cuts their samples anew into those asked for."""
+
+    def _cut(self, *arguments: Any) -> Iterator[MicroBatch]:
+        asked, self.plan = self.plan, replace(self.plan, batch_size=6)
+        drawn, self.plan = list(super()._cut(*arguments)), asked
+        clean, noise, t = (torch.cat([getattr(each, name) for each in drawn]) for name in ("clean", "noise", "t"))
+        conditions = Conditions(*(torch.cat([getattr(e.conditions, name) for e in drawn]) for name in ("embeds", "pooled")))
+        weights = Coefficients(*(torch.cat([getattr(e.coefficients, name) for e in drawn]) for name in ("plus", "minus")))
+        for own in torch.arange(len(clean)).split(asked.batch_size):
+            shares = Coefficients(weights.plus[own], weights.minus[own])
+            yield MicroBatch(clean[own], noise[own], t[own], conditions[own], shares)
+
+
+@pytest.mark.parametrize("balancer", [WeightedSum, MARBLE])
+def test_how_samples_fall_into_micro_batches_does_not_matter(checkpoints, tmp_path, balancer):
+    """On a refresh and on a cheap step, with clamped advantages and a reward that applies to a part of the samples."""
+    options = {} if balancer is WeightedSum else {"refresh_every": 2}
+    found = [
+        run(
+            checkpoints, tmp_path, balancer(**options), rounds=2, kind=Recut, micro_batch_size=size, max_advantage=0.5,
+            kl_weight=0.5,
+        )[1].gradients
+        for size in (3, 6, 12)
+    ]  # fmt: skip
+    for others in found[1:]:
+        for ours, theirs in zip(found[0], others, strict=True):
+            assert (ours - theirs).norm() <= 1e-5 * ours.norm()
+
+
+def test_a_fit_by_either_way_to_per_reward_gradients(checkpoints, tmp_path):
+    two, one_each = (
+        run(checkpoints, tmp_path, MARBLE(refresh_every=2), rounds=3, gradient_passes=passes)[1].gradients
+        for passes in ("two", "per_reward")
+    )
+    for ours, theirs in zip(two, one_each, strict=True):
+        assert (ours - theirs).norm() <= 1e-4 * theirs.norm()
+
+
+def test_the_learning_rate_follows_its_schedule(checkpoints, tmp_path):
+    """After every optimizer step, though a step takes several micro-batches."""
+
+    def halved(optimizer):
+        return torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5)
+
+    module, _ = run(checkpoints, tmp_path, WeightedSum(), rounds=3, lr_scheduler=halved)
+    assert module.optimizers().param_groups[0]["lr"] == pytest.approx(0.1 * 0.5**3)
 
 
 def test_old_and_averaged_adapters_move_as_scheduled(checkpoints, tmp_path):

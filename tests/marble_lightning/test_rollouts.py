@@ -42,14 +42,16 @@ def weigh(scores: torch.Tensor, groups: torch.Tensor, balancer, plan: Plan, rank
 
 
 def test_each_picture_is_used_at_distinct_times_exactly_once():
-    plan = Plan(images=12, times=3, batch_size=4, optimizer_steps=1)
+    plan = Plan(images=12, times=3, batch_size=2, optimizer_steps=2)
     latents = torch.arange(12.0).view(12, 1, 1, 1)
     weighed = Coefficients(torch.arange(12.0)[:, None], -torch.arange(12.0)[:, None])
     conditions = Conditions(torch.arange(3.0).view(3, 1, 1), torch.zeros(3, 1))
     rollout = Rollout([Prompt("x", "y")] * 3, conditions, torch.arange(3).repeat_interleave(4), latents)
     grid = torch.tensor([1.0, 0.8, 0.6, 0.4, 0.2])
     batches = list(micro_batches(rollout, weighed, grid, plan, KEY))
-    assert len(batches) == plan.total == plan.per_step == 9
+    assert len(batches) == plan.total == 2 * plan.per_step == 18
+    for start in range(0, 18, 3):  # all of a step's pictures, then all anew at another time
+        assert len(torch.cat([batch.clean for batch in batches[start : start + 3]]).unique()) == 6
     seen: Counter[tuple[int, float]] = Counter()
     for batch in batches:
         pictures = batch.clean.flatten()
