@@ -55,6 +55,7 @@ class SD3Policy(nn.Module):
         text_length: Tokens of the third text encoder (zeros where it is absent).
         dtype: Precision of the frozen weights: `float32`, `bfloat16` or `float16`. Adapters are always float32.
         revision: Revision of a hub id.
+        gradient_checkpointing: Keep less for the way back and compute it anew: saves memory, costs time.
 
     Source: MARBLE, arXiv 2605.06507, settings of the SD3.5-Medium run.
     """
@@ -69,6 +70,7 @@ class SD3Policy(nn.Module):
         text_length: int = 128,
         dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16",
         revision: str | None = None,
+        gradient_checkpointing: bool = False,
     ) -> None:
         super().__init__()
         if rank < 1:
@@ -79,6 +81,7 @@ class SD3Policy(nn.Module):
             raise ValueError("`targets` must name at least one linear layer. Found none.")
         self.path, self.resolution, self.rank, self.alpha = path, resolution, rank, alpha
         self.targets, self.text_length, self.revision = tuple(targets), text_length, revision
+        self.gradient_checkpointing = gradient_checkpointing
         self.dtype: torch.dtype = getattr(torch, dtype)
         self.transformer: SD3Transformer2DModel
 
@@ -125,6 +128,8 @@ class SD3Policy(nn.Module):
             if module is not None:
                 setattr(self, name, module.requires_grad_(False).eval())
         self.pipeline = pipeline
+        if self.gradient_checkpointing:
+            self.transformer.enable_gradient_checkpointing()
         with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Already found a `peft_config`")  # three adapters are the point
             torch.manual_seed(derived_seed(seed, "lora"))
