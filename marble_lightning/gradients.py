@@ -86,7 +86,7 @@ class LinearTaps:
                 return output
             if self.anchor.device != output.device:
                 self.anchor = torch.zeros((), requires_grad=True, device=output.device)
-            return _Tap.apply(output, inputs[0], self.anchor, self, weight, bias)
+            return _Tap.apply(output, as_multiplied(inputs[0]), self.anchor, self, weight, bias)
 
         return hook
 
@@ -144,6 +144,12 @@ class _Tap(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> Any:
         ctx.taps._add(*ctx.saved_tensors, gradients[0], *ctx.places)
         return gradients[0], None, None, None, None, None
+
+
+def as_multiplied(inputs: Tensor) -> Tensor:
+    """A linear layer's input in the precision it is multiplied in: autocast's where that is on, to keep half the bytes."""
+    kind = inputs.device.type
+    return inputs.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else inputs
 
 
 def flat(tensors: Sequence[Tensor]) -> Float[Tensor, " parameter"]:

@@ -65,6 +65,20 @@ def test_two_passes_are_k_passes(policy, rewards, checkpointing):
         policy.transformer.eval()
 
 
+def test_two_passes_are_k_passes_under_autocast(policy):
+    """As near as bfloat16 activations allow, whether the gradients are asked for within autocast or outside."""
+    parameters, c = policy.parameters_of("trained"), half_clamped(5)
+    taps = LinearTaps(policy.transformer, parameters)
+    with torch.autocast("cpu", torch.bfloat16):
+        plus, minus, _ = sample_losses(policy)
+        within = taps.gradients(plus, minus, c)
+        expected = gradients_by_passes(c.losses(plus, minus), parameters)
+    outside = taps.gradients(plus, minus, c)
+    assert within.dtype == expected.dtype == torch.float32
+    torch.testing.assert_close(within, outside)
+    assert ((within - expected).norm(dim=1) / expected.norm(dim=1)).max() < 0.02
+
+
 def test_any_weights_of_the_rewards_are_one_backward_pass(policy):
     """Exact amortisation: autograd of sum_k w_k loss_k, whatever w."""
     parameters, c = policy.parameters_of("trained"), half_clamped(5)
