@@ -59,16 +59,17 @@ def compare(gram: Float[Tensor, "reward reward"], coefficients: Float[Tensor, "r
     return _figures(cosines(gram, coefficients), cosines(gram, torch.ones_like(coefficients)))
 
 
-def agreement(update: Float[Tensor, "parameter"], gradients: Float[Tensor, "reward parameter"]) -> dict[str, float]:
-    """What `compare` tells, of any update and gradients of any samples, not only those it was made of.
+def agreement(
+    update: Float[Tensor, "parameter"], mean: Float[Tensor, "parameter"], gradients: Float[Tensor, "reward parameter"]
+) -> dict[str, float]:
+    """What `compare` tells, of any update and plain mean, and gradients of any samples, not only those they come from.
 
     Shape:
-        update (P,), gradients (K, P).
+        update (P,), mean (P,), gradients (K, P).
     """
-    gram = gram_matrix(torch.cat([gradients, update[None]]))
-    ours = torch.zeros(len(gram), dtype=gram.dtype)
-    ours[-1] = 1
-    return _figures(cosines(gram, ours)[:-1], cosines(gram, 1 - ours)[:-1])
+    gram = gram_matrix(torch.cat([gradients, update[None], mean[None]]))
+    ours, theirs = torch.eye(len(gram), dtype=gram.dtype)[-2:]
+    return _figures(cosines(gram, ours)[:-2], cosines(gram, theirs)[:-2])
 
 
 def _figures(update: Float[Tensor, "reward"], mean: Float[Tensor, "reward"]) -> dict[str, float]:

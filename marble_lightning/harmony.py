@@ -28,8 +28,8 @@ class Harmony(Callback):
 
     A probe asks the same of the update that the optimizer is about to take, the KL term included, and is logged as
     `probe/{solved|reused}/{own|fresh}/...`: `reused` on the steps between two refreshes; `own` against the gradients of the
-    pictures it came from, `fresh` against those of an independent round, the honest figure. It needs no gradient method,
-    and changes nothing in the run.
+    pictures it came from, `fresh` against those of an independent round, the honest figure. The plain mean is that of the
+    pictures the update came from in both places. A probe needs no gradient method, and changes nothing in the run.
 
     Source: MARBLE, arXiv 2605.06507, gradient harmony table.
 
@@ -97,7 +97,8 @@ def refresh_figures(balancer: Balancer) -> dict[str, float]:
 def probe(module: DiffusionNFT, step: int) -> dict[str, dict[str, float]]:
     """Harmony of the update about to be applied, on its `own` pictures and on a `fresh` round of the same policy.
 
-    Rewards without a gradient there are left out of the figures.
+    Beside it stands the plain mean of its own pictures' gradients, in both places. Rewards without a gradient in a place
+    are left out of its figures.
 
     Args:
         module: A module in training, all gradients of the step gathered.
@@ -112,7 +113,11 @@ def probe(module: DiffusionNFT, step: int) -> dict[str, dict[str, float]]:
     }
     for place, (round_, scores, of, part) in places.items():
         gradients = module.reward_gradients(round_, scores, of, part)
-        active = active_rows(gram_matrix(gradients).diagonal().sqrt())
-        if active.any():
-            figures[place] = agreement(update, gradients[active.to(gradients.device)])
+        active = active_rows(gram_matrix(gradients).diagonal().sqrt()).to(gradients.device)
+        if not active.any():
+            break
+        gradients = gradients[active]
+        if place == "own":
+            mean = gradients.mean(0)
+        figures[place] = agreement(update, mean, gradients)
     return figures

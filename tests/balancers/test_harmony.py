@@ -42,5 +42,6 @@ def test_a_broken_gradient_spoils_only_its_own_products():
 def test_agreement_is_compare_for_any_update():
     rows = torch.randn(3, 20, generator=torch.Generator().manual_seed(1))
     weights = torch.tensor([0.2, 0.5, 0.3])
-    assert agreement(weights @ rows, rows) == pytest.approx(compare(gram_matrix(rows), weights), abs=1e-6)
-    assert agreement(-rows[0], rows[:1])["update/cos_min"] == pytest.approx(-1)
+    assert agreement(weights @ rows, rows.mean(0), rows) == pytest.approx(compare(gram_matrix(rows), weights), abs=1e-6)
+    one = agreement(-rows[0], rows[0], rows[:1])
+    assert one["update/cos_min"] == pytest.approx(-1) and one["mean/cos_min"] == pytest.approx(1)
