@@ -148,13 +148,13 @@ class DiffusionNFT(HeldOutEvaluation):
         chunks = torch.arange(len(groups)).split(self.sampling.batch_size)
         for chunk in self._progress(chunks, "sampling"):
             noise = [generator(*self._key(seed, "rollout"), index) for index in chunk.tolist()]
-            latents.append(
-                self.policy.sample(
+            with self.trainer.precision_plugin.forward_context():  # as in training, so that the loss sees its own policy
+                sampled = self.policy.sample(
                     conditions[groups[chunk.to(self.device)]], noise, "old",
                     steps=self.sampling.steps, solver=self.sampling.solver,
-                )
-            )  # fmt: skip
-            images.append(self.policy.decode(latents[-1]))
+                )  # fmt: skip
+            latents.append(sampled)
+            images.append(self.policy.decode(sampled))
         return Rollout(prompts, conditions, groups, torch.cat(latents)), torch.cat(images)
 
     def scored(self, rollout: Rollout, images: Tensor) -> Tensor:

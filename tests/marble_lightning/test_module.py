@@ -76,6 +76,7 @@ def run(
     gradient_passes: Literal["two", "per_reward"] = "two",
     gradient_checkpointing: bool = False,
     lr_scheduler: Any = None,
+    precision: Any = "32-true",
     **objective: Any,
 ):
     module = kind(
@@ -102,6 +103,7 @@ def run(
     trainer = Trainer(
         accelerator="cpu", max_epochs=rounds, logger=False, enable_checkpointing=False, enable_progress_bar=False,
         enable_model_summary=False, callbacks=[balancer, kept, *callbacks], limit_val_batches=0, default_root_dir=folder,
+        precision=precision,
     )  # fmt: skip
     data = PromptDataModule(str(PROMPTS), ["ocr", "geneval"], prompts_per_round=4, images_per_prompt=3)
     trainer.fit(module, datamodule=data)
@@ -208,6 +210,28 @@ def test_every_way_to_per_reward_gradients_is_the_same_fit(checkpoints, tmp_path
     for gradients in others:
         for ours, theirs in zip(gradients, plain, strict=True):
             assert (ours - theirs).norm() <= 1e-4 * theirs.norm()
+
+
+class Precisions(Callback):
+    """Keeps whether the transformer ran under autocast, sampling and training."""
+
+    def __init__(self) -> None:
+        self.autocast: list[bool] = []
+
+    def on_fit_start(self, trainer, pl_module):
+        pl_module.policy.transformer.register_forward_pre_hook(
+            lambda *_: self.autocast.append(torch.is_autocast_enabled("cpu"))
+        )
+
+
+@pytest.mark.parametrize("balancer", [WeightedSum, MARBLE])
+def test_mixed_precision_is_near_full_precision(checkpoints, tmp_path, balancer):
+    """Pictures are sampled as they are trained on, and a refresh and a cheap step come out alike."""
+    seen = Precisions()
+    mixed = run(checkpoints, tmp_path, balancer(), rounds=2, callbacks=[seen], precision="bf16-mixed")[1].gradients
+    assert len(seen.autocast) > 8 and all(seen.autocast)
+    for ours, theirs in zip(mixed, run(checkpoints, tmp_path, balancer(), rounds=2)[1].gradients, strict=True):
+        assert torch.nn.functional.cosine_similarity(ours, theirs, dim=0) > 0.9
 
 
 def test_the_learning_rate_follows_its_schedule(checkpoints, tmp_path):
