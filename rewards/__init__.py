@@ -14,22 +14,26 @@ A reward of your own is a subclass of `Reward` that overrides `score`:
 This package knows nothing of policies, gradients or training.
 """
 
+from rewards.aesthetic import Aesthetic
 from rewards.base import Prompt, Reward
 from rewards.clipscore import CLIPScore
 from rewards.detectors import Detection, Detector
 from rewards.geneval import GenEval
 from rewards.geneval_rules import Verdict
 from rewards.hpsv2 import HPSv2
+from rewards.jpeg import JPEGCompressibility
 from rewards.ocr import OCR
 from rewards.pickscore import PickScore
 
 __all__ = [
     "OCR",
+    "Aesthetic",
     "CLIPScore",
     "Detection",
     "Detector",
     "GenEval",
     "HPSv2",
+    "JPEGCompressibility",
     "PickScore",
     "Prompt",
     "Reward",

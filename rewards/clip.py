@@ -1,11 +1,9 @@
-"""CLIP towers as rewards use them: loading in transformers format, image preprocessing on tensors, embeddings."""
+"""CLIP towers as rewards use them: image preprocessing on tensors, embeddings, cosines."""
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -76,7 +74,7 @@ class Preprocess:
 
 
 class CLIPTower(nn.Module):
-    """A frozen `CLIPModel` with its tokenizer and preprocessing. Built by `load_tower`.
+    """A frozen `CLIPModel` with its tokenizer and preprocessing. Built by `rewards.clip_loading.load_tower`.
 
     Args:
         model: transformers `CLIPModel`.
@@ -118,93 +116,3 @@ class CLIPTower(nn.Module):
         position = {text: index for index, text in enumerate(dict.fromkeys(texts))}
         embedded = self.embed_texts(list(position))[[position[text] for text in texts]]
         return (self.embed_images(images) * embedded).sum(dim=-1)
-
-
-def load_tower(
-    owner: str,
-    *,
-    path: str,
-    processor_path: str | None = None,
-    revision: str | None = None,
-    dtype: str = "float32",
-    fit: Literal["crop", "pad"] = "crop",
-) -> CLIPTower:
-    """Load a CLIP model, its tokenizer and its preprocessing from a local folder or a hub id.
-
-    Args:
-        owner: name of the reward, for error messages.
-        path: folder or hub id of a transformers-format `CLIPModel`.
-        processor_path: folder or hub id of tokenizer and preprocessor_config.json. None: `path`.
-        revision: branch, tag or commit of `path`. None: its main branch.
-        dtype: "float32", "bfloat16" or "float16".
-        fit: how images become square, see `Preprocess`.
-
-    Raises:
-        FileNotFoundError: if a file is missing or the hub cannot be reached.
-        ValueError: if the folder holds another model, lacks weights, or its files do not fit together.
-    """
-    from transformers import CLIPModel, CLIPTokenizer, PretrainedConfig
-    from transformers.image_processing_base import ImageProcessingMixin
-
-    source = processor_path or path
-    pin: dict[str, Any] = {} if revision is None else {"revision": revision}
-    # A revision names a commit of one repository, so it must not be looked up in another.
-    source_pin = pin if source == path else {}
-    with _explained(owner, path, source):
-        config, _ = PretrainedConfig.get_config_dict(path, **pin)
-        if not config:  # what transformers returns where a folder has no config.json
-            raise OSError("there is no config.json")
-    if config.get("model_type") != "clip":
-        raise ValueError(
-            f"{owner}: `path` must hold a CLIPModel (model_type 'clip' in config.json). Found "
-            f"{config.get('model_type')!r} in '{path}'. Point it to a transformers-format CLIPModel folder."
-        )
-    with _explained(owner, path, source):
-        numbers, _ = ImageProcessingMixin.get_image_processor_dict(source, **source_pin)
-        tokenizer = CLIPTokenizer.from_pretrained(source, **source_pin)
-        loaded: Any = CLIPModel.from_pretrained(path, dtype=getattr(torch, dtype), output_loading_info=True, **pin)
-        model, report = loaded
-    if report["missing_keys"]:  # transformers would leave them random, and a random judge gives scores all the same
-        raise ValueError(
-            f"{owner}: the checkpoint in '{path}' must hold every weight of its CLIPModel. Found "
-            f"{len(report['missing_keys'])} missing, such as {min(report['missing_keys'])}. Download it again."
-        )
-    vocabulary, image_size = model.config.text_config.vocab_size, model.config.vision_config.image_size
-    if len(tokenizer) != vocabulary:  # transformers builds an all but empty tokenizer where the files are missing
-        raise ValueError(
-            f"{owner}: the tokenizer in '{source}' must have the {vocabulary} tokens of the model in '{path}'. "
-            f"Found {len(tokenizer)}. Put vocab.json and merges.txt, or tokenizer.json, of that model there."
-        )
-    preprocess = Preprocess.from_config(numbers, fit)
-    if preprocess.crop != image_size:
-        raise ValueError(
-            f"{owner}: preprocessor_config.json in '{source}' must crop to the {image_size} pixels of the model in "
-            f"'{path}'. Found {preprocess.crop}. Use the preprocessor of that model."
-        )
-    return CLIPTower(model, tokenizer, preprocess)
-
-
-@contextmanager
-def _explained(owner: str, path: str, source: str) -> Iterator[None]:
-    """Say what a folder must hold instead of what the library tripped over."""
-    try:
-        yield
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().partition("\n")[0].rstrip(".")
-        raise FileNotFoundError(
-            f"{owner}: `path` must be a folder or hub id of a transformers-format CLIPModel (config.json and weights), "
-            "and the processor's one (`processor_path` if given, else `path`) must hold tokenizer files and "
-            f"preprocessor_config.json. Found '{path}' and '{source}': {reason}. Check the spelling, or download the "
-            "repository where there is a network and give its folder."
-        ) from error
-
-
-def check_dtype(owner: str, dtype: str) -> str:
-    """`dtype`, if a CLIP tower can be loaded in it.
-
-    Raises:
-        ValueError: if it is not "float32", "bfloat16" or "float16".
-    """
-    if dtype not in ("float32", "bfloat16", "float16"):
-        raise ValueError(f"{owner}: `dtype` must be float32, bfloat16 or float16. Found {dtype!r}. Choose one of them.")
-    return dtype

@@ -6,7 +6,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from rewards.base import Prompt, Reward
-from rewards.clip import CLIPTower, check_dtype, load_tower
+from rewards.clip import CLIPTower
+from rewards.clip_loading import check_dtype, load_tower
 
 
 class HPSv2(Reward):
@@ -14,12 +15,15 @@ class HPSv2(Reward):
 
     The image's longer side is resized to the model's size and the rest filled with black bars, so nothing is cropped.
 
+    The default is version 2.1, whose published file is read as it is.
+
     Source: Wu et al., "Human Preference Score v2: A Solid Benchmark for Evaluating Human Preferences of Text-to-Image
     Synthesis", 2023, section 4.
 
     Args:
-        path: folder or hub id of the weights, a transformers-format CLIPModel with its tokenizer and
-            preprocessor_config.json.
+        path: folder or hub id of the weights.
+        file: name of the file there, of an open_clip ViT-H-14, or of the model that an open_clip_config.json beside it
+            describes. None: `path` is a transformers-format CLIPModel.
         processor_path: folder or hub id of tokenizer and preprocessor_config.json. None: `path`.
         revision: branch, tag or commit of `path`. None: its main branch.
         dtype: number format of the weights: "float32", "bfloat16" or "float16". Scores are always float32.
@@ -35,13 +39,15 @@ class HPSv2(Reward):
     def __init__(
         self,
         path: str = "xswu/HPSv2",
-        processor_path: str | None = None,
+        file: str | None = "HPS_v2.1_compressed.pt",
+        processor_path: str | None = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K",
         revision: str | None = None,
         dtype: str = "float32",
         batch_size: int = 32,
     ) -> None:
         super().__init__(batch_size)
         self.path = path
+        self.file = file
         self.processor_path = processor_path
         self.revision = revision
         self.dtype = check_dtype("HPSv2", dtype)
@@ -53,6 +59,7 @@ class HPSv2(Reward):
             self.tower = load_tower(
                 "HPSv2",
                 path=self.path,
+                file=self.file,
                 processor_path=self.processor_path,
                 revision=self.revision,
                 dtype=self.dtype,

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageDraw, ImageFont
+from safetensors.torch import save_file
 
 from rewards import Detection, Detector, Prompt
 
@@ -64,7 +65,19 @@ def write_clip(folder: Path, *, seed: int = 0, image_size: int = IMAGE_SIZE) -> 
             if parameter.ndim > 1:
                 parameter.data.mul_(6)
     model.save_pretrained(folder)
+    write_head(folder, width=16, seed=seed)
     return folder
+
+
+def write_head(folder: Path, *, width: int, seed: int) -> None:
+    """An aesthetic head in the published format, numbered as with its dropout layers."""
+    generator, sizes = torch.Generator().manual_seed(seed), (width, 1024, 128, 64, 16, 1)
+    head = {}
+    for number, inputs, outputs in zip((0, 2, 4, 6, 7), sizes, sizes[1:], strict=False):
+        head[f"layers.{number}.weight"] = torch.randn(outputs, inputs, generator=generator) / inputs**0.5
+        head[f"layers.{number}.bias"] = torch.randn(outputs, generator=generator)
+    save_file(head, folder / "head.safetensors")
+    torch.save(head, folder / "head.pth")
 
 
 @pytest.fixture(scope="session", name="write_clip")

@@ -11,8 +11,9 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from rewards import CLIPScore, HPSv2, PickScore, Prompt
-from rewards.clip import Preprocess, load_tower
+from rewards import CLIPScore, HPSv2, PickScore, Prompt, Reward
+from rewards.clip import Preprocess
+from rewards.clip_loading import load_tower
 
 IMAGE_SIZE, POSITIONS = 32, 12  # of the fixture's checkpoint
 TEXTS = ["a cat", "a dog", "a cat and " + "a dog and " * POSITIONS, "a cat"]
@@ -44,6 +45,11 @@ def reference_logits(folder: Path, images: torch.Tensor) -> torch.Tensor:
     return output.logits_per_image.diagonal()
 
 
+def hpsv2(path: str, **options: str) -> HPSv2:
+    """From a folder in transformers' format."""
+    return HPSv2(path, file=None, processor_path=None, **options)
+
+
 def scores(reward, images: torch.Tensor) -> torch.Tensor:
     reward.setup()
     return reward(images=images, prompts=PROMPTS)
@@ -57,7 +63,7 @@ def test_rewards_are_scalings_of_the_logits(clip_folder: Path, exact_images: tor
     torch.testing.assert_close(scores(PickScore(path, None, divide_by=1), exact_images), logits, **close)
     torch.testing.assert_close(scores(CLIPScore(path), exact_images), logits / 100, **close)
     # At the model's own size there is nothing to crop or pad, so HPSv2 differs by the logit scale only, here exp(3).
-    torch.testing.assert_close(scores(HPSv2(path), exact_images), logits / np.exp(3), **close)
+    torch.testing.assert_close(scores(hpsv2(path), exact_images), logits / np.exp(3), **close)
 
 
 def test_clipscore_is_the_cosine_torchmetrics_reports(clip_folder: Path, exact_images: torch.Tensor) -> None:
@@ -161,11 +167,11 @@ def test_incomplete_folders_are_refused(
         load_tower("CLIPScore", path=str(tmp_path / "clip"))
 
 
-@pytest.mark.parametrize("reward", [PickScore, HPSv2, CLIPScore])
-def test_missing_folder_says_what_to_do(reward: type, tmp_path: Path) -> None:
+@pytest.mark.parametrize("reward", [PickScore, hpsv2, CLIPScore])
+def test_missing_folder_says_what_to_do(reward: Callable[..., Reward], tmp_path: Path) -> None:
     (tmp_path / "HPS_v2.1_compressed.pt").touch()  # a folder with weights of another format has no config.json either
     for path in (tmp_path, tmp_path / "nowhere"):
-        with pytest.raises(FileNotFoundError, match=rf"{reward.__name__}: .*transformers-format CLIPModel.*Check"):
+        with pytest.raises(FileNotFoundError, match=r"(PickScore|HPSv2|CLIPScore): .*transformers-format CLIPModel.*Check"):
             reward(path=str(path)).setup()
 
 
@@ -191,11 +197,11 @@ def test_sizes_must_fit_together(tmp_path: Path, write_clip: Callable[..., Path]
 
 
 def test_dtype(clip_folder: Path, exact_images: torch.Tensor) -> None:
-    half = HPSv2(str(clip_folder), dtype="bfloat16")
+    half = hpsv2(str(clip_folder), dtype="bfloat16")
     found = scores(half, exact_images)
     assert {parameter.dtype for parameter in half.parameters()} == {torch.bfloat16}
     assert found.dtype == torch.float32
-    torch.testing.assert_close(found, scores(HPSv2(str(clip_folder)), exact_images), rtol=0, atol=0.05)
+    torch.testing.assert_close(found, scores(hpsv2(str(clip_folder)), exact_images), rtol=0, atol=0.05)
     with pytest.raises(ValueError, match="`dtype` must be float32, bfloat16 or float16. Found 'int8'"):
         HPSv2(str(clip_folder), dtype="int8")
 

@@ -6,18 +6,31 @@ from pathlib import Path
 import pytest
 import torch
 
-from rewards import OCR, CLIPScore, Detector, GenEval, HPSv2, PickScore, Prompt, Reward
+from rewards import (
+    OCR,
+    Aesthetic,
+    CLIPScore,
+    Detector,
+    GenEval,
+    HPSv2,
+    JPEGCompressibility,
+    PickScore,
+    Prompt,
+    Reward,
+)
 
 Build = Callable[..., Reward]
 
 
-@pytest.fixture(params=["pickscore", "hpsv2", "clipscore", "ocr", "geneval"])
+@pytest.fixture(params=["pickscore", "hpsv2", "clipscore", "aesthetic", "jpeg", "ocr", "geneval"])
 def build(request: pytest.FixtureRequest, clip_folder: Path, BrightBlobs: type[Detector]) -> Build:
     path = str(clip_folder)
     return {
         "pickscore": lambda **kwargs: PickScore(path, processor_path=None, **kwargs),
-        "hpsv2": lambda **kwargs: HPSv2(path, **kwargs),
+        "hpsv2": lambda **kwargs: HPSv2(path, file=None, processor_path=None, **kwargs),
         "clipscore": lambda **kwargs: CLIPScore(path, **kwargs),
+        "aesthetic": lambda **kwargs: Aesthetic(path, path, "head.safetensors", **kwargs),
+        "jpeg": lambda **kwargs: JPEGCompressibility(**kwargs),
         "ocr": lambda **kwargs: OCR(upscale_to=96, detect=False, **kwargs),
         "geneval": lambda **kwargs: GenEval(BrightBlobs(), **kwargs),
     }[request.param]
@@ -130,7 +143,7 @@ def test_batch_size_is_checked(build: Build, batch_size: int) -> None:
 def test_weights_load_in_setup_only(build: Build, images: torch.Tensor, prompts: list[Prompt]) -> None:
     reward = build()
     assert not list(reward.parameters())
-    if isinstance(reward, GenEval):  # this detector has no weights
+    if isinstance(reward, GenEval | JPEGCompressibility):  # there are none
         return
     with pytest.raises(RuntimeError, match=r"Call `setup\(\)`"):
         reward(images=images, prompts=prompts)

@@ -1,0 +1,63 @@
+"""Files of weights, from a local folder or the hub."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+
+def find_file(owner: str, *, path: str, name: str, revision: str | None = None) -> Path:
+    """The file `name` in a local folder or a hub repository; a download where it must be.
+
+    Args:
+        owner: name of the reward, for error messages.
+        path: folder or hub id.
+        name: of the file there.
+        revision: branch, tag or commit of a hub id. None: its main branch.
+
+    Raises:
+        FileNotFoundError: if there is no such file, or the hub cannot be reached.
+    """
+    folder = Path(path).expanduser()
+    if (folder / name).is_file():
+        return folder / name
+    try:
+        if folder.exists():
+            raise OSError("the folder is there, the file is not")
+        from huggingface_hub import hf_hub_download
+
+        return Path(hf_hub_download(path, name, revision=revision))
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().partition("\n")[0].rstrip(".")
+        raise FileNotFoundError(
+            f"{owner}: {name} must be a file in a folder or hub repository. Found no such file in '{path}': {reason}. Check "
+            "the spelling, or download it where there is a network and give its folder."
+        ) from error
+
+
+def load_weights(owner: str, file: Path) -> dict[str, Tensor]:
+    """Named tensors of a safetensors or PyTorch file, on the CPU; of the latter nothing but tensors is ever unpickled.
+
+    A training checkpoint's weights lie under `state_dict` and are taken from there.
+
+    Raises:
+        ValueError: if the file is damaged or holds something else.
+    """
+    found: Any
+    try:
+        safe = file.suffix == ".safetensors"
+        found = load_file(file) if safe else torch.load(file, map_location="cpu", weights_only=True)
+    except (EOFError, RuntimeError, UnpicklingError, SafetensorError) as error:
+        reason = str(error).strip().partition("\n")[0].rstrip(".") or "it ends too early"
+        raise ValueError(
+            f"{owner}: {file} must be a file of named tensors. Found one that cannot be read: {reason}. Download it again."
+        ) from error
+    found = found.get("state_dict", found) if isinstance(found, Mapping) else found
+    if not isinstance(found, Mapping) or not all(isinstance(value, Tensor) for value in found.values()):
+        raise ValueError(f"{owner}: {file} must hold named tensors, or those under 'state_dict'. Found something else.")
+    return dict(found)

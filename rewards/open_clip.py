@@ -1,0 +1,84 @@
+"""open_clip's checkpoints as transformers models: the same network under other names."""
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+VIT_H_14: dict[str, Any] = {
+    "embed_dim": 1024,
+    "vision_cfg": {"image_size": 224, "layers": 32, "width": 1280, "head_width": 80, "patch_size": 14},
+    "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 1024, "heads": 16, "layers": 24},
+}
+"""open_clip's own description of the model that HPSv2 starts from."""
+
+NAMES = (
+    (r"^visual\.conv1\.", "vision_model.embeddings.patch_embedding."),
+    (r"^visual\.class_embedding$", "vision_model.embeddings.class_embedding"),
+    (r"^visual\.positional_embedding$", "vision_model.embeddings.position_embedding.weight"),
+    (r"^visual\.ln_pre\.", "vision_model.pre_layrnorm."),
+    (r"^visual\.ln_post\.", "vision_model.post_layernorm."),
+    (r"^visual\.proj$", "visual_projection.weight"),
+    (r"^visual\.transformer\.resblocks\.", "vision_model.encoder.layers."),
+    (r"^token_embedding\.", "text_model.embeddings.token_embedding."),
+    (r"^positional_embedding$", "text_model.embeddings.position_embedding.weight"),
+    (r"^ln_final\.", "text_model.final_layer_norm."),
+    (r"^text_projection$", "text_projection.weight"),
+    (r"^transformer\.resblocks\.", "text_model.encoder.layers."),
+    (r"\.ln_([12])\.", r".layer_norm\1."),
+    (r"\.attn\.", ".self_attn."),
+    (r"\.mlp\.c_fc\.", ".mlp.fc1."),
+    (r"\.mlp\.c_proj\.", ".mlp.fc2."),
+)
+"""What becomes of open_clip's names, as regular expressions that are applied in turn."""
+
+
+def architecture(description: Mapping[str, Any]) -> Any:
+    """The CLIPConfig of an open_clip model description (`model_cfg` of its open_clip_config.json), with exact GELU."""
+    from transformers import CLIPConfig
+
+    vision, text = description["vision_cfg"], description["text_cfg"]
+    end = text["vocab_size"] - 1
+    return CLIPConfig(
+        projection_dim=description["embed_dim"],
+        vision_config={
+            "hidden_size": vision["width"],
+            "intermediate_size": 4 * vision["width"],
+            "num_hidden_layers": vision["layers"],
+            "num_attention_heads": vision["width"] // vision.get("head_width", 64),
+            "image_size": vision["image_size"],
+            "patch_size": vision["patch_size"],
+            "hidden_act": "gelu",
+        },
+        text_config={
+            "hidden_size": text["width"],
+            "intermediate_size": 4 * text["width"],
+            "num_hidden_layers": text["layers"],
+            "num_attention_heads": text["heads"],
+            "max_position_embeddings": text["context_length"],
+            "vocab_size": text["vocab_size"],
+            "bos_token_id": end - 1,
+            "eos_token_id": end,
+            "pad_token_id": end,
+            "hidden_act": "gelu",
+        },
+    )
+
+
+def renamed(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Weights of an open_clip model under the names of transformers' `CLIPModel`.
+
+    Queries, keys and values, one matrix there, are three here; the two projections are transposed.
+    """
+    result: dict[str, Tensor] = {}
+    for name, tensor in state.items():
+        new = name
+        for pattern, replacement in NAMES:
+            new = re.sub(pattern, replacement, new)
+        if ".in_proj_" in new:
+            for letter, part in zip("qkv", tensor.chunk(3), strict=True):
+                result[new.replace("in_proj_", f"{letter}_proj.")] = part
+        else:
+            result[new] = tensor.T if name in ("visual.proj", "text_projection") else tensor
+    return result
