@@ -21,6 +21,7 @@ from rewards.detectors import Detection, Detector
 from rewards.geneval import GenEval
 from rewards.geneval_rules import Verdict
 from rewards.hpsv2 import HPSv2
+from rewards.imagereward import ImageReward
 from rewards.jpeg import JPEGCompressibility
 from rewards.ocr import OCR
 from rewards.pickscore import PickScore
@@ -33,6 +34,7 @@ __all__ = [
     "Detector",
     "GenEval",
     "HPSv2",
+    "ImageReward",
     "JPEGCompressibility",
     "PickScore",
     "Prompt",

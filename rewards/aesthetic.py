@@ -2,17 +2,14 @@
 
 from collections.abc import Sequence
 
-import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from rewards.base import Prompt, Reward
 from rewards.clip import CLIPTower
 from rewards.clip_loading import check_dtype, load_tower
-from rewards.files import find_file, load_weights
-
-WIDTHS = (1024, 128, 64, 16, 1)
-"""Outputs of the head's layers. There is no activation between them."""
+from rewards.files import below, find_file, load_weights
+from rewards.heads import regression_head
 
 
 class Aesthetic(Reward):
@@ -58,30 +55,10 @@ class Aesthetic(Reward):
         if self.tower is None:
             file = find_file("Aesthetic", path=self.head_path, name=self.head_file, revision=self.head_revision)
             tower = load_tower("Aesthetic", path=self.path, revision=self.revision, dtype=self.dtype)
-            weights = load_weights("Aesthetic", file)
-            head = mlp(tower.model.config.projection_dim)
-            try:
-                head.load_state_dict({name.removeprefix("layers."): tensor.float() for name, tensor in weights.items()})
-            except RuntimeError as error:
-                raise ValueError(
-                    f"Aesthetic: {file} must hold the five linear layers of an aesthetic head, the first one as wide as the "
-                    f"{tower.model.config.projection_dim} numbers that '{self.path}' makes of an image. Found another: "
-                    f"{str(error).splitlines()[-1].strip()} Use the head that was trained on this CLIP model."
-                ) from error
-            self.tower, self.head = tower, head.requires_grad_(False).eval()
+            weights = below("layers.", load_weights("Aesthetic", file))
+            self.head = regression_head("Aesthetic", width=tower.model.config.projection_dim, weights=weights, source=file)
+            self.tower = tower
 
     def score(self, *, images: Float[Tensor, "b 3 h w"], prompts: Sequence[Prompt]) -> Float[Tensor, "b"]:
         """The head's output; the captions are not looked at."""
-        embedded = self._loaded(self.tower).embed_images(images)
-        return self._loaded(self.head)(F.normalize(embedded, dim=-1)).squeeze(-1)
-
-
-def mlp(width: int) -> nn.Sequential:
-    """The head on embeddings of that width, numbered as in the published file, which counts its dropout layers."""
-    widths = (width, *WIDTHS)
-    layers: list[nn.Module] = []
-    for number, (inputs, outputs) in enumerate(zip(widths, WIDTHS, strict=False)):
-        layers.append(nn.Linear(inputs, outputs))
-        if number < 3:
-            layers.append(nn.Dropout((0.2, 0.2, 0.1)[number]))
-    return nn.Sequential(*layers)
+        return self._loaded(self.head)(self._loaded(self.tower).embed_images(images)).squeeze(-1)

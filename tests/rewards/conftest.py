@@ -11,6 +11,7 @@ from PIL import Image, ImageDraw, ImageFont
 from safetensors.torch import save_file
 
 from rewards import Detection, Detector, Prompt
+from tests.rewards.blip_reference import write_image_reward
 
 IMAGE_SIZE = 32
 POSITIONS = 12
@@ -88,6 +89,13 @@ def _write_clip() -> Callable[..., Path]:
 @pytest.fixture(scope="session")
 def clip_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_clip(tmp_path_factory.mktemp("clip"))
+
+
+@pytest.fixture(scope="session")
+def imagereward_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("imagereward")
+    write_image_reward(folder)
+    return folder
 
 
 def render(text: str, size: int = 256, font_size: int = 60) -> torch.Tensor:

@@ -49,7 +49,7 @@ def test_what_is_wrong_with_a_head_is_said(clip_folder: Path, write_clip: Callab
     with pytest.raises(FileNotFoundError, match=r"Aesthetic: no\.pth must be a file .* is there, the file is not"):
         Aesthetic(path, path, "no.pth").setup()
     torch.save({"layers.0.weight": torch.zeros(1024, 3)}, tmp_path / "other.pth")
-    with pytest.raises(ValueError, match="Aesthetic: .*other.pth must hold the five linear layers .* the 16 numbers"):
+    with pytest.raises(ValueError, match="Aesthetic: .*other.pth must hold the five linear layers .* 16 features"):
         Aesthetic(path, str(tmp_path), "other.pth").setup()
     torch.save([1, 2], tmp_path / "list.pth")
     with pytest.raises(ValueError, match="must hold named tensors"):

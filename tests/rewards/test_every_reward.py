@@ -13,6 +13,7 @@ from rewards import (
     Detector,
     GenEval,
     HPSv2,
+    ImageReward,
     JPEGCompressibility,
     PickScore,
     Prompt,
@@ -20,16 +21,18 @@ from rewards import (
 )
 
 Build = Callable[..., Reward]
+RANGES = {"OCR": (0, 1), "GenEval": (-15, 1), "HPSv2": (-1, 1), "JPEGCompressibility": (-1, 0), "ImageReward": (-9, 9)}
 
 
-@pytest.fixture(params=["pickscore", "hpsv2", "clipscore", "aesthetic", "jpeg", "ocr", "geneval"])
-def build(request: pytest.FixtureRequest, clip_folder: Path, BrightBlobs: type[Detector]) -> Build:
-    path = str(clip_folder)
+@pytest.fixture(params=["pickscore", "hpsv2", "clipscore", "aesthetic", "imagereward", "jpeg", "ocr", "geneval"])
+def build(request: pytest.FixtureRequest, clip_folder: Path, imagereward_folder: Path, BrightBlobs: type[Detector]) -> Build:
+    path, blip = str(clip_folder), str(imagereward_folder)
     return {
         "pickscore": lambda **kwargs: PickScore(path, processor_path=None, **kwargs),
         "hpsv2": lambda **kwargs: HPSv2(path, file=None, processor_path=None, **kwargs),
         "clipscore": lambda **kwargs: CLIPScore(path, **kwargs),
         "aesthetic": lambda **kwargs: Aesthetic(path, path, "head.safetensors", **kwargs),
+        "imagereward": lambda **kwargs: ImageReward(blip, tokenizer_path=blip, **kwargs),
         "jpeg": lambda **kwargs: JPEGCompressibility(**kwargs),
         "ocr": lambda **kwargs: OCR(upscale_to=96, detect=False, **kwargs),
         "geneval": lambda **kwargs: GenEval(BrightBlobs(), **kwargs),
@@ -52,7 +55,7 @@ def test_scores_have_shape_type_and_range(reward: Reward, images: torch.Tensor, 
     assert applicable.any()
     assert torch.equal(scores.isnan(), ~applicable)
     assert len(scores[applicable].unique()) > 1  # a constant would pass most of the other tests
-    lowest, highest = {"OCR": (0, 1), "GenEval": (-15, 1), "HPSv2": (-1, 1)}.get(type(reward).__name__, (-2, 2))
+    lowest, highest = RANGES.get(type(reward).__name__, (-2, 2))
     assert lowest <= scores[applicable].min() and scores[applicable].max() <= highest
 
 

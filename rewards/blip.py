@@ -1,0 +1,152 @@
+"""BLIP checkpoints as transformers models: the same network under other names, its sizes read off the weights."""
+
+import re
+from collections.abc import Mapping, Sequence
+from math import isqrt
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from rewards.clip import Preprocess
+from rewards.files import below
+
+HEAD = 64
+"""Width of an attention head, in both towers."""
+
+NAMES = (
+    (r"^cls_token$", "embeddings.class_embedding"),
+    (r"^pos_embed$", "embeddings.position_embedding"),
+    (r"^patch_embed\.proj\.", "embeddings.patch_embedding."),
+    (r"^norm\.", "post_layernorm."),
+    (r"^blocks\.", "encoder.layers."),
+    (r"\.attn\.qkv\.", ".self_attn.qkv."),
+    (r"\.attn\.proj\.", ".self_attn.projection."),
+    (r"\.norm([12])\.", r".layer_norm\1."),
+)
+"""What becomes of the picture tower's names, as regular expressions applied in turn. The text tower's are the same."""
+
+
+class BLIPTower(nn.Module):
+    """A frozen picture tower and the text tower that looks at its patches.
+
+    Args:
+        vision: transformers `BlipVisionModel`.
+        text: transformers `BlipTextModel` with cross-attention.
+        tokenizer: of the text tower.
+        preprocess: what turns pixels into the picture tower's input.
+    """
+
+    def __init__(self, vision: Any, text: Any, tokenizer: Any, preprocess: Preprocess) -> None:
+        super().__init__()
+        self.vision = vision.requires_grad_(False).eval()
+        self.text = text.requires_grad_(False).eval()
+        self.tokenizer, self.preprocess = tokenizer, preprocess
+
+    def features(
+        self, *, images: Float[Tensor, "b 3 h w"], texts: Sequence[str], max_length: int
+    ) -> Float[Tensor, "b width"]:
+        """What the first token of each text makes of its own picture, float32."""
+        pixels = self.preprocess(images.to(self.vision.device)).to(self.vision.dtype)
+        patches = self.vision(pixel_values=pixels).last_hidden_state
+        tokens = self.tokenizer(
+            list(texts), padding="max_length", truncation=True, max_length=max_length, return_tensors="pt"
+        ).to(patches.device)
+        output = self.text(
+            input_ids=tokens.input_ids,
+            attention_mask=tokens.attention_mask,
+            encoder_hidden_states=patches,
+            encoder_attention_mask=torch.ones(patches.shape[:2], dtype=torch.long, device=patches.device),
+        )
+        return output.last_hidden_state[:, 0].float()
+
+
+def build_tower(owner: str, weights: Mapping[str, Tensor], tokenizer: Any, dtype: torch.dtype, source: object) -> BLIPTower:
+    """A tower with the weights `visual_encoder.*` and `text_encoder.*`.
+
+    Args:
+        owner: name of the reward, for error messages.
+        weights: by BLIP's names; others are not looked at.
+        tokenizer: of the text tower.
+        dtype: number format of the weights.
+        source: where they come from, for error messages.
+
+    Raises:
+        ValueError: if weights are missing or do not fit together, or the tokenizer has more tokens than the model.
+    """
+    from transformers import BlipVisionModel
+    from transformers.models.blip.modeling_blip_text import BlipTextModel
+
+    vision = {_renamed(name): tensor for name, tensor in below("visual_encoder.", weights).items()}
+    text = {name: tensor for name, tensor in below("text_encoder.", weights).items() if not name.endswith("position_ids")}
+    try:
+        vision_config, text_config = _vision_config(vision), _text_config(text)
+        options: dict[str, Any] = {"dtype": dtype, "output_loading_info": True}
+        picture, report = BlipVisionModel.from_pretrained(None, config=vision_config, state_dict=vision, **options)
+        reader, other = BlipTextModel.from_pretrained(
+            None, config=text_config, state_dict=text, add_pooling_layer=False, **options
+        )
+    except (KeyError, RuntimeError) as error:
+        raise ValueError(
+            f"{owner}: {source} must hold BLIP's `visual_encoder` and `text_encoder`. Found others: "
+            f"{str(error).splitlines()[0]}. Use the published file."
+        ) from error
+    if missing := sorted({*report["missing_keys"], *other["missing_keys"]}):
+        raise ValueError(
+            f"{owner}: {source} must hold every weight of BLIP's two towers. Found {len(missing)} missing, such as "
+            f"{missing[0]}. Download it again."
+        )
+    if len(tokenizer) > text_config.vocab_size:
+        raise ValueError(
+            f"{owner}: the tokenizer must have at most the model's {text_config.vocab_size} tokens. Found {len(tokenizer)}. "
+            "Use that of bert-base-uncased."
+        )
+    size = vision_config.image_size
+    mean, std = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+    return BLIPTower(picture, reader, tokenizer, Preprocess(size, size, mean, std))
+
+
+def _renamed(name: str) -> str:
+    for pattern, replacement in NAMES:
+        name = re.sub(pattern, replacement, name)
+    return name
+
+
+def _layers(weights: Mapping[str, Tensor]) -> int:
+    return 1 + max(int(found[1]) for name in weights if (found := re.search(r"\.layers?\.(\d+)\.", name)))
+
+
+def _vision_config(weights: Mapping[str, Tensor]) -> Any:
+    from transformers import BlipVisionConfig
+
+    width, _, patch, _ = weights["embeddings.patch_embedding.weight"].shape
+    return BlipVisionConfig(
+        hidden_size=width,
+        intermediate_size=len(weights["encoder.layers.0.mlp.fc1.bias"]),
+        num_hidden_layers=_layers(weights),
+        num_attention_heads=width // HEAD,
+        image_size=patch * isqrt(weights["embeddings.position_embedding"].shape[1] - 1),
+        patch_size=patch,
+        hidden_act="gelu",
+        layer_norm_eps=1e-6,
+    )
+
+
+def _text_config(weights: Mapping[str, Tensor]) -> Any:
+    from transformers import BlipTextConfig
+
+    vocabulary, width = weights["embeddings.word_embeddings.weight"].shape
+    return BlipTextConfig(
+        vocab_size=vocabulary,
+        hidden_size=width,
+        encoder_hidden_size=weights["encoder.layer.0.crossattention.self.key.weight"].shape[1],
+        intermediate_size=len(weights["encoder.layer.0.intermediate.dense.bias"]),
+        num_hidden_layers=_layers(weights),
+        num_attention_heads=width // HEAD,
+        max_position_embeddings=len(weights["embeddings.position_embeddings.weight"]),
+        bos_token_id=vocabulary - 2,
+        sep_token_id=min(102, vocabulary - 1),
+        hidden_act="gelu",
+        layer_norm_eps=1e-12,
+    )

@@ -1,0 +1,36 @@
+"""The small regression head that two rewards end in."""
+
+from collections.abc import Mapping
+
+from torch import Tensor, nn
+
+WIDTHS = (1024, 128, 64, 16, 1)
+"""Outputs of its layers. There is no activation between them."""
+
+
+def regression_head(owner: str, *, width: int, weights: Mapping[str, Tensor], source: object) -> nn.Sequential:
+    """Five linear layers on features of that width, float32 and frozen, numbered as published: with dropout counted.
+
+    Args:
+        owner: name of the reward, for error messages.
+        width: numbers in the features.
+        weights: by name, `0.weight` to `7.bias`.
+        source: where they come from, for error messages.
+
+    Raises:
+        ValueError: if the weights are not those of such a head.
+    """
+    layers: list[nn.Module] = []
+    for number, (inputs, outputs) in enumerate(zip((width, *WIDTHS), WIDTHS, strict=False)):
+        layers.append(nn.Linear(inputs, outputs))
+        if number < 3:
+            layers.append(nn.Dropout((0.2, 0.2, 0.1)[number]))
+    head = nn.Sequential(*layers)
+    try:
+        head.load_state_dict({name: tensor.float() for name, tensor in weights.items()})
+    except RuntimeError as error:
+        raise ValueError(
+            f"{owner}: {source} must hold the five linear layers of a head on {width} features. Found others: "
+            f"{str(error).splitlines()[-1].strip()} Use the head that was trained on this model's features."
+        ) from error
+    return head.requires_grad_(False).eval()
