@@ -106,13 +106,13 @@ def probe(module: DiffusionNFT, step: int) -> dict[str, dict[str, float]]:
     """
     update, figures = module.update(), {}
     seed = derived_seed(module.seed, "probe", step)
-    rollout, images = module.sample_round(seed)
+    rollout, scores, _ = module.sample_round(seed)
     places = {
         "own": (module.rollout, module.scores, module.seed, step % module.plan.optimizer_steps),
-        "fresh": (rollout, module.scored(rollout, images), seed, 0),
+        "fresh": (rollout, scores, seed, 0),
     }
-    for place, (round_, scores, of, part) in places.items():
-        gradients = module.reward_gradients(round_, scores, of, part)
+    for place, (round_, judged, of, part) in places.items():
+        gradients = module.reward_gradients(round_, judged, of, part)
         active = active_rows(gram_matrix(gradients).diagonal().sqrt()).to(gradients.device)
         if not active.any():
             break

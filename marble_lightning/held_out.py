@@ -11,9 +11,9 @@ from torchmetrics import CatMetric
 
 from marble_lightning.checks import the_data
 from marble_lightning.policy import SD3Policy
-from marble_lightning.rollouts import score
+from marble_lightning.scoring import Scorer
 from marble_lightning.seeds import derived_seed, generator
-from marble_lightning.settings import Evaluation
+from marble_lightning.settings import Evaluation, Scoring
 from marble_lightning.table import per_prompt
 from rewards import Prompt, Reward
 
@@ -28,6 +28,7 @@ class HeldOutEvaluation(LightningModule):
         policy: The model that is judged, with its averaged adapter.
         rewards: Rewards it learns, by the name they are logged under.
         metrics: Rewards that are only measured.
+        scoring: What happens where one of them fails.
         evaluation: How held-out prompts are sampled.
         seed: Seed of their noise.
     """
@@ -37,12 +38,14 @@ class HeldOutEvaluation(LightningModule):
         policy: SD3Policy,
         rewards: dict[str, Reward],
         metrics: dict[str, Reward],
+        scoring: Scoring,
         evaluation: Evaluation,
         seed: int,
     ) -> None:
         super().__init__()
         self.policy, self.evaluation, self.seed = policy, evaluation, seed
         self.rewards, self.metrics = nn.ModuleDict(rewards), nn.ModuleDict(metrics)
+        self.scorer = Scorer(self.judges, scoring)
         self.held_out_scores = CatMetric(nan_strategy="disable")
         self.base_scores: Tensor | None = None
         """Held-out scores (prompt, judge) of the base, measured by the trainer's sanity check; kept in checkpoints."""
@@ -63,7 +66,7 @@ class HeldOutEvaluation(LightningModule):
     def predict_step(self, batch: HeldOut, batch_idx: int) -> dict[str, Tensor]:
         """Sample prompts with the averaged adapter, each with noise of its own, and score the pictures."""
         images = self.sample_held_out(batch)
-        return {"images": images, "scores": score(self.judges, images, [prompt for _, prompt in batch])}
+        return {"images": images, "scores": self.scorer(images, [prompt for _, prompt in batch])}
 
     def validation_step(self, batch: HeldOut, batch_idx: int) -> dict[str, Tensor]:
         """As `predict_step`, and remember the scores."""
@@ -88,6 +91,7 @@ class HeldOutEvaluation(LightningModule):
     def on_validation_epoch_end(self) -> None:
         scores = per_prompt(self.held_out_scores.compute().cpu(), the_data(self.trainer).held_out_images)
         self.held_out_scores.reset()
+        self.scorer.release()
         if self.trainer.sanity_checking:
             self.base_scores = scores
         else:

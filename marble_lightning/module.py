@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from itertools import islice
+from pathlib import Path
 from typing import Any, Literal, cast
 
 import torch
@@ -17,9 +18,9 @@ from marble_lightning.gradients import LinearTaps, add_flat, flat, gradients_by_
 from marble_lightning.held_out import HeldOutEvaluation
 from marble_lightning.objective import Coefficients, nft_losses
 from marble_lightning.policy import Adapter, SD3Policy, is_adapter
-from marble_lightning.rollouts import MicroBatch, MicroBatches, Rollout, micro_batches, score, weigh_round
+from marble_lightning.rollouts import MicroBatch, MicroBatches, Rollout, micro_batches, weigh_round
 from marble_lightning.seeds import generator
-from marble_lightning.settings import Averaging, Evaluation, Objective, Sampling
+from marble_lightning.settings import Averaging, Evaluation, Objective, Sampling, Scoring
 from rewards import Reward
 
 
@@ -36,6 +37,7 @@ class DiffusionNFT(HeldOutEvaluation):
         rewards: Rewards to learn, by the name they are logged under.
         metrics: Rewards that are only measured, on held-out prompts.
         sampling: How a round is sampled.
+        scoring: Where pictures are scored, and what happens where a reward fails.
         objective: The NFT loss.
         averaging: How the old and the averaged adapter follow the trained one.
         evaluation: How held-out prompts are sampled.
@@ -58,6 +60,7 @@ class DiffusionNFT(HeldOutEvaluation):
         rewards: dict[str, Reward],
         metrics: dict[str, Reward] | None = None,
         sampling: Sampling = Sampling(),
+        scoring: Scoring = Scoring(),
         objective: Objective = Objective(),
         averaging: Averaging = Averaging(),
         evaluation: Evaluation = Evaluation(),
@@ -68,7 +71,7 @@ class DiffusionNFT(HeldOutEvaluation):
         gradient_passes: Literal["two", "per_reward"] = "two",
         seed: int = 0,
     ) -> None:
-        super().__init__(policy, rewards, metrics or {}, evaluation, seed)
+        super().__init__(policy, rewards, metrics or {}, scoring, evaluation, seed)
         if not rewards:
             raise ValueError("`rewards` must name at least one reward. Found none; configs/tiny.yaml has five.")
         if twice := set(rewards) & set(metrics or {}):
@@ -96,6 +99,7 @@ class DiffusionNFT(HeldOutEvaluation):
         for judge in self.judges.values():
             judge.setup()
             judge.requires_grad_(False)
+        self.scorer.setup(Path(self.trainer.log_dir or self.trainer.default_root_dir))  # on every rank: a broadcast
         self.trainable = self.policy.parameters_of("trained")
         if stage == "fit" and self.balancer.needs_gradients:
             self.tap()
@@ -124,47 +128,43 @@ class DiffusionNFT(HeldOutEvaluation):
     def on_train_epoch_start(self) -> None:
         """Sample this round with the old adapter, score it, and turn the scores into coefficients."""
         begin = time.perf_counter()
-        self.rollout, images = self.sample_round(self.seed)
-        sampled = time.perf_counter()
-        self.scores = self.scored(self.rollout, images)
+        self.rollout, self.scores, waited = self.sample_round(self.seed)
+        self.scorer.release()
         self.weighed = self._weighed(self.rollout, self.scores, self.seed, self.balancer)
         self.trained_since = time.perf_counter()
         means = self.trainer.strategy.all_gather(self.scores).reshape(-1, len(self.rewards)).nanmean(0)
         self.log_dict({f"train/{name}": mean for name, mean in zip(self.rewards, means, strict=True)})
         self.log_dict({f"missing/{name}": float(reward.missing) for name, reward in self._learned.items()})
-        self.log_dict({"time/sampling": sampled - begin, "time/scoring": self.trained_since - sampled})
+        self.log_dict({f"skipped/{name}": float(count) for name, count in self.scorer.skipped.items()})
+        self.log_dict({f"time/scoring/{name}": seconds for name, seconds in self.scorer.seconds.items()})
+        self.log_dict({"time/sampling": self.trained_since - begin - waited, "time/waiting_for_scores": waited})
 
-    def sample_round(self, seed: int) -> tuple[Rollout, Tensor]:
-        """Encode each distinct prompt once and sample its k pictures with the old adapter; (image, 3, pixel, pixel).
+    def sample_round(self, seed: int) -> tuple[Rollout, Tensor, float]:
+        """Sample the k pictures of each distinct prompt, encoded once, with the old adapter, scoring them meanwhile.
 
         Args:
             seed: Of prompts and noise: the run's for the round to train on, another for an independent one.
+
+        Returns:
+            The round, its scores (image, reward), and the seconds waited for them once all was sampled.
         """
         data = the_data(self.trainer)
         prompts = data.round(seed, self.current_epoch, self.global_rank, self.trainer.world_size)
         conditions = self.policy.encode([prompt.text for prompt in prompts])
         groups = torch.arange(len(prompts), device=self.device).repeat_interleave(data.images_per_prompt)
-        latents, images = [], []
-        chunks = torch.arange(len(groups)).split(self.sampling.batch_size)
-        for chunk in self._progress(chunks, "sampling"):
+        latents = []
+        for chunk in self._progress(torch.arange(len(groups)).split(self.sampling.batch_size), "sampling"):
             noise = [generator(*self._key(seed, "rollout"), index) for index in chunk.tolist()]
+            own = groups[chunk.to(self.device)]
             with self.trainer.precision_plugin.forward_context():  # as in training, so that the loss sees its own policy
                 sampled = self.policy.sample(
-                    conditions[groups[chunk.to(self.device)]], noise, "old",
-                    steps=self.sampling.steps, solver=self.sampling.solver,
-                )  # fmt: skip
+                    conditions[own], noise, "old", steps=self.sampling.steps, solver=self.sampling.solver
+                )
             latents.append(sampled)
-            images.append(self.policy.decode(sampled))
-        return Rollout(prompts, conditions, groups, torch.cat(latents)), torch.cat(images)
-
-    def scored(self, rollout: Rollout, images: Tensor) -> Tensor:
-        """Every reward of a round's pictures, (image, reward)."""
-        size, prompts = self.sampling.batch_size, [rollout.prompts[group] for group in rollout.groups.tolist()]
-        parts = [
-            score(self._learned, images[start : start + size], prompts[start : start + size])
-            for start in self._progress(range(0, len(prompts), size), "scoring")
-        ]
-        return torch.cat(parts)
+            self.scorer.submit(self.policy.decode(sampled), [prompts[group] for group in own.tolist()], self.rewards)
+        sampled_all = time.perf_counter()
+        scores = self.scorer.collect(lambda jobs: self._progress(jobs, "scoring"))
+        return Rollout(prompts, conditions, groups, torch.cat(latents)), scores, time.perf_counter() - sampled_all
 
     def _weighed(self, rollout: Rollout, scores: Tensor, seed: int, balancer: Balancer | None) -> Coefficients:
         return weigh_round(

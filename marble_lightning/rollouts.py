@@ -1,8 +1,8 @@
-"""A round: pictures sampled with the old policy, scored, and cut into micro-batches."""
+"""A round: pictures sampled with the old policy, what their scores weigh, and micro-batches cut out of them."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import product
 
@@ -17,7 +17,7 @@ from marble_lightning.objective import Coefficients, coefficients, noised
 from marble_lightning.policy import Conditions
 from marble_lightning.seeds import generator
 from marble_lightning.settings import Objective
-from rewards import Prompt, Reward
+from rewards import Prompt
 
 
 @dataclass
@@ -48,13 +48,6 @@ class MicroBatch:
     def noisy(self) -> Float[Tensor, "batch *latent"]:
         """x_t, what the policy sees."""
         return noised(self.clean, self.noise, self.t)
-
-
-def score(
-    rewards: Mapping[str, Reward], images: Float[Tensor, "image 3 pixel pixel"], prompts: Sequence[Prompt]
-) -> Float[Tensor, "image reward"]:
-    """Every reward of every picture, float32, NaN where one does not apply."""
-    return torch.stack([reward(images=images, prompts=prompts).float() for reward in rewards.values()], dim=1)
 
 
 @dataclass(frozen=True)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
+
+import torch
 
 from marble_lightning.solvers import Solver
 
@@ -47,6 +49,47 @@ class Sampling:
     def times(self) -> int:
         """Times trained on per picture."""
         return self.usable_times if self.times_per_image is None else self.times_per_image
+
+
+@dataclass(frozen=True)
+class Scoring:
+    """How pictures are scored, and what happens where a reward fails.
+
+    Args:
+        on_error: `raise` stops the run and names reward, prompt and picture; `skip` leaves the scores it failed to give
+            missing, counts them and goes on.
+        max_skipped: With `skip`, the share of a round's pictures in [0, 1) that a reward may fail on before the run stops.
+        retries: Further attempts where the cause lies outside (connections, time-outs, files), >= 0.
+        time_limit: Seconds that a reward may take for one batch, > 0, with `overlap` only; null for no limit.
+        overlap: Whether a batch is scored while the next one is sampled, each reward in a thread of its own. Without it
+            rewards that compute on the CPU do not slow down sampling that does too.
+        devices: Where a reward runs, by name, e.g. {pickscore: cuda:1, ocr: cpu}; the others run where the policy does.
+        offload: Whether rewards wait on the CPU between rounds.
+    """
+
+    on_error: Literal["raise", "skip"] = "raise"
+    max_skipped: float = 0.1
+    retries: int = 2
+    time_limit: float | None = None
+    overlap: bool = True
+    devices: dict[str, str] = field(default_factory=dict)
+    offload: bool = False
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.max_skipped < 1:
+            raise ValueError(f"`max_skipped` must be in [0, 1). Found {self.max_skipped}.")
+        if self.retries < 0:
+            raise ValueError(f"`retries` must be >= 0. Found {self.retries}.")
+        if self.time_limit is not None and not (self.time_limit > 0 and self.overlap):
+            raise ValueError(
+                f"`time_limit` must be > 0 seconds, or null, and needs `overlap`. Found {self.time_limit} with `overlap` "
+                f"{str(self.overlap).lower()}."
+            )
+        for name, device in self.devices.items():
+            try:
+                torch.device(device)
+            except RuntimeError as error:
+                raise ValueError(f"`devices` must hold devices like cpu or cuda:1. Found {name}: {device!r}.") from error
 
 
 @dataclass(frozen=True)

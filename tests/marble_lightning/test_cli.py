@@ -81,7 +81,13 @@ def test_what_tensorboard_gets(small, tmp_path):
         "kl",
     }
     wanted |= {f"harmony/{kind}/cos_{what}" for kind in ("update", "mean") for what in ("min", "mean", "var")}
-    wanted |= {"time/sampling", "time/scoring", "time/training", "harmony/update/conflict_rate"}
+    wanted |= {
+        "time/sampling",
+        "time/scoring/ocr",
+        "time/waiting_for_scores",
+        "time/training",
+        "harmony/update/conflict_rate",
+    }
     assert wanted <= scalars
     assert events.Tags()["images"] == ["held_out", "cosines"]
     assert len(events.Images("held_out")) == 2  # the base and the last round

@@ -1,0 +1,230 @@
+"""Scoring pictures while others are sampled, and what becomes of a picture that a reward fails on."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import Future
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from marble_lightning.pictures import to_image
+from marble_lightning.settings import Scoring
+from marble_lightning.workers import Worker
+from rewards import Prompt, Reward
+
+log = logging.getLogger(__name__)
+
+POLL = 0.05
+"""Seconds between two looks at work that has a time limit."""
+
+
+class RewardError(RuntimeError):
+    """A reward failed on a picture, and the run was not told to go on without its score."""
+
+
+@dataclass
+class Outcome:
+    """What a reward said of a batch: scores (image,), NaN where there is none; why, where it failed; seconds taken."""
+
+    scores: Float[Tensor, " image"]
+    failures: dict[int, Exception]
+    seconds: float
+
+
+@dataclass
+class _Job:
+    """A batch on its way through one reward."""
+
+    name: str
+    images: Float[Tensor, "image 3 pixel pixel"]
+    prompts: Sequence[Prompt]
+    future: Future[Outcome] | None = None
+
+
+class Scorer:
+    """Scores batches in the background, one thread per reward, and collects the scores in the order of submission.
+
+    Args:
+        rewards: By name.
+        settings: What happens on failure, and where rewards run.
+
+    Raises:
+        ValueError: `devices` names something that is no reward.
+    """
+
+    def __init__(self, rewards: Mapping[str, Reward], settings: Scoring) -> None:
+        if unknown := sorted(set(settings.devices) - set(rewards)):
+            raise ValueError(f"`scoring.devices` must use names of rewards: {', '.join(rewards)}. Found {unknown[0]!r}.")
+        self.rewards, self.settings = rewards, settings
+        self.folder = Path()
+        self.seconds: dict[str, float] = {}
+        """Time each reward took for the scores collected last, beside the others and the sampling."""
+        self.skipped: dict[str, int] = {}
+        """Pictures each reward failed on among them, where failing ones are skipped."""
+        self._workers: dict[str, Worker] = {}
+        self._jobs: list[_Job] = []
+        self._placed = False
+
+    def setup(self, folder: Path) -> None:
+        """Begin a run, whose log folder gets a picture that a reward failed on."""
+        self.folder, self._placed = folder, False
+
+    def __call__(
+        self, images: Float[Tensor, "image 3 pixel pixel"], prompts: Sequence[Prompt]
+    ) -> Float[Tensor, "image reward"]:
+        """Every reward of every picture, float32, NaN where one does not apply."""
+        self.submit(images, prompts, self.rewards)
+        return self.collect()
+
+    def submit(self, images: Float[Tensor, "image 3 pixel pixel"], prompts: Sequence[Prompt], names: Iterable[str]) -> None:
+        """Begin to score a batch by some of the rewards, the same ones until the scores are collected."""
+        self._place(images.device)
+        for name in names:
+            job = _Job(name, images, prompts)
+            self._jobs.append(job)
+            if self.settings.overlap:
+                job.future = self._begin(job)
+
+    def collect(self, progress: Callable[[Sequence[Any]], Iterable[Any]] = iter) -> Float[Tensor, "image reward"]:
+        """Wait for the scores of all that was submitted, float32, NaN where a reward does not apply or was skipped.
+
+        Args:
+            progress: Wraps what is iterated over, for a progress bar.
+
+        Raises:
+            RewardError: A reward failed, and the settings do not say to skip, or it did so too often.
+        """
+        jobs, self._jobs = self._jobs, []
+        names = list(dict.fromkeys(job.name for job in jobs))
+        columns: dict[str, list[Tensor]] = {name: [] for name in names}
+        self.seconds, self.skipped = dict.fromkeys(names, 0.0), dict.fromkeys(names, 0)
+        applied = dict.fromkeys(names, 0)
+        for place, job in enumerate(progress(jobs)):
+            outcome = self._outcome(job, jobs[place + 1 :])
+            columns[job.name].append(outcome.scores.to(job.images.device))
+            self.seconds[job.name] += outcome.seconds
+            self.skipped[job.name] += len(outcome.failures)
+            applied[job.name] += sum(map(self.rewards[job.name].applies_to, job.prompts))
+            if outcome.failures:
+                self._tell(job, outcome.failures)
+        for name, count in self.skipped.items():
+            if count > self.settings.max_skipped * applied[name]:
+                raise RewardError(
+                    f"`rewards.{name}` may fail on a share of {self.settings.max_skipped} of the pictures "
+                    f"(`scoring.max_skipped`). Found {count} of {applied[name]}; the log above says why, and "
+                    f"{self.folder} has pictures."
+                )
+        return torch.stack([torch.cat(columns[name]) for name in names], dim=1)
+
+    def release(self) -> None:
+        """Let go of the device between rounds, where the settings say so."""
+        if self.settings.offload:
+            for reward in self.rewards.values():
+                reward.to("cpu")
+            self._placed = False
+
+    def _place(self, device: torch.device) -> None:
+        if not self._placed:
+            for name, reward in self.rewards.items():
+                reward.to(self.settings.devices.get(name, device))
+            self._placed = True
+
+    def _begin(self, job: _Job) -> Future[Outcome]:
+        worker = self._workers.setdefault(job.name, Worker())
+        return worker.submit(lambda: self._judge(job))
+
+    def _judge(self, job: _Job) -> Outcome:
+        begun = time.perf_counter()
+        images = job.images.to(self.settings.devices.get(job.name, job.images.device))
+        with torch.cuda.device(images.device) if images.is_cuda else nullcontext():  # a thread begins on the first GPU
+            scores, failures = judged(self.rewards[job.name], images, job.prompts, self.settings.retries)
+        return Outcome(scores, failures, time.perf_counter() - begun)
+
+    def _outcome(self, job: _Job, later: Sequence[_Job]) -> Outcome:
+        """Wait for a batch. One that passes the time limit is given up, and what waits behind it begins anew."""
+        if job.future is None:
+            return self._judge(job)
+        limit, worker = self.settings.time_limit, self._workers[job.name]
+        while limit is not None and not job.future.done():
+            if worker.busy_for > limit:
+                del self._workers[job.name]
+                for other in later:
+                    if other.name == job.name:
+                        other.future = self._begin(other)
+                late = TimeoutError(f"no answer within `scoring.time_limit`, {limit} s")
+                return Outcome(*failed(self.rewards[job.name], job.images, job.prompts, late), worker.busy_for)
+            time.sleep(min(POLL, limit))
+        return job.future.result()
+
+    def _tell(self, job: _Job, failures: Mapping[int, Exception]) -> None:
+        """Save the first picture that failed, and raise or log what happened."""
+        index, error = next(iter(failures.items()))
+        self.folder.mkdir(parents=True, exist_ok=True)
+        file = self.folder / f"failed_{job.name}.png"
+        to_image(job.images[index]).save(file)
+        what = (
+            f"`rewards.{job.name}` must score every picture. Found {type(error).__name__} on {len(failures)} of "
+            f"{len(job.prompts)} pictures, first on the prompt {job.prompts[index].text!r} (picture in {file}): {error}"
+        )
+        if self.settings.on_error == "raise":
+            raise RewardError(
+                f"{what.rstrip('.')}. Mend it and go on from the last checkpoint, or leave such scores out: "
+                "`scoring.on_error: skip`."
+            ) from error
+        log.warning("%s Their scores are left out.", what)
+
+
+Judged = tuple[Float[Tensor, " image"], dict[int, Exception]]
+"""Scores, NaN where there is none, and why, for the pictures that the reward failed on."""
+
+
+def judged(reward: Reward, images: Float[Tensor, "image 3 pixel pixel"], prompts: Sequence[Prompt], retries: int) -> Judged:
+    """A reward's scores of a batch; where it fails, picture by picture, to tell which ones it fails on.
+
+    Failures of the world outside (OSError: connections, time-outs, files) are tried again after 1, 2, 4, ... seconds.
+    They say nothing of a single picture, so that the whole batch counts as failed.
+
+    Args:
+        reward: Who scores.
+        images: Pixels in [0, 1].
+        prompts: One per picture.
+        retries: Further attempts after a failure of the world outside, >= 0.
+    """
+    for attempt in range(retries + 1):
+        try:
+            return reward(images=images, prompts=prompts), {}
+        except OSError as error:
+            if attempt == retries:
+                return failed(reward, images, prompts, error)
+            time.sleep(2**attempt)
+        except Exception as error:  # noqa: BLE001 - whatever a reward trips over is told with its name and picture
+            if len(prompts) == 1:
+                return failed(reward, images, prompts, error)
+            return _one_by_one(reward, images, prompts, error)
+    raise AssertionError  # the last attempt returns
+
+
+def failed(
+    reward: Reward, images: Float[Tensor, "image 3 pixel pixel"], prompts: Sequence[Prompt], error: Exception
+) -> Judged:
+    """No score for any picture of a batch, and the same reason for all that the reward applies to."""
+    missing = torch.full((len(prompts),), torch.nan, device=images.device)
+    return missing, {index: error for index, prompt in enumerate(prompts) if reward.applies_to(prompt)}
+
+
+def _one_by_one(
+    reward: Reward, images: Float[Tensor, "image 3 pixel pixel"], prompts: Sequence[Prompt], error: Exception
+) -> Judged:
+    parts = [judged(reward, images[i : i + 1], prompts[i : i + 1], retries=0) for i in range(len(prompts))]
+    failures = {i: own[0] for i, (_, own) in enumerate(parts) if own}
+    if not failures:  # it takes single pictures but not this batch: nobody knows which scores to trust
+        return failed(reward, images, prompts, error)
+    return torch.cat([scores for scores, _ in parts]), failures

@@ -1,0 +1,220 @@
+"""Scores gathered in the background, and what happens where a reward fails."""
+
+from __future__ import annotations
+
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from marble_lightning.scoring import RewardError, Scorer
+from marble_lightning.settings import Scoring
+from rewards import Prompt, Reward
+
+PROMPTS = [Prompt(f"picture {index}", "even" if index % 2 == 0 else "odd") for index in range(6)]
+IMAGES = torch.linspace(0, 1, 6).view(6, 1, 1, 1).expand(6, 3, 4, 4).contiguous()
+
+
+class Brightness(Reward):
+    def score(self, *, images, prompts):
+        return images.mean((1, 2, 3))
+
+
+class Even(Brightness):
+    def applies_to(self, prompt):
+        return prompt.source == "even"
+
+
+class Broken(Brightness):
+    """Fails on some prompts, by an exception or an infinity."""
+
+    def __init__(self, texts=(), infinite=False):
+        super().__init__()
+        self.texts, self.infinite = texts, infinite
+
+    def score(self, *, images, prompts):
+        wrong = torch.tensor([prompt.text in self.texts for prompt in prompts])
+        if wrong.any() and not self.infinite:
+            raise ZeroDivisionError("no letters")
+        return torch.where(wrong, torch.inf, super().score(images=images, prompts=prompts))
+
+
+class Flaky(Brightness):
+    """Cannot be reached the first few times."""
+
+    def __init__(self, times):
+        super().__init__()
+        self.times = times
+
+    def score(self, *, images, prompts):
+        self.times -= 1
+        if self.times >= 0:
+            raise ConnectionError("refused")
+        return super().score(images=images, prompts=prompts)
+
+
+class Held(Brightness):
+    """Waits until it is let go, or for ever on some prompts."""
+
+    def __init__(self, stuck=()):
+        super().__init__()
+        self.let_go, self.stuck, self.threads = threading.Event(), stuck, set()
+
+    def score(self, *, images, prompts):
+        self.threads.add(threading.current_thread().name)
+        if any(prompt.text in self.stuck for prompt in prompts):
+            threading.Event().wait()
+        self.let_go.wait(10)
+        return super().score(images=images, prompts=prompts)
+
+
+def scores(rewards, folder=Path(), size=2, **settings):
+    scorer = Scorer(rewards, Scoring(**settings))
+    scorer.setup(folder)
+    for start in range(0, 6, size):
+        scorer.submit(IMAGES[start : start + size], PROMPTS[start : start + size], rewards)
+    return scorer.collect(), scorer
+
+
+@pytest.fixture(autouse=True)
+def _no_pauses(monkeypatch):
+    pause = time.sleep
+    monkeypatch.setattr("marble_lightning.scoring.time.sleep", lambda seconds: pause(min(seconds, 0.01)))
+
+
+@pytest.mark.parametrize("overlap", [True, False])
+def test_scores_are_in_the_order_of_submission(overlap):
+    found, scorer = scores({"bright": Brightness(), "even": Even()}, overlap=overlap)
+    bright = IMAGES.mean((1, 2, 3))
+    torch.testing.assert_close(found[:, 0], bright)
+    torch.testing.assert_close(found[:, 1], torch.where(torch.arange(6) % 2 == 0, bright, torch.nan), equal_nan=True)
+    assert scorer.skipped == {"bright": 0, "even": 0}
+    assert all(seconds > 0 for seconds in scorer.seconds.values())
+
+
+def test_submitting_does_not_wait_and_rewards_do_not_wait_for_each_other():
+    one, other = Held(), Held()
+    scorer = Scorer({"one": one, "other": other}, Scoring())
+    for _ in range(2):
+        scorer.submit(IMAGES, PROMPTS, ["one", "other"])  # would never return here if it waited
+    other.let_go.set()
+    while not (one.threads and other.threads):
+        time.sleep(0)
+    one.let_go.set()
+    assert scorer.collect().shape == (12, 2)
+    assert len(one.threads) == len(other.threads) == 1 and one.threads != other.threads
+    assert threading.current_thread().name not in one.threads
+
+
+@pytest.mark.parametrize("infinite", [True, False])
+@pytest.mark.parametrize("overlap", [True, False])
+def test_a_failing_reward_is_named_with_prompt_and_picture(tmp_path, infinite, overlap):
+    rewards = {"bright": Brightness(), "spelling": Broken(["picture 3"], infinite)}
+    with pytest.raises(
+        RewardError, match=r"`rewards\.spelling` .*'picture 3' .*(ZeroDivisionError|infinity)?.*on_error: skip"
+    ) as caught:
+        scores(rewards, tmp_path, overlap=overlap)
+    assert ("infinity" if infinite else "no letters") in str(caught.value)
+    saved = Image.open(tmp_path / "failed_spelling.png")
+    assert saved.size == (4, 4) and saved.getpixel((0, 0)) == (153, 153, 153)  # 3 / 5 of white
+
+
+def test_skipping_loses_only_the_pictures_it_fails_on(tmp_path, caplog):
+    rewards = {"bright": Brightness(), "spelling": Broken(["picture 3"])}
+    found, scorer = scores(rewards, tmp_path, size=3, on_error="skip", max_skipped=0.2)
+    expected = IMAGES.mean((1, 2, 3)).repeat(2, 1).T.clone()
+    expected[3, 1] = torch.nan
+    torch.testing.assert_close(found, expected, equal_nan=True)
+    assert scorer.skipped == {"bright": 0, "spelling": 1}
+    assert "picture 3" in caplog.text and "no letters" in caplog.text
+
+
+def test_skipping_too_much_is_an_error(tmp_path):
+    with pytest.raises(RewardError, match=r"share of 0\.1 .*`scoring\.max_skipped`.* Found 1 of 6"):
+        scores({"spelling": Broken(["picture 3"])}, tmp_path, on_error="skip")
+
+
+def test_the_share_is_of_the_pictures_it_applies_to(tmp_path):
+    class Rare(Broken):
+        def applies_to(self, prompt):
+            return prompt.text in ("picture 1", "picture 2")
+
+    with pytest.raises(RewardError, match="Found 1 of 2"):
+        scores({"rare": Rare(["picture 2"])}, tmp_path, on_error="skip", max_skipped=0.4)
+
+
+def test_what_lies_outside_is_tried_again(tmp_path):
+    found, _ = scores({"remote": Flaky(2)}, tmp_path, size=6, retries=2)
+    torch.testing.assert_close(found[:, 0], IMAGES.mean((1, 2, 3)))
+    with pytest.raises(RewardError, match="ConnectionError on 6 of 6 pictures.*refused"):
+        scores({"remote": Flaky(3)}, tmp_path, size=6, retries=2)
+
+
+def test_a_mistake_is_not_tried_again(tmp_path):
+    class Counted(Broken):
+        calls = 0
+
+        def score(self, *, images, prompts):
+            self.calls += 1
+            return super().score(images=images, prompts=prompts)
+
+    reward = Counted(["picture 0"])
+    with pytest.raises(RewardError):
+        scores({"wrong": reward}, tmp_path, size=1, retries=5)
+    assert reward.calls <= len(PROMPTS)
+
+
+def test_a_batch_that_fails_as_a_whole_has_no_scores(tmp_path):
+    class Squeezed(Brightness):
+        def score(self, *, images, prompts):
+            return images.mean((1, 2, 3))[:1]
+
+    with pytest.raises(RewardError, match=r"on 6 of 6 pictures.*shape \(6,\)"):
+        scores({"squeezed": Squeezed()}, tmp_path, size=6)
+
+
+def test_a_reward_that_never_answers_is_given_up(tmp_path):
+    stuck = Held(["picture 2"])
+    stuck.let_go.set()
+    with pytest.raises(RewardError, match=r"TimeoutError on 2 of 2 pictures.*'picture 2'.*time_limit"):
+        scores({"stuck": stuck}, tmp_path, time_limit=0.2)
+    found, scorer = scores({"stuck": stuck}, tmp_path, time_limit=0.2, on_error="skip", max_skipped=0.5)
+    assert found[:, 0].isnan().tolist() == [False, False, True, True, False, False]
+    assert scorer.skipped == {"stuck": 2}
+
+
+def test_devices_and_offloading(tmp_path):
+    class Weighty(Brightness):
+        def __init__(self):
+            super().__init__()
+            self.moves = []
+
+        def to(self, device):
+            self.moves.append(str(device))
+            return self
+
+    one, other = Weighty(), Weighty()
+    scorer = Scorer({"one": one, "other": other}, Scoring(devices={"other": "meta"}, offload=True))
+    scorer._place(torch.device("cpu"))
+    scorer._place(torch.device("cpu"))
+    scorer.release()
+    assert one.moves == ["cpu", "cpu"] and other.moves == ["meta", "cpu"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"devices": {"blur": "cpu"}}, "`scoring.devices` must use names of rewards: bright. Found 'blur'"),
+        ({"devices": {"bright": "toaster"}}, "`devices` must hold devices like cpu.*toaster"),
+        ({"max_skipped": 1.0}, r"`max_skipped` must be in \[0, 1\)"),
+        ({"retries": -1}, "`retries` must be >= 0"),
+        ({"time_limit": 0.0}, "`time_limit` must be > 0"),
+        ({"time_limit": 1.0, "overlap": False}, "needs `overlap`"),
+    ],
+)
+def test_wrong_settings_are_refused(settings, message):
+    with pytest.raises(ValueError, match=message):
+        Scorer({"bright": Brightness()}, Scoring(**settings))
