@@ -229,7 +229,7 @@ def main() -> None:
         run(turns, options.model, path, options.device, rollout_steps)
         if not turns.peak:  # on a CPU only a process of its own tells what a method takes
             arguments = ["--model", options.model, "--device", options.device, "--folder", str(path)]
-            arguments += ["--rollout-steps", str(rollout_steps)]
+            arguments += ["--rollout-steps", "2"]  # more take time, not memory
             for turn in tqdm(turns.turns, desc="Memory"):
                 turns.peak[turn] = peak_of_a_process(turn[0], turn[1], arguments)
     print(f"\n{options.model}, {torch.get_num_threads()} threads, {gpu_name()}\n\n{table(turns)}")

@@ -208,10 +208,13 @@ class DiffusionNFT(HeldOutEvaluation):
         )
 
         if self.balancer.wants_gradients:
-            self.balancer.add_gradients(self._gradients(plus, minus, batch.coefficients))
+            gradients = self._gradients(plus, minus, batch.coefficients)
+            self.balancer.add_gradients(gradients)
             if not self.balancer.wants_gradients:
                 self.merged = self.balancer.solve(self.trainer.strategy.reduce)
-            return self.objective.kl_weight * kl
+            # A scaler only sees this loss: where no reward's gradient fits half precision, it must skip and scale less
+            overflow = self._scaler is not None and not gradients.isfinite().all(1).any()
+            return self.objective.kl_weight * kl * (torch.inf if overflow else 1.0)
         weights = self.balancer.loss_weights.to(losses)
         # Lightning divides by the micro-batches of a step; the coefficients already count over all of them
         return weights @ losses * self.plan.per_step + self.objective.kl_weight * kl
@@ -226,11 +229,14 @@ class DiffusionNFT(HeldOutEvaluation):
 
     def _gradients(self, plus: Tensor, minus: Tensor, coefficients: Coefficients) -> Tensor:
         """Gradient of each reward's loss, (reward, parameter)."""
-        scaler = getattr(self.trainer.precision_plugin, "scaler", None)
-        loss_scale = scaler.get_scale() if scaler is not None else 1.0
+        loss_scale = self._scaler.get_scale() if self._scaler is not None else 1.0
         if self.taps:
             return self.taps.gradients(plus, minus, coefficients, loss_scale)
         return gradients_by_passes(coefficients.losses(plus, minus), self.trainable, loss_scale)
+
+    @property
+    def _scaler(self) -> torch.amp.GradScaler | None:
+        return getattr(self.trainer.precision_plugin, "scaler", None)
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Write a refresh's merged gradient beside the KL gradient."""

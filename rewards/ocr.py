@@ -1,9 +1,7 @@
 """OCR: is the quoted text of the prompt written in the image, and spelled right?"""
 
-import logging
 import re
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -11,15 +9,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from rewards.base import Prompt, Reward
-
-logger = logging.getLogger(__name__)
+from rewards.ocr_engine import Engine, EnginePool, Kind
 
 QUOTED = re.compile('"([^"]*)"|“([^”]*)”')
-
-LINE_CANVAS = [3, 48, 96]
-"""Smallest input (channels, height, width) of the recogniser where a whole image is read as one line. Wider images widen
-it. Its own 320 pixels are meant for long lines and take three times as long; at 48 a square image's text touches the
-edge of the canvas and first letters get lost."""
 
 
 def quoted_text(text: str) -> str | None:
@@ -71,6 +63,9 @@ class OCR(Reward):
             fast; right where an image is nothing but a line of text.
         batch_size: images handed to the engine at once, >= 1.
         threads: CPU threads of one recognition, >= 1.
+        workers: engines that share a batch, >= 1.
+        worker_kind: with several, whether each has a "thread" or a "process" of its own. Processes never wait for each
+            other, and take a few seconds and memory of their own to start.
 
     Shape:
         - images: (B, 3, H, W), result: (B,)
@@ -85,30 +80,30 @@ class OCR(Reward):
         detect: bool = True,
         batch_size: int = 32,
         threads: int = 1,
+        workers: int = 1,
+        worker_kind: Kind = "process",
     ) -> None:
         super().__init__(batch_size)
         if upscale_to is not None and upscale_to < 1:
             raise ValueError(f"OCR: `upscale_to` must be >= 1 or None. Found {upscale_to}. 96 is enough for one line.")
         if threads < 1:
             raise ValueError(f"OCR: `threads` must be >= 1. Found {threads}. Use 1 where other work shares the CPU.")
+        if workers < 1:
+            raise ValueError(f"OCR: `workers` must be >= 1. Found {workers}. Use no more than there are CPU cores to spare.")
+        if worker_kind not in ("thread", "process"):
+            raise ValueError(f"OCR: `worker_kind` must be 'thread' or 'process'. Found {worker_kind!r}.")
         self.upscale_to = upscale_to
-        self.detect = detect
-        self.threads = threads
-        self._engine: Any = None  # no nn.Module: it is neither moved between devices nor part of a state dict
+        self.detect, self.threads = detect, threads
+        self.workers, self.worker_kind = workers, worker_kind
+        # No nn.Module: it is neither moved between devices nor part of a state dict.
+        self._engine: Engine | EnginePool | None = None
 
     def setup(self) -> None:
         """Load the engine."""
-        if self._engine is None:
-            from rapidocr import RapidOCR
-
-            params: dict[str, Any] = {
-                "Global.log_level": "error",  # at "warning" it reports every image without text
-                "EngineConfig.onnxruntime.intra_op_num_threads": self.threads,
-                "EngineConfig.onnxruntime.inter_op_num_threads": 1,
-            }
-            if not self.detect:
-                params["Rec.rec_img_shape"] = LINE_CANVAS
-            self._engine = RapidOCR(params=params)
+        if self._engine is None and self.workers > 1:
+            self._engine = EnginePool(self.detect, self.threads, self.workers, self.worker_kind)
+        elif self._engine is None:
+            self._engine = Engine(self.detect, self.threads)
 
     def applies_to(self, prompt: Prompt) -> bool:
         """Only prompts with text in double quotes."""
@@ -127,23 +122,7 @@ class OCR(Reward):
             images = F.interpolate(images, size=shape, mode="bicubic", antialias=True).clamp(0, 1)
         # The engine wants 8-bit (H, W, BGR), contiguous.
         pixels = (images.flip(1) * 255).round().byte().permute(0, 2, 3, 1).contiguous().cpu().numpy()
-        if not self.detect:
-            try:
-                return list(self._loaded(self._engine).recognize_txt(list(pixels)).txts)
-            except Exception as error:  # noqa: BLE001 - one image spoils a batch; reading them singly shows which
-                logger.debug("OCR: a batch failed, reading its images one by one: %s", error)
-        return [self._read_one(picture) for picture in pixels]
-
-    def _read_one(self, picture: Any) -> str | None:
-        engine = self._loaded(self._engine)
-        try:
-            if self.detect:
-                # No orientation classifier: the published reward has none, and it would turn upside-down letters.
-                return "".join(engine(picture, use_det=True, use_cls=False, use_rec=True).txts or ())
-            return "".join(engine.recognize_txt([picture]).txts)
-        except Exception as error:  # noqa: BLE001 - whatever the engine trips over, the image has no score
-            logger.warning("OCR: the engine failed on an image, its score is missing: %s", error)
-            return None
+        return self._loaded(self._engine).read(list(pixels))
 
     def score(self, *, images: Float[Tensor, "b 3 h w"], prompts: Sequence[Prompt]) -> Float[Tensor, "b"]:
         """1 - d / len(target); NaN where the engine failed."""

@@ -11,6 +11,7 @@ from typing import Any, Literal
 import pytest
 import torch
 from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.plugins import MixedPrecision
 from torch import Tensor
 
 from balancers import MARBLE, Balancer, FixedWeights, WeightedSum, min_norm_weights
@@ -77,6 +78,7 @@ def run(
     gradient_checkpointing: bool = False,
     lr_scheduler: Any = None,
     precision: Any = "32-true",
+    plugins: Any = None,
     **objective: Any,
 ):
     module = kind(
@@ -103,7 +105,7 @@ def run(
     trainer = Trainer(
         accelerator="cpu", max_epochs=rounds, logger=False, enable_checkpointing=False, enable_progress_bar=False,
         enable_model_summary=False, callbacks=[balancer, kept, *callbacks], limit_val_batches=0, default_root_dir=folder,
-        precision=precision,
+        precision=None if plugins else precision, plugins=plugins,
     )  # fmt: skip
     data = PromptDataModule(str(PROMPTS), ["ocr", "geneval"], prompts_per_round=4, images_per_prompt=3)
     trainer.fit(module, datamodule=data)
@@ -232,6 +234,18 @@ def test_mixed_precision_is_near_full_precision(checkpoints, tmp_path, balancer)
     assert len(seen.autocast) > 8 and all(seen.autocast)
     for ours, theirs in zip(mixed, run(checkpoints, tmp_path, balancer(), rounds=2)[1].gradients, strict=True):
         assert torch.nn.functional.cosine_similarity(ours, theirs, dim=0) > 0.9
+
+
+@pytest.mark.parametrize("balancer", [WeightedSum, MARBLE])
+def test_a_loss_scale_that_is_too_large_shrinks_until_training_goes_on(checkpoints, tmp_path, balancer):
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**60, backoff_factor=2.0**-24)
+    half = MixedPrecision("16-mixed", "cpu", scaler=scaler)
+    module, _ = run(checkpoints, tmp_path, balancer(), rounds=5, plugins=[half], kl_weight=0.5)
+    assert scaler.get_scale() < 2.0**60
+    first = SD3Policy(str(checkpoints / "sd3"), resolution=16, rank=2, alpha=4, dtype="float32")
+    first.setup(module.seed)
+    moved = (flat(module.trainable) - flat(first.parameters_of("trained"))).norm()
+    assert 0 < moved < torch.inf
 
 
 def test_the_learning_rate_follows_its_schedule(checkpoints, tmp_path):

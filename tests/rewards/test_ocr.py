@@ -89,6 +89,26 @@ def test_rendered_words(ocr: OCR, picture: Picture) -> None:
     assert ocr.missing == 0
 
 
+@pytest.mark.parametrize("size", [512, 256, 64])
+def test_rendered_words_of_every_size(picture: Picture, size: int) -> None:
+    reward = OCR(upscale_to=128)
+    reward.setup()
+    sign = Prompt('a sign that says "HELLO"', "ocr")
+    images = torch.stack([picture(word, size, size // 4) for word in ("HELLO", "HELPO", "")])
+    assert reward(images=images, prompts=[sign] * 3).tolist() == pytest.approx([1.0, 0.8, 0.0])
+
+
+@pytest.mark.parametrize("kind", ["thread", "process"])
+def test_workers_read_what_one_engine_reads(ocr: OCR, picture: Picture, kind: str) -> None:
+    shared = OCR(detect=ocr.detect, workers=2, worker_kind=kind)
+    shared.setup()
+    words = ["HELLO", "HELPO", "", "CAT", "DOG"]
+    images, prompts = torch.stack([picture(word) for word in words]), [Prompt('"HELLO"', "ocr")] * 5
+    assert shared.read(images) == ocr.read(images)
+    assert torch.equal(shared(images=images, prompts=prompts), ocr(images=images, prompts=prompts))
+    assert shared.state_dict() == {}
+
+
 def test_two_lines_are_read_in_order(picture: Picture) -> None:
     reward = OCR()
     reward.setup()
@@ -101,8 +121,8 @@ def test_colour_order_reaches_the_engine_as_bgr(monkeypatch: pytest.MonkeyPatch)
     reward = OCR(detect=False)
     reward.setup()
     seen = []
-    recognise = reward._engine.recognize_txt
-    monkeypatch.setattr(reward._engine, "recognize_txt", lambda images: (seen.extend(images), recognise(images))[1])
+    recognise = reward._engine.engine.recognize_txt
+    monkeypatch.setattr(reward._engine.engine, "recognize_txt", lambda images: (seen.extend(images), recognise(images))[1])
     red = torch.zeros(1, 3, 32, 32)
     red[:, 0] = 1
     reward(images=red, prompts=[Prompt('"red"', "ocr")])
@@ -114,9 +134,9 @@ def test_small_images_are_enlarged(monkeypatch: pytest.MonkeyPatch) -> None:
     reward = OCR(detect=False, upscale_to=96)
     reward.setup()
     shapes = []
-    recognise = reward._engine.recognize_txt
+    recognise = reward._engine.engine.recognize_txt
     monkeypatch.setattr(
-        reward._engine,
+        reward._engine.engine,
         "recognize_txt",
         lambda images: (shapes.extend(image.shape for image in images), recognise(images))[1],
     )
@@ -141,7 +161,7 @@ def test_images_the_engine_fails_on_are_missing(
 ) -> None:
     images = torch.stack([picture("HELLO"), picture("BAD"), picture("HELPO")])
     bad = int((images[1] * 255).sum())
-    engine = ocr._engine
+    engine = ocr._engine.engine
 
     class SometimesFails:
         def fail_on_bad(self, pixels: list) -> None:
@@ -156,7 +176,7 @@ def test_images_the_engine_fails_on_are_missing(
             self.fail_on_bad(pixels)
             return engine.recognize_txt(pixels)
 
-    monkeypatch.setattr(ocr, "_engine", SometimesFails())
+    monkeypatch.setattr(ocr._engine, "engine", SometimesFails())
     before = ocr.missing
     scores = ocr(images=images, prompts=[Prompt('"HELLO"', "ocr")] * 3)
     torch.testing.assert_close(scores, torch.tensor([1.0, torch.nan, 0.8]), equal_nan=True)
@@ -176,7 +196,12 @@ def test_the_engine_is_silent(ocr: OCR, capfd: pytest.CaptureFixture[str], pictu
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
-    [({"upscale_to": 0}, "`upscale_to` must be >= 1 or None. Found 0"), ({"threads": 0}, "`threads` must be >= 1")],
+    [
+        ({"upscale_to": 0}, "`upscale_to` must be >= 1 or None. Found 0"),
+        ({"threads": 0}, "`threads` must be >= 1"),
+        ({"workers": 0}, "`workers` must be >= 1"),
+        ({"worker_kind": "fibre"}, "`worker_kind` must be 'thread' or 'process'. Found 'fibre'"),
+    ],
 )
 def test_arguments_are_checked(arguments: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):

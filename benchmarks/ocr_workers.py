@@ -1,0 +1,68 @@
+"""How much faster OCR reads with several workers: `python -m benchmarks.ocr_workers`.
+
+Rendered words are read by one engine, by threads and by processes in turns; the table has medians and ratios of one run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+from tqdm import tqdm
+
+from rewards import OCR
+
+
+def rendered(count: int, size: int) -> Tensor:
+    """Pictures with a number in words each, (count, 3, size, size) in [0, 1]."""
+    pictures = []
+    for index in range(count):
+        image = Image.new("RGB", (size, size), "white")
+        font = ImageFont.load_default(size // 6)
+        ImageDraw.Draw(image).text((size / 2, size / 2), f"Word {index}", fill="black", font=font, anchor="mm")
+        pictures.append(torch.from_numpy(np.array(image)))
+    return torch.stack(pictures).permute(0, 3, 1, 2).float() / 255
+
+
+def main() -> None:
+    """Time and tabulate."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--images", type=int, default=64)
+    parser.add_argument("--size", type=int, default=256)
+    parser.add_argument("--cycles", type=int, default=5, help="measured turns of each, after one that warms up")
+    parser.add_argument("--line", action="store_true", help="recognition only, without detection")
+    options = parser.parse_args()
+
+    readers = {
+        "one engine": OCR(detect=not options.line),
+        "threads": OCR(detect=not options.line, workers=options.workers, worker_kind="thread"),
+        "processes": OCR(detect=not options.line, workers=options.workers, worker_kind="process"),
+    }
+    for reader in readers.values():
+        reader.setup()
+    images = rendered(options.images, options.size)
+    times: dict[str, list[float]] = {name: [] for name in readers}
+    for cycle in tqdm(range(options.cycles + 1), desc="Turns, the first a warm-up"):
+        for name, reader in readers.items():
+            begun = time.perf_counter()
+            reader.read(images)
+            if cycle:
+                times[name].append(time.perf_counter() - begun)
+    print(f"\n{options.workers} workers, {options.images} pictures of {options.size} px\n")
+    print("| | pictures a second | times one engine | spread |\n|---|---|---|---|")
+    for name, own in times.items():
+        ratios = [one / each for one, each in zip(times["one engine"], own, strict=True)]
+        print(
+            f"| {name} | {options.images / statistics.median(own):.1f} | {statistics.median(ratios):.2f} "
+            f"| {min(ratios):.2f} to {max(ratios):.2f} |"
+        )
+
+
+if __name__ == "__main__":
+    main()
