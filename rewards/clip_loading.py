@@ -9,7 +9,7 @@ from weakref import WeakValueDictionary
 import torch
 
 from rewards.clip import CLIPTower, Preprocess
-from rewards.files import find_file, load_weights
+from rewards.files import find_file, load_weights, pinned
 from rewards.open_clip import VIT_H_14, architecture, renamed
 
 _models: WeakValueDictionary[tuple[str | None, ...], Any] = WeakValueDictionary()
@@ -36,7 +36,7 @@ def load_tower(
         file: name of a file of open_clip weights; its model is described by an open_clip_config.json beside it, or else is
             a ViT-H-14. None: transformers' format.
         processor_path: folder or hub id of tokenizer and preprocessor_config.json. None: `path`.
-        revision: branch, tag or commit of `path`. None: its main branch.
+        revision: branch, tag or commit of `path`. None: the pinned commit, see `rewards.files`.
         dtype: "float32", "bfloat16" or "float16".
         fit: how images become square, see `Preprocess`.
 
@@ -49,7 +49,7 @@ def load_tower(
 
     source = processor_path or path
     # A revision names a commit of one repository, so it must not be looked up in another.
-    pin: dict[str, Any] = {"revision": revision} if revision is not None and source == path else {}
+    pin = _pin(source, revision if source == path else None)
     key = (path, file, revision, dtype)
     model = _models.get(key)
     if model is None:
@@ -76,7 +76,7 @@ def load_tower(
 def _load(owner: str, source: str, path: str, file: str | None, revision: str | None, dtype: torch.dtype) -> Any:
     from transformers import CLIPModel, PretrainedConfig
 
-    pin: dict[str, Any] = {} if revision is None else {"revision": revision}
+    pin = _pin(path, revision)
     options: dict[str, Any] = {"dtype": dtype, "output_loading_info": True}
     if file is not None:
         weights = find_file(owner, path=path, name=file, revision=revision)
@@ -109,6 +109,11 @@ def _load(owner: str, source: str, path: str, file: str | None, revision: str | 
             f"{len(report['missing_keys'])} missing, such as {min(report['missing_keys'])}. Download it again."
         )
     return model
+
+
+def _pin(path: str, revision: str | None) -> dict[str, Any]:
+    found = pinned(path, revision)
+    return {} if found is None else {"revision": found}
 
 
 @contextmanager

@@ -21,7 +21,7 @@ class CLIPScore(Reward):
 
     Args:
         path: folder or hub id of a transformers-format CLIPModel with its tokenizer and preprocessor_config.json.
-        revision: branch, tag or commit of `path`. None: its main branch.
+        revision: branch, tag or commit of `path`. None: the pinned commit, see `rewards.files`.
         dtype: number format of the weights: "float32", "bfloat16" or "float16". Scores are always float32.
         batch_size: images scored at once, >= 1.
 

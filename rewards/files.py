@@ -10,6 +10,25 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+PINNED = {
+    "google-bert/bert-base-uncased": "86b5e0934494bd15c9632b12f734a8a67f723594",
+    "laion/CLIP-ViT-H-14-laion2B-s32B-b79K": "1c2b8495b28150b8a4922ee1c8edee224c284c0c",
+    "openai/clip-vit-large-patch14": "32bd64288804d66eefd0ccbe215aa642df71cc41",
+    "THUDM/ImageReward": "5736be03b2652728fb87788c9797b0570450ab72",
+    "xswu/HPSv2": "697403c78157020a1ae59d23f111aa58ced35b0a",
+    "yuvalkirstain/PickScore_v1": "a4e4367c6dfa7288a00c550414478f865b875800",
+}
+"""Commits of published weights, so that a score means the same next year; all else is read at its main branch."""
+
+
+def pinned(path: str, revision: str | None) -> str | None:
+    """The revision to read a hub repository at: the one asked for, else the pinned one, else None, its main branch.
+
+    >>> pinned("xswu/HPSv2", None)
+    '697403c78157020a1ae59d23f111aa58ced35b0a'
+    """
+    return PINNED.get(path) if revision is None else revision
+
 
 def find_file(owner: str, *, path: str, name: str, revision: str | None = None) -> Path:
     """The file `name` in a local folder or a hub repository; a download where it must be.
@@ -18,7 +37,7 @@ def find_file(owner: str, *, path: str, name: str, revision: str | None = None) 
         owner: name of the reward, for error messages.
         path: folder or hub id.
         name: of the file there.
-        revision: branch, tag or commit of a hub id. None: its main branch.
+        revision: branch, tag or commit of a hub id. None: the pinned commit, see `rewards.files`.
 
     Raises:
         FileNotFoundError: if there is no such file, or the hub cannot be reached.
@@ -31,7 +50,7 @@ def find_file(owner: str, *, path: str, name: str, revision: str | None = None) 
             raise OSError("the folder is there, the file is not")
         from huggingface_hub import hf_hub_download
 
-        return Path(hf_hub_download(path, name, revision=revision))
+        return Path(hf_hub_download(path, name, revision=pinned(path, revision)))
     except (OSError, ValueError) as error:
         reason = str(error).strip().partition("\n")[0].rstrip(".")
         raise FileNotFoundError(

@@ -25,7 +25,7 @@ class HPSv2(Reward):
         file: name of the file there, of an open_clip ViT-H-14, or of the model that an open_clip_config.json beside it
             describes. None: `path` is a transformers-format CLIPModel.
         processor_path: folder or hub id of tokenizer and preprocessor_config.json. None: `path`.
-        revision: branch, tag or commit of `path`. None: its main branch.
+        revision: branch, tag or commit of `path`. None: the pinned commit, see `rewards.files`.
         dtype: number format of the weights: "float32", "bfloat16" or "float16". Scores are always float32.
         batch_size: images scored at once, >= 1.
 

@@ -30,7 +30,7 @@ class ImageReward(Reward):
         path: folder or hub id of the weights.
         file: name of the file there.
         tokenizer_path: folder or hub id of a BERT tokenizer.
-        revision: branch, tag or commit of `path`. None: its main branch.
+        revision: branch, tag or commit of `path`. None: the pinned commit, see `rewards.files`.
         dtype: number format of BLIP's weights: "float32", "bfloat16" or "float16". Scores are always float32.
         batch_size: images scored at once, >= 1.
 

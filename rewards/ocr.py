@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -122,7 +123,7 @@ class OCR(Reward):
             images = F.interpolate(images, size=shape, mode="bicubic", antialias=True).clamp(0, 1)
         # The engine wants 8-bit (H, W, BGR), contiguous.
         pixels = (images.flip(1) * 255).round().byte().permute(0, 2, 3, 1).contiguous().cpu().numpy()
-        return self._loaded(self._engine).read(list(pixels))
+        return cast(Engine | EnginePool, self._loaded(self._engine)).read(list(pixels))
 
     def score(self, *, images: Float[Tensor, "b 3 h w"], prompts: Sequence[Prompt]) -> Float[Tensor, "b"]:
         """1 - d / len(target); NaN where the engine failed."""

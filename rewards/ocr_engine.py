@@ -36,7 +36,7 @@ class Engine:
         if not detect:
             params["Rec.rec_img_shape"] = LINE_CANVAS
         self.detect = detect
-        self.engine = RapidOCR(params=params)
+        self.engine: Any = RapidOCR(params=params)
 
     def read(self, pictures: Sequence[Any]) -> list[str | None]:
         """The text in each picture, (H, W, BGR) of 8 bits; None where the engine failed."""

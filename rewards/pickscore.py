@@ -23,7 +23,7 @@ class PickScore(Reward):
         path: folder or hub id of the weights, a transformers-format CLIPModel.
         processor_path: folder or hub id of tokenizer and preprocessor_config.json; the published weights were trained
             with those of another repository. None: `path`.
-        revision: branch, tag or commit of `path`. None: its main branch.
+        revision: branch, tag or commit of `path`. None: the pinned commit, see `rewards.files`.
         dtype: number format of the weights: "float32", "bfloat16" or "float16". Scores are always float32.
         divide_by: the score is divided by this, > 0.
         batch_size: images scored at once, >= 1.

@@ -15,6 +15,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from marble_lightning.cli import MarbleCLI, last_checkpoint, main
 from marble_lightning.module import DiffusionNFT
 from marble_lightning.prompts import PromptDataModule
+from marble_lightning.scoring import RewardError
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 
@@ -122,14 +123,32 @@ class HaltInThirdRound(Callback):
             raise Halt
 
 
-@pytest.mark.parametrize("balancer", ["MARBLE", "WeightedSum"])
-def test_a_run_that_was_stopped_goes_on_bit_for_bit(small, tmp_path, balancer):
-    options = [*small, "--trainer.max_epochs", "4", "--balancer", balancer]
+class ARewardFailsInThirdRound(Callback):
+    """Its scorer dies while the round is being scored."""
+
+    def on_train_epoch_start(self, trainer, pl_module):
+        if trainer.current_epoch == 2:
+            pl_module.rewards["ocr"].score = self.die
+
+    def die(self, *, images, prompts):
+        raise ConnectionResetError("the reader is gone")
+
+
+STOPS = [
+    ("MARBLE", HaltInThirdRound, Halt, ""),
+    ("WeightedSum", HaltInThirdRound, Halt, ""),
+    ("MARBLE", ARewardFailsInThirdRound, RewardError, r"`rewards\.ocr` .*the reader is gone\. .*last checkpoint"),
+]
+
+
+@pytest.mark.parametrize(("balancer", "stop", "error", "message"), STOPS)
+def test_a_run_that_was_stopped_goes_on_bit_for_bit(small, tmp_path, balancer, stop, error, message):
+    options = [*small, "--trainer.max_epochs", "4", "--balancer", balancer, "--model.scoring.retries", "0"]
     if balancer == "MARBLE":
         options += ["--balancer.refresh_every", "2"]
     main(["fit", *options])
-    with pytest.raises(Halt):
-        _fit_with(options, HaltInThirdRound())
+    with pytest.raises(error, match=message):
+        _fit_with(options, stop())
     main(["fit", *options, "--ckpt_path", str(checkpoint(tmp_path, 1))])
     whole, resumed = adapters(checkpoint(tmp_path, 0)), adapters(checkpoint(tmp_path, 2))
     assert whole.keys() == resumed.keys()
