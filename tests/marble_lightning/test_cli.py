@@ -135,8 +135,8 @@ class ARewardFailsInThirdRound(Callback):
 
 
 STOPS = [
-    ("MARBLE", HaltInThirdRound, Halt, ""),
-    ("WeightedSum", HaltInThirdRound, Halt, ""),
+    ("MARBLE", HaltInThirdRound, Halt, None),
+    ("WeightedSum", HaltInThirdRound, Halt, None),
     ("MARBLE", ARewardFailsInThirdRound, RewardError, r"`rewards\.ocr` .*the reader is gone\. .*last checkpoint"),
 ]
 
