@@ -73,18 +73,18 @@ def pictures(count: int, height: int = 24, width: int = 32) -> torch.Tensor:
 
 
 class Slow(Reward):
-    """The mean pixel, a third of a second later; minus one where two are at work at once."""
+    """The mean pixel, once the gate is open; minus one where two are at work at once."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.begun = threading.Event()
-        self.at_work = 0
-        self.scored = 0
+        self.begun, self.gate = threading.Event(), threading.Event()
+        self.at_work = self.scored = 0
 
     def score(self, *, images: torch.Tensor, prompts: Sequence[Prompt]) -> torch.Tensor:
-        self.begun.set()
         self.at_work += 1
-        time.sleep(0.3)
+        self.begun.set()
+        assert self.gate.wait(10)
+        time.sleep(0.05)  # time for another to come in, if one could
         alone = self.at_work == 1
         self.at_work -= 1
         self.scored += 1
@@ -122,7 +122,7 @@ def test_the_command_serves_until_it_is_told_to_stop() -> None:
         scores = reward(images=images, prompts=prompts)
         assert torch.equal(scores, JPEGCompressibility(quality=80)(images=images, prompts=prompts))
         server.send_signal(signal.SIGTERM)  # while the client's connections are open
-        shown, errors = server.communicate(timeout=20)
+        shown, errors = server.communicate(timeout=60)
     finally:
         server.kill()
         server.wait()
@@ -159,15 +159,16 @@ def test_a_reward_that_does_not_apply_is_null() -> None:
 
 def test_health_is_answered_while_scoring_and_one_scores_at_a_time() -> None:
     reward = Slow()
-    images, prompts = pictures(2), [Prompt("a cat", "plain")] * 2
+    images, prompts = pictures(3), [Prompt("a cat", "plain")] * 3
+    found: list[torch.Tensor] = []
     with served(reward) as url:
-        client = remote(url, request_size=1, concurrency=2)
-        found: list[torch.Tensor] = []
+        client = remote(url, request_size=1, concurrency=3)
         thread = threading.Thread(target=lambda: found.append(client(images=images, prompts=prompts)))
         thread.start()
         assert reward.begun.wait(5)
-        assert requests.get(f"{url}/health", timeout=0.25).json() == {"reward": "Slow"}
-        assert reward.at_work == 1  # it was answered before the scores were
+        assert requests.get(f"{url}/health", timeout=5).json() == {"reward": "Slow"}
+        assert reward.scored == 0
+        reward.gate.set()
         thread.join(5)
     torch.testing.assert_close(found[0], images.mean((1, 2, 3)))
 
@@ -175,11 +176,14 @@ def test_health_is_answered_while_scoring_and_one_scores_at_a_time() -> None:
 def test_what_no_client_waits_for_is_not_scored() -> None:
     reward = Slow()
     with served(reward) as url:
+        client = remote(url, request_size=1, concurrency=4)
+        client.timeout = 0.3
         with pytest.raises(ConnectionError, match="timed out"):
-            remote(url, request_size=1, concurrency=4, timeout=0.15)(
-                images=pictures(4), prompts=[Prompt("a cat", "plain")] * 4
-            )
-        time.sleep(0.7)  # two more would be done by now
+            client(images=pictures(4), prompts=[Prompt("a cat", "plain")] * 4)
+        assert reward.begun.is_set()
+        time.sleep(0.2)  # for the server to see that the client has gone
+        reward.gate.set()
+        time.sleep(0.3)  # all four would be done by now
     assert reward.scored == 1  # it had begun
 
 

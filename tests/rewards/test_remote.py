@@ -98,17 +98,17 @@ def test_requests_in_flight_reach_the_bound_and_no_more() -> None:
 
 
 def test_order_is_kept_though_answers_come_out_of_order() -> None:
-    answered: list[float] = []
+    another = threading.Event()
 
     def answer(body: Any) -> Any:
         reply = remote_reward("/score", body)
-        time.sleep(0.3 - 0.07 * 5 * reply["scores"][0])  # the darkest last
-        answered.append(reply["scores"][0])
+        if reply["scores"][0] == 0:  # the first picture is black
+            assert another.wait(5)
+            time.sleep(0.05)
+        another.set()
         return reply
 
-    scores = scored(answer, count=4, request_size=1, concurrency=4)
-    torch.testing.assert_close(scores, expected(4))
-    assert answered != sorted(answered)
+    torch.testing.assert_close(scored(answer, count=4, request_size=1, concurrency=4), expected(4))
 
 
 def test_slow_within_the_time_out() -> None:
@@ -116,16 +116,16 @@ def test_slow_within_the_time_out() -> None:
         time.sleep(0.3)
         return remote_reward("/score", body)
 
-    torch.testing.assert_close(scored(answer, timeout=1.0, retries=0), expected(2))
+    torch.testing.assert_close(scored(answer, timeout=3.0, retries=0), expected(2))
 
 
 def test_slow_beyond_the_time_out() -> None:
     def answer(body: Any) -> Any:
-        time.sleep(0.5)
+        time.sleep(0.8)
         return remote_reward("/score", body)
 
     with pytest.raises(ConnectionError, match=r"RemoteReward: http://127.*/score must answer.*timed out.*raise `timeout`"):
-        scored(answer, timeout=0.1, retries=1)
+        scored(answer, timeout=0.3, retries=1)
 
 
 @pytest.mark.parametrize("trouble", [(500, {}), (502, b""), (503, b""), (504, b""), (429, {}), DROP], ids=str)
