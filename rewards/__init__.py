@@ -25,6 +25,8 @@ from rewards.imagereward import ImageReward
 from rewards.jpeg import JPEGCompressibility
 from rewards.ocr import OCR
 from rewards.pickscore import PickScore
+from rewards.remote import RemoteReward
+from rewards.unified import UnifiedReward
 
 __all__ = [
     "OCR",
@@ -38,6 +40,8 @@ __all__ = [
     "JPEGCompressibility",
     "PickScore",
     "Prompt",
+    "RemoteReward",
     "Reward",
+    "UnifiedReward",
     "Verdict",
 ]

@@ -1,7 +1,7 @@
 """Small checkpoints in the real formats, and pictures with text. Helpers are fixtures, so no test imports this file."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 
 from rewards import Detection, Detector, Prompt
 from tests.rewards.blip_reference import write_image_reward
+from tests.rewards.scripted_server import ScriptedServer, chat, remote_reward
 
 IMAGE_SIZE = 32
 POSITIONS = 12
@@ -96,6 +97,18 @@ def imagereward_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("imagereward")
     write_image_reward(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def remote_url() -> Iterator[str]:
+    with ScriptedServer(remote_reward) as server:
+        yield server.url
+
+
+@pytest.fixture(scope="session")
+def chat_url() -> Iterator[str]:
+    with ScriptedServer(chat) as server:
+        yield server.url + "/v1"
 
 
 def render(text: str, size: int = 256, font_size: int = 60) -> torch.Tensor:

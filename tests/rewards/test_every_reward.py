@@ -17,15 +17,27 @@ from rewards import (
     JPEGCompressibility,
     PickScore,
     Prompt,
+    RemoteReward,
     Reward,
+    UnifiedReward,
 )
 
 Build = Callable[..., Reward]
 RANGES = {"OCR": (0, 1), "GenEval": (-15, 1), "HPSv2": (-1, 1), "JPEGCompressibility": (-1, 0), "ImageReward": (-9, 9)}
 
 
-@pytest.fixture(params=["pickscore", "hpsv2", "clipscore", "aesthetic", "imagereward", "jpeg", "ocr", "geneval"])
-def build(request: pytest.FixtureRequest, clip_folder: Path, imagereward_folder: Path, BrightBlobs: type[Detector]) -> Build:
+NAMES = ["pickscore", "hpsv2", "clipscore", "aesthetic", "imagereward", "jpeg", "ocr", "geneval", "remote", "unified"]
+
+
+@pytest.fixture(params=NAMES)
+def build(
+    request: pytest.FixtureRequest,
+    clip_folder: Path,
+    imagereward_folder: Path,
+    BrightBlobs: type[Detector],
+    remote_url: str,
+    chat_url: str,
+) -> Build:
     path, blip = str(clip_folder), str(imagereward_folder)
     return {
         "pickscore": lambda **kwargs: PickScore(path, processor_path=None, **kwargs),
@@ -36,6 +48,8 @@ def build(request: pytest.FixtureRequest, clip_folder: Path, imagereward_folder:
         "jpeg": lambda **kwargs: JPEGCompressibility(**kwargs),
         "ocr": lambda **kwargs: OCR(upscale_to=96, detect=False, **kwargs),
         "geneval": lambda **kwargs: GenEval(BrightBlobs(), **kwargs),
+        "remote": lambda **kwargs: RemoteReward(remote_url, **kwargs),
+        "unified": lambda **kwargs: UnifiedReward(chat_url, size=64, **kwargs),
     }[request.param]
 
 

@@ -1,0 +1,291 @@
+"""A reward served on a real port scores as it does locally, answers health checks meanwhile, and says what is wrong."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import requests
+import torch
+from aiohttp import web
+
+from marble_lightning.serve import RUNNING, main, make_app
+from rewards import OCR, JPEGCompressibility, Prompt, RemoteReward, Reward
+from rewards.transport import encode_png
+
+ROOT = Path(__file__).parents[2]
+PROMPT = {"text": "a cat", "source": "plain", "metadata": {}}
+PNG = encode_png(torch.zeros(3, 4, 4, dtype=torch.uint8))
+
+
+@contextmanager
+def served(reward: Reward, **arguments: Any) -> Iterator[str]:
+    """The URL of a server around `reward`, in a thread of this process."""
+    loop, started, urls = asyncio.new_event_loop(), threading.Event(), []
+
+    async def start() -> web.AppRunner:
+        runner = web.AppRunner(make_app(reward, **arguments), **RUNNING)
+        await runner.setup()
+        site = web.TCPSite(runner, "127.0.0.1", 0)
+        await site.start()
+        host, port = runner.addresses[0]
+        urls.append(f"http://{host}:{port}")
+        return runner
+
+    def run() -> None:
+        runner = loop.run_until_complete(start())
+        started.set()
+        loop.run_forever()
+        loop.run_until_complete(runner.cleanup())
+        loop.run_until_complete(loop.shutdown_default_executor())
+        loop.close()
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    assert started.wait(10)
+    try:
+        yield urls[0]
+    finally:
+        loop.call_soon_threadsafe(loop.stop)
+        thread.join(10)
+
+
+def remote(url: str, **arguments: Any) -> RemoteReward:
+    reward = RemoteReward(url, **{"retries": 0, "timeout": 10.0, **arguments})
+    reward.setup()
+    return reward
+
+
+def pictures(count: int, height: int = 24, width: int = 32) -> torch.Tensor:
+    """Of pixels that 8 bits hold."""
+    noise = torch.rand(count, 3, height, width, generator=torch.Generator().manual_seed(0))
+    return (noise * 255).round() / 255
+
+
+class Slow(Reward):
+    """The mean pixel, once the gate is open; minus one where two are at work at once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.begun, self.gate = threading.Event(), threading.Event()
+        self.at_work = self.scored = 0
+
+    def score(self, *, images: torch.Tensor, prompts: Sequence[Prompt]) -> torch.Tensor:
+        self.at_work += 1
+        self.begun.set()
+        assert self.gate.wait(10)
+        time.sleep(0.05)  # time for another to come in, if one could
+        alone = self.at_work == 1
+        self.at_work -= 1
+        self.scored += 1
+        return images.mean((1, 2, 3)) if alone else -torch.ones(len(images))
+
+
+class Broken(Reward):
+    """Fails."""
+
+    def score(self, *, images: torch.Tensor, prompts: Sequence[Prompt]) -> torch.Tensor:
+        raise ArithmeticError("the judge has lost its glasses")
+
+
+class Told(Reward):
+    """What the prompt's metadata says; nothing where it says nothing."""
+
+    def score(self, *, images: torch.Tensor, prompts: Sequence[Prompt]) -> torch.Tensor:
+        return torch.tensor([prompt.metadata.get("score", torch.nan) for prompt in prompts])
+
+
+def test_the_command_serves_until_it_is_told_to_stop() -> None:
+    command = [sys.executable, "-m", "marble_lightning.serve", "--reward", "JPEGCompressibility", "--reward.quality", "80"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    server = subprocess.Popen(
+        [*command, "--port", "0", "--device", "cpu"],
+        cwd=ROOT, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    )  # fmt: skip
+    try:
+        assert server.stdout is not None
+        line = server.stdout.readline()  # only once it listens
+        assert line.startswith("JPEGCompressibility on cpu at http://127.0.0.1:")
+        images = torch.rand(5, 3, 24, 32, generator=torch.Generator().manual_seed(0))
+        prompts = [Prompt("a cat", "plain")] * 5
+        reward = remote(line.split()[-1], request_size=2)
+        scores = reward(images=images, prompts=prompts)
+        assert torch.equal(scores, JPEGCompressibility(quality=80)(images=images, prompts=prompts))
+        server.send_signal(signal.SIGTERM)  # while the client's connections are open
+        shown, errors = server.communicate(timeout=60)
+    finally:
+        server.kill()
+        server.wait()
+    assert (server.returncode, shown) == (0, "")
+    assert "Traceback" not in errors
+    with pytest.raises(ConnectionError, match="refused"):
+        reward(images=images, prompts=prompts)
+
+
+def test_scores_equal_local_ones() -> None:
+    images, prompts = pictures(7), [Prompt("a cat", "plain")] * 7
+    with served(JPEGCompressibility()) as url:
+        scores = remote(url, request_size=2, concurrency=3)(images=images, prompts=prompts)
+    assert torch.equal(scores, JPEGCompressibility()(images=images, prompts=prompts))
+    assert len(scores.unique()) > 1
+
+
+def test_text_and_metadata_arrive_and_missing_is_null() -> None:
+    prompts = [Prompt("a", "x", {"score": 0.25}), Prompt("b", "x"), Prompt("c", "x", {"score": -2.0})]
+    with served(Told()) as url:
+        reward = remote(url)
+        scores = reward(images=pictures(3), prompts=prompts)
+    torch.testing.assert_close(scores, torch.tensor([0.25, torch.nan, -2.0]), equal_nan=True)
+    assert reward.missing == 1
+
+
+def test_a_reward_that_does_not_apply_is_null() -> None:
+    reward = OCR()
+    reward.setup()
+    with served(reward) as url:
+        answer = requests.post(f"{url}/score", json={"images": [PNG], "prompts": [PROMPT]}, timeout=10)
+    assert answer.json() == {"scores": [None]}
+
+
+def test_health_is_answered_while_scoring_and_one_scores_at_a_time() -> None:
+    reward = Slow()
+    images, prompts = pictures(3), [Prompt("a cat", "plain")] * 3
+    found: list[torch.Tensor] = []
+    with served(reward) as url:
+        client = remote(url, request_size=1, concurrency=3)
+        thread = threading.Thread(target=lambda: found.append(client(images=images, prompts=prompts)))
+        thread.start()
+        assert reward.begun.wait(5)
+        assert requests.get(f"{url}/health", timeout=5).json() == {"reward": "Slow"}
+        assert reward.scored == 0
+        reward.gate.set()
+        thread.join(5)
+    torch.testing.assert_close(found[0], images.mean((1, 2, 3)))
+
+
+def test_what_no_client_waits_for_is_not_scored() -> None:
+    reward = Slow()
+    with served(reward) as url:
+        client = remote(url, request_size=1, concurrency=4)
+        client.timeout = 0.3
+        with pytest.raises(ConnectionError, match="timed out"):
+            client(images=pictures(4), prompts=[Prompt("a cat", "plain")] * 4)
+        assert reward.begun.is_set()
+        time.sleep(0.2)  # for the server to see that the client has gone
+        reward.gate.set()
+        time.sleep(0.3)  # all four would be done by now
+    assert reward.scored == 1  # it had begun
+
+
+def test_a_scorer_that_fails_is_a_500_with_its_message(caplog: pytest.LogCaptureFixture) -> None:
+    with served(Broken()) as url:
+        answer = requests.post(f"{url}/score", json={"images": [PNG], "prompts": [PROMPT]}, timeout=10)
+        assert answer.status_code == 500
+        assert answer.json() == {"error": "ArithmeticError: the judge has lost its glasses"}
+        with pytest.raises(ConnectionError, match="500 Internal Server Error: .*lost its glasses"):
+            remote(url)(images=pictures(1), prompts=[Prompt("a cat", "plain")])
+        assert requests.get(f"{url}/health", timeout=10).status_code == 200  # still there
+    assert "Traceback" in caplog.text
+
+
+GREY = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAAAAAA6fptVAAAACklEQVR4nGNgAAAAAgABSK+kcQAAAABJRU5ErkJggg=="
+"""A grey PNG of one pixel."""
+OTHER_SIZE = encode_png(torch.zeros(3, 4, 5, dtype=torch.uint8))
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        (b"not JSON", "the body must be JSON"),
+        (b"\xff\xfe\xfd", "the body must be JSON"),
+        ([], "`images` and `prompts` must be lists of one length, not empty. Found NoneType and NoneType"),
+        ({"images": [PNG]}, "Found 1 and NoneType"),
+        ({"images": [], "prompts": []}, "Found 0 and 0"),
+        ({"images": [PNG, PNG], "prompts": [PROMPT]}, "Found 2 and 1"),
+        ({"images": [3], "prompts": [PROMPT]}, "images[0]: an image must be a base64 string. Found int"),
+        ({"images": ["*"], "prompts": [PROMPT]}, "images[0]: an image must be a base64 PNG"),
+        ({"images": [PNG[:60]], "prompts": [PROMPT]}, "images[0]: an image must be a base64 PNG"),
+        ({"images": [GREY], "prompts": [PROMPT]}, "images[0]: an image must be an RGB PNG. Found mode L"),
+        ({"images": [PNG, OTHER_SIZE], "prompts": [PROMPT] * 2}, "must be of one size. Found [(4, 4), (4, 5)]"),
+        ({"images": [PNG], "prompts": ["a cat"]}, "prompts[0] must be"),
+        ({"images": [PNG], "prompts": [{"text": "a cat"}]}, "prompts[0] must be"),
+        ({"images": [PNG], "prompts": [{**PROMPT, "text": 3}]}, "prompts[0] must be"),
+        ({"images": [PNG], "prompts": [{**PROMPT, "metadata": []}]}, "prompts[0] must be"),
+        ({"images": [PNG], "prompts": [{**PROMPT, "colour": "red"}]}, "prompts[0] must be"),
+    ],
+    ids=lambda value: repr(value)[:40],
+)
+def test_bad_requests_are_named(plain_url: str, body: Any, message: str) -> None:
+    sent = {"data": body} if isinstance(body, bytes) else {"json": body}
+    answer = requests.post(f"{plain_url}/score", timeout=10, **sent)
+    assert answer.status_code == 400
+    assert message in answer.json()["error"]
+
+
+@pytest.fixture(scope="module")
+def plain_url() -> Iterator[str]:
+    with served(JPEGCompressibility(), max_body_mb=1) as url:
+        yield url
+
+
+def test_other_pages_are_named_errors_too(plain_url: str) -> None:
+    for answer, status in (
+        (requests.get(f"{plain_url}/", timeout=10), 404),
+        (requests.get(f"{plain_url}/score", timeout=10), 405),
+    ):
+        assert answer.status_code == status
+        assert answer.json()["error"]
+
+
+def test_a_body_beyond_the_limit(plain_url: str) -> None:
+    large = pictures(1, 700, 700)  # noise, so its PNG has about as many bytes as it has values
+    with pytest.raises(ConnectionError, match="413 .*Send fewer images, or raise --max_body_mb"):
+        remote(plain_url)(images=large, prompts=[Prompt("a cat", "plain")])
+
+
+def test_a_port_in_use_is_noticed_before_weights_load(plain_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(JPEGCompressibility, "setup", lambda self: pytest.fail("weights were loaded"))
+    with pytest.raises(OSError, match="in use"):
+        main(["--reward", "JPEGCompressibility", "--port", plain_url.rpartition(":")[2]])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "reward"),
+        (["--reward", "NoSuchReward"], "NoSuchReward"),
+        (["--reward", "JPEGCompressibility", "--reward.path", "x"], "path"),
+    ],
+)
+def test_mistakes_on_the_command_line(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(arguments)
+    assert ended.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_the_size_limit_is_checked() -> None:
+    with pytest.raises(ValueError, match="`max_body_mb` must be >= 1. Found 0"):
+        main(["--reward", "JPEGCompressibility", "--max_body_mb", "0"])
+
+
+def test_help(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["--reward.help", "rewards.PickScore"])
+    assert ended.value.code == 0
+    assert "folder or hub id of the weights" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "address to listen at" in shown
+    assert "rewards.PickScore" in shown

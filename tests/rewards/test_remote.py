@@ -1,0 +1,261 @@
+"""A reward behind HTTP, against real servers that are well, slow, broken or gone."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from rewards import Prompt, RemoteReward
+from tests.rewards.scripted_server import CUT, DROP, ScriptedServer, judge, remote_reward
+
+PROMPT = Prompt("a cat", "plain")
+
+
+def shades(count: int) -> torch.Tensor:
+    """Grey pictures, each brighter than the one before it, of pixels that 8 bits hold."""
+    return (torch.arange(count) * 5 / 255).view(-1, 1, 1, 1).expand(-1, 3, 4, 4)
+
+
+def expected(count: int, text: str = PROMPT.text) -> torch.Tensor:
+    """What `judge` says of `shades`."""
+    return torch.arange(count) * 5 / 255 * 0.8 + len(text) % 5 / 20
+
+
+def ready(server: ScriptedServer, **arguments: Any) -> RemoteReward:
+    reward = RemoteReward(server.url, **{"backoff": 0.01, "retries": 2, "timeout": 5.0, **arguments})
+    reward.setup()
+    return reward
+
+
+def scored(answer: Callable[[Any], Any], count: int = 2, **arguments: Any) -> torch.Tensor:
+    """Scores of `count` shades by a server that is well until it is asked for scores, and then answers `answer(body)`."""
+    with ScriptedServer(lambda path, body: remote_reward(path, body) if body is None else answer(body)) as server:
+        return ready(server, **arguments)(images=shades(count), prompts=[PROMPT] * count)
+
+
+def test_what_is_sent_and_received() -> None:
+    prompts = [Prompt("a cat", "plain"), Prompt("two dogs", "geneval", {"include": [{"class": "dog", "count": 2}]})]
+    images = torch.rand(2, 3, 5, 7, generator=torch.Generator().manual_seed(0))
+    with ScriptedServer(remote_reward) as server:
+        scores = ready(server)(images=images, prompts=prompts)
+        (body,) = server.asked
+    assert body["prompts"] == [
+        {"text": "a cat", "source": "plain", "metadata": {}},
+        {"text": "two dogs", "source": "geneval", "metadata": {"include": [{"class": "dog", "count": 2}]}},
+    ]
+    assert scores.tolist() == pytest.approx(
+        [judge(image, prompt.text) for image, prompt in zip(body["images"], prompts, strict=True)]
+    )
+    rounded = (images * 255).round().mean((1, 2, 3)) / 255
+    assert scores.tolist() == pytest.approx((rounded * 0.8 + torch.tensor([0, 3]) / 20).tolist())
+
+
+def test_images_are_split_into_requests() -> None:
+    with ScriptedServer(remote_reward) as server:
+        scores = ready(server, request_size=3)(images=shades(8), prompts=[PROMPT] * 8)
+        sizes = Counter(len(body["images"]) for body in server.asked)
+    assert sizes == {3: 2, 2: 1}
+    torch.testing.assert_close(scores, expected(8))
+
+
+def test_null_is_missing_and_counted() -> None:
+    with ScriptedServer(lambda path, body: {"scores": [0.5, None, 3]} if body else {"reward": "Half"}) as server:
+        reward = ready(server)
+        scores = reward(images=shades(3), prompts=[PROMPT] * 3)
+    torch.testing.assert_close(scores, torch.tensor([0.5, torch.nan, 3.0]), equal_nan=True)
+    assert reward.missing == 1
+
+
+def test_only_chosen_sources_are_asked_about() -> None:
+    prompts = [Prompt("one", "plain"), Prompt("two", "text"), Prompt("three", "plain")]
+    with ScriptedServer(remote_reward) as server:
+        reward = ready(server, sources=["text"])
+        scores = reward(images=shades(3), prompts=prompts)
+        (body,) = server.asked
+    assert [prompt["text"] for prompt in body["prompts"]] == ["two"]
+    assert scores.isnan().tolist() == [True, False, True]
+    assert reward.missing == 0
+
+
+def test_requests_in_flight_reach_the_bound_and_no_more() -> None:
+    full = threading.Barrier(3, timeout=5)  # nobody is answered before three are in flight
+
+    def answer(body: Any) -> Any:
+        full.wait()
+        time.sleep(0.02)  # time for a fourth, if there were one
+        return remote_reward("/score", body)
+
+    with ScriptedServer(lambda path, body: remote_reward(path, body) if body is None else answer(body)) as server:
+        scores = ready(server, request_size=1, concurrency=3)(images=shades(12), prompts=[PROMPT] * 12)
+        assert server.most_in_flight == 3
+    torch.testing.assert_close(scores, expected(12))
+
+
+def test_order_is_kept_though_answers_come_out_of_order() -> None:
+    another = threading.Event()
+
+    def answer(body: Any) -> Any:
+        reply = remote_reward("/score", body)
+        if reply["scores"][0] == 0:  # the first picture is black
+            assert another.wait(5)
+            time.sleep(0.05)
+        another.set()
+        return reply
+
+    torch.testing.assert_close(scored(answer, count=4, request_size=1, concurrency=4), expected(4))
+
+
+def test_slow_within_the_time_out() -> None:
+    def answer(body: Any) -> Any:
+        time.sleep(0.3)
+        return remote_reward("/score", body)
+
+    torch.testing.assert_close(scored(answer, timeout=3.0, retries=0), expected(2))
+
+
+def test_slow_beyond_the_time_out() -> None:
+    def answer(body: Any) -> Any:
+        time.sleep(0.8)
+        return remote_reward("/score", body)
+
+    with pytest.raises(ConnectionError, match=r"RemoteReward: http://127.*/score must answer.*timed out.*raise `timeout`"):
+        scored(answer, timeout=0.3, retries=1)
+
+
+@pytest.mark.parametrize("trouble", [(500, {}), (502, b""), (503, b""), (504, b""), (429, {}), DROP], ids=str)
+def test_trouble_that_passes(trouble: Any) -> None:
+    replies = iter([trouble, trouble])
+    torch.testing.assert_close(scored(lambda body: next(replies, None) or remote_reward("/score", body)), expected(2))
+
+
+def test_trouble_that_stays_is_reported_as_the_server_tells_it() -> None:
+    asked: list[int] = []
+
+    def answer(body: Any) -> Any:
+        asked.append(1)
+        return 500, {"error": "PickScore: CUDA is out of memory."}
+
+    with pytest.raises(ConnectionError, match=r"after 3 tries at most: 500 Internal Server Error.*CUDA is out of memory"):
+        scored(answer)
+    assert len(asked) == 3
+
+
+@pytest.mark.parametrize("status", [400, 404, 301])
+def test_what_will_not_pass_is_not_tried_again(status: int) -> None:
+    asked: list[int] = []
+
+    def answer(body: Any) -> Any:
+        asked.append(1)
+        return status, {"error": "not like this"}
+
+    with pytest.raises(ConnectionError, match=rf"{status} .*not like this"):
+        scored(answer)
+    assert len(asked) == 1
+
+
+@pytest.mark.parametrize(
+    ("reply", "message"),
+    [
+        (b"<html>It works!</html>", r"must answer JSON\. Found '<html>It works!</html>'"),
+        (b"", r"must answer JSON\. Found ''"),
+        ([0.1, 0.2], r'must answer \{"scores": .*Found .\[0.1, 0.2\]'),
+        ({"score": [0.1, 0.2]}, r'must answer \{"scores": '),
+        ({"scores": 0.1}, r'must answer \{"scores": '),
+        ({"scores": [0.1]}, "must answer 2 scores for 2 images. Found '1 scores'"),
+        ({"scores": [0.1, 0.2, 0.3]}, "Found '3 scores'"),
+        ({"scores": [0.1, "0.2"]}, "finite number or null"),
+        ({"scores": [0.1, True]}, "finite number or null"),
+        ({"scores": [0.1, [0.2]]}, "finite number or null"),
+        (b'{"scores": [0.1, NaN]}', "finite number or null"),
+        (b'{"scores": [0.1, -Infinity]}', "finite number or null"),
+        (b'{"scores": [0.1, 1e39]}', "finite number or null"),  # no float32
+        (b'{"scores": [0.1, 1%s]}' % (b"0" * 400), "finite number or null"),  # no float at all
+        (b'{"scores": [0.1, 1%s]}' % (b"0" * 5000), "must answer JSON"),  # more digits than Python reads
+    ],
+    ids=lambda value: repr(value)[:40],
+)
+def test_garbage_is_an_error(reply: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=rf"^RemoteReward: http://127.*/score .*{message}") as caught:
+        scored(lambda body: reply)
+    assert "speaks the protocol in `rewards.remote`" in str(caught.value)
+
+
+def test_gone() -> None:
+    with ScriptedServer(remote_reward) as server:
+        reward = ready(server)
+        server.stop()
+        with pytest.raises(ConnectionError, match=r"/score must answer.*refused.*See that the server runs"):
+            reward(images=shades(1), prompts=[PROMPT])
+
+
+def test_gone_in_the_middle_of_an_answer() -> None:
+    with pytest.raises(ConnectionError, match=r"/score must answer.*See that the server runs"):
+        scored(lambda body: CUT)
+
+
+def test_gone_between_requests() -> None:
+    """Of twelve requests, all after the fifth meet a server that drops them."""
+    lock, count = threading.Lock(), [0]
+
+    def answer(body: Any) -> Any:
+        with lock:
+            count[0] += 1
+            return DROP if count[0] > 5 else remote_reward("/score", body)
+
+    with pytest.raises(ConnectionError, match="/score must answer"):
+        scored(answer, count=12, request_size=1, retries=1)
+    assert count[0] <= 5 + 4 * 2 + 4 * 2  # four threads' tries, and what they took up before the first error was seen
+
+
+@pytest.mark.parametrize(
+    ("reply", "error", "message"),
+    [
+        ({"status": "ok"}, ValueError, r'/health must answer \{"reward": name\}'),
+        (b"ok", ValueError, r"/health must answer JSON\. Found 'ok'"),
+        ((404, b"no such page"), ConnectionError, "404 Not Found: no such page"),
+    ],
+)
+def test_setup_notices_another_kind_of_server(reply: Any, error: type[Exception], message: str) -> None:
+    with ScriptedServer(lambda path, body: reply) as server, pytest.raises(error, match=message):
+        ready(server)
+
+
+def test_setup_notices_that_nobody_is_there() -> None:
+    with ScriptedServer(remote_reward) as server:
+        server.stop()
+        with pytest.raises(ConnectionError, match="/health must answer.*refused"):
+            ready(server)
+
+
+def test_metadata_must_be_json() -> None:
+    prompt = Prompt("a cat", "plain", {"box": torch.zeros(4)})
+    with ScriptedServer(remote_reward) as server, pytest.raises(TypeError, match="`metadata` must be JSON.*Tensor"):
+        ready(server)(images=shades(1), prompts=[prompt])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"url": "localhost:8000"}, "`url` must begin with http:// or https://. Found 'localhost:8000'"),
+        ({"sources": []}, "`sources` must name a prompt set"),
+        ({"request_size": 0}, "`request_size` must be >= 1. Found 0"),
+        ({"concurrency": 0}, "`concurrency` must be >= 1. Found 0"),
+        ({"timeout": 0}, "`timeout` must be > 0 seconds. Found 0"),
+        ({"retries": -1}, "`retries` must be >= 0. Found -1"),
+        ({"backoff": -0.1}, "`backoff` must be >= 0 seconds"),
+    ],
+)
+def test_arguments_are_checked(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=f"RemoteReward: {message}"):
+        RemoteReward(**{"url": "http://localhost:8000", **arguments})
+
+
+def test_nothing_of_the_connection_is_in_a_checkpoint() -> None:
+    with ScriptedServer(remote_reward) as server:
+        assert ready(server).state_dict() == {}

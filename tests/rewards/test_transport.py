@@ -1,0 +1,63 @@
+"""Pictures on their way, and work in threads."""
+
+from __future__ import annotations
+
+import random
+import threading
+
+import pytest
+import torch
+
+from rewards.transport import decode_png, eight_bit, encode_png, map_in_threads
+
+
+def pictures(count: int, height: int = 24, width: int = 32) -> torch.Tensor:
+    """Of pixels that 8 bits hold."""
+    noise = torch.rand(count, 3, height, width, generator=torch.Generator().manual_seed(0))
+    return (noise * 255).round() / 255
+
+
+def test_damaged_pictures_are_refused_or_read_but_nothing_else() -> None:
+    """A thousand PNGs with a few wrong letters."""
+    source, text = random.Random(0), encode_png(eight_bit(pictures(1, 8, 8))[0])
+    refused = read = 0
+    for _ in range(1000):
+        letters = list(text)
+        for _ in range(source.randint(1, 4)):
+            letters[source.randrange(len(letters))] = source.choice(text)
+        try:
+            decode_png("".join(letters))
+        except ValueError as error:
+            refused += "an image must be" in str(error)
+        else:
+            read += 1
+    assert read + refused == 1000
+    assert refused > 500
+
+
+def test_any_8_bit_picture_comes_back_as_it_was() -> None:
+    image = pictures(1)
+    assert torch.equal(decode_png(encode_png(eight_bit(image)[0])), image[0])
+
+
+def test_pixels_are_rounded_not_cut() -> None:
+    levels = torch.tensor([0.0, 0.4, 0.6, 254.4, 254.6, 255.0]).div(255).view(1, 1, 1, -1).expand(1, 3, 1, -1)
+    assert eight_bit(levels)[0, 0, 0].tolist() == [0, 0, 1, 254, 255, 255]
+
+
+def test_nothing_new_begins_after_an_error() -> None:
+    begun: list[int] = []
+    first_two = threading.Barrier(2, timeout=5)
+
+    def work(item: int) -> int:
+        begun.append(item)
+        if item < 2:
+            first_two.wait()
+        if item == 0:
+            raise ArithmeticError("zero")
+        threading.Event().wait(0.05)  # longer than it takes to call the rest off
+        return item
+
+    with pytest.raises(ArithmeticError, match="zero"):
+        map_in_threads(work, range(100), threads=2)
+    assert len(begun) < 10

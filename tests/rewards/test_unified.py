@@ -1,0 +1,287 @@
+"""UnifiedReward against real local servers that speak OpenAI's interface: well, slow, broken or gone."""
+
+from __future__ import annotations
+
+import base64
+import io
+import sys
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from rewards import Prompt, UnifiedReward
+from rewards.unified import final_score
+from tests.rewards.scripted_server import CUT, DROP, MODEL, ScriptedServer, chat, completion
+
+PROMPT = Prompt("a cat", "plain")
+
+
+@pytest.fixture(autouse=True)
+def _no_key(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+
+
+def shades(count: int) -> torch.Tensor:
+    """Grey pictures, each brighter than the one before it, of pixels that 8 bits hold."""
+    return (torch.arange(count) * 5 / 255).view(-1, 1, 1, 1).expand(-1, 3, 8, 8)
+
+
+def expected(count: int) -> torch.Tensor:
+    """A fifth of the ratings, to four places, that `chat` gives `shades`."""
+    return (1 + 4 * (torch.arange(count) * 5 / 255 * 0.8)).mul(1e4).round().div(1e4) / 5
+
+
+def ready(server: ScriptedServer, **arguments: Any) -> UnifiedReward:
+    reward = UnifiedReward(server.url + "/v1", **{"retries": 2, "timeout": 5.0, "size": 16, **arguments})
+    reward.setup()
+    return reward
+
+
+def scored(answer: Callable[[Any], Any], count: int = 2, **arguments: Any) -> torch.Tensor:
+    """Scores of `count` shades by a server that is well until it is asked to rate, and then answers `answer(body)`."""
+    with ScriptedServer(lambda path, body: chat(path, body) if body is None else answer(body)) as server:
+        return ready(server, **arguments)(images=shades(count), prompts=[PROMPT] * count)
+
+
+def rated(body: Any) -> Any:
+    return chat("/v1/chat/completions", body)
+
+
+@pytest.mark.parametrize(
+    ("answer", "score"),
+    [
+        ("Final Score: 4", 0.8),
+        ("Final Score: 3.25", 0.65),
+        ("Good.\nFinal Score:\n5", 1.0),
+        ("Final Score:1.", 0.2),
+        ("Final Score: 2/5", 0.4),
+        ("Final Score: 3, not Final Score: 4", 0.6),  # the first counts
+        ("", None),
+        ("The score is 4.", None),
+        ("final score: 4", None),
+        ("Final Score: four", None),
+        ("Final Score: 0", None),
+        ("Final Score: 6", None),
+        ("Final Score: 10", None),  # no 1
+        ("Final Score: 5.5", None),  # off the scale
+        ("Final Score: -3", None),
+    ],
+)
+def test_final_score(answer: str, score: float | None) -> None:
+    assert final_score(answer) == pytest.approx(torch.nan if score is None else score, nan_ok=True)
+
+
+def test_what_is_asked() -> None:
+    image = torch.zeros(1, 3, 6, 10)
+    image[:, 0] = 1  # red
+    with ScriptedServer(chat) as server:
+        scores = ready(server, size=64)(images=image, prompts=[Prompt("a {caption} in braces", "plain")])
+        (body,) = server.asked
+    assert body["model"] == MODEL
+    assert body["temperature"] == 0
+    (message,) = body["messages"]
+    assert message["role"] == "user"
+    picture, question = message["content"]
+    assert question["text"].endswith("\nText caption: a {caption} in braces")
+    assert '"Final Score: X"' in question["text"]
+    kind, _, png = picture["image_url"]["url"].partition(",")
+    assert kind == "data:image/png;base64"
+    shown = Image.open(io.BytesIO(base64.b64decode(png)))
+    assert (shown.format, shown.mode, shown.size) == ("PNG", "RGB", (64, 64))
+    assert (np.asarray(shown) == (255, 0, 0)).all()
+    assert scores.item() == pytest.approx((1 + 4 * (0.8 / 3 + len("a {caption} in braces") % 5 / 20)) / 5, abs=1e-4)
+
+
+def test_the_published_defaults() -> None:
+    reward = UnifiedReward()
+    assert (reward.model, reward.size) == (MODEL, 512)
+    for part in ("Alignment", "quality", "1 (worst) to 5 (best)", "{caption}"):
+        assert part in reward.question
+
+
+def test_a_question_of_ones_own() -> None:
+    with ScriptedServer(chat) as server:
+        ready(server, question="Is it {caption}? Final Score: 1 to 5.")(images=shades(1), prompts=[PROMPT])
+        (body,) = server.asked
+    assert body["messages"][0]["content"][1]["text"] == "Is it a cat? Final Score: 1 to 5."
+
+
+@pytest.mark.parametrize(("argument", "variable", "sent"), [("a", "b", "a"), (None, "b", "b"), (None, "", "none")])
+def test_the_key(argument: str | None, variable: str, sent: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", variable)
+    with ScriptedServer(chat) as server:
+        ready(server, api_key=argument)(images=shades(1), prompts=[PROMPT])
+        assert server.headers[-1]["Authorization"] == f"Bearer {sent}"
+
+
+def test_an_answer_without_a_score_is_missing_and_counted(caplog: pytest.LogCaptureFixture) -> None:
+    replies = iter(["Final Score: 4", "I would rather not say.", None])
+    with ScriptedServer(lambda path, body: completion(next(replies)) if body else chat(path, body)) as server:
+        reward = ready(server, concurrency=1)
+        scores = reward(images=shades(3), prompts=[PROMPT] * 3)
+    torch.testing.assert_close(scores, torch.tensor([0.8, torch.nan, torch.nan]), equal_nan=True)
+    assert reward.missing == 2
+    assert "I would rather not say" in caplog.text
+
+
+def test_requests_in_flight_reach_the_bound_and_no_more() -> None:
+    full = threading.Barrier(4, timeout=5)  # nobody is answered before four are in flight
+
+    def answer(path: str, body: Any) -> Any:
+        if body is not None:
+            full.wait()
+            time.sleep(0.02)  # time for a fifth, if there were one
+        return chat(path, body)
+
+    with ScriptedServer(answer) as server:
+        scores = ready(server, concurrency=4)(images=shades(12), prompts=[PROMPT] * 12)
+        assert server.most_in_flight == 4
+    torch.testing.assert_close(scores, expected(12))
+
+
+def test_order_is_kept_though_answers_come_out_of_order() -> None:
+    another = threading.Event()
+
+    def answer(body: Any) -> Any:
+        reply = rated(body)
+        if "Final Score: 1.0000" in reply["choices"][0]["message"]["content"]:  # the first picture is black
+            assert another.wait(5)
+            time.sleep(0.05)
+        another.set()
+        return reply
+
+    torch.testing.assert_close(scored(answer, count=4), expected(4))
+
+
+def test_slow_within_the_time_out() -> None:
+    def answer(body: Any) -> Any:
+        time.sleep(0.3)
+        return rated(body)
+
+    torch.testing.assert_close(scored(answer, timeout=3.0, retries=0), expected(2))
+
+
+def test_slow_beyond_the_time_out() -> None:
+    def answer(body: Any) -> Any:
+        time.sleep(0.8)
+        return rated(body)
+
+    with pytest.raises(
+        ConnectionError, match=r"UnifiedReward: http://127.*/chat/completions must.*timed out.*raise `timeout`"
+    ):
+        scored(answer, timeout=0.3, retries=0)
+
+
+@pytest.mark.parametrize("trouble", [(500, {}), (503, {}), (429, {})], ids=str)
+def test_trouble_that_passes(trouble: Any) -> None:
+    replies = iter([trouble, trouble])
+    torch.testing.assert_close(scored(lambda body: next(replies, None) or rated(body)), expected(2))
+
+
+def test_a_lost_connection_is_made_again() -> None:
+    replies = iter([DROP])
+    torch.testing.assert_close(scored(lambda body: next(replies, None) or rated(body)), expected(2))
+
+
+def test_trouble_that_stays_is_reported_as_the_server_tells_it() -> None:
+    with ScriptedServer(
+        lambda path, body: (500, {"error": {"message": "EngineDeadError"}}) if body else chat(path, body)
+    ) as server:
+        with pytest.raises(ConnectionError, match=r"/chat/completions must answer.*3 tries.*500.*EngineDeadError"):
+            ready(server)(images=shades(1), prompts=[PROMPT])
+        assert len(server.asked) == 3
+
+
+def test_what_will_not_pass_is_not_tried_again() -> None:
+    with ScriptedServer(
+        lambda path, body: (400, {"error": {"message": "no images, please"}}) if body else chat(path, body)
+    ) as server:
+        with pytest.raises(ConnectionError, match="no images, please"):
+            ready(server)(images=shades(1), prompts=[PROMPT])
+        assert len(server.asked) == 1
+
+
+@pytest.mark.parametrize(
+    "reply",
+    [
+        b"<html>It works!</html>",
+        b"",
+        {},
+        [],
+        {"choices": []},
+        {"choices": None},
+        {"choices": [{"text": "Final Score: 4"}]},
+        {"choices": [{"message": {"content": 4}}]},
+    ],
+    ids=repr,
+)
+def test_garbage_is_an_error(reply: Any) -> None:
+    with pytest.raises(
+        ValueError, match="UnifiedReward: http.*/chat/completions must answer as OpenAI's interface does. Found"
+    ):
+        scored(lambda body: reply)
+
+
+def test_gone() -> None:
+    with ScriptedServer(chat) as server:
+        reward = ready(server, retries=1)
+        server.stop()
+        with pytest.raises(ConnectionError, match=r"http://127.*must answer.*refused.*See that the server runs"):
+            reward(images=shades(1), prompts=[PROMPT])
+
+
+def test_gone_in_the_middle_of_an_answer() -> None:
+    with pytest.raises(ConnectionError, match=r"http://127.*must answer.*See that the server runs"):
+        scored(lambda body: CUT, retries=0)
+
+
+@pytest.mark.parametrize(
+    ("reply", "error", "message"),
+    [
+        ({"data": [{"id": "llama"}, {"id": "qwen"}]}, ValueError, rf"serves\. Found '{MODEL}'; it has llama, qwen\."),
+        ({"data": []}, ValueError, "it has none"),
+        ({"reward": "PickScore"}, ValueError, "/models must answer as OpenAI's interface does"),
+        (b"ok", ValueError, "/models must answer as OpenAI's interface does"),
+        ((404, b"no such page"), ConnectionError, "no such page"),
+        ((401, {"error": {"message": "wrong key"}}), ConnectionError, "wrong key"),
+    ],
+)
+def test_setup_notices_another_kind_of_server(reply: Any, error: type[Exception], message: str) -> None:
+    with ScriptedServer(lambda path, body: reply) as server, pytest.raises(error, match=message):
+        ready(server)
+
+
+def test_setup_notices_that_nobody_is_there() -> None:
+    with ScriptedServer(chat) as server:
+        server.stop()
+        with pytest.raises(ConnectionError, match=r"/v1/models must answer.*refused"):
+            ready(server, retries=0)
+
+
+def test_without_the_package(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "openai", None)
+    with pytest.raises(ImportError, match=r"pip install 'marble-lightning\[unified\]'"):
+        UnifiedReward().setup()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"base_url": "localhost/v1"}, "`base_url` must begin with http:// or https://. Found 'localhost/v1'"),
+        ({"question": "Rate it!"}, r"`question` must hold \{caption\}. Found 'Rate it!'"),
+        ({"size": 0}, "`size` must be >= 1. Found 0"),
+        ({"max_tokens": 0}, "`max_tokens` must be >= 1. Found 0"),
+        ({"concurrency": 0}, "`concurrency` must be >= 1. Found 0"),
+        ({"timeout": 0}, "`timeout` must be > 0 seconds. Found 0"),
+        ({"retries": -1}, "`retries` must be >= 0. Found -1"),
+    ],
+)
+def test_arguments_are_checked(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=f"UnifiedReward: {message}"):
+        UnifiedReward(**arguments)
