@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import cast
 
 import torch
@@ -9,13 +10,15 @@ from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 from torchmetrics import CatMetric
 
-from marble_lightning.checks import the_data
+from marble_lightning.checks import every_prompt_can_be_judged, the_data
 from marble_lightning.policy import SD3Policy
 from marble_lightning.rollouts import score
 from marble_lightning.seeds import derived_seed, generator
 from marble_lightning.settings import Evaluation
 from marble_lightning.table import per_prompt
 from rewards import Prompt, Reward
+
+log = logging.getLogger(__name__)
 
 HeldOut = list[tuple[int, Prompt]]
 """A batch of held-out prompts, each with the index that names its noise."""
@@ -48,6 +51,24 @@ class HeldOutEvaluation(LightningModule):
         """Held-out scores (prompt, judge) of the base, measured by the trainer's sanity check; kept in checkpoints."""
         self.trained_scores: Tensor | None = None
         """The same of the averaged adapter, from the last validation."""
+
+    def setup(self, stage: str) -> None:
+        """Check the held-out prompts, then load the weights of policy and judges."""
+        data = the_data(self.trainer)
+        every_prompt_can_be_judged(self.judges, data.held_out)
+        self.policy.setup(self.seed)
+        for judge in self.judges.values():
+            judge.setup()
+            judge.requires_grad_(False)
+        if self.trainer.is_global_zero:
+            self._tell_of_cut_prompts([prompt.text for prompt in data.training + data.held_out])
+
+    def _tell_of_cut_prompts(self, texts: list[str]) -> None:
+        if cut := self.policy.too_long(dict.fromkeys(texts)):
+            log.warning(
+                f"The policy does not read the end of {len(cut)} of {len(set(texts))} prompts: they have more than "
+                f"{self.policy.most_tokens} CLIP tokens. For example {cut[0]!r}."
+            )
 
     @property
     def judges(self) -> dict[str, Reward]:

@@ -12,7 +12,7 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor
 from tqdm import tqdm
 
-from marble_lightning.checks import every_reward_applies, the_balancer, the_data, the_plan
+from marble_lightning.checks import every_prompt_can_be_judged, every_reward_applies, the_balancer, the_data, the_plan
 from marble_lightning.gradients import LinearTaps, add_flat, flat, gradients_by_passes
 from marble_lightning.held_out import HeldOutEvaluation
 from marble_lightning.objective import Coefficients, nft_losses
@@ -91,11 +91,9 @@ class DiffusionNFT(HeldOutEvaluation):
             self.balancer = the_balancer(self.trainer)
             self.plan = the_plan(self.trainer, self.sampling, self.micro_batch_size, self.optimizer_steps_per_round)
             every_reward_applies(self._learned, the_data(self.trainer))
+            every_prompt_can_be_judged(self._learned, the_data(self.trainer).training)
             self.trainer.accumulate_grad_batches = self.plan.per_step
-        self.policy.setup(self.seed)
-        for judge in self.judges.values():
-            judge.setup()
-            judge.requires_grad_(False)
+        super().setup(stage)
         self.trainable = self.policy.parameters_of("trained")
         if stage == "fit" and self.balancer.needs_gradients:
             self.tap()
