@@ -82,6 +82,8 @@ class DiffusionNFT(HeldOutEvaluation):
         self.taps: LinearTaps | None = None
         self.merged: Tensor | None = None
         """A refresh's merged gradient, flat, until it is written."""
+        self.images: Tensor | None = None
+        """The round's pictures (image, 3, pixel, pixel), for callbacks' `on_train_batch_start` of its first micro-batch."""
 
     # Setting up -----------------------------------------------------------------------------------------------------
 
@@ -122,9 +124,9 @@ class DiffusionNFT(HeldOutEvaluation):
     def on_train_epoch_start(self) -> None:
         """Sample this round with the old adapter, score it, and turn the scores into coefficients."""
         begin = time.perf_counter()
-        self.rollout, images = self.sample_round(self.seed)
+        self.rollout, self.images = self.sample_round(self.seed)
         sampled = time.perf_counter()
-        self.scores = self.scored(self.rollout, images)
+        self.scores = self.scored(self.rollout, self.images)
         self.weighed = self._weighed(self.rollout, self.scores, self.seed, self.balancer)
         self.trained_since = time.perf_counter()
         means = self.trainer.strategy.all_gather(self.scores).reshape(-1, len(self.rewards)).nanmean(0)
@@ -186,6 +188,9 @@ class DiffusionNFT(HeldOutEvaluation):
     def _cut(self, rollout: Rollout, weighed: Coefficients, seed: int) -> Iterator[MicroBatch]:
         grid = self.policy.sigmas(self.sampling.steps)[: self.sampling.usable_times]
         return micro_batches(rollout, weighed, grid, self.plan, self._key(seed, "train"))
+
+    def on_train_batch_start(self, batch: MicroBatch, batch_idx: int) -> None:
+        self.images = None  # callbacks come first and have seen them
 
     def training_step(self, batch: MicroBatch, batch_idx: int) -> Tensor:
         """The scalarised loss, or on a refresh the per-reward gradients; the KL term beside either."""
