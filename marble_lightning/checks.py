@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 from lightning.pytorch import Trainer
 
@@ -10,7 +10,7 @@ from balancers import Balancer
 from marble_lightning.prompts import PromptDataModule
 from marble_lightning.rollouts import Plan
 from marble_lightning.settings import Sampling
-from rewards import Reward
+from rewards import Prompt, Reward
 
 WHOLE_ROUNDS = {
     "limit_train_batches": (1.0, None),
@@ -62,8 +62,23 @@ def the_plan(trainer: Trainer, sampling: Sampling, micro_batch_size: int, optimi
 def every_reward_applies(rewards: Mapping[str, Reward], data: PromptDataModule) -> None:
     """Each reward judges at least one training prompt."""
     for name, reward in rewards.items():
-        if not any(reward.applies_to(prompt) for prompts in data.pools.values() for prompt in prompts):
+        if not any(map(reward.applies_to, data.training)):
             raise ValueError(
                 f"`rewards.{name}` must apply to at least one training prompt. Found none in {', '.join(data.shares)}; "
                 "add a source of prompts it judges, or leave it out."
             )
+
+
+def every_prompt_can_be_judged(judges: Mapping[str, Reward], prompts: Iterable[Prompt]) -> None:
+    """No reward or metric rejects a prompt it applies to."""
+    for prompt in prompts:
+        for name, judge in judges.items():
+            if not judge.applies_to(prompt):
+                continue
+            try:
+                judge.check_prompt(prompt)
+            except ValueError as error:
+                raise ValueError(
+                    f"`{name}` must be able to judge every prompt that it applies to. Found {prompt.text!r} of source "
+                    f"{prompt.source!r}, of which it says: {error}"
+                ) from error

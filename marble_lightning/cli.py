@@ -9,6 +9,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 from balancers import Balancer
+from marble_lightning.alarms import Alarms
 from marble_lightning.callbacks import HeldOutTable, Pictures, PictureWriter, ProgressBar
 from marble_lightning.harmony import Harmony
 from marble_lightning.module import DiffusionNFT
@@ -42,6 +43,7 @@ class MarbleCLI(LightningCLI):
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_lightning_class_args(Balancer, "balancer", subclass_mode=True, required=True)
         parser.add_lightning_class_args(Harmony, "harmony")
+        parser.add_lightning_class_args(Alarms, "alarms")
         parser.add_lightning_class_args(Pictures, "pictures")
         parser.add_lightning_class_args(PictureWriter, "predictions")
         parser.link_arguments("seed_everything", "model.seed")

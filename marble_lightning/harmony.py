@@ -106,7 +106,7 @@ def probe(module: DiffusionNFT, step: int) -> dict[str, dict[str, float]]:
     """
     update, figures = module.update(), {}
     seed = derived_seed(module.seed, "probe", step)
-    rollout, scores, _ = module.sample_round(seed)
+    rollout, _, scores, _ = module.sample_round(seed)
     places = {
         "own": (module.rollout, module.scores, module.seed, step % module.plan.optimizer_steps),
         "fresh": (rollout, scores, seed, 0),

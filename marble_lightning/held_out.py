@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
-from typing import cast
+import logging
+from pathlib import Path
+from typing import Any, cast
 
 import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 from torchmetrics import CatMetric
 
-from marble_lightning.checks import the_data
-from marble_lightning.policy import SD3Policy
+from marble_lightning.checks import every_prompt_can_be_judged, the_data
+from marble_lightning.policy import SD3Policy, is_adapter
 from marble_lightning.scoring import Scorer
 from marble_lightning.seeds import derived_seed, generator
 from marble_lightning.settings import Evaluation, Scoring
 from marble_lightning.table import per_prompt
 from rewards import Prompt, Reward
+
+log = logging.getLogger(__name__)
 
 HeldOut = list[tuple[int, Prompt]]
 """A batch of held-out prompts, each with the index that names its noise."""
@@ -32,6 +36,8 @@ class HeldOutEvaluation(LightningModule):
         evaluation: How held-out prompts are sampled.
         seed: Seed of their noise.
     """
+
+    strict_loading = False  # checkpoints hold the adapters only; `on_load_checkpoint` checks that they are all there
 
     def __init__(
         self,
@@ -51,6 +57,25 @@ class HeldOutEvaluation(LightningModule):
         """Held-out scores (prompt, judge) of the base, measured by the trainer's sanity check; kept in checkpoints."""
         self.trained_scores: Tensor | None = None
         """The same of the averaged adapter, from the last validation."""
+
+    def setup(self, stage: str) -> None:
+        """Check the held-out prompts, then load the weights of policy and judges."""
+        data = the_data(self.trainer)
+        every_prompt_can_be_judged(self.judges, data.held_out)
+        self.policy.setup(self.seed)
+        for judge in self.judges.values():
+            judge.setup()
+            judge.requires_grad_(False)
+        self.scorer.setup(Path(self.trainer.log_dir or self.trainer.default_root_dir))  # on every rank: a broadcast
+        if self.trainer.is_global_zero:
+            self._tell_of_cut_prompts([prompt.text for prompt in data.training + data.held_out])
+
+    def _tell_of_cut_prompts(self, texts: list[str]) -> None:
+        if cut := self.policy.too_long(dict.fromkeys(texts)):
+            log.warning(
+                f"The policy does not read the end of {len(cut)} of {len(set(texts))} prompts: they have more than "
+                f"{self.policy.most_tokens} CLIP tokens. For example {cut[0]!r}."
+            )
 
     @property
     def judges(self) -> dict[str, Reward]:
@@ -103,3 +128,21 @@ class HeldOutEvaluation(LightningModule):
             self.logger.log_metrics({name: float(mean) for name, mean in means.items()}, step=0)
 
     on_test_epoch_end = on_validation_epoch_end
+
+    # Checkpoints ----------------------------------------------------------------------------------------------------
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep the adapters, never the frozen weights."""
+        adapters = {name: tensor for name, tensor in checkpoint["state_dict"].items() if is_adapter(name)}
+        checkpoint["state_dict"], checkpoint["lora"] = adapters, self.policy.lora
+        checkpoint["base_scores"], checkpoint["base_measured"] = self.base_scores, self.measured
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Make sure that the checkpoint's adapters are this policy's, and that its base was measured as ours would be."""
+        if checkpoint["lora"] != self.policy.lora:
+            raise ValueError(
+                f"The checkpoint must hold adapters like this policy's: {self.policy.lora}. Found {checkpoint['lora']}; "
+                "use the `policy` settings it was trained with (config.yaml in its run folder)."
+            )
+        if checkpoint["base_measured"] == self.measured:
+            self.base_scores = checkpoint["base_scores"]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from itertools import islice
-from pathlib import Path
 from typing import Any, Literal, cast
 
 import torch
@@ -13,11 +12,11 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor
 from tqdm import tqdm
 
-from marble_lightning.checks import every_reward_applies, the_balancer, the_data, the_plan
+from marble_lightning.checks import every_prompt_can_be_judged, every_reward_applies, the_balancer, the_data, the_plan
 from marble_lightning.gradients import LinearTaps, add_flat, flat, gradients_by_passes
 from marble_lightning.held_out import HeldOutEvaluation
 from marble_lightning.objective import Coefficients, nft_losses
-from marble_lightning.policy import Adapter, SD3Policy, is_adapter
+from marble_lightning.policy import Adapter, SD3Policy
 from marble_lightning.rollouts import MicroBatch, MicroBatches, Rollout, micro_batches, weigh_round
 from marble_lightning.seeds import generator
 from marble_lightning.settings import Averaging, Evaluation, Objective, Sampling, Scoring
@@ -52,8 +51,6 @@ class DiffusionNFT(HeldOutEvaluation):
     Source: DiffusionNFT, arXiv 2509.16117; MARBLE, arXiv 2605.06507. Defaults are the SD3.5-Medium run's.
     """
 
-    strict_loading = False  # checkpoints hold the adapters only; `on_load_checkpoint` checks that they are all there
-
     def __init__(
         self,
         policy: SD3Policy,
@@ -85,6 +82,8 @@ class DiffusionNFT(HeldOutEvaluation):
         self.taps: LinearTaps | None = None
         self.merged: Tensor | None = None
         """A refresh's merged gradient, flat, until it is written."""
+        self.images: Tensor | None = None
+        """The round's pictures (image, 3, pixel, pixel), for callbacks' `on_train_batch_start` of its first micro-batch."""
 
     # Setting up -----------------------------------------------------------------------------------------------------
 
@@ -94,12 +93,9 @@ class DiffusionNFT(HeldOutEvaluation):
             self.balancer = the_balancer(self.trainer)
             self.plan = the_plan(self.trainer, self.sampling, self.micro_batch_size, self.optimizer_steps_per_round)
             every_reward_applies(self._learned, the_data(self.trainer))
+            every_prompt_can_be_judged(self._learned, the_data(self.trainer).training)
             self.trainer.accumulate_grad_batches = self.plan.per_step
-        self.policy.setup(self.seed)
-        for judge in self.judges.values():
-            judge.setup()
-            judge.requires_grad_(False)
-        self.scorer.setup(Path(self.trainer.log_dir or self.trainer.default_root_dir))  # on every rank: a broadcast
+        super().setup(stage)
         self.trainable = self.policy.parameters_of("trained")
         if stage == "fit" and self.balancer.needs_gradients:
             self.tap()
@@ -128,7 +124,7 @@ class DiffusionNFT(HeldOutEvaluation):
     def on_train_epoch_start(self) -> None:
         """Sample this round with the old adapter, score it, and turn the scores into coefficients."""
         begin = time.perf_counter()
-        self.rollout, self.scores, waited = self.sample_round(self.seed)
+        self.rollout, self.images, self.scores, waited = self.sample_round(self.seed)
         self.scorer.release()
         self.weighed = self._weighed(self.rollout, self.scores, self.seed, self.balancer)
         self.trained_since = time.perf_counter()
@@ -139,20 +135,21 @@ class DiffusionNFT(HeldOutEvaluation):
         self.log_dict({f"time/scoring/{name}": seconds for name, seconds in self.scorer.seconds.items()})
         self.log_dict({"time/sampling": self.trained_since - begin - waited, "time/waiting_for_scores": waited})
 
-    def sample_round(self, seed: int) -> tuple[Rollout, Tensor, float]:
+    def sample_round(self, seed: int) -> tuple[Rollout, Tensor, Tensor, float]:
         """Sample the k pictures of each distinct prompt, encoded once, with the old adapter, scoring them meanwhile.
 
         Args:
             seed: Of prompts and noise: the run's for the round to train on, another for an independent one.
 
         Returns:
-            The round, its scores (image, reward), and the seconds waited for them once all was sampled.
+            The round, its pictures (image, 3, pixel, pixel), their scores (image, reward), and the seconds waited for scores
+            once all was sampled.
         """
         data = the_data(self.trainer)
         prompts = data.round(seed, self.current_epoch, self.global_rank, self.trainer.world_size)
         conditions = self.policy.encode([prompt.text for prompt in prompts])
         groups = torch.arange(len(prompts), device=self.device).repeat_interleave(data.images_per_prompt)
-        latents = []
+        latents, images = [], []
         for chunk in self._progress(torch.arange(len(groups)).split(self.sampling.batch_size), "sampling"):
             noise = [generator(*self._key(seed, "rollout"), index) for index in chunk.tolist()]
             own = groups[chunk.to(self.device)]
@@ -161,10 +158,12 @@ class DiffusionNFT(HeldOutEvaluation):
                     conditions[own], noise, "old", steps=self.sampling.steps, solver=self.sampling.solver
                 )
             latents.append(sampled)
-            self.scorer.submit(self.policy.decode(sampled), [prompts[group] for group in own.tolist()], self.rewards)
+            images.append(self.policy.decode(sampled))
+            self.scorer.submit(images[-1], [prompts[group] for group in own.tolist()], self.rewards)
         sampled_all = time.perf_counter()
         scores = self.scorer.collect(lambda jobs: self._progress(jobs, "scoring"))
-        return Rollout(prompts, conditions, groups, torch.cat(latents)), scores, time.perf_counter() - sampled_all
+        waited = time.perf_counter() - sampled_all
+        return Rollout(prompts, conditions, groups, torch.cat(latents)), torch.cat(images), scores, waited
 
     def _weighed(self, rollout: Rollout, scores: Tensor, seed: int, balancer: Balancer | None) -> Coefficients:
         return weigh_round(
@@ -188,6 +187,9 @@ class DiffusionNFT(HeldOutEvaluation):
     def _cut(self, rollout: Rollout, weighed: Coefficients, seed: int) -> Iterator[MicroBatch]:
         grid = self.policy.sigmas(self.sampling.steps)[: self.sampling.usable_times]
         return micro_batches(rollout, weighed, grid, self.plan, self._key(seed, "train"))
+
+    def on_train_batch_start(self, batch: MicroBatch, batch_idx: int) -> None:
+        self.images = None  # callbacks come first and have seen them
 
     def training_step(self, batch: MicroBatch, batch_idx: int) -> Tensor:
         """The scalarised loss, or on a refresh the per-reward gradients; the KL term beside either."""
@@ -283,21 +285,3 @@ class DiffusionNFT(HeldOutEvaluation):
                 losses = self._sample_losses(batch, self._velocity(batch, "trained"))
             total += self._gradients(*losses, batch.coefficients)
         return self.trainer.strategy.reduce(total)
-
-    # Checkpoints ----------------------------------------------------------------------------------------------------
-
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep the adapters, never the frozen weights."""
-        adapters = {name: tensor for name, tensor in checkpoint["state_dict"].items() if is_adapter(name)}
-        checkpoint["state_dict"], checkpoint["lora"] = adapters, self.policy.lora
-        checkpoint["base_scores"], checkpoint["base_measured"] = self.base_scores, self.measured
-
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Make sure that the checkpoint's adapters are this policy's, and that its base was measured as ours would be."""
-        if checkpoint["lora"] != self.policy.lora:
-            raise ValueError(
-                f"The checkpoint must hold adapters like this policy's: {self.policy.lora}. Found {checkpoint['lora']}; "
-                "use the `policy` settings it was trained with (config.yaml in its run folder)."
-            )
-        if checkpoint["base_measured"] == self.measured:
-            self.base_scores = checkpoint["base_scores"]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -187,6 +187,18 @@ class SD3Policy(nn.Module):
     def device(self) -> torch.device:
         """Where the transformer is."""
         return self.transformer.device
+
+    @property
+    def most_tokens(self) -> int:
+        """Tokens that the CLIP text encoders read of a prompt, with those that mark its beginning and end."""
+        return self.pipeline.tokenizer_max_length
+
+    def too_long(self, texts: Iterable[str]) -> list[str]:
+        """Those texts whose end the CLIP text encoders do not read: more than `most_tokens` of either tokenizer."""
+        texts = list(texts)
+        tokenizers = (self.pipeline.tokenizer, self.pipeline.tokenizer_2)
+        tokens = [tokenizer(texts, verbose=False).input_ids if texts else [] for tokenizer in tokenizers]
+        return [text for text, *each in zip(texts, *tokens, strict=True) if max(map(len, each)) > self.most_tokens]
 
     @torch.no_grad()
     def encode(self, texts: Sequence[str]) -> Conditions:

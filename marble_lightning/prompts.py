@@ -1,64 +1,22 @@
-"""Prompt files, and the rounds of prompts drawn from them."""
+"""Prompts to learn on, drawn a round at a time, and held-out prompts."""
 
 from __future__ import annotations
 
-import json
+import logging
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from lightning.pytorch import LightningDataModule
+from lightning.pytorch.utilities import rank_zero_only
 from torch.utils.data import DataLoader
 
+from marble_lightning.prompt_files import distinct, prompt_file, read_prompts
 from marble_lightning.seeds import generator
 from rewards import Prompt
 
-Split = Literal["train", "test"]
-
-
-def read_prompts(folder: Path, source: str, split: Split) -> list[Prompt]:
-    """Read one source of a prompt folder in the published formats.
-
-    `{source}/{split}.txt` has a prompt a line; `{source}/{split}_metadata.jsonl` a JSON object a line, whose `prompt` is
-    the text and whose other keys are the metadata.
-
-    Args:
-        folder: Folder with one folder per source.
-        source: Name of the source.
-        split: `train` or `test`.
-
-    Raises:
-        ValueError: An unknown source, an empty file, a line that is not JSON or lacks `prompt`; names file and line.
-    """
-    lines = folder / source / f"{split}.txt"
-    records = folder / source / f"{split}_metadata.jsonl"
-    if lines.exists():
-        prompts = [Prompt(line.strip(), source) for line in lines.read_text().splitlines() if line.strip()]
-    elif records.exists():
-        numbered = enumerate(records.read_text().splitlines(), start=1)
-        prompts = [_record(line, source, f"{records}:{number}") for number, line in numbered if line.strip()]
-    else:
-        known = sorted(entry.name for entry in folder.iterdir() if entry.is_dir()) if folder.is_dir() else []
-        raise ValueError(
-            f"`sources` must name folders of {folder.resolve()} with {split}.txt or {split}_metadata.jsonl. "
-            f"Found {source!r}; known: {', '.join(known) or 'none, the folder is not there'}."
-        )
-    if not prompts:
-        raise ValueError(
-            f"A prompt file must have at least one prompt. Found none in {lines if lines.exists() else records}."
-        )
-    return prompts
-
-
-def _record(line: str, source: str, place: str) -> Prompt:
-    try:
-        record = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{place} must be a JSON object. Found {line[:60]!r}: {error.msg}.") from error
-    if not isinstance(record, dict) or not isinstance(record.get("prompt"), str):
-        raise ValueError(f"{place} must be a JSON object with a text under `prompt`. Found {line[:60]!r}.")
-    return Prompt(record.pop("prompt"), source, record)
+log = logging.getLogger(__name__)
 
 
 def draw_round(
@@ -89,11 +47,13 @@ class PromptDataModule(LightningDataModule):
     """Prompts to learn on, a round at a time, and held-out prompts to be judged on.
 
     Args:
-        folder: Folder with one folder per source, in the published formats (see `read_prompts`).
+        folder: Folder with `train.jsonl` and `test.jsonl`, or with one folder per source in the published formats; see
+            `read_prompts`. Training prompts that a source has twice count once.
         sources: Names of the sources, which share a round equally; or how many prompts of each are drawn in turn,
             {a: 1, b: 2} for twice as many of b.
         prompts_per_round: Distinct prompts of a round over all ranks.
         images_per_prompt: k, pictures sampled of each prompt of a round.
+        cap_per_source: Training prompts used of each source, from the start of the file; None uses all.
         held_out_per_source: Held-out prompts used of each source, from the start of the file; None uses all.
         held_out_images: Pictures sampled of each held-out prompt.
         held_out_batch_size: Held-out pictures sampled at once.
@@ -105,6 +65,7 @@ class PromptDataModule(LightningDataModule):
         sources: list[str] | dict[str, int],
         prompts_per_round: int = 48,
         images_per_prompt: int = 24,
+        cap_per_source: int | None = None,
         held_out_per_source: int | None = None,
         held_out_images: int = 1,
         held_out_batch_size: int = 16,
@@ -113,6 +74,7 @@ class PromptDataModule(LightningDataModule):
         self.folder = Path(folder)
         self.shares = sources if isinstance(sources, dict) else dict.fromkeys(sources, 1)
         self.prompts_per_round, self.images_per_prompt = prompts_per_round, images_per_prompt
+        self.cap_per_source = cap_per_source
         self.held_out_per_source, self.held_out_images = held_out_per_source, held_out_images
         self.held_out_batch_size = held_out_batch_size
         if not self.shares or len(self.shares) != len(sources) or min(self.shares.values()) < 1:
@@ -129,6 +91,7 @@ class PromptDataModule(LightningDataModule):
             )
         counts = {
             "prompts_per_round": prompts_per_round,
+            "cap_per_source": 1 if cap_per_source is None else cap_per_source,
             "held_out_per_source": 1 if held_out_per_source is None else held_out_per_source,
             "held_out_images": held_out_images,
             "held_out_batch_size": held_out_batch_size,
@@ -136,23 +99,40 @@ class PromptDataModule(LightningDataModule):
         for name, count in counts.items():
             if count < 1:
                 raise ValueError(f"`{name}` must be >= 1. Found {count}.")
+        self.held_out: list[Prompt] = []
+        """Held-out prompts, each as often as it is sampled."""
+        self.pools: dict[str, list[Prompt]] = {}
+        """Distinct training prompts of each source, once `setup` has read them for `fit`."""
 
     def setup(self, stage: str) -> None:
         """Read the prompt files."""
-        self.held_out: list[Prompt] = []
+        self.held_out = []
         for source in self.shares:
             prompts = read_prompts(self.folder, source, "test")[: self.held_out_per_source]
             self.held_out += [prompt for prompt in prompts for _ in range(self.held_out_images)]
         if stage != "fit":
             return
-        self.pools = {source: read_prompts(self.folder, source, "train") for source in self.shares}
+        self.pools = {source: self._training(source) for source in self.shares}
         self.turns = self.prompts_per_round // sum(self.shares.values())
         for source, prompts in self.pools.items():
             if len(prompts) < (needed := self.turns * self.shares[source]):
                 raise ValueError(
                     f"A round takes {needed} distinct prompts of {source!r}. Found {len(prompts)}; "
-                    "lower `prompts_per_round` or add prompts."
+                    "lower `prompts_per_round`, raise `cap_per_source` or add prompts."
                 )
+
+    def _training(self, source: str) -> list[Prompt]:
+        prompts = read_prompts(self.folder, source, "train")
+        once = distinct(prompts)
+        if repeated := len(prompts) - len(once):
+            file = prompt_file(self.folder, source, "train")
+            rank_zero_only(log.warning)(f"{file}: {repeated} prompts of {source!r} were left out, being there before.")
+        return once[: self.cap_per_source]
+
+    @property
+    def training(self) -> list[Prompt]:
+        """All training prompts."""
+        return [prompt for prompts in self.pools.values() for prompt in prompts]
 
     def round(self, seed: int, index: int, rank: int, ranks: int) -> list[Prompt]:
         """This rank's distinct prompts of a round; ranks share no prompt."""

@@ -63,6 +63,13 @@ class Reward(nn.Module, ABC):
         """Whether this reward can judge images of `prompt`. Default: every prompt."""
         return True
 
+    def check_prompt(self, prompt: Prompt) -> None:
+        """Reject a prompt this reward applies to but could never judge, before any weight loads. Default: nothing.
+
+        Raises:
+            ValueError: with what is wrong and its remedy.
+        """
+
     @abstractmethod
     def score(self, *, images: Float[Tensor, "b 3 h w"], prompts: Sequence[Prompt]) -> Float[Tensor, "b"]:
         """Judge each image against its own prompt, higher is better.

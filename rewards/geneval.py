@@ -10,7 +10,7 @@ from torch import Tensor
 
 from rewards.base import Prompt, Reward
 from rewards.detectors import Detector
-from rewards.geneval_rules import COUNTING_THRESHOLD, MAX_OBJECTS, THRESHOLD, Verdict, evaluate
+from rewards.geneval_rules import COUNTING_THRESHOLD, MAX_OBJECTS, THRESHOLD, Verdict, check, evaluate
 
 SCORES = ("partial", "strict", "accuracy")
 
@@ -70,6 +70,11 @@ class GenEval(Reward):
     def applies_to(self, prompt: Prompt) -> bool:
         """Only prompts that say which objects to include."""
         return bool(prompt.metadata.get("include"))
+
+    def check_prompt(self, prompt: Prompt) -> None:
+        """Reject metadata the rules cannot judge, and classes the detector is known not to know."""
+        check(prompt.metadata)
+        self._check_classes([prompt])
 
     @torch.no_grad()
     def judge(self, *, images: Float[Tensor, "b 3 h w"], prompts: Sequence[Prompt]) -> list[Verdict]:

@@ -13,6 +13,7 @@ from rewards.detectors import Detection
 
 Box = tuple[float, float, float, float]
 
+RELATIONS = ("left of", "right of", "above", "below")
 COLOURS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black", "white")
 THRESHOLD = 0.3
 COUNTING_THRESHOLD = 0.9
@@ -100,7 +101,8 @@ def evaluate(
         max_objects: most objects kept per class.
 
     Raises:
-        ValueError: if `include` is empty, a count is below 1, or a position refers to no earlier clause.
+        ValueError: if `include` is empty or no list, a clause has no class or no count >= 1, or a position is none of the
+            four relations to an earlier clause.
     """
     check(metadata)
     objects = keep(detections, counting_threshold if metadata.get("tag") == "counting" else threshold, max_objects)
@@ -155,14 +157,36 @@ def check(metadata: Mapping[str, Any]) -> None:
             f"GenEval: metadata must list at least one object under `include`. Found {dict(metadata)}. "
             "Add a clause such as {'class': 'cat', 'count': 1}."
         )
-    for clause in [*metadata["include"], *metadata.get("exclude", [])]:
-        if clause.get("count", 0) < 1 or "class" not in clause:
-            raise ValueError(
-                f"GenEval: each clause must have a `class` and a `count` >= 1. Found {clause}. Correct the prompt file."
-            )
+    for name in ("include", "exclude"):
+        if not isinstance(clauses := metadata.get(name, []), Sequence) or isinstance(clauses, str):
+            raise ValueError(f"GenEval: `{name}` must be a list of clauses. Found {clauses!r}. Correct the prompt file.")
+        for clause in clauses:
+            _check_clause(clause)
     for index, clause in enumerate(metadata["include"]):
-        if "position" in clause and not 0 <= clause["position"][1] < index:
-            raise ValueError(
-                f"GenEval: the position of clause {index} must refer to an earlier clause. Found {clause['position']}. "
-                "List the object it is relative to first."
-            )
+        if "position" not in clause:
+            continue
+        match clause["position"]:
+            case [str(relation), int(target)] if relation in RELATIONS:
+                if not 0 <= target < index:
+                    raise ValueError(
+                        f"GenEval: the position of clause {index} must refer to an earlier clause. "
+                        f"Found {clause['position']}. List the object it is relative to first."
+                    )
+            case position:
+                raise ValueError(
+                    f"GenEval: the position of clause {index} must be a pair of one of {', '.join(RELATIONS)} and the index "
+                    f"of an earlier clause. Found {position!r}. Correct the prompt file."
+                )
+
+
+def _check_clause(clause: Any) -> None:
+    known = isinstance(clause, Mapping) and isinstance(clause.get("class"), str)
+    if not known or not isinstance(clause.get("count"), int) or clause["count"] < 1:
+        raise ValueError(
+            f"GenEval: each clause must have a `class` and a `count` >= 1. Found {clause!r}. Correct the prompt file."
+        )
+    if not isinstance(clause.get("color", ""), str):
+        raise ValueError(
+            f"GenEval: `color` must be the name of a colour. Found {clause['color']!r} in {dict(clause)}. "
+            "Correct the prompt file."
+        )

@@ -79,6 +79,9 @@ def run(
     lr_scheduler: Any = None,
     precision: Any = "32-true",
     plugins: Any = None,
+    data: PromptDataModule | None = None,
+    rewards: Sequence[str] = ("bright", "red", "contrast"),
+    ckpt_path: Path | None = None,
     **objective: Any,
 ):
     module = kind(
@@ -91,7 +94,7 @@ def run(
             dtype="float32",
             gradient_checkpointing=gradient_checkpointing,
         ),
-        rewards={"bright": Brightness(), "red": Redness(), "contrast": Contrast()},
+        rewards={name: {"bright": Brightness, "red": Redness, "contrast": Contrast}[name]() for name in rewards},
         sampling=Sampling(steps=4, batch_size=12, times_per_image=2),
         objective=Objective(beta=0.5, **objective),
         averaging=Averaging(old_rate=0.5, old_cap=0.5, ema_decay=0.75),
@@ -107,8 +110,8 @@ def run(
         enable_model_summary=False, callbacks=[balancer, kept, *callbacks], limit_val_batches=0, default_root_dir=folder,
         precision=None if plugins else precision, plugins=plugins,
     )  # fmt: skip
-    data = PromptDataModule(str(PROMPTS), ["ocr", "geneval"], prompts_per_round=4, images_per_prompt=3)
-    trainer.fit(module, datamodule=data)
+    data = data or PromptDataModule(str(PROMPTS), ["ocr", "geneval"], prompts_per_round=4, images_per_prompt=3)
+    trainer.fit(module, datamodule=data, ckpt_path=ckpt_path)
     return module, kept
 
 

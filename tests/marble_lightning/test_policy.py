@@ -98,6 +98,18 @@ def test_a_picture_depends_on_its_own_generator_only(policy, solver):
     assert images.max() <= 1
 
 
+def test_texts_that_the_text_encoders_cut(policy):
+    """Encoders do not see what comes after the most tokens, and exactly those texts are named."""
+    word, most = "red ", policy.most_tokens
+    fits, cut, longer = (word * (most - 2 + more) for more in (0, 1, 2))  # two tokens mark beginning and end
+    assert policy.too_long([fits, cut, "a", longer]) == [cut, longer]
+    assert policy.too_long([]) == []
+    embeds = policy.encode([fits, cut, longer, word * (most - 3)]).embeds
+    torch.testing.assert_close(embeds[1], embeds[0])
+    torch.testing.assert_close(embeds[2], embeds[0])
+    assert (embeds[3] - embeds[0]).abs().max() > 1e-3
+
+
 def test_guidance_changes_the_pictures(policy):
     conditions, empty = policy.encode(["a red circle"]), policy.encode([""])
     plain = policy.sample(conditions, [generator("x")], None, steps=3, solver="euler")

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from marble_lightning.alarms import measured
 from marble_lightning.cli import QUIET
 from marble_lightning.policy import SD3Policy
 from tests.marble_lightning import two_processes
@@ -28,7 +29,7 @@ def test_two_ranks_equal_one_process(checkpoints, tmp_path, name):
     assert ended.returncode == 0, ended.stderr[-3000:]
     ranks = [torch.load(tmp_path / f"rank_{rank}.pt", weights_only=False) for rank in range(2)]
 
-    module, _ = train(Replay, checkpoints, method(name), [rank["rounds"] for rank in ranks], default_root_dir=tmp_path)
+    module, *_ = train(Replay, checkpoints, method(name), [rank["rounds"] for rank in ranks], default_root_dir=tmp_path)
     fresh = SD3Policy(str(checkpoints / "sd3"), resolution=16, rank=2, alpha=4, text_length=4, dtype="float32")
     fresh.setup(seed=0)
     start, one = flat(fresh.parameters_of("trained")), flat(module.trainable)
@@ -37,6 +38,9 @@ def test_two_ranks_equal_one_process(checkpoints, tmp_path, name):
     moved = (one - start).norm()
     assert moved > 1e-3 * start.norm(), "too little was learned for a difference to show"
     assert (one - first).norm() <= 1e-5 * moved  # of the movement, which is less than of the parameters
+    looks = [rank["looks"][0] for rank in ranks]
+    assert not torch.equal(*looks)
+    assert ranks[0]["reference"] == ranks[1]["reference"] == measured(torch.cat(looks))
 
 
 def flat(parameters):

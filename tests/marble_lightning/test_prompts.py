@@ -1,17 +1,28 @@
-"""Prompt files and rounds."""
+"""Rounds of prompts, and prompts that are told of or refused before a run begins."""
 
 from __future__ import annotations
 
 import json
+import shutil
 from collections import Counter
 from pathlib import Path
 
 import pytest
+from lightning.pytorch import Trainer
 
+from balancers import WeightedSum
+from marble_lightning.checks import every_prompt_can_be_judged
+from marble_lightning.cli import QUIET, main
 from marble_lightning.prompts import PromptDataModule, draw_round, read_prompts
-from marble_lightning.tinyworld import PROMPTS
+from marble_lightning.tinyworld import PROMPTS, ColourBlobs
+from rewards import GenEval, Prompt
+from tests.marble_lightning.test_module import run
 
 SOURCES = ("pickscore", "ocr", "geneval")
+PUBLISHED = Path(__file__).parents[3] / "shared/prompts"
+"""The published test files, where they lie beside the repository."""
+
+pytestmark = [pytest.mark.filterwarnings(f"ignore:{known}") for known in QUIET]
 
 
 @pytest.fixture
@@ -21,13 +32,6 @@ def folder(tmp_path: Path) -> Path:
         for split in ("train", "test"):
             (tmp_path / name / f"{split}.txt").write_text("".join(f"{name} {split} {i}\n" for i in range(10)))
     return tmp_path
-
-
-def test_text_and_metadata_files():
-    text = read_prompts(PROMPTS, "ocr", "test")
-    assert all(prompt.source == "ocr" and '"' in prompt.text and not prompt.metadata for prompt in text)
-    records = read_prompts(PROMPTS, "geneval", "test")
-    assert all(prompt.metadata["include"] and "prompt" not in prompt.metadata for prompt in records)
 
 
 @pytest.mark.parametrize("source", SOURCES)
@@ -75,31 +79,6 @@ def test_held_out_pictures_are_repeated_and_capped(folder):
 
 
 @pytest.mark.parametrize(
-    ("line", "message"),
-    [
-        ("{not json", "must be a JSON object"),
-        ('["prompt"]', "text under `prompt`"),
-        ('{"tag": "x"}', "text under `prompt`"),
-    ],
-)
-def test_a_bad_line_is_named_by_file_and_number(folder, line, message):
-    (folder / "c").mkdir()
-    file = folder / "c" / "train_metadata.jsonl"
-    file.write_text(json.dumps({"prompt": "fine"}) + "\n" + line + "\n")
-    with pytest.raises(ValueError, match=message) as error:
-        read_prompts(folder, "c", "train")
-    assert f"{file}:2" in str(error.value)
-
-
-def test_unknown_and_empty_sources(folder):
-    with pytest.raises(ValueError, match="Found 'z'; known: a, b"):
-        read_prompts(folder, "z", "train")
-    (folder / "a" / "train.txt").write_text("\n")
-    with pytest.raises(ValueError, match="at least one prompt"):
-        read_prompts(folder, "a", "train")
-
-
-@pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"sources": []}, "at least one source"),
@@ -109,6 +88,7 @@ def test_unknown_and_empty_sources(folder):
         ({"images_per_prompt": 1}, "`images_per_prompt` must be >= 2"),
         ({"held_out_images": 0}, "`held_out_images` must be >= 1. Found 0"),
         ({"prompts_per_round": 0}, "`prompts_per_round` must be >= 1. Found 0"),
+        ({"cap_per_source": 0}, "`cap_per_source` must be >= 1. Found 0"),
         ({"held_out_per_source": -1}, "`held_out_per_source` must be >= 1. Found -1"),
     ],
 )
@@ -121,3 +101,89 @@ def test_more_prompts_than_the_file_has(folder):
     data = PromptDataModule(str(folder), ["a", "b"], prompts_per_round=22)
     with pytest.raises(ValueError, match="takes 11 distinct prompts of 'a'. Found 10"):
         data.setup("fit")
+
+
+def test_a_cap_takes_the_start_of_each_file_and_leaves_held_out_prompts_alone(folder):
+    data = PromptDataModule(str(folder), ["a", "b"], prompts_per_round=4, cap_per_source=3)
+    data.setup("fit")
+    assert {source: [prompt.text for prompt in pool] for source, pool in data.pools.items()} == {
+        source: [f"{source} train {i}" for i in range(3)] for source in ("a", "b")
+    }
+    assert len(data.held_out) == 20
+    with pytest.raises(ValueError, match="takes 4 distinct prompts of 'a'. Found 3; .*raise `cap_per_source`"):
+        PromptDataModule(str(folder), ["a", "b"], prompts_per_round=8, cap_per_source=3).setup("fit")
+
+
+def test_repeated_training_prompts_count_once_and_are_told_of(folder, caplog):
+    with (folder / "a" / "train.txt").open("a") as file:
+        file.write("a train 2\na train 2\na train 7\nnew\n")
+    data = PromptDataModule(str(folder), ["a", "b"], prompts_per_round=4, cap_per_source=11)
+    data.setup("fit")
+    assert [prompt.text for prompt in data.pools["a"]] == [f"a train {i}" for i in range(10)] + ["new"]
+    told = [record.getMessage() for record in caplog.records]
+    assert told == [f"{folder / 'a' / 'train.txt'}: 3 prompts of 'a' were left out, being there before."]
+
+
+@pytest.mark.skipif(not PUBLISHED.is_dir(), reason="the published prompt files are not there")
+def test_two_ranks_sample_k_pictures_of_each_published_prompt(checkpoints, tmp_path, monkeypatch):
+    """All four sets, equal shares: what is really sampled by each rank, round after round."""
+    sources, k = ["pickscore", "ocr", "drawbench", "geneval"], 3
+    for file in PUBLISHED.rglob("test*"):
+        (tmp_path / file.parent.name).mkdir(exist_ok=True)
+        for split in ("train", "test"):
+            shutil.copy(file, tmp_path / file.parent.name / file.name.replace("test", split))
+    data = PromptDataModule(str(tmp_path), sources, prompts_per_round=8, images_per_prompt=k)
+    module, _ = run(checkpoints, tmp_path, WeightedSum(), rounds=1, data=data)
+    assert all(len(pool) > 100 for pool in data.pools.values())
+    monkeypatch.setattr(Trainer, "world_size", 2)
+    for round_ in range(3):
+        monkeypatch.setattr(Trainer, "current_epoch", round_)
+        seen: list[set[str]] = []
+        for rank in range(2):
+            monkeypatch.setattr(Trainer, "global_rank", rank)
+            rollout, images = module.sample_round(seed=5)
+            pictures = Counter((prompt.source, prompt.text) for prompt in (rollout.prompts[g] for g in rollout.groups))
+            assert len(images) == len(rollout.latents) == 4 * k
+            assert set(pictures.values()) == {k}
+            assert Counter(source for source, _ in pictures) == dict.fromkeys(sources, 1)
+            seen.append({text for _, text in pictures})
+        assert not seen[0] & seen[1]
+        assert len(seen[0] | seen[1]) == 8
+
+
+def test_prompts_that_the_text_encoders_cut_are_counted(checkpoints, tmp_path, folder, caplog):
+    long = "a red circle " * 20
+    with (folder / "a" / "train.txt").open("a") as file:
+        file.write(long + "\n")
+    with (folder / "b" / "test.txt").open("a") as file:
+        file.write("a blue square " * 20 + "\n")
+    data = PromptDataModule(str(folder), ["a", "b"], prompts_per_round=4, images_per_prompt=3, held_out_images=2)
+    run(checkpoints, tmp_path, WeightedSum(), data=data, rewards=("bright", "contrast"))
+    (told,) = [record.getMessage() for record in caplog.records if record.name == "marble_lightning.held_out"]
+    assert "the end of 2 of 42 prompts" in told
+    assert repr(long.strip()) in told
+
+
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_malformed_metadata_fails_before_any_weight_loads(small, tmp_path, split, monkeypatch):
+    folder = tmp_path / "prompts"
+    shutil.copytree(PROMPTS, folder)
+    bad = {"prompt": "two green circles", "include": [{"class": "circle", "count": "2"}]}
+    file = folder / "geneval" / f"{split}_metadata.jsonl"
+    file.write_text(json.dumps(bad) + "\n" + file.read_text())
+
+    def loading(*arguments: object) -> None:
+        raise AssertionError("weights were loaded")
+
+    monkeypatch.setattr("marble_lightning.policy.StableDiffusion3Pipeline.from_pretrained", loading)
+    with pytest.raises(ValueError, match=r"`geneval` must .*'two green circles' of source 'geneval'.*`count` >= 1"):
+        main(["fit", *small, "--data.folder", str(folder)])
+
+
+def test_classes_that_the_detector_does_not_know_are_found_beforehand():
+    judges = {"geneval": GenEval(ColourBlobs())}
+    fine = Prompt("a circle", "x", {"include": [{"class": "circle", "count": 1}]})
+    every_prompt_can_be_judged(judges, [fine, Prompt("without metadata", "x")])
+    zebra = Prompt("a zebra", "x", {"include": [{"class": "zebra", "count": 1}]})
+    with pytest.raises(ValueError, match="`geneval` must be able .*'a zebra'.*must know every class.*Found zebra"):
+        every_prompt_can_be_judged(judges, [fine, zebra])

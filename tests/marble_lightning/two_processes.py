@@ -10,9 +10,12 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback, Trainer
+from torch import Tensor
 
 import balancers
 from balancers import Balancer
+from marble_lightning.alarms import Alarms
+from marble_lightning.image_statistics import image_statistics
 from marble_lightning.module import DiffusionNFT
 from marble_lightning.objective import Coefficients
 from marble_lightning.policy import SD3Policy
@@ -31,8 +34,12 @@ class Keep(Callback):
 
     def __init__(self) -> None:
         self.rounds: list[list[MicroBatch]] = []
+        self.looks: list[Tensor] = []
+        """Image statistics of this rank's pictures, round by round."""
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: MicroBatch, batch_idx: int) -> None:
+        if pl_module.images is not None:
+            self.looks.append(image_statistics(pl_module.images, pl_module.rollout.groups))
         if batch_idx == 0:
             self.rounds.append([])
         self.rounds[-1].append(batch)
@@ -59,7 +66,7 @@ class Replay(DiffusionNFT):
 
 
 def train(kind: type[DiffusionNFT], checkpoints: Path, balancer: Balancer, recorded: Any = None, **options: Any) -> Any:
-    """Five optimizer steps; returns the module, its initial parameters and what it was given."""
+    """Five optimizer steps; returns the module, what it was given, and what its alarms compare with."""
     module = kind(
         SD3Policy(str(checkpoints / "sd3"), resolution=16, rank=2, alpha=4, text_length=4, dtype="float32"),
         rewards={"bright": Brightness(), "red": Redness(), "contrast": Contrast()},
@@ -70,14 +77,14 @@ def train(kind: type[DiffusionNFT], checkpoints: Path, balancer: Balancer, recor
         optimizer=lambda parameters: torch.optim.SGD(parameters, lr=10.0),
     )
     module.recorded = recorded  # type: ignore[assignment]
-    kept = Keep()
+    kept, alarms = Keep(), Alarms()
     trainer = Trainer(
         accelerator="cpu", max_epochs=STEPS, logger=False, enable_checkpointing=False, enable_progress_bar=False,
-        enable_model_summary=False, callbacks=[balancer, kept], limit_val_batches=0, **options,
+        enable_model_summary=False, callbacks=[balancer, kept, alarms], limit_val_batches=0, **options,
     )  # fmt: skip
     data = PromptDataModule(str(PROMPTS), ["ocr", "geneval"], prompts_per_round=4, images_per_prompt=3)
     trainer.fit(module, datamodule=data)
-    return module, kept.rounds
+    return module, kept, alarms
 
 
 def method(name: str) -> Balancer:
@@ -89,6 +96,13 @@ def method(name: str) -> Balancer:
 if __name__ == "__main__":
     warnings.filterwarnings("ignore")
     given, folder = Path(sys.argv[1]), Path(sys.argv[2])
-    trained, rounds = train(DiffusionNFT, given, method(sys.argv[3]), devices=2, strategy="ddp", default_root_dir=folder)
-    result = {"rounds": rounds, "parameters": [parameter.detach() for parameter in trained.trainable]}
+    trained, keep, watched = train(
+        DiffusionNFT, given, method(sys.argv[3]), devices=2, strategy="ddp", default_root_dir=folder
+    )
+    result = {
+        "rounds": keep.rounds,
+        "parameters": [parameter.detach() for parameter in trained.trainable],
+        "looks": keep.looks,
+        "reference": watched.reference,
+    }
     torch.save(result, folder / f"rank_{trained.global_rank}.pt")

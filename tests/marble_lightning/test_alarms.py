@@ -1,0 +1,182 @@
+"""Alarms go off when and only when pictures leave the base's range, in real runs, and survive a resume."""
+
+from __future__ import annotations
+
+import logging
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from lightning.pytorch import Callback
+
+from balancers import MARBLE, WeightedSum
+from marble_lightning.alarms import LEAST_SPREAD, Alarms, expected_range, measured
+from marble_lightning.cli import QUIET, main
+from marble_lightning.image_statistics import NAMES, brightness, image_statistics
+from marble_lightning.module import DiffusionNFT
+from marble_lightning.prompts import PromptDataModule
+from marble_lightning.tinyworld import PROMPTS
+from tests.marble_lightning.test_module import run
+
+pytestmark = [pytest.mark.filterwarnings(f"ignore:{known}") for known in QUIET]
+
+
+class Bleached(DiffusionNFT):
+    """Its pictures are white in some rounds, as if the policy had learnt that white wins."""
+
+    rounds: tuple[int, ...] = ()
+
+    def sample_round(self, seed):
+        rollout, images = super().sample_round(seed)
+        return rollout, torch.ones_like(images) if self.current_epoch in self.rounds else images
+
+
+class Seen(Callback):
+    """Keeps what callbacks can see of a round's pictures, batch by batch, and the figures logged at its end."""
+
+    def __init__(self) -> None:
+        self.images: list[torch.Tensor | None] = []
+        self.logged: list[dict[str, float]] = []
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        self.images.append(pl_module.images)
+
+    def on_train_epoch_end(self, trainer, pl_module):
+        figures = trainer.callback_metrics.items()
+        self.logged.append({name: float(value) for name, value in figures if name.startswith("images/")})
+
+
+def bleached(*rounds: int) -> type[Bleached]:
+    return type("Bleached", (Bleached,), {"rounds": rounds})
+
+
+def warnings_of(caplog) -> list[str]:
+    found = [record for record in caplog.records if record.name == "marble_lightning.alarms"]
+    assert all(record.levelno == logging.WARNING for record in found)
+    return [record.getMessage() for record in found]
+
+
+def test_an_ordinary_run_is_logged_and_sets_off_no_alarm(checkpoints, tmp_path, caplog):
+    seen, alarms = Seen(), Alarms()
+    module, _ = run(checkpoints, tmp_path, MARBLE(), rounds=4, callbacks=[alarms, seen])
+    assert warnings_of(caplog) == []
+    assert all(set(figures) == {f"images/{name}" for name in NAMES} for figures in seen.logged)
+    first_of_round = [index % module.plan.total == 0 for index in range(4 * module.plan.total)]
+    assert [images is not None for images in seen.images] == first_of_round
+    assert module.images is None
+    shown = [images for images in seen.images if images is not None]
+    for figures, images in zip(seen.logged, shown, strict=True):
+        assert figures["images/brightness"] == pytest.approx(float(brightness(images).mean()), abs=1e-6)
+    groups = torch.arange(4).repeat_interleave(3)
+    assert alarms.reference == measured(image_statistics(shown[0], groups))
+
+
+@pytest.mark.parametrize(
+    ("rounds", "patience", "expected"),
+    [
+        ((2,), 2, []),  # once is no alarm
+        ((2, 3), 2, [3]),
+        ((1, 2, 3, 4), 2, [2]),  # one warning until it is back
+        ((1, 3, 4), 2, [4]),
+        ((2, 4), 1, [2, 4]),
+    ],
+)
+def test_when_an_alarm_goes_off(checkpoints, tmp_path, caplog, rounds, patience, expected):
+    run(checkpoints, tmp_path, WeightedSum(), 5, [Alarms(patience=patience)], kind=bleached(*rounds))
+    found = [text for text in warnings_of(caplog) if "images/brightness" in text]
+    assert [text.split(":")[0] for text in found] == [f"Round {index}" for index in expected]
+    for text in found:
+        assert "images/brightness = 1.000 is out of the base policy's range, " in text
+        assert "model.objective.kl_weight" in text and "`alarms.factor`" in text
+    if expected:
+        assert any("images/diversity = 0.000" in text for text in warnings_of(caplog))
+
+
+def test_a_wide_factor_sets_off_no_alarm(checkpoints, tmp_path, caplog):
+    run(checkpoints, tmp_path, WeightedSum(), 3, [Alarms(factor=math.inf, patience=1)], kind=bleached(1, 2))
+    assert warnings_of(caplog) == []
+
+
+def test_looking_changes_nothing_in_the_run(checkpoints, tmp_path):
+    plain, _ = run(checkpoints, tmp_path, MARBLE(), rounds=3)
+    watched, _ = run(checkpoints, tmp_path, MARBLE(), rounds=3, callbacks=[Alarms()])
+    for ours, theirs in zip(plain.trainable, watched.trainable, strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def test_a_resumed_run_compares_with_the_same_base_and_goes_on_counting(checkpoints, tmp_path, caplog):
+    kind, file, before = bleached(1, 2, 3), tmp_path / "two_rounds.ckpt", Alarms()
+    module, _ = run(checkpoints, tmp_path, WeightedSum(), 2, [before], kind=kind)
+    module.trainer.save_checkpoint(file)
+    assert warnings_of(caplog) == []
+    after = Alarms()
+    run(checkpoints, tmp_path, WeightedSum(), 4, [after], kind=kind, ckpt_path=file)
+    assert after.reference == before.reference
+    assert any(text.startswith("Round 2: images/brightness = 1.000") for text in warnings_of(caplog))
+    assert after.outside["brightness"] == 3
+
+
+def test_no_base_no_alarm_and_a_word_about_it(checkpoints, tmp_path, caplog):
+    module, _ = run(checkpoints, tmp_path, WeightedSum(), 1)
+    module.trainer.save_checkpoint(tmp_path / "without.ckpt")
+    run(checkpoints, tmp_path, WeightedSum(), 4, [Alarms(patience=1)], kind=bleached(2), ckpt_path=tmp_path / "without.ckpt")
+    (told,) = warnings_of(caplog)
+    assert "the run goes on from a checkpoint without one" in told
+    caplog.clear()
+    data = PromptDataModule(str(PROMPTS), ["geneval"], prompts_per_round=1, images_per_prompt=6)
+    run(checkpoints, tmp_path, WeightedSum(), 3, [Alarms(patience=1)], kind=bleached(1), data=data)
+    (told,) = warnings_of(caplog)
+    assert "the run has one prompt a round" in told
+
+
+def test_the_command_line_logs_and_keeps_them(small, tmp_path):
+    main(["fit", *small, "--alarms.patience", "3", "--alarms.factor", ".inf"])
+    saved = torch.load(Path(tmp_path) / "tiny/version_0/checkpoints/last.ckpt", weights_only=True)
+    state = next(state for name, state in saved["callbacks"].items() if name.startswith("Alarms"))
+    assert set(state["reference"]) == set(NAMES)
+    assert all(math.isfinite(value) for pair in state["reference"].values() for value in pair)
+
+
+def test_the_base_is_measured_over_prompts_and_few_prompts_have_a_wide_spread():
+    figures = torch.tensor([0.0, 0.1, 0.2, 0.3]).double()[:, None].expand(4, len(NAMES))
+    mean, spread = measured(figures)["contrast"]
+    assert mean == pytest.approx(0.15)
+    assert spread == pytest.approx(0.12910 * (3 / 0.58437) ** 0.5, rel=1e-4)  # chi-square of 3 at 0.1, from a table
+    assert measured(figures.repeat(100, 1))["contrast"][1] == pytest.approx(0.1118 * 1.05, rel=0.01)
+    with pytest.raises(ValueError, match="at least two. Found 1"):
+        measured(figures[:1])
+
+
+@pytest.mark.parametrize(
+    ("name", "reference", "factor", "expected"),
+    [
+        ("brightness", (0.5, 0.1), 2.0, (0.3, 0.7)),
+        ("brightness", (0.5, 0.1), 4.0, (0.1, 0.9)),
+        ("diversity", (0.2, 0.3), 2.0, (0.05, 0.8)),  # spreads reach below 0, so a fall to a quarter counts
+        ("contrast", (0.3, 0.0), 2.0, (0.28, 0.32)),  # never nearer than the least spread allows
+        ("clipping", (0.0, 0.0), 2.0, (-0.1, 0.1)),
+        ("contrast", (0.3, 0.1), math.inf, (-math.inf, math.inf)),
+    ],
+)
+def test_ranges(name, reference, factor, expected):
+    assert expected_range(name, reference, factor) == pytest.approx(expected)
+    assert set(LEAST_SPREAD) == set(NAMES)
+
+
+def test_a_statistic_that_is_not_a_number_is_out_of_range(caplog):
+    class Later:
+        global_step, current_epoch = 1, 3
+
+    alarms = Alarms(patience=1)
+    alarms.reference = dict.fromkeys(NAMES, (0.5, 0.1))
+    alarms._judge(Later(), torch.zeros(2, len(NAMES)), dict.fromkeys(NAMES, 0.5) | {"contrast": math.nan})
+    (told,) = warnings_of(caplog)
+    assert "images/contrast = nan" in told
+
+
+def test_bad_settings():
+    with pytest.raises(ValueError, match="`factor` must be > 0. Found nan"):
+        Alarms(factor=math.nan)
+    with pytest.raises(ValueError, match="`patience` must be >= 1. Found 0"):
+        Alarms(patience=0)
