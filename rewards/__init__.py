@@ -23,6 +23,7 @@ from rewards.geneval_rules import Verdict
 from rewards.hpsv2 import HPSv2
 from rewards.imagereward import ImageReward
 from rewards.jpeg import JPEGCompressibility
+from rewards.mask2former import Mask2Former
 from rewards.ocr import OCR
 from rewards.pickscore import PickScore
 from rewards.remote import RemoteReward
@@ -38,6 +39,7 @@ __all__ = [
     "HPSv2",
     "ImageReward",
     "JPEGCompressibility",
+    "Mask2Former",
     "PickScore",
     "Prompt",
     "RemoteReward",

@@ -54,6 +54,11 @@ class GenEval(Reward):
         for name, value in (("threshold", threshold), ("counting_threshold", counting_threshold)):
             if not 0 <= value <= 1:
                 raise ValueError(f"GenEval: `{name}` must be in [0, 1]. Found {value}. Detector scores lie there.")
+            if value < detector.min_score:
+                raise ValueError(
+                    f"GenEval: `{name}` must be at least the detector's `min_score`, {detector.min_score}, below which it "
+                    f"returns nothing. Found {value}. Lower `detector.min_score`."
+                )
         if max_objects < 1:
             raise ValueError(f"GenEval: `max_objects` must be >= 1. Found {max_objects}. The benchmark keeps 16.")
         self.detector = detector

@@ -18,7 +18,7 @@ IMAGE_SIZE = 32
 POSITIONS = 12
 
 
-def write_clip(folder: Path, *, seed: int = 0, image_size: int = IMAGE_SIZE) -> Path:
+def write_clip(folder: Path, *, seed: int = 0, image_size: int = IMAGE_SIZE, positions: int = POSITIONS) -> Path:
     """A CLIPModel folder as published ones: config, safetensors, vocab.json, merges.txt, preprocessor_config.json."""
     from transformers import CLIPConfig, CLIPModel
 
@@ -50,7 +50,7 @@ def write_clip(folder: Path, *, seed: int = 0, image_size: int = IMAGE_SIZE) -> 
         text_config={
             **small,
             "vocab_size": len(vocabulary),
-            "max_position_embeddings": POSITIONS,
+            "max_position_embeddings": positions,
             "bos_token_id": len(vocabulary) - 2,
             "eos_token_id": len(vocabulary) - 1,
             "pad_token_id": len(vocabulary) - 1,
@@ -109,6 +109,15 @@ def remote_url() -> Iterator[str]:
 def chat_url() -> Iterator[str]:
     with ScriptedServer(chat) as server:
         yield server.url + "/v1"
+
+
+@pytest.fixture(scope="session")
+def published_metadata() -> list[dict]:
+    """GenEval's prompts of the published runs, which are no part of this project."""
+    file = Path(__file__).parents[3] / "shared/prompts/geneval/test_metadata.jsonl"
+    if not file.exists():
+        pytest.skip(f"there is no {file}")
+    return [json.loads(line) for line in file.read_text().splitlines()]
 
 
 def render(text: str, size: int = 256, font_size: int = 60) -> torch.Tensor:

@@ -1,5 +1,7 @@
 """GenEval's rules case by case, each expectation derived by hand, and the reward around them."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -26,6 +28,9 @@ RED_CAT = [want("cat", color="red")]
 TWO_RED_CATS = [want("cat", 2, color="red")]
 # "a photo of a dog right of a cat": the published files list the target first.
 DOG_RIGHT_OF_CAT = [want("cat"), want("dog", position=["right of", 0])]
+DOG_LEFT_OF_CAT = [want("cat"), want("dog", position=["left of", 0])]
+DOG_ABOVE_CAT = [want("cat"), want("dog", position=["above", 0])]
+DOG_BELOW_CAT = [want("cat"), want("dog", position=["below", 0])]
 ATTRIBUTES = [want("cat", color="red"), want("dog", color="blue")]
 
 # name: tag, include, exclude, detections, correct, strict, partial
@@ -42,10 +47,17 @@ CASES = {
     "three too many": ("single_object", [want("cat")], [], [see("cat")] * 4, True, False, -2.0),
     # 20 candidates are cut to 16: 1 - 15 = -14.
     "at most sixteen": ("single_object", [want("cat")], [], [see("cat")] * 20, True, False, -14.0),
+    # 1 - 14 and 1 - 15: the seventeenth is the first that is dropped.
+    "fifteen": ("single_object", [want("cat")], [], [see("cat")] * 15, True, False, -13.0),
+    "sixteen": ("single_object", [want("cat")], [], [see("cat")] * 16, True, False, -14.0),
+    "seventeen": ("single_object", [want("cat")], [], [see("cat")] * 17, True, False, -14.0),
     # two_object: mean over two clauses.
     "both": ("two_object", [want("cat"), want("dog")], [], [see("cat"), see("dog")], True, True, 1.0),
     "one of both": ("two_object", [want("cat"), want("dog")], [], [see("dog")], False, False, 0.5),
     "neither of both": ("two_object", [want("cat"), want("dog")], [], [see("cow")], False, False, 0.0),
+    # cats 1 - |1 - 2| / 1 = 0, dogs 1.
+    "one of both twice": ("two_object", [want("cat"), want("dog")], [], [see("cat")] * 2 + [see("dog")], True, False, 0.5),
+    "unsure of one": ("two_object", [want("cat"), want("dog")], [], [see("cat"), see("dog", 0.3)], False, False, 0.5),
     # counting: threshold 0.9, and the file excludes count + 1.
     "two": ("counting", [want("cat", 2)], [want("cat", 3)], [see("cat")] * 2, True, True, 1.0),
     "one of two": ("counting", [want("cat", 2)], [want("cat", 3)], [see("cat")], False, False, 0.5),
@@ -54,6 +66,14 @@ CASES = {
     # The second is below 0.9, so only one counts.
     "unsure second": ("counting", [want("cat", 2)], [want("cat", 3)], [see("cat"), see("cat", 0.9)], False, False, 0.5),
     "unsure third": ("counting", [want("cat", 2)], [], [see("cat")] * 2 + [see("cat", 0.8)], True, True, 1.0),
+    "sure enough": ("counting", [want("cat", 2)], [want("cat", 3)], [see("cat", 0.91)] * 2, True, True, 1.0),
+    "sure third": ("counting", [want("cat", 2)], [want("cat", 3)], [see("cat", 0.91)] * 3, False, False, 0.5),
+    # Of four: 1 - 1/4 on either side, 1 - 4/4 where there is none, 1 - 5/4 where there are nine.
+    "four": ("counting", [want("cat", 4)], [want("cat", 5)], [see("cat")] * 4, True, True, 1.0),
+    "three of four": ("counting", [want("cat", 4)], [want("cat", 5)], [see("cat")] * 3, False, False, 0.75),
+    "five for four": ("counting", [want("cat", 4)], [want("cat", 5)], [see("cat")] * 5, False, False, 0.75),
+    "none of four": ("counting", [want("cat", 4)], [want("cat", 5)], [], False, False, 0.0),
+    "nine for four": ("counting", [want("cat", 4)], [want("cat", 5)], [see("cat")] * 9, False, False, -0.25),
     # Without the tag the same third one counts.
     "third without tag": ("colors", [want("cat", 2)], [], [see("cat")] * 2 + [see("cat", 0.8)], True, False, 0.5),
     # An excluded class that is there: accuracy fails; strict and partial look at `include` alone.
@@ -94,6 +114,13 @@ CASES = {
     ),
     # Number 0.5 and one 0 for the colour: mean 0.25.
     "one red for two": ("colors", TWO_RED_CATS, [], [see("cat", colour="red")], False, False, 0.25),
+    # The best two are red. Number 1 - 1/2 and one 0 for the colour.
+    "three red for two": ("colors", TWO_RED_CATS, [], [see("cat", colour="red")] * 3, True, False, 0.25),
+    # Number 1 - 1/1 and one 0.
+    "two red for one": ("colors", RED_CAT, [], [see("cat", colour="red")] * 2, True, False, 0.0),
+    "unsure red": ("colors", RED_CAT, [], [see("cat", 0.3, colour="red")], False, False, 0.0),
+    # Number 1, colour 1 - |2 - 0| / 2.
+    "none of two red": ("colors", TWO_RED_CATS, [], [see("cat", colour="blue")] * 2, False, False, 0.5),
     # color_attr: (1 + 1 + 1 + 1) / 4 and (1 + 0 + 1 + 1) / 4.
     "attributes": (
         "color_attr",
@@ -122,8 +149,49 @@ CASES = {
         False,
         0.75,
     ),
+    # The cat's number and colour, the dog's number and one 0: (1 + 1 + 0 + 0) / 4.
+    "no second attribute": ("color_attr", ATTRIBUTES, [], [see("cat", colour="red")], False, False, 0.5),
+    # Cats 1 - 1/1 and one 0, the dog 1 and 1.
+    "attribute twice": (
+        "color_attr",
+        ATTRIBUTES,
+        [],
+        [see("cat", colour="red")] * 2 + [see("dog", colour="blue")],
+        True,
+        False,
+        0.5,
+    ),
     # position: parts are number of cats, number of dogs, relation.
     "right of": ("position", DOG_RIGHT_OF_CAT, [], [see("cat", box=LEFT), see("dog", box=RIGHT)], True, True, 1.0),
+    "left of": ("position", DOG_LEFT_OF_CAT, [], [see("cat", box=RIGHT), see("dog", box=LEFT)], True, True, 1.0),
+    "above": ("position", DOG_ABOVE_CAT, [], [see("cat", box=BOTTOM), see("dog", box=TOP)], True, True, 1.0),
+    "below": ("position", DOG_BELOW_CAT, [], [see("cat", box=TOP), see("dog", box=BOTTOM)], True, True, 1.0),
+    "above instead": ("position", DOG_BELOW_CAT, [], [see("cat", box=BOTTOM), see("dog", box=TOP)], False, False, 2 / 3),
+    # Centres 8 apart leave 8 - 4 = 4, which is half of 8 and not more; 9 apart leave 5.
+    "hardly right of": (
+        "position",
+        DOG_RIGHT_OF_CAT,
+        [],
+        [see("cat"), see("dog", box=(48, 40, 68, 60))],
+        False,
+        False,
+        2 / 3,
+    ),
+    "just right of": ("position", DOG_RIGHT_OF_CAT, [], [see("cat"), see("dog", box=(49, 40, 69, 60))], True, True, 1.0),
+    # Below as well, and right of it all the same.
+    "diagonal": ("position", DOG_RIGHT_OF_CAT, [], [see("cat"), see("dog", box=(80, 80, 100, 100))], True, True, 1.0),
+    # The better dog stands right. Cats 1, dogs 1 - 1/1, one 0.
+    "dog on either side": (
+        "position",
+        DOG_RIGHT_OF_CAT,
+        [],
+        [see("cat"), see("dog", 0.9, RIGHT), see("dog", 0.8, LEFT)],
+        True,
+        False,
+        1 / 3,
+    ),
+    # The cat does not count: cats 0, dogs 1, relation 0.
+    "unsure target": ("position", DOG_RIGHT_OF_CAT, [], [see("cat", 0.3), see("dog", box=RIGHT)], False, False, 1 / 3),
     # A failed relation is one 0, not a 0 and a 1: (1 + 1 + 0) / 3.
     "left instead": (
         "position",
@@ -206,6 +274,55 @@ def test_full_partial_score_is_strictness(name: str) -> None:
     tag, include, exclude, detections, *_ = CASES[name]
     verdict = evaluate({"tag": tag, "include": include, "exclude": exclude}, detections[::-1], colours)
     assert verdict.strict == (verdict.partial == 1)
+
+
+PLACES = {"left of": LEFT, "right of": RIGHT, "above": TOP, "below": BOTTOM}
+
+
+def ideal(metadata: dict) -> list[Detection]:
+    """Detections that meet a published prompt: its targets in the middle, what is placed relative to them around it."""
+    return [
+        see(clause["class"], 0.95, PLACES[clause["position"][0]] if "position" in clause else MIDDLE, clause.get("color"))
+        for clause in metadata["include"]
+        for _ in range(clause["count"])
+    ]
+
+
+def test_published_prompts_are_met_by_what_they_ask_for(published_metadata: list[dict]) -> None:
+    assert len(published_metadata) == 300
+    assert {line["tag"] for line in published_metadata} == {
+        "single_object", "two_object", "counting", "colors", "color_attr", "position"
+    }  # fmt: skip
+    for line in published_metadata:
+        assert evaluate(line, ideal(line), colours) == Verdict(correct=True, strict=True, partial=1.0), line["prompt"]
+
+
+def test_published_prompts_notice_what_is_wrong(published_metadata: list[dict]) -> None:
+    broken = dict.fromkeys(("missing", "colour", "place", "surplus"), 0)
+
+    def refused(kind: str, line: dict, detections: list[Detection]) -> None:
+        verdict = evaluate(line, detections, colours)
+        assert not verdict.correct and not verdict.strict and verdict.partial < 1, (kind, line["prompt"])
+        broken[kind] += 1
+
+    for line in published_metadata:
+        met = ideal(line)
+        for index in range(len(met)):
+            refused("missing", line, met[:index] + met[index + 1 :])
+            if met[index].colour is not None:
+                other = replace(met[index], colour="red" if met[index].colour != "red" else "green")
+                refused("colour", line, [*met[:index], other, *met[index + 1 :]])
+        if line["tag"] == "position":
+            target, placed = met
+            refused("place", line, [replace(target, box=placed.box), replace(placed, box=target.box)])
+        if line["tag"] == "counting":
+            refused("surplus", line, [*met, met[0]])
+    assert broken == {
+        "missing": sum(len(ideal(line)) for line in published_metadata),
+        "colour": 164,
+        "place": 56,
+        "surplus": 50,
+    }
 
 
 @pytest.mark.parametrize(
@@ -322,6 +439,14 @@ def test_thresholds_are_arguments(BrightBlobs: type[Detector]) -> None:
     assert GenEval(BrightBlobs(), counting_threshold=0.7)(images=PICTURES[:1], prompts=[counting]).item() == 1
     assert GenEval(BrightBlobs(), threshold=0.8)(images=PICTURES[:1], prompts=[TWO_CATS]).item() == 0
     assert GenEval(BrightBlobs(), max_objects=1)(images=PICTURES[:1], prompts=[TWO_CATS]).item() == 0.25
+
+
+def test_a_threshold_below_what_the_detector_returns_is_refused(BrightBlobs: type[Detector]) -> None:
+    detector = BrightBlobs()
+    detector.min_score = 0.5
+    GenEval(detector, threshold=0.5)
+    with pytest.raises(ValueError, match=r"`threshold` must be at least the detector's `min_score`, 0\.5.* Found 0\.4"):
+        GenEval(detector, threshold=0.4)
 
 
 def test_detector_is_loaded_and_frozen(BrightBlobs: type[Detector]) -> None:

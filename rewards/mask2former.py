@@ -1,0 +1,178 @@
+"""The detector GenEval was published with: Mask2Former on COCO, and CLIP for colours."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+from weakref import WeakValueDictionary
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from rewards.clip_loading import check_dtype
+from rewards.coco import COCO_CLASSES, coco_names
+from rewards.colours import ColourClassifier
+from rewards.detectors import Detection, Detector
+from rewards.geneval_rules import THRESHOLD
+from rewards.instances import DetectorPreprocess, find_instances
+
+_models: WeakValueDictionary[tuple[str | None, ...], Any] = WeakValueDictionary()
+"""Models in use, by where they come from, so that detectors of one checkpoint share it."""
+
+
+class Mask2Former(Detector):
+    """COCO's 80 classes by instance segmentation, their colours by zero-shot CLIP.
+
+    Every class of every query is a candidate, and its score is the class's probability times the mean probability of its
+    mask, see `rewards.instances.find_instances`. Boxes are drawn around the masks.
+
+    Source: Cheng et al., "Masked-attention Mask Transformer for Universal Image Segmentation", 2022, as used by Ghosh,
+    Hajishirzi, Schmidt, "GenEval", 2023.
+
+    Args:
+        path: folder or hub id of a transformers-format Mask2FormerForUniversalSegmentation trained on COCO instances,
+            with its preprocessor_config.json.
+        revision: branch, tag or commit of `path`. None: its main branch.
+        dtype: number format of the weights of both networks: "float32", "bfloat16" or "float16". Scores are float32.
+        colour_path: folder or hub id of the CLIPModel that names colours.
+        colour_revision: branch, tag or commit of `colour_path`. None: its main branch.
+        short_side: pixels that the shorter side of images is brought to, >= 1. The benchmark's is 800; the checkpoint's
+            own preprocessor_config.json may say otherwise.
+        long_side: most pixels of the longer side, >= `short_side`.
+        min_score: candidates that score no more are left out, in [0, 1). It must not be above GenEval's `threshold`,
+            which could not see them.
+
+    Shape:
+        - images: (B, 3, H, W)
+
+    Raises:
+        ValueError: if an argument is out of range.
+    """
+
+    classes = frozenset(COCO_CLASSES)
+
+    def __init__(
+        self,
+        path: str = "facebook/mask2former-swin-small-coco-instance",
+        revision: str | None = None,
+        dtype: str = "float32",
+        colour_path: str = "openai/clip-vit-large-patch14",
+        colour_revision: str | None = None,
+        short_side: int = 800,
+        long_side: int = 1333,
+        min_score: float = THRESHOLD,
+    ) -> None:
+        super().__init__()
+        if not 0 <= min_score < 1:
+            raise ValueError(f"Mask2Former: `min_score` must be in [0, 1). Found {min_score}. Scores lie there.")
+        if not 1 <= short_side <= long_side:
+            raise ValueError(
+                f"Mask2Former: `short_side` must be >= 1 and at most `long_side`. Found {short_side} and {long_side}. "
+                "The benchmark's are 800 and 1333."
+            )
+        self.path, self.revision = path, revision
+        self.dtype = check_dtype("Mask2Former", dtype)
+        self.short_side, self.long_side, self.min_score = short_side, long_side, min_score
+        self.classifier = ColourClassifier(colour_path, colour_revision, dtype)
+        self.model: Any = None
+        self.preprocess: DetectorPreprocess | None = None
+        self.names: list[str] = []
+
+    def setup(self) -> None:
+        """Load both networks."""
+        self.classifier.setup()
+        if self.model is not None:
+            return
+        config, numbers = _describe(self.path, self.revision)
+        self.names = coco_names("Mask2Former", config.get("id2label", {}), self.path)
+        self.preprocess = DetectorPreprocess.from_config(numbers, self.short_side, self.long_side)
+        key = (self.path, self.revision, self.dtype)
+        model = _models.get(key)
+        if model is None:
+            model = _models[key] = _load(self.path, self.revision, getattr(torch, self.dtype))
+        self.model = model.requires_grad_(False).eval()
+
+    @torch.no_grad()
+    def detect(self, images: Float[Tensor, "b 3 h w"]) -> list[list[Detection]]:
+        """All candidates of each image that score above `min_score`.
+
+        Raises:
+            RuntimeError: if `setup` was not called.
+        """
+        if self.model is None or self.preprocess is None:
+            raise RuntimeError(
+                "Mask2Former: weights must be loaded before detecting. Found none. Call `setup()` once, then `to(device)`."
+            )
+        pixels = self.preprocess(images.to(self.model.device)).to(self.model.dtype)
+        output = self.model(pixel_values=pixels)
+        height, width = images.shape[-2:]
+        input_height, input_width = pixels.shape[-2:]
+        return [
+            find_instances(
+                class_logits,
+                mask_logits,
+                self.names,
+                input_size=(input_height, input_width),
+                image_size=(height, width),
+                min_score=self.min_score,
+            )
+            for class_logits, mask_logits in zip(output.class_queries_logits, output.masks_queries_logits, strict=True)
+        ]
+
+    def colours(self, image: Float[Tensor, "3 h w"], detections: Sequence[Detection]) -> list[str]:
+        """What CLIP sees, see `ColourClassifier`."""
+        return self.classifier.classify(image, detections)
+
+
+def _pin(revision: str | None) -> dict[str, Any]:
+    return {} if revision is None else {"revision": revision}
+
+
+def _describe(path: str, revision: str | None) -> tuple[dict[str, Any], dict[str, Any]]:
+    """config.json and preprocessor_config.json."""
+    from transformers import PretrainedConfig
+    from transformers.image_processing_base import ImageProcessingMixin
+
+    with _explained(path):
+        config, _ = PretrainedConfig.get_config_dict(path, **_pin(revision))
+        if not config:  # what transformers returns where a folder has no config.json
+            raise OSError("there is no config.json")
+    if config.get("model_type") != "mask2former":
+        raise ValueError(
+            "Mask2Former: `path` must hold a Mask2FormerForUniversalSegmentation (model_type 'mask2former' in config.json). "
+            f"Found {config.get('model_type')!r} in '{path}'. Point it to a transformers-format Mask2Former folder."
+        )
+    with _explained(path):
+        numbers, _ = ImageProcessingMixin.get_image_processor_dict(path, **_pin(revision))
+    return config, numbers
+
+
+def _load(path: str, revision: str | None, dtype: torch.dtype) -> Any:
+    from transformers import Mask2FormerForUniversalSegmentation
+
+    with _explained(path):
+        model, report = Mask2FormerForUniversalSegmentation.from_pretrained(
+            path, dtype=dtype, output_loading_info=True, **_pin(revision)
+        )
+    # transformers would leave them random. The training loss has a buffer of its own, which detecting does without.
+    missing = sorted(name for name in report["missing_keys"] if not name.startswith("criterion."))
+    if missing:
+        raise ValueError(
+            f"Mask2Former: the checkpoint in '{path}' must hold every weight of its model. Found {len(missing)} missing, "
+            f"such as {missing[0]}. Download it again."
+        )
+    return model
+
+
+@contextmanager
+def _explained(path: str) -> Iterator[None]:
+    """Say what a folder must hold instead of what the library tripped over."""
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().partition("\n")[0].rstrip(".")
+        raise FileNotFoundError(
+            "Mask2Former: `path` must be a folder or hub id of a transformers-format Mask2FormerForUniversalSegmentation "
+            f"(config.json, weights and preprocessor_config.json). Found '{path}': {reason}. Check the spelling, or "
+            "download the repository where there is a network and give its folder."
+        ) from error
