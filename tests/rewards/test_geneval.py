@@ -43,7 +43,7 @@ def test_judge_gives_all_three_at_once(BrightBlobs: type[Detector]) -> None:
 
 
 def test_thresholds_are_arguments(BrightBlobs: type[Detector]) -> None:
-    counting = Prompt("two cats", "geneval", {"tag": "counting", "include": [want("cat", 2)]})
+    counting = Prompt("two cats", "geneval", {"tag": "counting", "include": [{"class": "cat", "count": 2}]})
     # Both cats score about 0.73, below the 0.9 of counting.
     assert GenEval(BrightBlobs())(images=PICTURES[:1], prompts=[counting]).item() == 0
     assert GenEval(BrightBlobs(), counting_threshold=0.7)(images=PICTURES[:1], prompts=[counting]).item() == 1

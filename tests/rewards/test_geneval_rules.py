@@ -3,6 +3,7 @@
 from dataclasses import replace
 
 import pytest
+import torch
 
 from rewards import Detection
 from rewards.geneval_rules import Verdict, evaluate, keep, relations
