@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from rewards import Detection, Detector, GenEval, Prompt
+from rewards import Detection, Detector, GenEval, Prompt, Verdict
 
 
 def see(label: str) -> Detection:
