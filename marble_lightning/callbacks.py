@@ -18,7 +18,7 @@ from torch import Tensor
 from marble_lightning.held_out import HeldOut
 from marble_lightning.module import DiffusionNFT
 from marble_lightning.pictures import grid, scores_text, to_image
-from marble_lightning.table import held_out_table
+from marble_lightning.table import held_out_table, tags_table
 
 
 class ProgressBar(TQDMProgressBar):
@@ -113,15 +113,16 @@ class HeldOutTable(Callback):
 
     @staticmethod
     def _show(trainer: Trainer, module: LightningModule) -> None:
-        if isinstance(module, DiffusionNFT) and module.trained_scores is not None:
-            console = Console(width=110)
-            names, scores = list(module.judges), module.trained_scores
-            if trainer.state.fn != "fit" and not trainer.ckpt_path:
-                console.print(held_out_table(names, scores, heading="base"))
-                return
-            console.print(held_out_table(names, scores, base=module.base_scores))
-            if module.base_scores is None:
-                console.print("No base beside it: it was not measured on these prompts (`num_sanity_val_steps: -1` does).")
+        if not isinstance(module, DiffusionNFT) or module.trained_scores is None:
+            return
+        console, scores = Console(width=110), module.trained_scores
+        alone = trainer.state.fn != "fit" and not trainer.ckpt_path  # what was judged is the base itself
+        heading, base = ("base", None) if alone else ("trained", module.base_scores)
+        console.print(held_out_table(list(module.judges), scores, heading=heading, base=base))
+        if tags := module.by_tag(scores):
+            console.print(tags_table(tags, heading=heading, base=None if base is None else module.by_tag(base)))
+        if base is None and not alone:
+            console.print("No base beside it: it was not measured on these prompts (`num_sanity_val_steps: -1` does).")
 
 
 class PictureWriter(BasePredictionWriter):

@@ -16,7 +16,7 @@ from marble_lightning.policy import SD3Policy, is_adapter
 from marble_lightning.scoring import Scorer
 from marble_lightning.seeds import derived_seed, generator
 from marble_lightning.settings import Evaluation, Scoring
-from marble_lightning.table import per_prompt
+from marble_lightning.table import MEAN_OF_TAGS, per_prompt
 from rewards import Prompt, Reward
 
 log = logging.getLogger(__name__)
@@ -121,13 +121,33 @@ class HeldOutEvaluation(LightningModule):
             self.base_scores = scores
         else:
             self.trained_scores = scores
-        means = {f"held_out/{name}": column.nanmean() for name, column in zip(self.judges, scores.T, strict=True)}
+        columns = {**dict(zip(self.judges, scores.T, strict=True)), **self.by_tag(scores)}
+        means = {f"held_out/{name}": column.nanmean() for name, column in columns.items()}
         if not self.trainer.sanity_checking:
             self.log_dict(means)
         elif self.logger is not None:
             self.logger.log_metrics({name: float(mean) for name, mean in means.items()}, step=0)
 
     on_test_epoch_end = on_validation_epoch_end
+
+    def by_tag(self, scores: Tensor) -> dict[str, Tensor]:
+        """Scores (prompt,) of each judge and tag, as `geneval/counting`, NaN for other prompts; then the mean over its tags.
+
+        Args:
+            scores: Held-out scores (prompt, judge). Nothing is told apart where they are not those of all prompts.
+        """
+        data, found = the_data(self.trainer), dict[str, Tensor]()
+        prompts = data.held_out[:: data.held_out_images]
+        for (name, judge), column in zip(self.judges.items(), scores.T, strict=True):
+            tags = [judge.tag(prompt) if judge.applies_to(prompt) else None for prompt in prompts]
+            if len(tags) == len(column) and any(tags):
+                own = {
+                    f"{name}/{tag}": torch.where(torch.tensor([each == tag for each in tags]), column, torch.nan)
+                    for tag in dict.fromkeys(filter(None, tags))
+                }
+                found |= own
+                found[f"{name}/{MEAN_OF_TAGS}"] = torch.stack([each.nanmean() for each in own.values()]).mean()[None]
+        return found
 
     # Checkpoints ----------------------------------------------------------------------------------------------------
 

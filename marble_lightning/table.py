@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -10,6 +10,9 @@ import torch
 from jaxtyping import Float
 from rich.table import Table
 from torch import Tensor
+
+MEAN_OF_TAGS = "mean_of_tags"
+"""Beside the tags themselves: a benchmark's score, where its tags count alike."""
 
 
 class Summary(NamedTuple):
@@ -73,3 +76,30 @@ def held_out_table(
                  ((title, column[index]) for title, column in columns.items())]  # fmt: skip
         table.add_row(name, str(columns[heading][index].n), *cells)
     return table
+
+
+def tags_table(
+    scores: Mapping[str, Float[Tensor, " prompt"]],
+    *,
+    heading: str = "trained",
+    base: Mapping[str, Float[Tensor, " prompt"]] | None = None,
+) -> Table:
+    """Means tag by tag, a column for each judge that tells tags apart.
+
+    Args:
+        scores: By judge and tag, as `geneval/counting`, NaN for prompts with another tag.
+        heading: Whose scores these are.
+        base: Scores of the base on the same prompts and noise, put before the others.
+    """
+    judges, tags = (list(dict.fromkeys(name.split("/", 1)[part] for name in scores)) for part in (0, 1))
+    table = Table(title=f"By tag, {heading if base is None else f'base -> {heading}'}")
+    table.add_column("tag", no_wrap=True)
+    for judge in judges:
+        table.add_column(judge, justify="right", no_wrap=True)
+    for tag in sorted(tags, key=lambda tag: (tag == MEAN_OF_TAGS, tag)):
+        table.add_row(tag, *(" -> ".join(_means(f"{judge}/{tag}", base, scores)) for judge in judges))
+    return table
+
+
+def _means(name: str, *columns: Mapping[str, Tensor] | None) -> list[str]:
+    return [f"{each[name].nanmean():.4f}" for each in columns if each is not None and name in each]

@@ -70,6 +70,10 @@ class Reward(nn.Module, ABC):
             ValueError: with what is wrong and its remedy.
         """
 
+    def tag(self, prompt: Prompt) -> str | None:
+        """What kind of prompt this is, where held-out scores are also wanted kind by kind. Default: None, all are alike."""
+        return None
+
     @abstractmethod
     def score(self, *, images: Float[Tensor, "b 3 h w"], prompts: Sequence[Prompt]) -> Float[Tensor, "b"]:
         """Judge each image against its own prompt, higher is better.

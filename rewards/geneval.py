@@ -76,6 +76,10 @@ class GenEval(Reward):
         """Only prompts that say which objects to include."""
         return bool(prompt.metadata.get("include"))
 
+    def tag(self, prompt: Prompt) -> str | None:
+        """One of the benchmark's six tasks; its score is the mean over them of `score: accuracy`."""
+        return prompt.metadata.get("tag")
+
     def check_prompt(self, prompt: Prompt) -> None:
         """Reject metadata the rules cannot judge, and classes the detector is known not to know."""
         check(prompt.metadata)

@@ -29,8 +29,12 @@ def adapters(path: Path) -> dict[str, torch.Tensor]:
 
 
 def column(shown: str, title: str) -> dict[str, str]:
-    """A column of the printed table, by reward."""
-    rows = [line.strip("│┃").replace("┃", "│").split("│") for line in shown.splitlines() if line[:1] in ("│", "┃")]
+    """A column of the first printed table, by reward."""
+    rows = [
+        line.strip("│┃").replace("┃", "│").split("│")
+        for line in shown.partition("└")[0].splitlines()
+        if line[:1] in ("│", "┃")
+    ]
     cells = [[cell.strip() for cell in row] for row in rows]
     index = cells[0].index(title)
     return {row[0]: row[index] for row in cells[1:]}
@@ -51,6 +55,7 @@ def test_fit_shows_a_table_and_the_printed_command_repeats_it(small, tmp_path, c
     main(command.split()[4:])
     again = capsys.readouterr().out
     assert column(again, "trained") == after
+    assert "By tag, base -> trained" in again and "mean_of_tags" in again
     assert column(again, "base") == column(shown, "base")
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from marble_lightning.table import changes, held_out_table, per_prompt, summarise
+from marble_lightning.table import changes, held_out_table, per_prompt, summarise, tags_table
 
 NAN = torch.nan
 
@@ -39,3 +39,18 @@ def test_table_without_and_with_a_base():
     shown = console.export_text()
     assert "0.6000 ± 0.1000" in shown
     assert "+0.1000 ± 0.0000" in shown
+
+
+def test_tags_have_a_row_each_and_judges_a_column():
+    console = Console(width=110, record=True)
+    scores = {
+        "geneval/counting": torch.tensor([0.5, NAN, 0.7]), "geneval/mean_of_tags": torch.tensor([0.55]),
+        "geneval/colors": torch.tensor([NAN, 0.5, NAN]), "strict/counting": torch.tensor([1.0, NAN, 0.0]),
+    }  # fmt: skip
+    console.print(tags_table(scores, base={name: column - 0.1 for name, column in scores.items()}))
+    rows = [line.strip("│").split("│") for line in console.export_text().splitlines() if line.startswith("│")]
+    assert [[cell.strip() for cell in row] for row in rows] == [
+        ["colors", "0.4000 -> 0.5000", ""],
+        ["counting", "0.5000 -> 0.6000", "0.4000 -> 0.5000"],
+        ["mean_of_tags", "0.4500 -> 0.5500", ""],
+    ]

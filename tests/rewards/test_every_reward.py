@@ -147,6 +147,14 @@ def test_half_precision_images_are_taken(reward: Reward, images: torch.Tensor, p
     torch.testing.assert_close(scores, reward(images=images, prompts=prompts), equal_nan=True, rtol=0, atol=0.1)
 
 
+@pytest.mark.gpu
+def test_scores_are_the_same_on_a_gpu(reward: Reward, images: torch.Tensor, prompts: list[Prompt]) -> None:
+    expected = reward(images=images, prompts=prompts)
+    found = reward.to("cuda")(images=images.cuda(), prompts=prompts)
+    assert found.device.type == "cuda"
+    torch.testing.assert_close(found.cpu(), expected, equal_nan=True, rtol=0, atol=1e-3)
+
+
 def test_empty_batch(reward: Reward) -> None:
     assert reward(images=torch.zeros(0, 3, 8, 8), prompts=[]).shape == (0,)
 
