@@ -155,6 +155,11 @@ class Balancer(Callback):
         return self._solved is not None
 
     @property
+    def solved_nothing(self) -> bool:
+        """Whether this optimizer step's gradients were all useless, and not all of them because they were zero."""
+        return not self.active.any() and "not finite" in self.diagnostics.get("left_out", {}).values()
+
+    @property
     def loss_weights(self) -> Float[Tensor, "reward"]:
         """What multiplies each reward's loss in the scalarised loss now: (K,) float32 on the CPU."""
         if self.uniform:

@@ -106,13 +106,13 @@ def probe(module: DiffusionNFT, step: int) -> dict[str, dict[str, float]]:
     """
     update, figures = module.update(), {}
     seed = derived_seed(module.seed, "probe", step)
-    rollout, _, scores, _ = module.sample_round(seed)
+    fresh = module.sample_round(seed)
     places = {
         "own": (module.rollout, module.scores, module.seed, step % module.plan.optimizer_steps),
-        "fresh": (rollout, scores, seed, 0),
+        "fresh": (fresh.rollout, fresh.scores, seed, 0),
     }
-    for place, (round_, judged, of, part) in places.items():
-        gradients = module.reward_gradients(round_, judged, of, part)
+    for place, (rollout, scores, of, part) in places.items():
+        gradients = module.reward_gradients(rollout, scores, of, part)
         active = active_rows(gram_matrix(gradients).diagonal().sqrt()).to(gradients.device)
         if not active.any():
             break

@@ -9,6 +9,7 @@ from typing import Any, cast
 import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from torchmetrics import CatMetric
 
 from marble_lightning.checks import every_prompt_can_be_judged, the_data
@@ -66,15 +67,19 @@ class HeldOutEvaluation(LightningModule):
         for judge in self.judges.values():
             judge.setup()
             judge.requires_grad_(False)
-        self.scorer.setup(Path(self.trainer.log_dir or self.trainer.default_root_dir))  # on every rank: a broadcast
+        folder = Path(self.trainer.log_dir or self.trainer.default_root_dir)  # asked on every rank: it is a broadcast
+        self.scorer.setup(folder, f"_{self.trainer.global_rank}" if self.trainer.world_size > 1 else "")
+        # Nothing here has buffers that change. Rewards may be elsewhere, where ranks cannot send each other theirs.
+        constant = [name for name, _ in self.named_buffers()]
+        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(self, constant)
         if self.trainer.is_global_zero:
             self._tell_of_cut_prompts([prompt.text for prompt in data.training + data.held_out])
 
     def _tell_of_cut_prompts(self, texts: list[str]) -> None:
         if cut := self.policy.too_long(dict.fromkeys(texts)):
             log.warning(
-                f"The policy does not read the end of {len(cut)} of {len(set(texts))} prompts: they have more than "
-                f"{self.policy.most_tokens} CLIP tokens. For example {cut[0]!r}."
+                f"The CLIP text encoders do not read the end of {len(cut)} of {len(set(texts))} prompts, which have more "
+                f"than {self.policy.most_tokens} tokens. For example {cut[0]!r}."
             )
 
     @property
@@ -116,6 +121,7 @@ class HeldOutEvaluation(LightningModule):
     def on_validation_epoch_end(self) -> None:
         scores = per_prompt(self.held_out_scores.compute().cpu(), the_data(self.trainer).held_out_images)
         self.held_out_scores.reset()
+        skipped = self.scorer.check(self.trainer.strategy)
         self.scorer.release()
         if self.trainer.sanity_checking:
             self.base_scores = scores
@@ -123,12 +129,16 @@ class HeldOutEvaluation(LightningModule):
             self.trained_scores = scores
         columns = {**dict(zip(self.judges, scores.T, strict=True)), **self.by_tag(scores)}
         means = {f"held_out/{name}": column.nanmean() for name, column in columns.items()}
+        means |= {f"skipped/held_out/{name}": torch.tensor(count) for name, count in skipped.items() if count}
         if not self.trainer.sanity_checking:
             self.log_dict(means)
         elif self.logger is not None:
             self.logger.log_metrics({name: float(mean) for name, mean in means.items()}, step=0)
 
     on_test_epoch_end = on_validation_epoch_end
+
+    def on_predict_epoch_end(self) -> None:
+        self.scorer.check(self.trainer.strategy)
 
     def by_tag(self, scores: Tensor) -> dict[str, Tensor]:
         """Scores (prompt,) of each judge and tag, as `geneval/counting`, NaN for other prompts; then the mean over its tags.

@@ -17,7 +17,7 @@ from marble_lightning.gradients import LinearTaps, add_flat, flat, gradients_by_
 from marble_lightning.held_out import HeldOutEvaluation
 from marble_lightning.objective import Coefficients, nft_losses
 from marble_lightning.policy import Adapter, SD3Policy
-from marble_lightning.rollouts import MicroBatch, MicroBatches, Rollout, micro_batches, weigh_round
+from marble_lightning.rollouts import MicroBatch, MicroBatches, Rollout, Sampled, micro_batches, weigh_round
 from marble_lightning.seeds import generator
 from marble_lightning.settings import Averaging, Evaluation, Objective, Sampling, Scoring
 from rewards import Reward
@@ -124,26 +124,26 @@ class DiffusionNFT(HeldOutEvaluation):
     def on_train_epoch_start(self) -> None:
         """Sample this round with the old adapter, score it, and turn the scores into coefficients."""
         begin = time.perf_counter()
-        self.rollout, self.images, self.scores, waited = self.sample_round(self.seed)
-        self.scorer.release()
+        self.rollout, self.images, self.scores, skipped, waited = self.sample_round(self.seed)
         self.weighed = self._weighed(self.rollout, self.scores, self.seed, self.balancer)
         self.trained_since = time.perf_counter()
         means = self.trainer.strategy.all_gather(self.scores).reshape(-1, len(self.rewards)).nanmean(0)
         self.log_dict({f"train/{name}": mean for name, mean in zip(self.rewards, means, strict=True)})
-        self.log_dict({f"missing/{name}": float(reward.missing) for name, reward in self._learned.items()})
-        self.log_dict({f"skipped/{name}": float(count) for name, count in self.scorer.skipped.items()})
+        missing = torch.tensor([float(reward.missing) for reward in self._learned.values()], device=self.device)
+        missing = self.trainer.strategy.reduce(missing, reduce_op="sum")
+        self.log_dict({f"missing/{name}": count for name, count in zip(self.rewards, missing, strict=True)})
+        self.log_dict({f"skipped/{name}": skipped[name] for name in self.rewards})
         self.log_dict({f"time/scoring/{name}": seconds for name, seconds in self.scorer.seconds.items()})
         self.log_dict({"time/sampling": self.trained_since - begin - waited, "time/waiting_for_scores": waited})
 
-    def sample_round(self, seed: int) -> tuple[Rollout, Tensor, Tensor, float]:
+    def sample_round(self, seed: int) -> Sampled:
         """Sample the k pictures of each distinct prompt, encoded once, with the old adapter, scoring them meanwhile.
 
         Args:
             seed: Of prompts and noise: the run's for the round to train on, another for an independent one.
 
-        Returns:
-            The round, its pictures (image, 3, pixel, pixel), their scores (image, reward), and the seconds waited for scores
-            once all was sampled.
+        Raises:
+            RewardError: A reward failed; on all ranks, whichever it was.
         """
         data = the_data(self.trainer)
         prompts = data.round(seed, self.current_epoch, self.global_rank, self.trainer.world_size)
@@ -163,7 +163,9 @@ class DiffusionNFT(HeldOutEvaluation):
         sampled_all = time.perf_counter()
         scores = self.scorer.collect(lambda jobs: self._progress(jobs, "scoring"))
         waited = time.perf_counter() - sampled_all
-        return Rollout(prompts, conditions, groups, torch.cat(latents)), torch.cat(images), scores, waited
+        skipped = self.scorer.check(self.trainer.strategy)
+        self.scorer.release()
+        return Sampled(Rollout(prompts, conditions, groups, torch.cat(latents)), torch.cat(images), scores, skipped, waited)
 
     def _weighed(self, rollout: Rollout, scores: Tensor, seed: int, balancer: Balancer | None) -> Coefficients:
         return weigh_round(
@@ -210,12 +212,12 @@ class DiffusionNFT(HeldOutEvaluation):
         )
 
         if self.balancer.wants_gradients:
-            gradients = self._gradients(plus, minus, batch.coefficients)
-            self.balancer.add_gradients(gradients)
+            self.balancer.add_gradients(self._gradients(plus, minus, batch.coefficients))
+            overflow = False
             if not self.balancer.wants_gradients:
                 self.merged = self.balancer.solve(self.trainer.strategy.reduce)
-            # A scaler only sees this loss: where no reward's gradient fits half precision, it must skip and scale less
-            overflow = self._scaler is not None and not gradients.isfinite().all(1).any()
+                # A scaler only sees this loss: where no gradient fitted half precision, it must skip the step and scale less
+                overflow = self._scaler is not None and self.balancer.solved_nothing
             return self.objective.kl_weight * kl * (torch.inf if overflow else 1.0)
         weights = self.balancer.loss_weights.to(losses)
         # Lightning divides by the micro-batches of a step; the coefficients already count over all of them

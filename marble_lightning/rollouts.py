@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Float, Int
@@ -32,6 +33,20 @@ class Rollout:
     conditions: Conditions
     groups: Int[Tensor, " image"]
     latents: Float[Tensor, "image *latent"]
+
+
+class Sampled(NamedTuple):
+    """A round on this rank as it was sampled.
+
+    `images` (image, 3, pixel, pixel) in [0, 1]; `scores` (image, reward), NaN where there is none; `skipped` says how many
+    pictures each reward failed on, over all ranks; `waited` the seconds that scores took when all was sampled.
+    """
+
+    rollout: Rollout
+    images: Float[Tensor, "image 3 pixel pixel"]
+    scores: Float[Tensor, "image reward"]
+    skipped: Mapping[str, float]
+    waited: float
 
 
 @dataclass

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from jaxtyping import Float
+from lightning.pytorch.strategies import Strategy
 from torch import Tensor
 
 from marble_lightning.pictures import to_image
@@ -52,6 +53,8 @@ class _Job:
 class Scorer:
     """Scores batches in the background, one thread per reward, and collects the scores in the order of submission.
 
+    Nothing is raised while scores are collected, since other ranks would wait for this one; `check` raises on all.
+
     Args:
         rewards: By name.
         settings: What happens on failure, and where rewards run.
@@ -64,23 +67,31 @@ class Scorer:
         if unknown := sorted(set(settings.devices) - set(rewards)):
             raise ValueError(f"`scoring.devices` must use names of rewards: {', '.join(rewards)}. Found {unknown[0]!r}.")
         self.rewards, self.settings = rewards, settings
-        self.folder = Path()
         self.seconds: dict[str, float] = {}
         """Time each reward took for the scores collected last, beside the others and the sampling."""
-        self.skipped: dict[str, int] = {}
-        """Pictures each reward failed on among them, where failing ones are skipped."""
+        self.setup(Path(), "")
+
+    def setup(self, folder: Path, rank: str) -> None:
+        """Begin a run.
+
+        Args:
+            folder: Where a picture that a reward failed on is saved.
+            rank: What tells this process's pictures from others'.
+        """
+        self.folder, self.rank = folder, rank
         self._workers: dict[str, Worker] = {}
         self._jobs: list[_Job] = []
         self._placed = False
+        self._begin_count()
 
-    def setup(self, folder: Path) -> None:
-        """Begin a run, whose log folder gets a picture that a reward failed on."""
-        self.folder, self._placed = folder, False
+    def _begin_count(self) -> None:
+        self.failure: RewardError | None = None
+        self.skipped, self.applied = dict.fromkeys(self.rewards, 0), dict.fromkeys(self.rewards, 0)
 
     def __call__(
         self, images: Float[Tensor, "image 3 pixel pixel"], prompts: Sequence[Prompt]
     ) -> Float[Tensor, "image reward"]:
-        """Every reward of every picture, float32, NaN where one does not apply."""
+        """Every reward of every picture, as `collect` tells it."""
         self.submit(images, prompts, self.rewards)
         return self.collect()
 
@@ -90,39 +101,52 @@ class Scorer:
         for name in names:
             job = _Job(name, images, prompts)
             self._jobs.append(job)
-            if self.settings.overlap:
+            if self.settings.overlap and self.failure is None:
                 job.future = self._begin(job)
 
     def collect(self, progress: Callable[[Sequence[Any]], Iterable[Any]] = iter) -> Float[Tensor, "image reward"]:
-        """Wait for the scores of all that was submitted, float32, NaN where a reward does not apply or was skipped.
+        """Wait for the scores of all that was submitted, float32, NaN where a reward does not apply or failed.
 
         Args:
             progress: Wraps what is iterated over, for a progress bar.
-
-        Raises:
-            RewardError: A reward failed, and the settings do not say to skip, or it did so too often.
         """
         jobs, self._jobs = self._jobs, []
         names = list(dict.fromkeys(job.name for job in jobs))
         columns: dict[str, list[Tensor]] = {name: [] for name in names}
-        self.seconds, self.skipped = dict.fromkeys(names, 0.0), dict.fromkeys(names, 0)
-        applied = dict.fromkeys(names, 0)
+        self.seconds = dict.fromkeys(names, 0.0)
         for place, job in enumerate(progress(jobs)):
             outcome = self._outcome(job, jobs[place + 1 :])
             columns[job.name].append(outcome.scores.to(job.images.device))
             self.seconds[job.name] += outcome.seconds
             self.skipped[job.name] += len(outcome.failures)
-            applied[job.name] += sum(map(self.rewards[job.name].applies_to, job.prompts))
-            if outcome.failures:
+            self.applied[job.name] += sum(map(self.rewards[job.name].applies_to, job.prompts))
+            if outcome.failures and self.failure is None:
                 self._tell(job, outcome.failures)
-        for name, count in self.skipped.items():
-            if count > self.settings.max_skipped * applied[name]:
+        return torch.stack([torch.cat(columns[name]) for name in names], dim=1)
+
+    def check(self, strategy: Strategy) -> dict[str, float]:
+        """How many pictures each reward failed on, over all ranks, since the last check; all ranks must ask.
+
+        Raises:
+            RewardError: A reward failed on any rank and the settings do not say to skip, or it failed too often.
+        """
+        failure, skipped, applied = self.failure, self.skipped, self.applied
+        own = [float(failure is not None), *skipped.values(), *applied.values()]
+        failed, *counts = strategy.reduce(torch.tensor(own, device=strategy.root_device), reduce_op="sum").tolist()
+        self._begin_count()
+        if failure is not None:
+            raise failure
+        if failed:
+            raise RewardError("A reward failed on another process, whose message says which one and why.")
+        totals = dict(zip(skipped, counts, strict=False))
+        for (name, count), of in zip(totals.items(), counts[len(totals) :], strict=True):
+            if count > self.settings.max_skipped * of:
                 raise RewardError(
                     f"`rewards.{name}` may fail on a share of {self.settings.max_skipped} of the pictures "
-                    f"(`scoring.max_skipped`). Found {count} of {applied[name]}; the log above says why, and "
-                    f"{self.folder} has pictures."
+                    f"(`scoring.max_skipped`). Found {count:.0f} of {of:.0f}; the log above says why, and {self.folder} has "
+                    "a picture."
                 )
-        return torch.stack([torch.cat(columns[name]) for name in names], dim=1)
+        return totals
 
     def release(self) -> None:
         """Let go of the device between rounds, where the settings say so."""
@@ -132,10 +156,20 @@ class Scorer:
             self._placed = False
 
     def _place(self, device: torch.device) -> None:
-        if not self._placed:
-            for name, reward in self.rewards.items():
-                reward.to(self.settings.devices.get(name, device))
-            self._placed = True
+        if self._placed:
+            return
+        places = {name: torch.device(self.settings.devices.get(name, device)) for name in self.rewards}
+        owners: dict[torch.nn.Parameter, str] = {}
+        for name, reward in self.rewards.items():
+            for parameter in reward.parameters():
+                other = owners.setdefault(parameter, name)
+                if places[other] != places[name]:
+                    raise ValueError(
+                        f"`scoring.devices` must put rewards that share a model in one place. Found {other} on "
+                        f"{places[other]} and {name} on {places[name]}; name the same device for both."
+                    )
+            reward.to(places[name])
+        self._placed = True
 
     def _begin(self, job: _Job) -> Future[Outcome]:
         worker = self._workers.setdefault(job.name, Worker())
@@ -150,12 +184,14 @@ class Scorer:
 
     def _outcome(self, job: _Job, later: Sequence[_Job]) -> Outcome:
         """Wait for a batch. One that passes the time limit is given up, and what waits behind it begins anew."""
+        if self.failure is not None:  # the run will stop, so nobody needs the rest
+            return Outcome(torch.full((len(job.prompts),), torch.nan), {}, 0.0)
         if job.future is None:
             return self._judge(job)
         limit, worker = self.settings.time_limit, self._workers[job.name]
         while limit is not None and not job.future.done():
             if worker.busy_for > limit:
-                del self._workers[job.name]
+                self._workers.pop(job.name).stop()
                 for other in later:
                     if other.name == job.name:
                         other.future = self._begin(other)
@@ -165,21 +201,22 @@ class Scorer:
         return job.future.result()
 
     def _tell(self, job: _Job, failures: Mapping[int, Exception]) -> None:
-        """Save the first picture that failed, and raise or log what happened."""
+        """Save the first picture that failed, and keep an error for `check`, or log what happened."""
         index, error = next(iter(failures.items()))
         self.folder.mkdir(parents=True, exist_ok=True)
-        file = self.folder / f"failed_{job.name}.png"
+        file = self.folder / f"failed_{job.name}{self.rank}.png"
         to_image(job.images[index]).save(file)
         what = (
             f"`rewards.{job.name}` must score every picture. Found {type(error).__name__} on {len(failures)} of "
             f"{len(job.prompts)} pictures, first on the prompt {job.prompts[index].text!r} (picture in {file}): {error}"
+        ).rstrip(".")
+        if self.settings.on_error == "skip":
+            log.warning("%s. Their scores are left out.", what)
+            return
+        self.failure = RewardError(
+            f"{what}. Mend it and go on from the last checkpoint, or leave such scores out: `scoring.on_error: skip`."
         )
-        if self.settings.on_error == "raise":
-            raise RewardError(
-                f"{what.rstrip('.')}. Mend it and go on from the last checkpoint, or leave such scores out: "
-                "`scoring.on_error: skip`."
-            ) from error
-        log.warning("%s Their scores are left out.", what)
+        self.failure.__cause__ = error
 
 
 Judged = tuple[Float[Tensor, " image"], dict[int, Exception]]
@@ -190,7 +227,8 @@ def judged(reward: Reward, images: Float[Tensor, "image 3 pixel pixel"], prompts
     """A reward's scores of a batch; where it fails, picture by picture, to tell which ones it fails on.
 
     Failures of the world outside (OSError: connections, time-outs, files) are tried again after 1, 2, 4, ... seconds.
-    They say nothing of a single picture, so that the whole batch counts as failed.
+    They say nothing of a single picture, so that the whole batch counts as failed. A reward with `retries` of its own has
+    used them, and is not asked again.
 
     Args:
         reward: Who scores.
@@ -198,6 +236,7 @@ def judged(reward: Reward, images: Float[Tensor, "image 3 pixel pixel"], prompts
         prompts: One per picture.
         retries: Further attempts after a failure of the world outside, >= 0.
     """
+    retries = 0 if hasattr(reward, "retries") else retries
     for attempt in range(retries + 1):
         try:
             return reward(images=images, prompts=prompts), {}

@@ -59,11 +59,13 @@ class Scoring:
         on_error: `raise` stops the run and names reward, prompt and picture; `skip` leaves the scores it failed to give
             missing, counts them and goes on.
         max_skipped: With `skip`, the share of a round's pictures in [0, 1) that a reward may fail on before the run stops.
-        retries: Further attempts where the cause lies outside (connections, time-outs, files), >= 0.
+        retries: Further attempts where the cause lies outside (connections, time-outs, files), >= 0; not of rewards with
+            `retries` of their own.
         time_limit: Seconds that a reward may take for one batch, > 0, with `overlap` only; null for no limit.
         overlap: Whether a batch is scored while the next one is sampled, each reward in a thread of its own. Without it
             rewards that compute on the CPU do not slow down sampling that does too.
-        devices: Where a reward runs, by name, e.g. {pickscore: cuda:1, ocr: cpu}; the others run where the policy does.
+        devices: Where a reward runs, by name, e.g. {geneval: cpu}; the others run where the policy does. A numbered device,
+            such as cuda:1, is the same one for every process of a machine.
         offload: Whether rewards wait on the CPU between rounds.
     """
 

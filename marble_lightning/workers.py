@@ -22,6 +22,7 @@ class Worker:
     def __init__(self) -> None:
         self._work: SimpleQueue[tuple[Future[Any], Callable[[], Any]]] = SimpleQueue()
         self._begun: float | None = None
+        self._stopped = False
         Thread(target=self._run, daemon=True).start()
 
     def submit(self, work: Callable[[], T]) -> Future[T]:
@@ -29,6 +30,10 @@ class Worker:
         future: Future[T] = Future()
         self._work.put((future, work))
         return future
+
+    def stop(self) -> None:
+        """Begin nothing more: what waits is never done, and the thread ends with its present piece of work."""
+        self._stopped = True
 
     @property
     def busy_for(self) -> float:
@@ -39,6 +44,8 @@ class Worker:
     def _run(self) -> None:
         while True:
             future, work = self._work.get()
+            if self._stopped:
+                return
             self._begun = time.monotonic()
             try:
                 result = work()
@@ -48,3 +55,5 @@ class Worker:
             else:
                 self._begun = None
                 future.set_result(result)
+                del result
+            del future, work  # while waiting for more, nothing of it is kept in memory

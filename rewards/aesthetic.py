@@ -22,7 +22,7 @@ class Aesthetic(Reward):
         head_path: folder or hub id of the MLP's weights.
         head_file: name of the file there, safetensors or PyTorch.
         revision: branch, tag or commit of `path`. None: the pinned commit, see `rewards.files`.
-        head_revision: branch, tag or commit of `head_path`. None: the pinned commit, see `rewards.files`.
+        head_revision: branch, tag or commit of `head_path`. None: its main branch.
         dtype: number format of the CLIP weights: "float32", "bfloat16" or "float16". Scores are always float32.
         batch_size: images scored at once, >= 1.
 

@@ -32,7 +32,7 @@ class ColourClassifier(nn.Module):
     Args:
         path: folder or hub id of a transformers-format CLIPModel with its tokenizer and preprocessor_config.json. A
             reward that has loaded the same one in the same precision shares it.
-        revision: branch, tag or commit of `path`. None: its main branch.
+        revision: branch, tag or commit of `path`. None: the pinned commit, see `rewards.files`.
         dtype: number format of the weights: "float32", "bfloat16" or "float16".
 
     Raises:

@@ -33,6 +33,8 @@ class Detector(nn.Module, ABC):
 
     classes: frozenset[str] | None = None
     """Names of the classes it can find; None where that cannot be told beforehand."""
+    colour_names: frozenset[str] | None = None
+    """Names of the colours it can see; None where that cannot be told beforehand."""
     min_score: float = 0.0
     """Candidates that score no more are not returned."""
 

@@ -83,7 +83,7 @@ class GenEval(Reward):
     def check_prompt(self, prompt: Prompt) -> None:
         """Reject metadata the rules cannot judge, and classes the detector is known not to know."""
         check(prompt.metadata)
-        self._check_classes([prompt])
+        self._check_names([prompt])
 
     @torch.no_grad()
     def judge(self, *, images: Float[Tensor, "b 3 h w"], prompts: Sequence[Prompt]) -> list[Verdict]:
@@ -97,7 +97,7 @@ class GenEval(Reward):
             ValueError: if the detector does not know a class a prompt names, or returns another number of lists than there
                 are images, or metadata is malformed.
         """
-        self._check_classes(prompts)
+        self._check_names(prompts)
         found = self.detector.detect(images)
         if len(found) != len(images):
             raise ValueError(
@@ -116,17 +116,17 @@ class GenEval(Reward):
             for image, prompt, detections in zip(images, prompts, found, strict=True)
         ]
 
-    def _check_classes(self, prompts: Sequence[Prompt]) -> None:
-        known = self.detector.classes
-        if known is None:
-            return
-        asked = {clause["class"] for prompt in prompts for clause in prompt.metadata["include"] if "class" in clause}
-        if unknown := sorted(asked - known):
-            raise ValueError(
-                f"GenEval: `detector` must know every class that prompts name. Found {', '.join(unknown[:5])}, which "
-                f"{type(self.detector).__name__} does not: it knows {', '.join(sorted(known))}. "
-                "Name a detector of these classes, or leave these prompts out."
-            )
+    def _check_names(self, prompts: Sequence[Prompt]) -> None:
+        """What prompts name must be among what the detector knows: a class or colour it never finds is never right."""
+        clauses = [clause for prompt in prompts for key in ("include", "exclude") for clause in prompt.metadata.get(key, [])]
+        for kind, key, known in (("class", "class", self.detector.classes), ("colour", "color", self.detector.colour_names)):
+            asked = {clause[key] for clause in clauses if key in clause}
+            if known is not None and (unknown := sorted(asked - known)):
+                raise ValueError(
+                    f"GenEval: `detector` must know every {kind} that prompts name. Found {', '.join(unknown[:5])}, which "
+                    f"{type(self.detector).__name__} does not: it knows {', '.join(sorted(known))}. "
+                    f"Name a detector that knows them, or leave these prompts out."
+                )
 
     def score(self, *, images: Float[Tensor, "b 3 h w"], prompts: Sequence[Prompt]) -> Float[Tensor, "b"]:
         """The chosen score of each image."""

@@ -157,6 +157,8 @@ def check(metadata: Mapping[str, Any]) -> None:
             f"GenEval: metadata must list at least one object under `include`. Found {dict(metadata)}. "
             "Add a clause such as {'class': 'cat', 'count': 1}."
         )
+    if not isinstance(metadata.get("tag", ""), str):
+        raise ValueError(f"GenEval: `tag` must be a text. Found {metadata['tag']!r}. Correct the prompt file.")
     for name in ("include", "exclude"):
         if not isinstance(clauses := metadata.get(name, []), Sequence) or isinstance(clauses, str):
             raise ValueError(f"GenEval: `{name}` must be a list of clauses. Found {clauses!r}. Correct the prompt file.")

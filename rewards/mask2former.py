@@ -13,7 +13,7 @@ from rewards.clip_loading import check_dtype
 from rewards.coco import COCO_CLASSES, coco_names
 from rewards.colours import ColourClassifier
 from rewards.detectors import Detection, Detector
-from rewards.geneval_rules import THRESHOLD
+from rewards.geneval_rules import COLOURS, THRESHOLD
 from rewards.instances import DetectorPreprocess, find_instances
 
 _models: WeakValueDictionary[tuple[str | None, ...], Any] = WeakValueDictionary()
@@ -35,7 +35,7 @@ class Mask2Former(Detector):
         revision: branch, tag or commit of `path`. None: its main branch.
         dtype: number format of the weights of both networks: "float32", "bfloat16" or "float16". Scores are float32.
         colour_path: folder or hub id of the CLIPModel that names colours.
-        colour_revision: branch, tag or commit of `colour_path`. None: its main branch.
+        colour_revision: branch, tag or commit of `colour_path`. None: the pinned commit, see `rewards.files`.
         short_side: pixels that the shorter side of images is brought to, >= 1. The benchmark's is 800; the checkpoint's
             own preprocessor_config.json may say otherwise.
         long_side: most pixels of the longer side, >= `short_side`.
@@ -50,6 +50,7 @@ class Mask2Former(Detector):
     """
 
     classes = frozenset(COCO_CLASSES)
+    colour_names = frozenset(COLOURS)
 
     def __init__(
         self,

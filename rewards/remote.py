@@ -125,7 +125,7 @@ class RemoteReward(Reward):
         Raises:
             ConnectionError: if the server is gone, or still answers errors after all retries.
             TypeError: if a prompt's metadata is not JSON.
-            ValueError: if the server answers something else than one number or null an image.
+            ValueError: if the server refuses what it is asked, or answers something else than one number or null an image.
         """
         session = self._loaded(self._session)
         pixels = eight_bit(images)
@@ -168,6 +168,11 @@ class RemoteReward(Reward):
             )
         except RequestException as error:
             raise self._failure(path, quote(error)) from error
+        if method == "POST" and 400 <= response.status_code < 500 and response.status_code not in TRY_AGAIN:
+            raise ValueError(
+                f"RemoteReward: {self.url}{path} must accept what it is asked. Found {response.status_code} "
+                f"{response.reason}: {quote(response.text)}. Mend the prompts, or send less at once: lower `request_size`."
+            )
         if response.status_code != 200:
             raise self._failure(path, f"{response.status_code} {response.reason}: {quote(response.text)}")
         try:

@@ -30,6 +30,7 @@ class ColourBlobs(Detector):
     """
 
     classes = frozenset(SHAPES)
+    colour_names = frozenset(COLOURS)
 
     def __init__(self, reach: float = 62.0, min_area: int = 14) -> None:
         super().__init__()

@@ -28,8 +28,9 @@ class Bleached(DiffusionNFT):
     rounds: tuple[int, ...] = ()
 
     def sample_round(self, seed):
-        rollout, images = super().sample_round(seed)
-        return rollout, torch.ones_like(images) if self.current_epoch in self.rounds else images
+        sampled = super().sample_round(seed)
+        white = torch.ones_like(sampled.images)
+        return sampled._replace(images=white) if self.current_epoch in self.rounds else sampled
 
 
 class Seen(Callback):

@@ -141,7 +141,7 @@ def test_two_ranks_sample_k_pictures_of_each_published_prompt(checkpoints, tmp_p
         seen: list[set[str]] = []
         for rank in range(2):
             monkeypatch.setattr(Trainer, "global_rank", rank)
-            rollout, images = module.sample_round(seed=5)
+            rollout, images, *_ = module.sample_round(seed=5)
             pictures = Counter((prompt.source, prompt.text) for prompt in (rollout.prompts[g] for g in rollout.groups))
             assert len(images) == len(rollout.latents) == 4 * k
             assert set(pictures.values()) == {k}

@@ -71,12 +71,28 @@ class Held(Brightness):
         return super().score(images=images, prompts=prompts)
 
 
+class Ranks:
+    """Stands for the strategy: what other ranks counted is given beforehand."""
+
+    root_device = torch.device("cpu")
+
+    def __init__(self, others=0.0):
+        self.others = others
+
+    def reduce(self, tensor, reduce_op):
+        assert reduce_op == "sum"
+        return tensor + torch.as_tensor(self.others)
+
+
 def scores(rewards, folder=Path(), size=2, **settings):
+    """Scores in batches, and how many pictures each reward failed on."""
     scorer = Scorer(rewards, Scoring(**settings))
-    scorer.setup(folder)
+    scorer.setup(folder, "")
     for start in range(0, 6, size):
         scorer.submit(IMAGES[start : start + size], PROMPTS[start : start + size], rewards)
-    return scorer.collect(), scorer
+    found = scorer.collect()
+    assert all(seconds > 0 for seconds in scorer.seconds.values())
+    return found, scorer.check(Ranks())
 
 
 @pytest.fixture(autouse=True)
@@ -87,12 +103,11 @@ def _no_pauses(monkeypatch):
 
 @pytest.mark.parametrize("overlap", [True, False])
 def test_scores_are_in_the_order_of_submission(overlap):
-    found, scorer = scores({"bright": Brightness(), "even": Even()}, overlap=overlap)
+    found, skipped = scores({"bright": Brightness(), "even": Even()}, overlap=overlap)
     bright = IMAGES.mean((1, 2, 3))
     torch.testing.assert_close(found[:, 0], bright)
     torch.testing.assert_close(found[:, 1], torch.where(torch.arange(6) % 2 == 0, bright, torch.nan), equal_nan=True)
-    assert scorer.skipped == {"bright": 0, "even": 0}
-    assert all(seconds > 0 for seconds in scorer.seconds.values())
+    assert skipped == {"bright": 0, "even": 0}
 
 
 def test_submitting_does_not_wait_and_rewards_do_not_wait_for_each_other():
@@ -124,11 +139,11 @@ def test_a_failing_reward_is_named_with_prompt_and_picture(tmp_path, infinite, o
 
 def test_skipping_loses_only_the_pictures_it_fails_on(tmp_path, caplog):
     rewards = {"bright": Brightness(), "spelling": Broken(["picture 3"])}
-    found, scorer = scores(rewards, tmp_path, size=3, on_error="skip", max_skipped=0.2)
+    found, skipped = scores(rewards, tmp_path, size=3, on_error="skip", max_skipped=0.2)
     expected = IMAGES.mean((1, 2, 3)).repeat(2, 1).T.clone()
     expected[3, 1] = torch.nan
     torch.testing.assert_close(found, expected, equal_nan=True)
-    assert scorer.skipped == {"bright": 0, "spelling": 1}
+    assert skipped == {"bright": 0, "spelling": 1}
     assert "picture 3" in caplog.text and "no letters" in caplog.text
 
 
@@ -181,9 +196,55 @@ def test_a_reward_that_never_answers_is_given_up(tmp_path):
     stuck.let_go.set()
     with pytest.raises(RewardError, match=r"TimeoutError on 2 of 2 pictures.*'picture 2'.*time_limit"):
         scores({"stuck": stuck}, tmp_path, time_limit=0.2)
-    found, scorer = scores({"stuck": stuck}, tmp_path, time_limit=0.2, on_error="skip", max_skipped=0.5)
+    found, skipped = scores({"stuck": stuck}, tmp_path, time_limit=0.2, on_error="skip", max_skipped=0.5)
     assert found[:, 0].isnan().tolist() == [False, False, True, True, False, False]
-    assert scorer.skipped == {"stuck": 2}
+    assert skipped == {"stuck": 2}
+
+
+def test_a_failure_on_one_rank_stops_all_of_them(tmp_path):
+    scorer = Scorer({"bright": Brightness()}, Scoring())
+    scorer.setup(tmp_path, "_0")
+    scorer(IMAGES, PROMPTS)
+    with pytest.raises(RewardError, match="on another process"):
+        scorer.check(Ranks([1.0, 0.0, 0.0]))  # failed, skipped, applied
+
+
+def test_the_share_is_counted_over_ranks_and_batches(tmp_path):
+    scorer = Scorer({"spelling": Broken(["picture 3"])}, Scoring(on_error="skip", max_skipped=0.1))
+    scorer.setup(tmp_path, "_0")
+    for _ in range(2):
+        scorer(IMAGES, PROMPTS)
+    assert scorer.check(Ranks([0.0, 0.0, 8.0])) == {"spelling": 2}  # of 20
+    scorer(IMAGES, PROMPTS)
+    with pytest.raises(RewardError, match="Found 1 of 9"):  # counted anew
+        scorer.check(Ranks([0.0, 0.0, 3.0]))
+
+
+def test_nothing_is_scored_after_a_failure_that_stops_the_run(tmp_path):
+    bright = Held()
+    bright.let_go.set()
+    scorer = Scorer({"spelling": Broken(["picture 3"]), "bright": bright}, Scoring(overlap=False))
+    scorer.setup(tmp_path, "")
+    assert scorer(IMAGES, PROMPTS).isnan()[:, 1].all() and not bright.threads
+    with pytest.raises(RewardError, match=r"rewards\.spelling"):
+        scorer.check(Ranks())
+
+
+def test_rewards_that_share_a_model_stay_together():
+    one, other = Brightness(), Brightness()
+    one.tower = other.tower = torch.nn.Linear(1, 1)
+    with pytest.raises(
+        ValueError, match="must put rewards that share a model in one place. Found one on cpu and other on meta"
+    ):
+        Scorer({"one": one, "other": other}, Scoring(devices={"other": "meta"}))._place(torch.device("cpu"))
+
+
+def test_a_reward_that_retries_by_itself_is_not_asked_again(tmp_path):
+    reward = Flaky(2)
+    reward.retries = 5
+    with pytest.raises(RewardError, match="refused"):
+        scores({"remote": reward}, tmp_path, size=6, retries=2)
+    assert reward.times == 1
 
 
 def test_devices_and_offloading(tmp_path):

@@ -249,7 +249,7 @@ def test_other_pages_are_named_errors_too(plain_url: str) -> None:
 
 def test_a_body_beyond_the_limit(plain_url: str) -> None:
     large = pictures(1, 700, 700)  # noise, so its PNG has about as many bytes as it has values
-    with pytest.raises(ConnectionError, match="413 .*Send fewer images, or raise --max_body_mb"):
+    with pytest.raises(ValueError, match="413 .*Send fewer images, or raise --max_body_mb"):
         remote(plain_url)(images=large, prompts=[Prompt("a cat", "plain")])
 
 

@@ -112,3 +112,23 @@ def test_detector_must_answer_for_each_image() -> None:
 def test_arguments_are_checked(BrightBlobs: type[Detector], arguments: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         GenEval(BrightBlobs(), **arguments)
+
+
+@pytest.mark.parametrize(
+    ("clauses", "message"),
+    [
+        ({"include": [{"class": "dog", "count": 1}]}, "every class that prompts name. Found dog.* it knows cat"),
+        ({"exclude": [{"class": "dog", "count": 1}]}, "every class that prompts name. Found dog"),
+        (
+            {"include": [{"class": "cat", "count": 1, "color": "Red"}]},
+            "every colour that prompts name. Found Red.* blue, green",
+        ),
+        ({"tag": ["counting"]}, r"`tag` must be a text. Found \['counting'\]"),
+    ],
+)
+def test_prompts_that_can_never_be_right_are_refused(BrightBlobs: type[Detector], clauses: dict, message: str) -> None:
+    detector = BrightBlobs()
+    detector.classes, detector.colour_names = frozenset({"cat"}), frozenset({"red", "green", "blue"})
+    metadata = {"include": [{"class": "cat", "count": 1, "color": "red"}], **clauses}
+    with pytest.raises(ValueError, match=message):
+        GenEval(detector).check_prompt(Prompt("a cat", "geneval", metadata))

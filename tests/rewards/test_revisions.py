@@ -2,7 +2,7 @@
 
 import pytest
 
-from rewards import CLIPScore, ImageReward, PickScore
+from rewards import CLIPScore, HPSv2, ImageReward, PickScore
 from rewards.files import PINNED
 
 
@@ -20,7 +20,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str | None]]:
     return found
 
 
-@pytest.mark.parametrize("reward", [PickScore(), CLIPScore(), ImageReward()])
+@pytest.mark.parametrize("reward", [PickScore(), HPSv2(), CLIPScore(), ImageReward()])
 def test_published_weights_are_pinned(reward, asked) -> None:
     with pytest.raises(FileNotFoundError, match="no network"):
         reward.setup()
