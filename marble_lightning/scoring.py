@@ -84,6 +84,12 @@ class Scorer:
         self._placed = False
         self._begin_count()
 
+    def _stop(self) -> None:
+        """Begin no more of what was submitted."""
+        for worker in self._workers.values():
+            worker.stop()
+        self._workers = {}
+
     def _begin_count(self) -> None:
         self.failure: RewardError | None = None
         self.skipped, self.applied = dict.fromkeys(self.rewards, 0), dict.fromkeys(self.rewards, 0)
@@ -134,6 +140,8 @@ class Scorer:
         own = [float(failure is not None), *skipped.values(), *applied.values()]
         failed, *counts = strategy.reduce(torch.tensor(own, device=strategy.root_device), reduce_op="sum").tolist()
         self._begin_count()
+        if failure is not None or failed:
+            self._stop()
         if failure is not None:
             raise failure
         if failed:
@@ -172,8 +180,9 @@ class Scorer:
         self._placed = True
 
     def _begin(self, job: _Job) -> Future[Outcome]:
-        worker = self._workers.setdefault(job.name, Worker())
-        return worker.submit(lambda: self._judge(job))
+        if job.name not in self._workers:
+            self._workers[job.name] = Worker()
+        return self._workers[job.name].submit(lambda: self._judge(job))
 
     def _judge(self, job: _Job) -> Outcome:
         begun = time.perf_counter()

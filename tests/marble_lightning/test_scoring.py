@@ -124,6 +124,15 @@ def test_submitting_does_not_wait_and_rewards_do_not_wait_for_each_other():
     assert threading.current_thread().name not in one.threads
 
 
+def test_a_reward_keeps_its_thread():
+    scorer = Scorer({"bright": Brightness(), "even": Even()}, Scoring())
+    scorer(IMAGES, PROMPTS)
+    before = threading.active_count()
+    for _ in range(5):
+        scorer(IMAGES, PROMPTS)
+    assert threading.active_count() == before
+
+
 @pytest.mark.parametrize("infinite", [True, False])
 @pytest.mark.parametrize("overlap", [True, False])
 def test_a_failing_reward_is_named_with_prompt_and_picture(tmp_path, infinite, overlap):
