@@ -34,6 +34,7 @@ class Worker:
     def stop(self) -> None:
         """Begin nothing more: what waits is never done, and the thread ends with its present piece of work."""
         self._stopped = True
+        self._work.put((Future(), lambda: None))  # wakes it, should it wait for work
 
     @property
     def busy_for(self) -> float:

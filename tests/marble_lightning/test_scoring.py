@@ -214,8 +214,13 @@ def test_a_failure_on_one_rank_stops_all_of_them(tmp_path):
     scorer = Scorer({"bright": Brightness()}, Scoring())
     scorer.setup(tmp_path, "_0")
     scorer(IMAGES, PROMPTS)
+    before = threading.active_count()
     with pytest.raises(RewardError, match="on another process"):
         scorer.check(Ranks([1.0, 0.0, 0.0]))  # failed, skipped, applied
+    deadline = time.monotonic() + 5
+    while threading.active_count() == before and time.monotonic() < deadline:
+        time.sleep(0.001)
+    assert threading.active_count() == before - 1  # its thread ends with the run
 
 
 def test_the_share_is_counted_over_ranks_and_batches(tmp_path):
