@@ -184,7 +184,7 @@ def table(turns: Turns) -> str:
         ratios = [a / b for a, b in zip(turns.training[plain], turns.training[turn], strict=True)]
         speed = statistics.median(turns.training[plain]) / training
         together = statistics.median(turns.whole[plain]) / whole
-        memory = f"{turns.peak[turn] / turns.peak[plain]:.2f}" if turn in turns.peak else ""
+        memory = f"{turns.peak[turn] / turns.peak[plain]:.2f}" if turn in turns.peak else "-"
         lines.append(
             f"| {method.title} | {k} | {training:.2f} | {speed:.2f} | {min(ratios):.2f} to {max(ratios):.2f} "
             f"| {together:.2f} | {memory} | {method.paper} |"
@@ -205,6 +205,7 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, help="where the random sd35m is kept; default a temporary folder")
     parser.add_argument("--layers", type=int, default=24, help="blocks of the random sd35m")
     parser.add_argument("--rollout-steps", type=int, help="solver steps of a rollout; default 8 for tiny, 25 for sd35m")
+    parser.add_argument("--memory", nargs="*", type=int, help="K of which a CPU's memory is measured too; default all")
     parser.add_argument("--alone", nargs=2, type=int, help=argparse.SUPPRESS)
     options = parser.parse_args()
     rollout_steps = options.rollout_steps or (8 if options.model == "tiny" else 25)
@@ -230,7 +231,8 @@ def main() -> None:
         if not turns.peak:  # on a CPU only a process of its own tells what a method takes
             arguments = ["--model", options.model, "--device", options.device, "--folder", str(path)]
             arguments += ["--rollout-steps", "2"]  # more take time, not memory
-            for turn in tqdm(turns.turns, desc="Memory"):
+            asked = options.rewards if options.memory is None else options.memory
+            for turn in tqdm([turn for turn in turns.turns if turn[1] in asked], desc="Memory"):
                 turns.peak[turn] = peak_of_a_process(turn[0], turn[1], arguments)
     print(f"\n{options.model}, {torch.get_num_threads()} threads, {gpu_name()}\n\n{table(turns)}")
 
