@@ -227,13 +227,14 @@ def main() -> None:
             print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
             return
         turns = Turns([(method, k) for k in options.rewards for method in METHODS], options.cycles)
-        run(turns, options.model, path, options.device, rollout_steps)
-        if not turns.peak:  # on a CPU only a process of its own tells what a method takes
+        if options.device == "cpu" or not torch.accelerator.is_available():
+            # Only a process of its own tells what a method takes. First, so that nothing is lost where one fails.
             arguments = ["--model", options.model, "--device", options.device, "--folder", str(path)]
-            arguments += ["--rollout-steps", "2"]  # more take time, not memory
+            arguments += ["--rollout-steps", "3"]  # two times to train on; more take time, not memory
             asked = options.rewards if options.memory is None else options.memory
             for turn in tqdm([turn for turn in turns.turns if turn[1] in asked], desc="Memory"):
                 turns.peak[turn] = peak_of_a_process(turn[0], turn[1], arguments)
+        run(turns, options.model, path, options.device, rollout_steps)
     print(f"\n{options.model}, {torch.get_num_threads()} threads, {gpu_name()}\n\n{table(turns)}")
 
 
