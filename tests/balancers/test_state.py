@@ -1,0 +1,53 @@
+"""What a balancer remembers between runs."""
+
+import copy
+
+import pytest
+import torch
+
+from balancers import MARBLE
+from tests.balancers.test_base import NAMES, bound, gradients_of, step
+
+
+@pytest.mark.parametrize("amortize", ["scaled", "raw"])
+@pytest.mark.parametrize("bind_first", [True, False])
+@pytest.mark.parametrize("stop", [3, 4])
+def test_state_round_trip_continues_bit_for_bit(tmp_path, amortize, bind_first, stop):
+    options = {"refresh_every": 3, "amortize": amortize, "uniform_after_step": 9}
+    whole = bound(MARBLE(**options))
+    for s in range(stop):
+        step(whole, gradients_of(s))
+    torch.save(whole.state_dict(), tmp_path / "state.pt")
+    state = torch.load(tmp_path / "state.pt", weights_only=True)
+    resumed = MARBLE(**options)
+    if bind_first:
+        resumed.bind(NAMES)
+    resumed.load_state_dict(state)
+    resumed.bind(NAMES)
+    for s in range(stop, 11):
+        (merged_a, coefficients_a), (merged_b, coefficients_b) = (step(b, gradients_of(s)) for b in (whole, resumed))
+        assert (merged_a is None) == (merged_b is None)
+        assert merged_a is None or torch.equal(merged_a, merged_b)
+        assert torch.equal(coefficients_a, coefficients_b)
+    assert whole.counts == resumed.counts
+
+
+def test_state_is_a_snapshot():
+    balancer = bound(MARBLE(refresh_every=1))
+    step(balancer, gradients_of(0))
+    state = balancer.state_dict()
+    before = copy.deepcopy(state)
+    step(balancer, gradients_of(1))
+    assert torch.equal(state["alpha_smoothed"], before["alpha_smoothed"])
+    assert state["counts"] == before["counts"]
+
+
+@pytest.mark.parametrize("bind_first", [True, False])
+def test_other_rewards_than_the_checkpoint_s_are_refused(bind_first):
+    state, balancer = bound(MARBLE()).state_dict(), MARBLE()
+    first, second = (lambda: balancer.bind(("clip", "geneval"))), (lambda: balancer.load_state_dict(state))
+    if not bind_first:
+        first, second = second, first
+    first()
+    with pytest.raises(ValueError, match=r"`rewards` must stay the same(?=.*geneval)(?=.*clip, ocr, pick)"):
+        second()
