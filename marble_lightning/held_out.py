@@ -13,7 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torchmetrics import CatMetric
 
 from marble_lightning.checks import every_prompt_can_be_judged, the_data
-from marble_lightning.policy import SD3Policy, is_adapter
+from marble_lightning.flow_policy import FlowPolicy, is_adapter
 from marble_lightning.scoring import Scorer
 from marble_lightning.seeds import derived_seed, generator
 from marble_lightning.settings import Evaluation, Scoring
@@ -42,7 +42,7 @@ class HeldOutEvaluation(LightningModule):
 
     def __init__(
         self,
-        policy: SD3Policy,
+        policy: FlowPolicy,
         rewards: dict[str, Reward],
         metrics: dict[str, Reward],
         scoring: Scoring,

@@ -13,10 +13,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from marble_lightning.checks import every_prompt_can_be_judged, every_reward_applies, the_balancer, the_data, the_plan
+from marble_lightning.flow_policy import Adapter, FlowPolicy
 from marble_lightning.gradients import LinearTaps, add_flat, flat, gradients_by_passes
 from marble_lightning.held_out import HeldOutEvaluation
 from marble_lightning.objective import Coefficients, nft_losses
-from marble_lightning.policy import Adapter, SD3Policy
 from marble_lightning.rollouts import MicroBatch, MicroBatches, Rollout, Sampled, micro_batches, weigh_round
 from marble_lightning.seeds import generator
 from marble_lightning.settings import Averaging, Evaluation, Objective, Sampling, Scoring
@@ -53,7 +53,7 @@ class DiffusionNFT(HeldOutEvaluation):
 
     def __init__(
         self,
-        policy: SD3Policy,
+        policy: FlowPolicy,
         rewards: dict[str, Reward],
         metrics: dict[str, Reward] | None = None,
         sampling: Sampling = Sampling(),

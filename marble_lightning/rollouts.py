@@ -14,8 +14,8 @@ from torch import Tensor
 
 from balancers import Balancer
 from marble_lightning.advantages import group_advantages
+from marble_lightning.flow_policy import Conditions
 from marble_lightning.objective import Coefficients, coefficients, noised
-from marble_lightning.policy import Conditions
 from marble_lightning.seeds import generator
 from marble_lightning.settings import Objective
 from rewards import Prompt

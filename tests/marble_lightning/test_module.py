@@ -16,10 +16,11 @@ from torch import Tensor
 
 from balancers import MARBLE, Balancer, FixedWeights, WeightedSum, min_norm_weights
 from marble_lightning.cli import QUIET
+from marble_lightning.flow_policy import Conditions
 from marble_lightning.gradients import flat, gradients_by_passes
 from marble_lightning.module import DiffusionNFT
 from marble_lightning.objective import Coefficients, coefficients, nft_losses, noised
-from marble_lightning.policy import Conditions, SD3Policy
+from marble_lightning.policy import SD3Policy
 from marble_lightning.prompts import PromptDataModule
 from marble_lightning.rollouts import MicroBatch
 from marble_lightning.settings import Averaging, Evaluation, Objective, Sampling

@@ -8,7 +8,9 @@ import pytest
 import torch
 from diffusers import StableDiffusion3Pipeline
 
-from marble_lightning.policy import ADAPTERS, SD3Policy
+from marble_lightning.flow_policy import ADAPTERS
+from marble_lightning.policy import SD3Policy
+from marble_lightning.sd3_files import pipeline_index
 from marble_lightning.seeds import generator
 
 
@@ -119,12 +121,12 @@ def test_guidance_changes_the_pictures(policy):
 
 def test_a_folder_that_is_not_sd3_is_refused_before_loading(tmp_path):
     with pytest.raises(ValueError, match="must be a folder in diffusers format or a hub id"):
-        SD3Policy(str(tmp_path / "nowhere")).index()
+        pipeline_index(str(tmp_path / "nowhere"))
     with pytest.raises(ValueError, match=r"with a model_index\.json"):
-        SD3Policy(str(tmp_path)).index()
+        pipeline_index(str(tmp_path))
     (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": "FluxPipeline"}))
     with pytest.raises(ValueError, match="Found FluxPipeline"):
-        SD3Policy(str(tmp_path)).index()
+        pipeline_index(str(tmp_path))
 
 
 def test_a_hub_id_that_cannot_be_reached_is_named(monkeypatch):
@@ -133,7 +135,7 @@ def test_a_hub_id_that_cannot_be_reached_is_named(monkeypatch):
 
     monkeypatch.setattr(StableDiffusion3Pipeline, "load_config", unreachable)
     with pytest.raises(ValueError, match=r"Found 'owner/name': no such folder from .*, and no such model on the hub"):
-        SD3Policy("owner/name").index()
+        pipeline_index("owner/name")
 
 
 def test_bad_options():

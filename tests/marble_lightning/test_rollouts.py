@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from balancers import FixedWeights, WeightedSum
+from marble_lightning.flow_policy import Conditions
 from marble_lightning.objective import Coefficients
-from marble_lightning.policy import Conditions
 from marble_lightning.rollouts import Plan, Rollout, image_order, micro_batches, weigh_round
 from marble_lightning.settings import Objective
 from rewards import Prompt
