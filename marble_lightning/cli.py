@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Sequence
 
+from jsonargparse import set_parsing_settings
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
@@ -14,6 +15,7 @@ from marble_lightning.callbacks import HeldOutTable, Pictures, PictureWriter, Pr
 from marble_lightning.harmony import Harmony
 from marble_lightning.module import DiffusionNFT
 from marble_lightning.prompts import PromptDataModule
+from marble_lightning.settings import Averaging
 
 QUIET = (
     "Found .* in eval mode at the start of training",
@@ -61,6 +63,7 @@ def main(args: Sequence[str] | None = None) -> None:
     """Run the command line; `args` replaces `sys.argv` where given."""
     for known in QUIET:
         warnings.filterwarnings("ignore", known)
+    set_parsing_settings(subclasses_enabled=[Averaging])  # a schedule of one's own; other settings are what they are
     MarbleCLI(
         DiffusionNFT,
         PromptDataModule,
