@@ -16,6 +16,7 @@ from peft import LoraConfig
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
+from marble_lightning.lora_files import read_lora
 from marble_lightning.seeds import derived_seed
 from marble_lightning.solvers import Solver, flow_sigmas, scheduler_for
 
@@ -56,6 +57,8 @@ class SD3Policy(nn.Module):
         dtype: Precision of the frozen weights: `float32`, `bfloat16` or `float16`. Adapters are always float32.
         revision: Revision of a hub id.
         gradient_checkpointing: Keep less for the way back and compute it anew: saves memory, costs time.
+        init_lora: File or folder with a LoRA that all adapters start as, e.g. from `marble-lightning export`; null starts at
+            the base. What a run calls its base on held-out prompts is then this start; the KL term stays with the base.
 
     Source: MARBLE, arXiv 2605.06507, settings of the SD3.5-Medium run.
     """
@@ -71,6 +74,7 @@ class SD3Policy(nn.Module):
         dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16",
         revision: str | None = None,
         gradient_checkpointing: bool = False,
+        init_lora: str | None = None,
     ) -> None:
         super().__init__()
         if rank < 1:
@@ -81,7 +85,7 @@ class SD3Policy(nn.Module):
             raise ValueError("`targets` must name at least one linear layer. Found none.")
         self.path, self.resolution, self.rank, self.alpha = path, resolution, rank, alpha
         self.targets, self.text_length, self.revision = tuple(targets), text_length, revision
-        self.gradient_checkpointing = gradient_checkpointing
+        self.gradient_checkpointing, self.init_lora = gradient_checkpointing, init_lora
         self.dtype: torch.dtype = getattr(torch, dtype)
         self.transformer: SD3Transformer2DModel
 
@@ -119,6 +123,7 @@ class SD3Policy(nn.Module):
         if hasattr(self, "pipeline"):
             return
         index = self.index()
+        start = read_lora(self.init_lora, rank=self.rank, alpha=self.alpha) if self.init_lora is not None else None
         absent = {name: None for name in ("text_encoder_3", "tokenizer_3") if index.get(name, [None])[0] is None}
         pipeline = StableDiffusion3Pipeline.from_pretrained(self.path, dtype=self.dtype, revision=self.revision, **absent)
         pipeline.set_progress_bar_config(disable=True)
@@ -140,6 +145,8 @@ class SD3Policy(nn.Module):
             for parameter in self.parameters_of(name):
                 parameter.data = parameter.data.float()
                 parameter.requires_grad_(name == "trained")
+        if start is not None:
+            start.copy_to(self.transformer, "trained")
         for name in ADAPTERS:
             self.move(name, towards="trained", by=1.0)
         self._activate("trained")
