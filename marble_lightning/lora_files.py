@@ -13,7 +13,7 @@ from diffusers.loaders.lora_base import LORA_WEIGHT_NAME, LORA_WEIGHT_NAME_SAFE
 from diffusers.utils import convert_unet_state_dict_to_peft
 from peft import LoraConfig
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor
 
 from marble_lightning.lora import Lora
@@ -53,7 +53,7 @@ def write_lora(lora: Lora, folder: Path, targets: Sequence[str], about: Mapping[
         )
         plain, whole = Path(scratch, FILE), Path(scratch, "whole")
         header = _header(plain) | {ALPHA: repr(float(lora.alpha))} | {f"{OURS}{name}": text for name, text in about.items()}
-        save_file(load_file(plain), whole, metadata=header)
+        whole.write_bytes(save(load_file(plain), metadata=header))  # not `save_file`, whose files only their owner may read
         return whole.replace(folder / FILE)
 
 

@@ -143,6 +143,7 @@ def test_a_file_that_is_there_is_replaced_only_when_asked(policy, exported, tmp_
     main([*arguments, "--overwrite", "true"])
     assert (exported / FILE).read_bytes() != before
     assert [path.name for path in exported.iterdir()] == [FILE]
+    assert (exported / FILE).stat().st_mode == (tmp_path / "old.ckpt").stat().st_mode  # others may read it, as any file
     with pytest.raises(ValueError, match="`to` must be a folder. Found a file"):
         export(tmp_path / "old.ckpt", exported / FILE)
 
