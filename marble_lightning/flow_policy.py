@@ -15,6 +15,7 @@ from peft import LoraConfig
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
+from marble_lightning.lora import Lora
 from marble_lightning.seeds import derived_seed
 from marble_lightning.solvers import Solver
 
@@ -47,6 +48,8 @@ class FlowPolicy(nn.Module, ABC):
     x_t = (1 - t) x_0 + t eps, and velocity is d x_t / d t = eps - x_0.
 
     Args:
+        path: Where the model is loaded from.
+        revision: Which version of it, or None.
         rank: LoRA rank, >= 1.
         alpha: LoRA alpha; the update is scaled by alpha / rank.
         targets: Names of the linear layers of `transformer` that get a LoRA.
@@ -55,12 +58,13 @@ class FlowPolicy(nn.Module, ABC):
     transformer: Any
     """The network that predicts velocities, an `nn.Module`; `setup` sets it and calls `add_adapters`."""
 
-    def __init__(self, rank: int, alpha: float, targets: Sequence[str]) -> None:
+    def __init__(self, path: str, revision: str | None, rank: int, alpha: float, targets: Sequence[str]) -> None:
         super().__init__()
         if rank < 1:
             raise ValueError(f"`rank` must be >= 1. Found {rank}.")
         if not targets:
             raise ValueError("`targets` must name at least one linear layer. Found none.")
+        self.path, self.revision = path, revision
         self.rank, self.alpha, self.targets = rank, alpha, tuple(targets)
 
     # For a model to answer ------------------------------------------------------------------------------------------
@@ -126,8 +130,13 @@ class FlowPolicy(nn.Module, ABC):
 
     # Adapters -------------------------------------------------------------------------------------------------------
 
-    def add_adapters(self, seed: int) -> None:
-        """Give the transformer its adapters, all equal and in float32, of which `trained` is in use and trainable."""
+    def add_adapters(self, seed: int, start: Lora | None = None) -> None:
+        """Give the transformer its adapters, all equal and in float32, of which `trained` is in use and trainable.
+
+        Args:
+            seed: Seed of A, where they start at the base: with B zero.
+            start: What they start as instead.
+        """
         config = LoraConfig(
             r=self.rank, lora_alpha=self.alpha, init_lora_weights="gaussian", target_modules=list(self.targets)
         )
@@ -141,6 +150,8 @@ class FlowPolicy(nn.Module, ABC):
             for parameter in self.parameters_of(name):
                 parameter.data = parameter.data.float()
                 parameter.requires_grad_(name == "trained")
+        if start is not None:
+            start.copy_to(self.transformer, "trained")
         for name in ADAPTERS:
             self.move(name, towards="trained", by=1.0)
         self._activate("trained")

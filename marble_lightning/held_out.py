@@ -166,6 +166,8 @@ class HeldOutEvaluation(LightningModule):
         adapters = {name: tensor for name, tensor in checkpoint["state_dict"].items() if is_adapter(name)}
         checkpoint["state_dict"], checkpoint["lora"] = adapters, self.policy.lora
         checkpoint["base_scores"], checkpoint["base_measured"] = self.base_scores, self.measured
+        checkpoint["base_model"] = {"path": self.policy.path, "revision": self.policy.revision}
+        checkpoint["rewards"] = list(self.rewards)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Make sure that the checkpoint's adapters are this policy's, and that its base was measured as ours would be."""

@@ -12,6 +12,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from marble_lightning.flow_policy import Adapter, Conditions, FlowPolicy
+from marble_lightning.lora_files import read_lora
 from marble_lightning.prompt_cache import PromptCache, fingerprint
 from marble_lightning.sd3_files import pipeline_index
 from marble_lightning.solvers import Solver, flow_sigmas, scheduler_for
@@ -40,6 +41,8 @@ class SD3Policy(FlowPolicy):
         vae_slicing: Decode pictures one by one: saves memory where many are sampled at once.
         vae_tiling: Decode large pictures in overlapping tiles: saves memory, may change them a little at the seams.
         compile: Compile the transformer's blocks (torch.compile): minutes at the start, faster afterwards.
+        init_lora: File or folder with a LoRA that all adapters start as, e.g. from `marble-lightning export`; null starts at
+            the base. What a run calls its base on held-out prompts is then this start; the KL term stays with the base.
 
     Source: MARBLE, arXiv 2605.06507, settings of the SD3.5-Medium run.
     """
@@ -63,15 +66,16 @@ class SD3Policy(FlowPolicy):
         vae_slicing: bool = False,
         vae_tiling: bool = False,
         compile: bool = False,
+        init_lora: str | None = None,
     ) -> None:
-        super().__init__(rank, alpha, targets)
+        super().__init__(path, revision, rank, alpha, targets)
         if resolution < 16 or resolution % 16:
             raise ValueError(f"`resolution` must be a positive multiple of 16. Found {resolution}.")
         if text_length < 1:
             raise ValueError(f"`text_length` must be >= 1. Found {text_length}.")
-        self.path, self.resolution, self.text_length, self.revision = path, resolution, text_length, revision
+        self.resolution, self.text_length = resolution, text_length
         self.text_encoder_3_wanted = text_encoder_3 is not None
-        self.gradient_checkpointing, self.compiled = gradient_checkpointing, compile
+        self.gradient_checkpointing, self.compiled, self.init_lora = gradient_checkpointing, compile, init_lora
         self.offload_text_encoders, self.prompt_cache = offload_text_encoders, prompt_cache
         self.vae_slicing, self.vae_tiling = vae_slicing, vae_tiling
         self.dtype: torch.dtype = getattr(torch, dtype)
@@ -83,6 +87,7 @@ class SD3Policy(FlowPolicy):
         if hasattr(self, "pipeline"):
             return
         index = pipeline_index(self.path, self.revision)
+        start = read_lora(self.init_lora, rank=self.rank, alpha=self.alpha) if self.init_lora is not None else None
         without_t5 = not self.text_encoder_3_wanted or index.get("text_encoder_3", [None])[0] is None
         absent = {name: None for name in ("text_encoder_3", "tokenizer_3") if without_t5}
         pipeline = StableDiffusion3Pipeline.from_pretrained(self.path, dtype=self.dtype, revision=self.revision, **absent)
@@ -108,7 +113,7 @@ class SD3Policy(FlowPolicy):
             self.vae.enable_tiling()
         if self.gradient_checkpointing:
             self.transformer.enable_gradient_checkpointing()
-        self.add_adapters(seed)
+        self.add_adapters(seed, start)
         if self.compiled:
             compile_blocks(self.transformer)
 
