@@ -20,6 +20,10 @@ from balancers.solution import active_rows, merge_rows, smooth, weigh
 log = logging.getLogger(__name__)
 
 
+LIGHTNINGS = ("log", "log_dict")
+"""What Lightning hangs on a callback: methods of the module, whose copy would be one of all its weights."""
+
+
 class Balancer(Callback):
     r"""Merges several rewards into one update. A method overrides one of three levels, and nothing else:
 
@@ -103,7 +107,9 @@ class Balancer(Callback):
             ValueError: a level returned something of a wrong shape.
             TypeError: several columns are left and the method does not override `weights`.
         """
-        copy, k = deepcopy(self), len(self.reward_names)
+        k, mine = len(self.reward_names), {name: value for name, value in vars(self).items() if name not in LIGHTNINGS}
+        copy = object.__new__(type(self))
+        vars(copy).update(deepcopy(mine))
         columns = copy.merge_advantages(copy.merge_rewards(torch.eye(k), torch.ones(k, k, dtype=torch.bool)))
         if tuple(columns.shape) != (k, len(self.names)):
             raise ValueError(

@@ -70,15 +70,20 @@ def main(args: Sequence[str] | None = None) -> None:
     if given[:1] == ["export"]:  # LightningCLI's subcommands are the trainer's methods; this needs neither trainer nor model
         auto_cli(export, args=given[1:], as_positional=False, prog="marble-lightning export")
         return
+    command_line(args)
+
+
+def command_line(args: Sequence[str] | None = None, run: bool = True) -> MarbleCLI:
+    """The parsed command line; with `run`, after its subcommand ran, otherwise without a subcommand and with all it made."""
     for known in QUIET:
         warnings.filterwarnings("ignore", known)
     set_parsing_settings(subclasses_enabled=[Averaging])  # a schedule of one's own; other settings are what they are
-    MarbleCLI(
+    return MarbleCLI(
         DiffusionNFT,
         PromptDataModule,
         args=list(args) if args is not None else None,
+        run=run,
         seed_everything_default=0,
         auto_configure_optimizers=False,
-        parser_kwargs={"description": ABOUT, "epilog": EXPORT},
         trainer_defaults={"callbacks": [HeldOutTable(), last_checkpoint()]},
     )

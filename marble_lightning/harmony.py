@@ -108,7 +108,7 @@ def probe(module: DiffusionNFT, step: int) -> dict[str, dict[str, float]]:
     seed = derived_seed(module.seed, "probe", step)
     fresh = module.sample_round(seed)
     places = {
-        "own": (module.rollout, module.scores, module.seed, step % module.plan.optimizer_steps),
+        "own": (module.rollout, module.scores, module.seed, step % (module.plan.total // module.plan.per_step)),
         "fresh": (fresh.rollout, fresh.scores, seed, 0),
     }
     for place, (rollout, scores, of, part) in places.items():

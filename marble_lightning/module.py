@@ -202,8 +202,7 @@ class DiffusionNFT(HeldOutEvaluation):
         """The scalarised loss, or on a refresh the per-reward gradients; the KL term beside either."""
         if batch_idx % self.plan.per_step == 0:
             self.balancer.begin_step(self.plan.per_step)
-        if self.taps:
-            self.taps.on = self.balancer.wants_gradients
+        self._expect_gradients(self.balancer.wants_gradients)
         velocity = self._velocity(batch, "trained")
         plus, minus = self._sample_losses(batch, velocity)
         losses = batch.coefficients.losses(plus, minus)
@@ -236,6 +235,12 @@ class DiffusionNFT(HeldOutEvaluation):
         old = self._velocity(batch, "old")
         return nft_losses(velocity, old, batch.noisy, batch.clean, batch.t, self.objective.beta)
 
+    def _expect_gradients(self, expected: bool) -> None:
+        """Whether the next pass is for per-reward gradients, which go back several times: compiled blocks go back once."""
+        torch.compiler.set_stance("force_eager" if expected else "default")
+        if self.taps:
+            self.taps.on = expected
+
     def _gradients(self, plus: Tensor, minus: Tensor, coefficients: Coefficients) -> Tensor:
         """Gradient of each reward's loss, (reward, parameter)."""
         loss_scale = self._scaler.get_scale() if self._scaler is not None else 1.0
@@ -257,6 +262,7 @@ class DiffusionNFT(HeldOutEvaluation):
         """After an optimizer step the averaged adapter follows; after the round's last one the old adapter does."""
         if (batch_idx + 1) % self.plan.per_step:
             return
+        self._expect_gradients(False)
         self.balancer.end_step()
         self.policy.move("ema", towards="trained", by=1 - self.averaging.ema_decay)
         if batch_idx + 1 == self.plan.total:
@@ -283,12 +289,12 @@ class DiffusionNFT(HeldOutEvaluation):
             step: Which of the round's optimizer steps.
         """
         self.tap()
-        if self.taps:
-            self.taps.on = True
+        self._expect_gradients(True)
         total = torch.zeros(len(self.rewards), sum(p.numel() for p in self.trainable), device=self.device)
         batches = self._cut(rollout, self._weighed(rollout, scores, seed, balancer=None), seed)
         for batch in islice(batches, step * self.plan.per_step, (step + 1) * self.plan.per_step):
             with self.trainer.precision_plugin.forward_context():
                 losses = self._sample_losses(batch, self._velocity(batch, "trained"))
             total += self._gradients(*losses, batch.coefficients)
+        self._expect_gradients(False)
         return self.trainer.strategy.reduce(total)
