@@ -56,6 +56,7 @@ class SD3Policy(nn.Module):
         dtype: Precision of the frozen weights: `float32`, `bfloat16` or `float16`. Adapters are always float32.
         revision: Revision of a hub id.
         gradient_checkpointing: Keep less for the way back and compute it anew: saves memory, costs time.
+        adapter: What is judged and makes pictures: the averaged adapter `ema`, the live one `trained`, or `none`, the base.
 
     Source: MARBLE, arXiv 2605.06507, settings of the SD3.5-Medium run.
     """
@@ -71,6 +72,7 @@ class SD3Policy(nn.Module):
         dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16",
         revision: str | None = None,
         gradient_checkpointing: bool = False,
+        adapter: Literal["ema", "trained", "none"] = "ema",
     ) -> None:
         super().__init__()
         if rank < 1:
@@ -79,6 +81,9 @@ class SD3Policy(nn.Module):
             raise ValueError(f"`resolution` must be a positive multiple of 16. Found {resolution}.")
         if not targets:
             raise ValueError("`targets` must name at least one linear layer. Found none.")
+        if adapter not in ("ema", "trained", "none"):
+            raise ValueError(f"`policy.adapter` must be ema, trained or none. Found {adapter!r}.")
+        self.adapter: Adapter | None = None if adapter == "none" else adapter
         self.path, self.resolution, self.rank, self.alpha = path, resolution, rank, alpha
         self.targets, self.text_length, self.revision = tuple(targets), text_length, revision
         self.gradient_checkpointing = gradient_checkpointing
@@ -133,7 +138,7 @@ class SD3Policy(nn.Module):
         with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Already found a `peft_config`")  # three adapters are the point
             torch.manual_seed(derived_seed(seed, "lora"))
-            for name in ADAPTERS:
+            for name in ADAPTERS if self.adapter else ():
                 self.transformer.add_adapter(self._lora(), name)
         self._lora_layers = [module for module in self.transformer.modules() if isinstance(module, LoraLayer)]
         for name in ADAPTERS:
@@ -224,6 +229,7 @@ class SD3Policy(nn.Module):
         solver: Solver,
         guidance: float = 1.0,
         unconditional: Conditions | None = None,
+        resolution: int | None = None,
     ) -> Float[Tensor, "batch channel height width"]:
         """Sample latents through the stock pipeline, one generator per picture.
 
@@ -235,6 +241,7 @@ class SD3Policy(nn.Module):
             solver: `dpm2` or `euler`.
             guidance: Classifier-free guidance scale; 1 is none.
             unconditional: The encoded empty prompt (batch of one), needed where guidance > 1.
+            resolution: Side of the pictures in pixels; None for the policy's.
         """
         self.pipeline.scheduler = scheduler_for(solver, self.flow_scheduler)
         negative = unconditional[torch.zeros(len(generators), dtype=torch.long)] if unconditional is not None else None
@@ -244,8 +251,8 @@ class SD3Policy(nn.Module):
                 pooled_prompt_embeds=conditions.pooled,
                 negative_prompt_embeds=negative.embeds if negative else None,
                 negative_pooled_prompt_embeds=negative.pooled if negative else None,
-                height=self.resolution,
-                width=self.resolution,
+                height=resolution or self.resolution,
+                width=resolution or self.resolution,
                 num_inference_steps=steps,
                 guidance_scale=guidance,
                 generator=list(generators),
