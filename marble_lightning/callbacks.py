@@ -185,6 +185,7 @@ class Results(Callback):
         """What was judged: the model, and the adapter of which checkpoint."""
         fitted = trainer.state.fn == "fit"
         path = getattr(trainer.checkpoint_callback, "best_model_path", None) if fitted else trainer.ckpt_path
+        path = path or module.policy.init_lora
         return {
             "command": trainer.state.fn.value if trainer.state.fn else None,
             "model": module.policy.path,

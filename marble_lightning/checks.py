@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 
-from diffusers import AutoencoderKL, SD3Transformer2DModel
 from lightning.pytorch import Trainer
 
 from balancers import Balancer
-from marble_lightning.policy import SD3Policy
 from marble_lightning.prompts import PromptDataModule
 from marble_lightning.rollouts import Plan
 from marble_lightning.settings import Sampling
@@ -39,7 +37,7 @@ def the_data(trainer: Trainer) -> PromptDataModule:
     return data
 
 
-def the_plan(trainer: Trainer, sampling: Sampling, micro_batch_size: int, optimizer_steps: int) -> Plan:
+def the_plan(trainer: Trainer, sampling: Sampling, micro_batch_size: int, optimizer_steps: int, inner_epochs: int) -> Plan:
     """How a round is cut, where the trainer's and the data's sizes allow it."""
     data, ranks = the_data(trainer), trainer.world_size
     if data.prompts_per_round % ranks:
@@ -58,7 +56,7 @@ def the_plan(trainer: Trainer, sampling: Sampling, micro_batch_size: int, optimi
                 "use `max_epochs` for fewer rounds, and `prompts_per_round` or `images_per_prompt` for smaller ones."
             )
     images = data.prompts_per_round // ranks * data.images_per_prompt
-    return Plan(images, sampling.times, micro_batch_size, optimizer_steps)
+    return Plan(images, sampling.times, micro_batch_size, optimizer_steps, inner_epochs)
 
 
 def every_reward_applies(rewards: Mapping[str, Reward], data: PromptDataModule) -> None:
@@ -84,20 +82,6 @@ def every_prompt_can_be_judged(judges: Mapping[str, Reward], prompts: Iterable[P
                     f"`{name}` must be able to judge every prompt that it applies to. Found {prompt.text!r} of source "
                     f"{prompt.source!r}, of which it says: {error}"
                 ) from error
-
-
-def the_resolution_fits(policy: SD3Policy, name: str, resolution: int) -> None:
-    """Pictures of that size are whole patches, no more than the transformer has positions for; reads configs only."""
-    where = {"pretrained_model_name_or_path": policy.path, "revision": policy.revision}
-    transformer = SD3Transformer2DModel.load_config(**where, subfolder="transformer")
-    autoencoder = AutoencoderKL.load_config(**where, subfolder="vae")
-    patch = transformer["patch_size"] * 2 ** (len(autoencoder["block_out_channels"]) - 1)
-    most = transformer["pos_embed_max_size"]
-    if resolution % patch or resolution > most * patch:
-        raise ValueError(
-            f"`{name}` must be a multiple of {patch}, at most {most * patch}: the transformer of {policy.path} has "
-            f"positions for {most} patches of {patch} pixels a side (`pos_embed_max_size`). Found {resolution}."
-        )
 
 
 def enough_held_out_prompts(trainer: Trainer) -> None:

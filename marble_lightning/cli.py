@@ -1,20 +1,27 @@
-"""The command line: `marble-lightning fit|validate|test|predict`, wired by LightningCLI."""
+"""The command line: `marble-lightning fit|validate|test|predict`, wired by LightningCLI, and `export`."""
 
 from __future__ import annotations
 
+import sys
 import warnings
 from collections.abc import Sequence
 
+from jsonargparse import auto_cli, set_parsing_settings
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 from balancers import Balancer
 from marble_lightning.alarms import Alarms
 from marble_lightning.callbacks import Pictures, ProgressBar, Results
+from marble_lightning.export import export
 from marble_lightning.harmony import Harmony
 from marble_lightning.module import DiffusionNFT
 from marble_lightning.predictions import PictureWriter
 from marble_lightning.prompts import PromptDataModule
+from marble_lightning.settings import Averaging
+
+ABOUT = "Fine-tune Stable Diffusion 3 by reinforcement learning on several rewards at once."
+EXPORT = "export: Write a checkpoint's adapter as a LoRA for diffusers and ComfyUI; see `marble-lightning export --help`."
 
 QUIET = (
     "Found .* in eval mode at the start of training",
@@ -66,13 +73,19 @@ class MarbleCLI(LightningCLI):
 
 def main(args: Sequence[str] | None = None) -> None:
     """Run the command line; `args` replaces `sys.argv` where given."""
+    given = list(sys.argv[1:] if args is None else args)
+    if given[:1] == ["export"]:  # LightningCLI's subcommands are the trainer's methods; this needs neither trainer nor model
+        auto_cli(export, args=given[1:], as_positional=False, prog="marble-lightning export")
+        return
     for known in QUIET:
         warnings.filterwarnings("ignore", known)
+    set_parsing_settings(subclasses_enabled=[Averaging])  # a schedule of one's own; other settings are what they are
     MarbleCLI(
         DiffusionNFT,
         PromptDataModule,
         args=list(args) if args is not None else None,
         seed_everything_default=0,
         auto_configure_optimizers=False,
+        parser_kwargs={"description": ABOUT, "epilog": EXPORT},
         trainer_defaults={"callbacks": [last_checkpoint()]},
     )

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torchmetrics import CatMetric
 
-from marble_lightning.checks import enough_held_out_prompts, every_prompt_can_be_judged, the_data, the_resolution_fits
-from marble_lightning.policy import SD3Policy, is_adapter
+from marble_lightning.checks import enough_held_out_prompts, every_prompt_can_be_judged, the_data
+from marble_lightning.flow_policy import FlowPolicy, is_adapter
 from marble_lightning.scoring import Scorer
 from marble_lightning.seeds import derived_seed, generator
 from marble_lightning.settings import Evaluation, Scoring
@@ -43,7 +43,7 @@ class HeldOutEvaluation(LightningModule):
 
     def __init__(
         self,
-        policy: SD3Policy,
+        policy: FlowPolicy,
         rewards: dict[str, Reward],
         metrics: dict[str, Reward],
         scoring: Scoring,
@@ -69,11 +69,10 @@ class HeldOutEvaluation(LightningModule):
         if stage != "fit" or self.trainer.limit_val_batches:
             enough_held_out_prompts(self.trainer)
         every_prompt_can_be_judged(self.asked, data.held_out)
-        self.policy.index()
         if self.evaluation.resolution is not None:
-            the_resolution_fits(self.policy, "model.evaluation.resolution", self.evaluation.resolution)
+            self.policy.check_resolution("model.evaluation.resolution", self.evaluation.resolution)
         if self.evaluation.resolution is None or stage == "fit":
-            the_resolution_fits(self.policy, "model.policy.resolution", self.policy.resolution)
+            self.policy.check_resolution("model.policy.resolution", self.policy.resolution)
         self.policy.setup(self.seed)
         for judge in self.asked.values():
             judge.setup()
@@ -115,7 +114,7 @@ class HeldOutEvaluation(LightningModule):
     @property
     def judged_adapter(self) -> str:
         """The adapter that is judged, `none` where nothing was trained: a new adapter changes nothing."""
-        trained = self.trainer.state.fn == "fit" or self.trainer.ckpt_path
+        trained = self.trainer.state.fn == "fit" or self.trainer.ckpt_path or self.policy.init_lora
         return self.policy.adapter if self.policy.adapter and trained else "none"
 
     @property
@@ -146,7 +145,8 @@ class HeldOutEvaluation(LightningModule):
         options = self.settings
         seed = options.pop("seed")
         noise = [generator(seed, "held-out", index) for index, _ in batch]
-        adapter = None if self.trainer.sanity_checking else self.policy.adapter  # which measures the base
+        base = self.trainer.sanity_checking and self.policy.init_lora is None  # also where a run is resumed
+        adapter = None if base else self.policy.adapter
         latents = self.policy.sample(conditions, noise, adapter, unconditional=empty, **options)
         return self.policy.decode(latents)
 
@@ -181,6 +181,8 @@ class HeldOutEvaluation(LightningModule):
         adapters = {name: tensor for name, tensor in checkpoint["state_dict"].items() if is_adapter(name)}
         checkpoint["state_dict"], checkpoint["lora"] = adapters, self.policy.lora
         checkpoint["base_scores"], checkpoint["base_measured"] = self.base_scores, self.measured
+        checkpoint["base_model"] = {"path": self.policy.path, "revision": self.policy.revision}
+        checkpoint["rewards"] = list(self.rewards)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Make sure that the checkpoint's adapters are this policy's, and that its base was measured as ours would be."""

@@ -13,13 +13,13 @@ from torch import Tensor
 from tqdm import tqdm
 
 from marble_lightning.checks import every_prompt_can_be_judged, every_reward_applies, the_balancer, the_data, the_plan
+from marble_lightning.flow_policy import Adapter, FlowPolicy
 from marble_lightning.gradients import LinearTaps, add_flat, flat, gradients_by_passes
 from marble_lightning.held_out import HeldOutEvaluation
 from marble_lightning.objective import Coefficients, nft_losses
-from marble_lightning.policy import Adapter, SD3Policy
 from marble_lightning.rollouts import MicroBatch, MicroBatches, Rollout, Sampled, micro_batches, weigh_round
 from marble_lightning.seeds import generator
-from marble_lightning.settings import Averaging, Evaluation, Objective, Sampling, Scoring
+from marble_lightning.settings import Averaging, Evaluation, Objective, Sampling, Scoring, at_least_one
 from rewards import Reward
 
 
@@ -43,7 +43,8 @@ class DiffusionNFT(HeldOutEvaluation):
         optimizer: Makes the optimizer of the adapter's parameters.
         lr_scheduler: Makes the learning rate's schedule, which moves on after every optimizer step; null for none.
         micro_batch_size: Pictures of one forward and backward pass, >= 1.
-        optimizer_steps_per_round: Optimizer steps a round is split into, >= 1.
+        optimizer_steps_per_round: Optimizer steps an inner epoch is split into, >= 1.
+        inner_epochs: How often a round is trained on, each time in another order, at other times and with other noise, >= 1.
         gradient_passes: Per-reward gradients by `two` backward passes, whatever the number of rewards, or by one
             `per_reward`, the reference, which also knows trainable parameters outside linear layers.
         seed: Seed of everything random.
@@ -53,7 +54,7 @@ class DiffusionNFT(HeldOutEvaluation):
 
     def __init__(
         self,
-        policy: SD3Policy,
+        policy: FlowPolicy,
         rewards: dict[str, Reward],
         metrics: dict[str, Reward] | None = None,
         sampling: Sampling = Sampling(),
@@ -65,6 +66,7 @@ class DiffusionNFT(HeldOutEvaluation):
         lr_scheduler: LRSchedulerCallable | None = None,
         micro_batch_size: int = 9,
         optimizer_steps_per_round: int = 1,
+        inner_epochs: int = 1,
         gradient_passes: Literal["two", "per_reward"] = "two",
         seed: int = 0,
     ) -> None:
@@ -73,11 +75,11 @@ class DiffusionNFT(HeldOutEvaluation):
             raise ValueError("`rewards` must name at least one reward. Found none; configs/tiny.yaml has five.")
         if twice := set(rewards) & set(metrics or {}):
             raise ValueError(f"`metrics` must not use the name of a reward. Found {', '.join(sorted(twice))} in both.")
-        if min(micro_batch_size, optimizer_steps_per_round) < 1:
-            raise ValueError("`micro_batch_size` and `optimizer_steps_per_round` must be >= 1. Found a smaller one.")
+        sizes = {"micro_batch_size": micro_batch_size, "optimizer_steps_per_round": optimizer_steps_per_round}
+        at_least_one(**sizes, inner_epochs=inner_epochs)
         self.sampling, self.objective, self.averaging = sampling, objective, averaging
         self.optimizer, self.lr_scheduler = optimizer, lr_scheduler
-        self.micro_batch_size, self.optimizer_steps_per_round = micro_batch_size, optimizer_steps_per_round
+        self.sizes = (micro_batch_size, optimizer_steps_per_round, inner_epochs)
         self.gradient_passes = gradient_passes
         self.taps: LinearTaps | None = None
         self.merged: Tensor | None = None
@@ -93,7 +95,7 @@ class DiffusionNFT(HeldOutEvaluation):
             if self.policy.adapter is None:
                 raise ValueError("`policy.adapter` must be ema or trained for `fit`, which trains one. Found none.")
             self.balancer = the_balancer(self.trainer)
-            self.plan = the_plan(self.trainer, self.sampling, self.micro_batch_size, self.optimizer_steps_per_round)
+            self.plan = the_plan(self.trainer, self.sampling, *self.sizes)
             every_reward_applies(self._learned, the_data(self.trainer))
             every_prompt_can_be_judged(self._learned, the_data(self.trainer).training)
             self.trainer.accumulate_grad_batches = self.plan.per_step
@@ -169,10 +171,12 @@ class DiffusionNFT(HeldOutEvaluation):
         self.scorer.release()
         return Sampled(Rollout(prompts, conditions, groups, torch.cat(latents)), torch.cat(images), scores, skipped, waited)
 
-    def _weighed(self, rollout: Rollout, scores: Tensor, seed: int, balancer: Balancer | None) -> Coefficients:
-        return weigh_round(
-            scores, rollout.groups, balancer, self.objective, self.plan, self._key(seed, "train"), self.trainer
-        )
+    def _weighed(self, rollout: Rollout, scores: Tensor, seed: int, balancer: Balancer | None) -> list[Coefficients]:
+        keys = self._inner_epochs(seed)
+        return weigh_round(scores, rollout.groups, balancer, self.objective, self.plan, keys, self.trainer)
+
+    def _inner_epochs(self, seed: int) -> list[tuple[int | str, ...]]:
+        return [self._key(seed, f"train {index}" if index else "train") for index in range(self.plan.inner_epochs)]
 
     def _key(self, seed: int, purpose: str) -> tuple[int | str, ...]:
         return seed, self.current_epoch, self.global_rank, purpose
@@ -188,9 +192,10 @@ class DiffusionNFT(HeldOutEvaluation):
     def train_dataloader(self) -> MicroBatches:
         return MicroBatches(self.plan.total, lambda: self._cut(self.rollout, self.weighed, self.seed))
 
-    def _cut(self, rollout: Rollout, weighed: Coefficients, seed: int) -> Iterator[MicroBatch]:
+    def _cut(self, rollout: Rollout, weighed: list[Coefficients], seed: int) -> Iterator[MicroBatch]:
         grid = self.policy.sigmas(self.sampling.steps)[: self.sampling.usable_times]
-        return micro_batches(rollout, weighed, grid, self.plan, self._key(seed, "train"))
+        for key, own in zip(self._inner_epochs(seed), weighed, strict=True):
+            yield from micro_batches(rollout, own, grid, self.plan, key)
 
     def on_train_batch_start(self, batch: MicroBatch, batch_idx: int) -> None:
         self.images = None  # callbacks come first and have seen them

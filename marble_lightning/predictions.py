@@ -82,13 +82,14 @@ class PictureWriter(Callback):
         prompts, policy = the_data(trainer).held_out, module.policy
         if index >= len(prompts):
             return None
+        start = trainer.ckpt_path or policy.init_lora
         facts = {
             "prompt": prompts[index].text,
             "index": index,
             **module.settings,
             "adapter": module.judged_adapter,
             "model": policy.path + (f"@{policy.revision}" if policy.revision else ""),
-            "checkpoint": Path(trainer.ckpt_path).resolve() if trainer.ckpt_path else "none",
+            "checkpoint": Path(start).resolve() if start else "none",
         }
         return {name: str(value) for name, value in facts.items()}
 

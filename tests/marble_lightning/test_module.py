@@ -16,10 +16,11 @@ from torch import Tensor
 
 from balancers import MARBLE, Balancer, FixedWeights, WeightedSum, min_norm_weights
 from marble_lightning.cli import QUIET
+from marble_lightning.flow_policy import Conditions
 from marble_lightning.gradients import flat, gradients_by_passes
 from marble_lightning.module import DiffusionNFT
 from marble_lightning.objective import Coefficients, coefficients, nft_losses, noised
-from marble_lightning.policy import Conditions, SD3Policy
+from marble_lightning.policy import SD3Policy
 from marble_lightning.prompts import PromptDataModule
 from marble_lightning.rollouts import MicroBatch
 from marble_lightning.settings import Averaging, Evaluation, Objective, Sampling
@@ -82,6 +83,7 @@ def run(
     data: PromptDataModule | None = None,
     rewards: Sequence[str] = ("bright", "red", "contrast"),
     ckpt_path: Path | None = None,
+    inner_epochs: int = 1,
     **objective: Any,
 ):
     module = kind(
@@ -103,6 +105,7 @@ def run(
         optimizer=lambda parameters: torch.optim.SGD(parameters, lr=0.1),
         lr_scheduler=lr_scheduler,
         gradient_passes=gradient_passes,
+        inner_epochs=inner_epochs,
     )
     kept = Gradients()
     trainer = Trainer(
@@ -275,6 +278,21 @@ def test_old_and_averaged_adapters_move_as_scheduled(checkpoints, tmp_path):
         torch.testing.assert_close(now, 0.5 * after_one + 0.5 * last)
         averaged = 0.75 * first + 0.25 * second
         torch.testing.assert_close(mean, 0.75 * averaged + 0.25 * last)
+
+
+def test_inner_epochs_train_on_the_same_pictures_anew(checkpoints, tmp_path):
+    """Other times and noise; the old adapter moves after the last one, the averaged one after each step."""
+    module, kept = run(checkpoints, tmp_path, FixedWeights(), inner_epochs=2)
+    assert len(kept.gradients) == module.global_step == 2
+    first, second = (torch.cat([batch.clean.flatten(1) for batch in step]).sort(0).values for step in kept.batches)
+    torch.testing.assert_close(first, second)
+    noises = [torch.cat([batch.noise.flatten() for batch in step]) for step in kept.batches]
+    assert (noises[0] - noises[1]).abs().max() > 0.1
+    names = [[name for name in state if ".old." in name] for state in kept.states]
+    assert names[0]
+    assert all(torch.equal(kept.states[0][name], kept.states[1][name]) for name in names[0])
+    own, other = reference(module, kept, 1)
+    torch.testing.assert_close(kept.gradients[1], own.mean(0) + module.objective.kl_weight * other, rtol=1e-4, atol=1e-6)
 
 
 def test_the_base_never_changes(checkpoints, tmp_path):
