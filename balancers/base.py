@@ -20,10 +20,6 @@ from balancers.solution import active_rows, merge_rows, smooth, weigh
 log = logging.getLogger(__name__)
 
 
-LIGHTNINGS = ("log", "log_dict")
-"""What Lightning hangs on a callback: methods of the module, whose copy would be one of all its weights."""
-
-
 class Balancer(Callback):
     r"""Merges several rewards into one update. A method overrides one of three levels, and nothing else:
 
@@ -107,9 +103,8 @@ class Balancer(Callback):
             ValueError: a level returned something of a wrong shape.
             TypeError: several columns are left and the method does not override `weights`.
         """
-        k, mine = len(self.reward_names), {name: value for name, value in vars(self).items() if name not in LIGHTNINGS}
-        copy = object.__new__(type(self))
-        vars(copy).update(deepcopy(mine))
+        loggers = [vars(self).get(name) for name in ("log", "log_dict")]  # Lightning's: a copy would copy module and trainer
+        copy, k = deepcopy(self, {id(logger): logger for logger in loggers}), len(self.reward_names)
         columns = copy.merge_advantages(copy.merge_rewards(torch.eye(k), torch.ones(k, k, dtype=torch.bool)))
         if tuple(columns.shape) != (k, len(self.names)):
             raise ValueError(

@@ -82,3 +82,12 @@ def every_prompt_can_be_judged(judges: Mapping[str, Reward], prompts: Iterable[P
                     f"`{name}` must be able to judge every prompt that it applies to. Found {prompt.text!r} of source "
                     f"{prompt.source!r}, of which it says: {error}"
                 ) from error
+
+
+def enough_held_out_prompts(trainer: Trainer) -> None:
+    """Every process has a picture to sample."""
+    if (pictures := len(the_data(trainer).held_out)) < trainer.world_size:
+        raise ValueError(
+            f"There must be a picture for each of the {trainer.world_size} processes to sample. Found {pictures}; use fewer "
+            "devices, or more prompts or pictures of each."
+        )

@@ -12,10 +12,11 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 from balancers import Balancer
 from marble_lightning.alarms import Alarms
-from marble_lightning.callbacks import HeldOutTable, Pictures, PictureWriter, ProgressBar
+from marble_lightning.callbacks import Pictures, ProgressBar, Results
 from marble_lightning.export import export
 from marble_lightning.harmony import Harmony
 from marble_lightning.module import DiffusionNFT
+from marble_lightning.predictions import PictureWriter
 from marble_lightning.prompts import PromptDataModule
 from marble_lightning.settings import Averaging
 
@@ -52,16 +53,22 @@ class MarbleCLI(LightningCLI):
         parser.add_lightning_class_args(Harmony, "harmony")
         parser.add_lightning_class_args(Alarms, "alarms")
         parser.add_lightning_class_args(Pictures, "pictures")
+        parser.add_lightning_class_args(Results, "results")
         parser.add_lightning_class_args(PictureWriter, "predictions")
         parser.link_arguments("seed_everything", "model.seed")
 
     def before_instantiate_classes(self) -> None:
-        """Add our progress bar, unless bars are switched off; HeldOutTable takes the place of Lightning's table."""
+        """Add our progress bar, unless bars are switched off.
+
+        Results take the place of Lightning's table, and files that of pictures kept in memory.
+        """
         options = self.config[self.subcommand] if self.subcommand else self.config
         if options.trainer.enable_progress_bar is not False:
             self.trainer_defaults["callbacks"].append(ProgressBar())
         if "verbose" in options:
             options.verbose = False
+        if options.get("return_predictions", True) is None:
+            options.return_predictions = False
 
 
 def main(args: Sequence[str] | None = None) -> None:
@@ -85,5 +92,6 @@ def command_line(args: Sequence[str] | None = None, run: bool = True) -> MarbleC
         run=run,
         seed_everything_default=0,
         auto_configure_optimizers=False,
-        trainer_defaults={"callbacks": [HeldOutTable(), last_checkpoint()]},
+        parser_kwargs={"description": ABOUT, "epilog": EXPORT},
+        trainer_defaults={"callbacks": [last_checkpoint()]},
     )

@@ -57,6 +57,12 @@ class FlowPolicy(nn.Module, ABC):
 
     transformer: Any
     """The network that predicts velocities, an `nn.Module`; `setup` sets it and calls `add_adapters`."""
+    resolution: int
+    """Side of the pictures in pixels."""
+    adapter: Adapter | None = "ema"
+    """The adapter that is judged; with None there are no adapters, and the base is judged."""
+    init_lora: str | None = None
+    """What the adapters start as, where that is not the base."""
 
     def __init__(self, path: str, revision: str | None, rank: int, alpha: float, targets: Sequence[str]) -> None:
         super().__init__()
@@ -75,6 +81,18 @@ class FlowPolicy(nn.Module, ABC):
 
         Raises:
             ValueError: The model is not one that this class can train.
+        """
+
+    @abstractmethod
+    def check_resolution(self, name: str, resolution: int) -> None:
+        """Refuse pictures of a size that the model cannot draw, before any weight loads.
+
+        Args:
+            name: Of the setting.
+            resolution: Side in pixels.
+
+        Raises:
+            ValueError: With the sizes that it can.
         """
 
     @property
@@ -101,6 +119,7 @@ class FlowPolicy(nn.Module, ABC):
         solver: Solver,
         guidance: float = 1.0,
         unconditional: Conditions | None = None,
+        resolution: int | None = None,
     ) -> Float[Tensor, "batch *latent"]:
         """Sample latents without a graph, one generator per picture.
 
@@ -112,6 +131,7 @@ class FlowPolicy(nn.Module, ABC):
             solver: `dpm2` or `euler`.
             guidance: Classifier-free guidance scale; 1 is none.
             unconditional: The encoded empty prompt (batch of one), needed where guidance > 1.
+            resolution: Side of the pictures in pixels; None for the policy's.
         """
 
     @abstractmethod
@@ -143,7 +163,7 @@ class FlowPolicy(nn.Module, ABC):
         with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Already found a `peft_config`")  # three adapters are the point
             torch.manual_seed(derived_seed(seed, "lora"))
-            for name in ADAPTERS:
+            for name in ADAPTERS if self.adapter else ():
                 self.transformer.add_adapter(config, name)
         self._lora_layers = [module for module in self.transformer.modules() if isinstance(module, LoraLayer)]
         for name in ADAPTERS:

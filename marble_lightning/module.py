@@ -92,6 +92,8 @@ class DiffusionNFT(HeldOutEvaluation):
     def setup(self, stage: str) -> None:
         """Check what can be checked, then load the weights."""
         if stage == "fit":
+            if self.policy.adapter is None:
+                raise ValueError("`policy.adapter` must be ema or trained for `fit`, which trains one. Found none.")
             self.balancer = the_balancer(self.trainer)
             self.plan = the_plan(self.trainer, self.sampling, *self.sizes)
             every_reward_applies(self._learned, the_data(self.trainer))

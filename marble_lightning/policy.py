@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from marble_lightning.flow_policy import Adapter, Conditions, FlowPolicy
 from marble_lightning.lora_files import read_lora
 from marble_lightning.prompt_cache import PromptCache, fingerprint
-from marble_lightning.sd3_files import pipeline_index
+from marble_lightning.sd3_files import pipeline_index, the_resolution_fits
 from marble_lightning.solvers import Solver, flow_sigmas, scheduler_for
 
 TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
@@ -43,6 +43,7 @@ class SD3Policy(FlowPolicy):
         compile: Compile the transformer's blocks (torch.compile): minutes at the start, faster afterwards.
         init_lora: File or folder with a LoRA that all adapters start as, e.g. from `marble-lightning export`; null starts at
             the base. What a run calls its base on held-out prompts is then this start; the KL term stays with the base.
+        adapter: What is judged and makes pictures: the averaged adapter `ema`, the live one `trained`, or `none`, the base.
 
     Source: MARBLE, arXiv 2605.06507, settings of the SD3.5-Medium run.
     """
@@ -67,18 +68,28 @@ class SD3Policy(FlowPolicy):
         vae_tiling: bool = False,
         compile: bool = False,
         init_lora: str | None = None,
+        adapter: Literal["ema", "trained", "none"] = "ema",
     ) -> None:
         super().__init__(path, revision, rank, alpha, targets)
         if resolution < 16 or resolution % 16:
             raise ValueError(f"`resolution` must be a positive multiple of 16. Found {resolution}.")
         if text_length < 1:
             raise ValueError(f"`text_length` must be >= 1. Found {text_length}.")
+        if adapter not in ("ema", "trained", "none"):
+            raise ValueError(f"`policy.adapter` must be ema, trained or none. Found {adapter!r}.")
+        if adapter == "none" and init_lora is not None:
+            raise ValueError(f"`policy.init_lora` must be null where `policy.adapter` is none. Found {init_lora!r}.")
+        self.adapter = None if adapter == "none" else adapter
         self.resolution, self.text_length = resolution, text_length
         self.text_encoder_3_wanted = text_encoder_3 is not None
         self.gradient_checkpointing, self.compiled, self.init_lora = gradient_checkpointing, compile, init_lora
         self.offload_text_encoders, self.prompt_cache = offload_text_encoders, prompt_cache
         self.vae_slicing, self.vae_tiling = vae_slicing, vae_tiling
         self.dtype: torch.dtype = getattr(torch, dtype)
+
+    def check_resolution(self, name: str, resolution: int) -> None:
+        """Whole patches, no more than the transformer has positions for; reads configurations only."""
+        the_resolution_fits(self.path, self.revision, name, resolution)
 
     # Setting up -----------------------------------------------------------------------------------------------------
 
@@ -183,6 +194,7 @@ class SD3Policy(FlowPolicy):
         solver: Solver,
         guidance: float = 1.0,
         unconditional: Conditions | None = None,
+        resolution: int | None = None,
     ) -> Float[Tensor, "batch channel height width"]:
         """Sample latents through the stock pipeline, one generator per picture; see `FlowPolicy.sample`."""
         self.sampler.scheduler = scheduler_for(solver, self.flow_scheduler)
@@ -193,8 +205,8 @@ class SD3Policy(FlowPolicy):
                 pooled_prompt_embeds=conditions.pooled,
                 negative_prompt_embeds=negative.embeds if negative else None,
                 negative_pooled_prompt_embeds=negative.pooled if negative else None,
-                height=self.resolution,
-                width=self.resolution,
+                height=resolution or self.resolution,
+                width=resolution or self.resolution,
                 num_inference_steps=steps,
                 guidance_scale=guidance,
                 generator=list(generators),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from diffusers import StableDiffusion3Pipeline
+from diffusers import AutoencoderKL, SD3Transformer2DModel, StableDiffusion3Pipeline
 
 PARTS = {"transformer": "SD3Transformer2DModel", "scheduler": "FlowMatchEulerDiscreteScheduler", "vae": "AutoencoderKL"}
 """Parts of the pipeline that must be of these classes, since training relies on what they predict and on which grid."""
@@ -55,3 +55,27 @@ def pipeline_index(path: str, revision: str | None = None) -> dict[str, Any]:
             "jumps, not the velocity of the flow that the loss moves; choose stable-diffusion-3.5-medium or -large."
         )
     return index
+
+
+def the_resolution_fits(path: str, revision: str | None, name: str, resolution: int) -> None:
+    """Pictures of that size are whole patches, no more than the transformer has positions for.
+
+    Args:
+        path: Folder in diffusers format, or hub id.
+        revision: Revision of a hub id.
+        name: Of the setting.
+        resolution: Side of the pictures in pixels.
+
+    Raises:
+        ValueError: They are not, or there is no such pipeline.
+    """
+    pipeline_index(path, revision)
+    transformer = SD3Transformer2DModel.load_config(path, revision=revision, subfolder="transformer")
+    autoencoder = AutoencoderKL.load_config(path, revision=revision, subfolder="vae")
+    patch = transformer["patch_size"] * 2 ** (len(autoencoder["block_out_channels"]) - 1)
+    most = transformer["pos_embed_max_size"]
+    if resolution % patch or resolution > most * patch:
+        raise ValueError(
+            f"`{name}` must be a multiple of {patch}, at most {most * patch}: the transformer of {path} has "
+            f"positions for {most} patches of {patch} pixels a side (`pos_embed_max_size`). Found {resolution}."
+        )

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from math import inf
+from typing import Literal, get_args
 
 import torch
 
@@ -159,22 +160,32 @@ class Averaging:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """How held-out prompts are sampled.
+    """How held-out prompts, and those of `predict`, are sampled.
 
     Args:
         steps: Solver steps, >= 1.
         solver: `euler` or `dpm2`.
         guidance: Classifier-free guidance scale, >= 1; 1 is none.
+        resolution: Side of the pictures in pixels, a multiple of 16; null for the policy's.
+        seed: Seed >= 0 of the noise; null for the run's. Runs of several seeds can be compared where theirs is the same.
     """
 
     steps: int = 40
     solver: Solver = "euler"
     guidance: float = 1.0
+    resolution: int | None = None
+    seed: int | None = None
 
     def __post_init__(self) -> None:
         at_least_one(steps=self.steps)
-        if not self.guidance >= 1:
-            raise ValueError(f"`guidance` must be >= 1. Found {self.guidance}.")
+        if self.solver not in get_args(Solver):
+            raise ValueError(f"`solver` must be one of {', '.join(get_args(Solver))}. Found {self.solver!r}.")
+        if not 1 <= self.guidance < inf:
+            raise ValueError(f"`guidance` must be >= 1 and finite. Found {self.guidance}.")
+        if self.resolution is not None and (self.resolution < 16 or self.resolution % 16):
+            raise ValueError(f"`evaluation.resolution` must be a positive multiple of 16, or null. Found {self.resolution}.")
+        if self.seed is not None and self.seed < 0:
+            raise ValueError(f"`evaluation.seed` must be >= 0, or null. Found {self.seed}.")
 
 
 def at_least_one(**counts: int) -> None:

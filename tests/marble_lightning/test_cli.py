@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
@@ -29,10 +28,10 @@ def adapters(path: Path) -> dict[str, torch.Tensor]:
 
 
 def column(shown: str, title: str) -> dict[str, str]:
-    """A column of the first printed table, by reward."""
+    """A column of the printed table of all prompt sets, by reward."""
     rows = [
         line.strip("│┃").replace("┃", "│").split("│")
-        for line in shown.partition("└")[0].splitlines()
+        for line in shown.partition("all, 6 prompts")[2].partition("└")[0].splitlines()
         if line[:1] in ("│", "┃")
     ]
     cells = [[cell.strip() for cell in row] for row in rows]
@@ -57,6 +56,7 @@ def test_fit_shows_a_table_and_the_printed_command_repeats_it(small, tmp_path, c
     assert column(again, "trained") == after
     assert "By tag, base -> trained" in again and "mean_of_tags" in again
     assert column(again, "base") == column(shown, "base")
+    assert all(f"{source}, 2 prompts" in again for source in ("pickscore", "ocr", "geneval"))
 
 
 def test_a_checkpoint_of_another_rank_is_refused(small, tmp_path):
@@ -105,15 +105,6 @@ def test_validate_without_a_checkpoint_judges_the_base(small, capsys):
     before = column(capsys.readouterr().out, "base")
     main(["validate", *small])
     assert column(capsys.readouterr().out, "base") == before
-
-
-def test_predict_writes_pictures_and_scores(small, tmp_path):
-    main(["predict", *small, "--predictions.folder", str(tmp_path / "out")])
-    lines = [json.loads(line) for line in (tmp_path / "out/pictures-0.jsonl").read_text().splitlines()]
-    assert len(lines) == 6
-    assert all((tmp_path / "out" / line["file"]).exists() for line in lines)
-    assert {line["source"] for line in lines} == {"pickscore", "ocr", "geneval"}
-    assert all(("ocr" in line["scores"]) == (line["source"] == "ocr") for line in lines)
 
 
 class Halt(RuntimeError):
@@ -208,6 +199,16 @@ def test_a_file_of_balancers_changes_the_rule_and_keeps_the_cadence(capsys):
         (["--model.averaging.old_cap", "1"], "`old_cap` must be in [0, 1). Found 1"),
         (["--trainer.accumulate_grad_batches", "4"], "`accumulate_grad_batches` follows from"),
         (["--trainer.max_epochs", "3"], "`max_epochs` must be a multiple"),
+        (["--model.policy.adapter", "none"], "`policy.adapter` must be ema or trained for `fit`"),
+        (["--model.policy.adapter", "emma"], "emma"),
+        (["--model.evaluation.resolution", "40"], "`evaluation.resolution` must be a positive multiple of 16"),
+        (["--model.evaluation.resolution", "48"], "`model.evaluation.resolution` must be a multiple of 4, at most 32"),
+        (["--model.policy.resolution", "64"], "`model.policy.resolution` must be a multiple of 4, at most 32"),
+        (["--model.evaluation.seed", "-1"], "`evaluation.seed` must be >= 0, or null. Found -1"),
+        (["--model.evaluation.guidance", "0.5"], "`guidance` must be >= 1"),
+        (["--data.predict_images", "0"], "`predict_images` must be >= 1. Found 0"),
+        (["--results.compare_with", "[nowhere]"], "must be a results.json or a run's folder with one. Found no file"),
+        (["--results.columns", "[beauty]"], "`results.columns` must name rewards or metrics: pickscore"),
         (["--trainer.limit_train_batches", "2"], "`limit_train_batches` must keep its default"),
         (["--trainer.fast_dev_run", "true"], "must keep its default"),
         (["--trainer.max_steps", "3"], "`max_steps` must keep its default"),

@@ -119,6 +119,19 @@ def test_guidance_changes_the_pictures(policy):
     assert (plain - guided).abs().max() > 1e-4
 
 
+def test_without_an_adapter_nothing_is_added(checkpoints, policy):
+    bare = SD3Policy(str(checkpoints / "sd3"), resolution=16, text_length=4, dtype="float32", adapter="none")
+    bare.setup(seed=0)
+    assert not any("lora" in name for name, _ in bare.named_parameters())
+    torch.testing.assert_close(outputs(bare, None), outputs(policy, None))
+
+
+def test_pictures_may_have_another_resolution(policy):
+    conditions = policy.encode(["a red circle"])
+    latents = policy.sample(conditions, [generator("x")], "ema", steps=2, solver="euler", resolution=32)
+    assert policy.decode(latents).shape == (1, 3, 32, 32)
+
+
 def test_a_folder_that_is_not_sd3_is_refused_before_loading(tmp_path):
     with pytest.raises(ValueError, match="must be a folder in diffusers format or a hub id"):
         pipeline_index(str(tmp_path / "nowhere"))
@@ -161,6 +174,10 @@ def test_bad_options():
         SD3Policy("x/y", rank=0)
     with pytest.raises(ValueError, match="`resolution` must be a positive multiple of 16. Found 500"):
         SD3Policy("x/y", resolution=500)
+    with pytest.raises(ValueError, match="`policy.adapter` must be ema, trained or none. Found 'old'"):
+        SD3Policy("x/y", adapter="old")
+    with pytest.raises(ValueError, match="`policy.init_lora` must be null where `policy.adapter` is none. Found 'some'"):
+        SD3Policy("x/y", adapter="none", init_lora="some")
     with pytest.raises(ValueError, match="`targets` must name"):
         SD3Policy("x/y", targets=[])
     with pytest.raises(ValueError, match="`text_length` must be >= 1. Found 0"):

@@ -13,6 +13,7 @@ import torch
 from marble_lightning.alarms import measured
 from marble_lightning.cli import QUIET
 from marble_lightning.policy import SD3Policy
+from marble_lightning.results import read
 from tests.marble_lightning import two_processes
 from tests.marble_lightning.two_processes import Replay, method, train
 
@@ -54,6 +55,7 @@ def test_two_processes_train_from_the_command_line(small, tmp_path, balancer):
     """DistributedDataParallel over gloo: the run ends with a table, and its adapters have moved."""
     options = ["--trainer.devices", "2", "--trainer.strategy", "ddp", "--balancer", balancer]
     options += ["--model.micro_batch_size", "6", "--harmony.probe_every", "1"]
+    options += ["--data.held_out_per_source", "1", "--data.held_out_batch_size", "1"]  # two batches here, one there
     command = [sys.executable, "-m", "marble_lightning", "fit", *small, *options]
     ended = subprocess.run(
         command,
@@ -66,5 +68,6 @@ def test_two_processes_train_from_the_command_line(small, tmp_path, balancer):
     )
     assert ended.returncode == 0, ended.stderr[-3000:]
     assert "This run:" in ended.stdout
+    assert [each["index"] for each in read(tmp_path / "tiny/version_0")["prompts"]] == [0, 1, 2]
     saved = torch.load(tmp_path / "tiny/version_0/checkpoints/last.ckpt", weights_only=True)["state_dict"]
     assert max(tensor.abs().max() for name, tensor in saved.items() if ".lora_B.trained" in name) > 0
