@@ -19,13 +19,8 @@ from marble_lightning.held_out import HeldOutEvaluation
 from marble_lightning.objective import Coefficients, nft_losses
 from marble_lightning.rollouts import MicroBatch, MicroBatches, Rollout, Sampled, micro_batches, weigh_round
 from marble_lightning.seeds import generator
-from marble_lightning.settings import Averaging, Evaluation, Objective, Sampling, Scoring, at_least_one
+from marble_lightning.settings import Averaging, Evaluation, Objective, Sampling, Scoring, adamw, at_least_one
 from rewards import Reward
-
-
-def adamw(parameters: Any) -> torch.optim.Optimizer:
-    """AdamW with the published settings."""
-    return torch.optim.AdamW(parameters, lr=3e-4, betas=(0.9, 0.999), weight_decay=1e-4, eps=1e-8)
 
 
 class DiffusionNFT(HeldOutEvaluation):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from math import inf
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 
@@ -186,6 +186,11 @@ class Evaluation:
             raise ValueError(f"`evaluation.resolution` must be a positive multiple of 16, or null. Found {self.resolution}.")
         if self.seed is not None and self.seed < 0:
             raise ValueError(f"`evaluation.seed` must be >= 0, or null. Found {self.seed}.")
+
+
+def adamw(parameters: Any) -> torch.optim.Optimizer:
+    """AdamW with the published settings."""
+    return torch.optim.AdamW(parameters, lr=3e-4, betas=(0.9, 0.999), weight_decay=1e-4, eps=1e-8)
 
 
 def at_least_one(**counts: int) -> None:
