@@ -13,7 +13,8 @@ from torch.nn.parallel import DistributedDataParallel
 from torchmetrics import CatMetric
 
 from marble_lightning.checks import every_prompt_can_be_judged, the_data
-from marble_lightning.policy import SD3Policy, is_adapter
+from marble_lightning.policy import Adapter, SD3Policy, is_adapter
+from marble_lightning.round_start import RoundStart
 from marble_lightning.scoring import Scorer
 from marble_lightning.seeds import derived_seed, generator
 from marble_lightning.settings import Evaluation, Scoring
@@ -58,6 +59,7 @@ class HeldOutEvaluation(LightningModule):
         """Held-out scores (prompt, judge) of the base, measured by the trainer's sanity check; kept in checkpoints."""
         self.trained_scores: Tensor | None = None
         """The same of the averaged adapter, from the last validation."""
+        self.round_start = RoundStart()
 
     def setup(self, stage: str) -> None:
         """Check the held-out prompts, then load the weights of policy and judges."""
@@ -109,11 +111,12 @@ class HeldOutEvaluation(LightningModule):
 
     def sample_held_out(self, batch: HeldOut) -> Tensor:
         """Pictures of prompts; the index names the noise."""
+        adapter: Adapter | None = None if self.trainer.sanity_checking else "ema"  # a resumed run may measure the base too
         conditions = self.policy.encode([prompt.text for _, prompt in batch])
         empty = self.policy.encode([""]) if self.evaluation.guidance > 1 else None
         noise = [generator(self.seed, "held-out", index) for index, _ in batch]
         latents = self.policy.sample(
-            conditions, noise, "ema", steps=self.evaluation.steps, solver=self.evaluation.solver,
+            conditions, noise, adapter, steps=self.evaluation.steps, solver=self.evaluation.solver,
             guidance=self.evaluation.guidance, unconditional=empty,
         )  # fmt: skip
         return self.policy.decode(latents)
@@ -134,6 +137,7 @@ class HeldOutEvaluation(LightningModule):
             self.log_dict(means)
         elif self.logger is not None:
             self.logger.log_metrics({name: float(mean) for name, mean in means.items()}, step=0)
+        self.round_start.judged(self.trainer)
 
     on_test_epoch_end = on_validation_epoch_end
 
@@ -162,10 +166,11 @@ class HeldOutEvaluation(LightningModule):
     # Checkpoints ----------------------------------------------------------------------------------------------------
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep the adapters, never the frozen weights."""
+        """Keep the adapters, never the frozen weights; in the middle of a round, those of its beginning."""
         adapters = {name: tensor for name, tensor in checkpoint["state_dict"].items() if is_adapter(name)}
         checkpoint["state_dict"], checkpoint["lora"] = adapters, self.policy.lora
         checkpoint["base_scores"], checkpoint["base_measured"] = self.base_scores, self.measured
+        self.round_start.put_into(checkpoint, self.trainer)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Make sure that the checkpoint's adapters are this policy's, and that its base was measured as ours would be."""
@@ -174,5 +179,6 @@ class HeldOutEvaluation(LightningModule):
                 f"The checkpoint must hold adapters like this policy's: {self.policy.lora}. Found {checkpoint['lora']}; "
                 "use the `policy` settings it was trained with (config.yaml in its run folder)."
             )
-        if checkpoint["base_measured"] == self.measured:
+        if checkpoint["base_measured"] == self.measured and checkpoint["base_scores"] is not None:
             self.base_scores = checkpoint["base_scores"]
+            self.trainer.num_sanity_val_steps = 0  # no need to measure it again

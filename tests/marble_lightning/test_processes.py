@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -14,6 +16,7 @@ from marble_lightning.alarms import measured
 from marble_lightning.cli import QUIET
 from marble_lightning.policy import SD3Policy
 from tests.marble_lightning import two_processes
+from tests.marble_lightning.test_resume import differences, last, options, state
 from tests.marble_lightning.two_processes import Replay, method, train
 
 ROOT = Path(__file__).parents[2]
@@ -68,3 +71,28 @@ def test_two_processes_train_from_the_command_line(small, tmp_path, balancer):
     assert "This run:" in ended.stdout
     saved = torch.load(tmp_path / "tiny/version_0/checkpoints/last.ckpt", weights_only=True)["state_dict"]
     assert max(tensor.abs().max() for name, tensor in saved.items() if ".lora_B.trained" in name) > 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("end", [signal.SIGKILL, signal.SIGTERM])
+def test_two_processes_that_were_ended_go_on_bit_for_bit(checkpoints, tmp_path, end):
+    """Both at once by kill -9, or the first one by SIGTERM, which it hands on; at any moment after the first round."""
+    folders = [tmp_path / "whole", tmp_path / "ended"]
+    more = {"trainer.devices": 2, "trainer.strategy": "ddp", "trainer.max_epochs": 6, "trainer.check_val_every_n_epoch": 6}
+    runs = [[sys.executable, "-m", "marble_lightning", "fit", *options(checkpoints, each, **more)] for each in folders]
+    settings = {"cwd": ROOT, "env": {**os.environ, "OMP_NUM_THREADS": "1"}, "text": True, "timeout": 140}
+    subprocess.run(runs[0], check=True, capture_output=True, **settings)
+
+    with (tmp_path / "said.txt").open("w") as said:
+        process = subprocess.Popen(runs[1], cwd=ROOT, env=settings["env"], start_new_session=True, stdout=said, stderr=said)
+        while not last(folders[1]).exists():
+            assert process.poll() is None, (tmp_path / "said.txt").read_text()[-3000:]
+            time.sleep(0.1)
+        if end == signal.SIGKILL:
+            os.killpg(process.pid, end)
+        else:
+            process.send_signal(end)
+        process.wait(100)
+    assert state(last(folders[1]))["epoch"] < 5, "too late to show anything"
+    subprocess.run([*runs[1], "--ckpt_path", "last"], check=True, capture_output=True, **settings)
+    assert differences(state(last(folders[0])), state(last(folders[1], 1))) == []
