@@ -30,12 +30,14 @@ def damage(path: str | Path) -> str | None:
     file = Path(path)
     if not file.exists():
         return f"it points to {os.readlink(file)}, which is gone" if file.is_symlink() else "there is no such file"
-    if not is_zipfile(file):
-        return f"its end is missing, or it is no checkpoint ({file.stat().st_size} bytes)"
     try:
+        if not is_zipfile(file):
+            return f"its end is missing, or it is no checkpoint ({file.stat().st_size} bytes)"
         with ZipFile(file) as archive:
+            if any(record.compress_size != record.file_size or record.external_attr for record in archive.infolist()):
+                return "its directory of records is wrong"  # torch compresses nothing and sets no attribute
             broken = archive.testzip()
-    except (BadZipFile, OSError, EOFError, NotImplementedError, ValueError) as error:
+    except (BadZipFile, OSError, EOFError, NotImplementedError, RuntimeError, ValueError) as error:
         return f"it cannot be read: {error}"
     return f"its record {broken} does not match its checksum" if broken else None
 

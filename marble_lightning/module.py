@@ -153,8 +153,8 @@ class DiffusionNFT(HeldOutEvaluation):
         groups = torch.arange(len(prompts), device=self.device).repeat_interleave(data.images_per_prompt)
         latents, images = [], []
         for chunk in self._progress(torch.arange(len(groups)).split(self.sampling.batch_size), "sampling"):
-            if self.trainer.received_sigterm:  # Lightning looks after a micro-batch only, which may be too late
-                raise SIGTERMException
+            if self.trainer.received_sigterm and self.trainer.world_size == 1:
+                raise SIGTERMException  # Lightning would wait for a micro-batch, where several ranks agree to end
             noise = [generator(*self._key(seed, "rollout"), index) for index in chunk.tolist()]
             own = groups[chunk.to(self.device)]
             with self.trainer.precision_plugin.forward_context():  # as in training, so that the loss sees its own policy
