@@ -178,7 +178,7 @@ class ARewardFailsInSecondRound(Callback):
         raise ConnectionResetError("the reader is gone")
 
 
-@pytest.mark.parametrize("balancer", ["MARBLE", "WeightedSum"])
+@pytest.mark.parametrize("balancer", ["MARBLE", pytest.param("WeightedSum", marks=pytest.mark.slow)])
 @pytest.mark.filterwarnings(*(f"ignore:{known}" for known in QUIET))
 def test_a_run_whose_reward_failed_goes_on_bit_for_bit(checkpoints, tmp_path, caplog, balancer):
     """And its table compares with the base's scores, which are those of the first run."""
@@ -195,12 +195,14 @@ def test_a_run_whose_reward_failed_goes_on_bit_for_bit(checkpoints, tmp_path, ca
 @pytest.mark.filterwarnings(*(f"ignore:{known}" for known in QUIET))
 def test_a_base_that_was_measured_otherwise_is_measured_again(checkpoints, tmp_path):
     """As the base, not as the policy that the run goes on from."""
-    main(["fit", *options(checkpoints, tmp_path)])
-    other = options(checkpoints, tmp_path, **{"model.evaluation.steps": 3, "trainer.max_epochs": 6})
-    main(["fit", *other, "--ckpt_path", "last"])
-    resumed = state(last(tmp_path, 1))["base_scores"]
-    main(["fit", *options(checkpoints, tmp_path, **{"model.evaluation.steps": 3})])
-    assert differences(resumed, state(last(tmp_path, 2))["base_scores"]) == []
+    one = {"trainer.max_epochs": 1, "trainer.check_val_every_n_epoch": 1}
+    main(["fit", *options(checkpoints, tmp_path, **one)])
+    otherwise = one | {"model.evaluation.steps": 3}
+    main(["fit", *options(checkpoints, tmp_path, **otherwise)])
+    base = state(last(tmp_path, 1))["base_scores"]
+    more = options(checkpoints, tmp_path, **otherwise | {"trainer.max_epochs": 2})
+    main(["fit", *more, "--ckpt_path", str(last(tmp_path))])
+    assert differences(base, state(last(tmp_path, 2))["base_scores"]) == []
 
 
 def theirs(folder: Path) -> list[Callback]:
