@@ -5,14 +5,17 @@ from __future__ import annotations
 import sys
 import warnings
 from collections.abc import Sequence
+from typing import Any
 
 from jsonargparse import auto_cli, set_parsing_settings
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.fabric.plugins import TorchCheckpointIO
+from lightning.pytorch import Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 from balancers import Balancer
 from marble_lightning.alarms import Alarms
 from marble_lightning.callbacks import Pictures, ProgressBar, Results
+from marble_lightning.checkpoints import LAST, RoundCheckpoint, WholeCheckpointIO, last_of, warn
 from marble_lightning.export import export
 from marble_lightning.harmony import Harmony
 from marble_lightning.module import DiffusionNFT
@@ -31,20 +34,6 @@ QUIET = (
 """Lightning's warnings about what is meant here: a frozen base, prompts that need no loading, a folder per run."""
 
 
-def last_checkpoint() -> ModelCheckpoint:
-    """Keeps the last finished round in the run's folder, `checkpoints/last.ckpt` pointing to it.
-
-    The next round's file is complete before the one before it goes, so that a kill at any moment loses no more than a round.
-    """
-    return ModelCheckpoint(
-        filename="round_{epoch:04d}",
-        auto_insert_metric_name=False,
-        save_last="link",
-        every_n_epochs=1,
-        save_on_train_epoch_end=True,
-    )
-
-
 class MarbleCLI(LightningCLI):
     """LightningCLI with the balancer as a part of its own and one seed for everything."""
 
@@ -52,6 +41,7 @@ class MarbleCLI(LightningCLI):
         parser.add_lightning_class_args(Balancer, "balancer", subclass_mode=True, required=True)
         parser.add_lightning_class_args(Harmony, "harmony")
         parser.add_lightning_class_args(Alarms, "alarms")
+        parser.add_lightning_class_args(RoundCheckpoint, "checkpoints")
         parser.add_lightning_class_args(Pictures, "pictures")
         parser.add_lightning_class_args(Results, "results")
         parser.add_lightning_class_args(PictureWriter, "predictions")
@@ -69,6 +59,27 @@ class MarbleCLI(LightningCLI):
             options.verbose = False
         if options.get("return_predictions", True) is None:
             options.return_predictions = False
+
+    def instantiate_trainer(self, **options: Any) -> Trainer:
+        """Have checkpoints written whole, unless a plugin of the user's writes them."""
+        trainer = super().instantiate_trainer(**options)
+        if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
+            trainer.strategy.checkpoint_io = WholeCheckpointIO()
+        return trainer
+
+    def before_fit(self) -> None:
+        """Let `--ckpt_path last` mean the last run of the logger's name; Lightning looks in the new run's empty folder."""
+        options = self.config_init[self.subcommand]
+        if options.ckpt_path != "last":
+            return
+        folder, found = last_of(self.trainer)
+        if found is None and self.subcommand != "fit":
+            raise ValueError(f"`ckpt_path` must be a checkpoint. Found `last`, and no run in {folder} has a {LAST}.")
+        if found is None:
+            warn(f"`--ckpt_path last`: no run in {folder} has a {LAST} yet, so this one begins with the first round.")
+        options.ckpt_path = None if found is None else str(found)
+
+    before_validate = before_test = before_predict = before_fit
 
 
 def main(args: Sequence[str] | None = None) -> None:
@@ -93,5 +104,5 @@ def command_line(args: Sequence[str] | None = None, run: bool = True) -> MarbleC
         seed_everything_default=0,
         auto_configure_optimizers=False,
         parser_kwargs={"description": ABOUT, "epilog": EXPORT},
-        trainer_defaults={"callbacks": [last_checkpoint()]},
+        trainer_defaults={"callbacks": []},
     )

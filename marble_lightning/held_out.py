@@ -15,6 +15,7 @@ from torchmetrics import CatMetric
 
 from marble_lightning.checks import enough_held_out_prompts, every_prompt_can_be_judged, the_data
 from marble_lightning.flow_policy import FlowPolicy, is_adapter
+from marble_lightning.round_start import RoundStart
 from marble_lightning.scoring import Scorer
 from marble_lightning.seeds import derived_seed, generator
 from marble_lightning.settings import Evaluation, Scoring
@@ -61,6 +62,7 @@ class HeldOutEvaluation(LightningModule):
         """The same of the policy's adapter, from the last validation."""
         self.scores_predictions = True
         """Whether `predict` scores its pictures; to be set before `setup`."""
+        self.round_start = RoundStart()
 
     def setup(self, stage: str) -> None:
         """Check settings and prompts, then load the weights of the policy and of those judges that are asked."""
@@ -168,6 +170,7 @@ class HeldOutEvaluation(LightningModule):
             self.log_dict(means)
         elif self.logger is not None:
             self.logger.log_metrics({name: float(mean) for name, mean in means.items()}, step=0)
+        self.round_start.judged(self.trainer)
 
     on_test_epoch_end = on_validation_epoch_end
 
@@ -177,12 +180,13 @@ class HeldOutEvaluation(LightningModule):
     # Checkpoints ----------------------------------------------------------------------------------------------------
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep the adapters, never the frozen weights."""
+        """Keep the adapters, never the frozen weights; in the middle of a round, those of its beginning."""
         adapters = {name: tensor for name, tensor in checkpoint["state_dict"].items() if is_adapter(name)}
         checkpoint["state_dict"], checkpoint["lora"] = adapters, self.policy.lora
         checkpoint["base_scores"], checkpoint["base_measured"] = self.base_scores, self.measured
         checkpoint["base_model"] = {"path": self.policy.path, "revision": self.policy.revision}
         checkpoint["rewards"] = list(self.rewards)
+        self.round_start.put_into(checkpoint, self.trainer)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Make sure that the checkpoint's adapters are this policy's, and that its base was measured as ours would be."""
@@ -196,5 +200,6 @@ class HeldOutEvaluation(LightningModule):
                 f"The checkpoint must hold adapters like this policy's: {self.policy.lora}. Found {checkpoint['lora']}; "
                 "use the `policy` settings it was trained with (config.yaml in its run folder)."
             )
-        if checkpoint["base_measured"] == self.measured:
+        if checkpoint["base_measured"] == self.measured and checkpoint["base_scores"] is not None:
             self.base_scores = checkpoint["base_scores"]
+            self.trainer.num_sanity_val_steps = 0  # no need to measure it again

@@ -9,6 +9,7 @@ from typing import Any, Literal, cast
 
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch import Tensor
 from tqdm import tqdm
 
@@ -122,6 +123,7 @@ class DiffusionNFT(HeldOutEvaluation):
 
     def on_train_epoch_start(self) -> None:
         """Sample this round with the old adapter, score it, and turn the scores into coefficients."""
+        self.round_start.keep(self.trainer)
         begin = time.perf_counter()
         self.rollout, self.images, self.scores, skipped, waited = self.sample_round(self.seed)
         self.weighed = self._weighed(self.rollout, self.scores, self.seed, self.balancer)
@@ -150,6 +152,8 @@ class DiffusionNFT(HeldOutEvaluation):
         groups = torch.arange(len(prompts), device=self.device).repeat_interleave(data.images_per_prompt)
         latents, images = [], []
         for chunk in self._progress(torch.arange(len(groups)).split(self.sampling.batch_size), "sampling"):
+            if self.trainer.received_sigterm and self.trainer.world_size == 1:
+                raise SIGTERMException  # Lightning would wait for a micro-batch, where several ranks agree to end
             noise = [generator(*self._key(seed, "rollout"), index) for index in chunk.tolist()]
             own = groups[chunk.to(self.device)]
             with self.trainer.precision_plugin.forward_context():  # as in training, so that the loss sees its own policy

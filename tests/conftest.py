@@ -30,10 +30,15 @@ def _no_arguments(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def small(checkpoints: Path, tmp_path: Path) -> list[str]:
     """Command-line options that run configs/tiny.yaml on the random checkpoints, small, writing to `tmp_path`."""
+    return small_options(checkpoints, tmp_path)
+
+
+def small_options(checkpoints: Path, folder: Path) -> list[str]:
+    """What the fixture `small` gives, writing to any folder."""
     root = Path(__file__).parent.parent
     clip = str(checkpoints / "clip")
     options = {
-        "trainer.logger.save_dir": tmp_path,
+        "trainer.logger.save_dir": folder,
         "trainer.max_epochs": 2,
         "trainer.check_val_every_n_epoch": 2,
         "trainer.enable_progress_bar": False,

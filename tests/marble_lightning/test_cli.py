@@ -1,4 +1,4 @@
-"""fit, validate, predict, resume through the command line; bad configs fail early and by name."""
+"""fit, validate, predict through the command line; bad configs fail early and by name."""
 
 from __future__ import annotations
 
@@ -7,13 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import StableDiffusion3Pipeline
-from lightning.pytorch import Callback
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from marble_lightning.cli import MarbleCLI, last_checkpoint, main
-from marble_lightning.module import DiffusionNFT
-from marble_lightning.prompts import PromptDataModule
-from marble_lightning.scoring import RewardError
+from marble_lightning.cli import main
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 
@@ -104,62 +100,6 @@ def test_validate_without_a_checkpoint_judges_the_base(small, capsys):
     before = column(capsys.readouterr().out, "base")
     main(["validate", *small])
     assert column(capsys.readouterr().out, "base") == before
-
-
-class Halt(RuntimeError):
-    """Stands for a kill signal."""
-
-
-class HaltInThirdRound(Callback):
-    """Stops the program in the middle of a round."""
-
-    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
-        if trainer.current_epoch == 2 and batch_idx == 3:
-            raise Halt
-
-
-class ARewardFailsInThirdRound(Callback):
-    """Its scorer dies while the round is being scored."""
-
-    def on_train_epoch_start(self, trainer, pl_module):
-        if trainer.current_epoch == 2:
-            pl_module.rewards["ocr"].score = self.die
-
-    def die(self, *, images, prompts):
-        raise ConnectionResetError("the reader is gone")
-
-
-STOPS = [
-    ("MARBLE", HaltInThirdRound, Halt, None),
-    ("WeightedSum", HaltInThirdRound, Halt, None),
-    ("MARBLE", ARewardFailsInThirdRound, RewardError, r"`rewards\.ocr` .*the reader is gone\. .*last checkpoint"),
-]
-
-
-@pytest.mark.parametrize(("balancer", "stop", "error", "message"), STOPS)
-def test_a_run_that_was_stopped_goes_on_bit_for_bit(small, tmp_path, balancer, stop, error, message):
-    options = [*small, "--trainer.max_epochs", "4", "--balancer", balancer, "--model.scoring.retries", "0"]
-    if balancer == "MARBLE":
-        options += ["--balancer.refresh_every", "2"]
-    main(["fit", *options])
-    with pytest.raises(error, match=message):
-        _fit_with(options, stop())
-    main(["fit", *options, "--ckpt_path", str(checkpoint(tmp_path, 1))])
-    whole, resumed = adapters(checkpoint(tmp_path, 0)), adapters(checkpoint(tmp_path, 2))
-    assert whole.keys() == resumed.keys()
-    for name, tensor in whole.items():
-        assert torch.equal(tensor, resumed[name]), name
-
-
-def _fit_with(options: list[str], callback: Callback) -> None:
-    MarbleCLI(
-        DiffusionNFT,
-        PromptDataModule,
-        args=["fit", *options],
-        seed_everything_default=0,
-        auto_configure_optimizers=False,
-        trainer_defaults={"callbacks": [last_checkpoint(), callback]},
-    )
 
 
 @pytest.mark.parametrize(
