@@ -45,7 +45,7 @@ class Harmony(Callback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self.probe_every and isinstance(pl_module, DiffusionNFT):
-            pl_module.tap()  # raises now where per-reward gradients cannot be had
+            pl_module.per_reward.expect(False)  # raises now where per-reward gradients cannot be had
             balancer = the_balancer(trainer)
             if balancer.needs_gradients and balancer.refresh_every > 1 and self.probe_every % balancer.refresh_every == 0:
                 rank_zero_warn(

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from functools import cached_property
 from itertools import islice
 from typing import Any, Literal, cast
 
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.plugins import Precision
+from lightning.pytorch.utilities import GradClipAlgorithmType
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch import Tensor
 from tqdm import tqdm
 
 from marble_lightning.checks import every_prompt_can_be_judged, every_reward_applies, the_balancer, the_data, the_plan
 from marble_lightning.flow_policy import Adapter, FlowPolicy
-from marble_lightning.gradients import LinearTaps, add_flat, flat, gradients_by_passes
+from marble_lightning.gradients import RewardGradients, add_flat, flat
 from marble_lightning.held_out import HeldOutEvaluation
 from marble_lightning.objective import Coefficients, nft_losses
 from marble_lightning.rollouts import MicroBatch, MicroBatches, Rollout, Sampled, micro_batches, weigh_round
@@ -77,7 +80,6 @@ class DiffusionNFT(HeldOutEvaluation):
         self.optimizer, self.lr_scheduler = optimizer, lr_scheduler
         self.sizes = (micro_batch_size, optimizer_steps_per_round, inner_epochs)
         self.gradient_passes = gradient_passes
-        self.taps: LinearTaps | None = None
         self.merged: Tensor | None = None
         """A refresh's merged gradient, flat, until it is written."""
         self.images: Tensor | None = None
@@ -98,12 +100,12 @@ class DiffusionNFT(HeldOutEvaluation):
         super().setup(stage)
         self.trainable = self.policy.parameters_of("trained")
         if stage == "fit" and self.balancer.needs_gradients:
-            self.tap()
+            self.per_reward.expect(False)  # raises now where they cannot be had
 
-    def tap(self) -> None:
-        """Make ready for per-reward gradients: two passes need taps, and trainable parameters that can be tapped."""
-        if self.gradient_passes == "two" and self.taps is None:
-            self.taps = LinearTaps(self.policy.transformer, self.trainable)
+    @cached_property
+    def per_reward(self) -> RewardGradients:
+        """Takes per-reward gradients."""
+        return RewardGradients(self.gradient_passes, self.policy.transformer, self.trainable)
 
     def teardown(self, stage: str) -> None:
         if stage == "fit":
@@ -203,21 +205,17 @@ class DiffusionNFT(HeldOutEvaluation):
         """The scalarised loss, or on a refresh the per-reward gradients; the KL term beside either."""
         if batch_idx % self.plan.per_step == 0:
             self.balancer.begin_step(self.plan.per_step)
-        self._expect_gradients(self.balancer.wants_gradients)
+        if self.balancer.needs_gradients:
+            self.per_reward.expect(self.balancer.wants_gradients)
         velocity = self._velocity(batch, "trained")
         plus, minus = self._sample_losses(batch, velocity)
         losses = batch.coefficients.losses(plus, minus)
         kl = (velocity - self._velocity(batch, None)).square().mean()
-        self.log_dict(
-            {"kl": kl.detach(), "loss": losses.detach().sum() * self.plan.per_step},
-            on_epoch=True,
-            on_step=False,
-            batch_size=1,
-            sync_dist=True,
-        )
+        shown = {"kl": kl.detach(), "loss": losses.detach().sum() * self.plan.per_step}
+        self.log_dict(shown, on_epoch=True, on_step=False, batch_size=1, sync_dist=True)
 
         if self.balancer.wants_gradients:
-            self.balancer.add_gradients(self._gradients(plus, minus, batch.coefficients))
+            self.balancer.add_gradients(self.per_reward(plus, minus, batch.coefficients, self._scaler))
             overflow = False
             if not self.balancer.wants_gradients:
                 self.merged = self.balancer.solve(self.trainer.strategy.reduce)
@@ -236,22 +234,19 @@ class DiffusionNFT(HeldOutEvaluation):
         old = self._velocity(batch, "old")
         return nft_losses(velocity, old, batch.noisy, batch.clean, batch.t, self.objective.beta)
 
-    def _expect_gradients(self, expected: bool) -> None:
-        """Whether the next pass is for per-reward gradients, which go back several times: compiled blocks go back once."""
-        torch.compiler.set_stance("force_eager" if expected else "default")
-        if self.taps:
-            self.taps.on = expected
-
-    def _gradients(self, plus: Tensor, minus: Tensor, coefficients: Coefficients) -> Tensor:
-        """Gradient of each reward's loss, (reward, parameter)."""
-        loss_scale = self._scaler.get_scale() if self._scaler is not None else 1.0
-        if self.taps:
-            return self.taps.gradients(plus, minus, coefficients, loss_scale)
-        return gradients_by_passes(coefficients.losses(plus, minus), self.trainable, loss_scale)
-
     @property
     def _scaler(self) -> torch.amp.GradScaler | None:
         return getattr(self.trainer.precision_plugin, "scaler", None)
+
+    def configure_gradient_clipping(
+        self, optimizer: Any, gradient_clip_val: Any = None, gradient_clip_algorithm: Any = None
+    ) -> None:
+        """As Lightning clips, which under autocast refuses fused optimizers even where no loss is scaled."""
+        if self._scaler is not None:
+            self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
+        elif gradient_clip_val:
+            algorithm = gradient_clip_algorithm or GradClipAlgorithmType.NORM
+            Precision.clip_gradients(self.trainer.precision_plugin, optimizer, gradient_clip_val, algorithm)
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Write a refresh's merged gradient beside the KL gradient."""
@@ -263,7 +258,8 @@ class DiffusionNFT(HeldOutEvaluation):
         """After an optimizer step the averaged adapter follows; after the round's last one the old adapter does."""
         if (batch_idx + 1) % self.plan.per_step:
             return
-        self._expect_gradients(False)
+        if self.balancer.needs_gradients:
+            self.per_reward.expect(False)
         self.balancer.end_step()
         self.policy.move("ema", towards="trained", by=1 - self.averaging.ema_decay)
         if batch_idx + 1 == self.plan.total:
@@ -289,13 +285,12 @@ class DiffusionNFT(HeldOutEvaluation):
             seed: Seed it was sampled with.
             step: Which of the round's optimizer steps.
         """
-        self.tap()
-        self._expect_gradients(True)
+        self.per_reward.expect(True)
         total = torch.zeros(len(self.rewards), sum(p.numel() for p in self.trainable), device=self.device)
         batches = self._cut(rollout, self._weighed(rollout, scores, seed, balancer=None), seed)
         for batch in islice(batches, step * self.plan.per_step, (step + 1) * self.plan.per_step):
             with self.trainer.precision_plugin.forward_context():
                 losses = self._sample_losses(batch, self._velocity(batch, "trained"))
-            total += self._gradients(*losses, batch.coefficients)
-        self._expect_gradients(False)
+            total += self.per_reward(*losses, batch.coefficients, self._scaler)
+        self.per_reward.expect(False)
         return self.trainer.strategy.reduce(total)

@@ -85,6 +85,8 @@ def run(
     rewards: Sequence[str] = ("bright", "red", "contrast"),
     ckpt_path: Path | None = None,
     inner_epochs: int = 1,
+    clip: float | None = None,
+    optimizer: Any = lambda parameters: torch.optim.SGD(parameters, lr=0.1),
     **objective: Any,
 ):
     module = kind(
@@ -104,7 +106,7 @@ def run(
         averaging=Averaging(old_rate=0.5, old_cap=0.5, ema_decay=0.75),
         evaluation=Evaluation(steps=2),
         micro_batch_size=micro_batch_size,
-        optimizer=lambda parameters: torch.optim.SGD(parameters, lr=0.1),
+        optimizer=optimizer,
         lr_scheduler=lr_scheduler,
         gradient_passes=gradient_passes,
         inner_epochs=inner_epochs,
@@ -113,7 +115,7 @@ def run(
     trainer = Trainer(
         accelerator="cpu", max_epochs=rounds, logger=False, enable_checkpointing=False, enable_progress_bar=False,
         enable_model_summary=False, callbacks=[balancer, kept, *callbacks], limit_val_batches=0, default_root_dir=folder,
-        precision=None if plugins else precision, plugins=plugins,
+        precision=None if plugins else precision, plugins=plugins, gradient_clip_val=clip,
     )  # fmt: skip
     data = data or PromptDataModule(str(PROMPTS), ["ocr", "geneval"], prompts_per_round=4, images_per_prompt=3)
     trainer.fit(module, datamodule=data, ckpt_path=ckpt_path)
@@ -254,6 +256,22 @@ def test_a_loss_scale_that_is_too_large_shrinks_until_training_goes_on(checkpoin
     first.setup(module.seed)
     moved = (flat(module.trainable) - flat(first.parameters_of("trained"))).norm()
     assert 0 < moved < torch.inf
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+def test_a_fused_optimizer_is_clipped_like_any_other(checkpoints, tmp_path, precision):
+    """Lightning's own clipping refuses it under autocast, though only a loss scale would be in its way."""
+    moves = []
+    for fused in (False, True):
+
+        def sgd(parameters, fused=fused):
+            return torch.optim.SGD(parameters, lr=1.0, fused=fused)
+
+        module, kept = run(checkpoints, tmp_path, FixedWeights(), precision=precision, clip=1e-3, optimizer=sgd)
+        before = torch.cat([kept.states[0][name].flatten() for name in kept.states[0] if ".trained." in name])
+        moves.append(flat(module.trainable) - before)
+    torch.testing.assert_close(moves[1], moves[0])
+    assert moves[0].norm() == pytest.approx(1e-3, rel=1e-2)
 
 
 def test_the_learning_rate_follows_its_schedule(checkpoints, tmp_path):
