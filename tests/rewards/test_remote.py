@@ -128,7 +128,11 @@ def test_slow_beyond_the_time_out() -> None:
         scored(answer, timeout=0.3, retries=1)
 
 
-@pytest.mark.parametrize("trouble", [(500, {}), (502, b""), (503, b""), (504, b""), (429, {}), DROP], ids=str)
+@pytest.mark.parametrize(
+    "trouble",
+    [(500, {}), (502, b""), (503, b""), (504, b""), (429, {}), DROP],
+    ids=lambda trouble: "dropped" if trouble is DROP else str(trouble),
+)
 def test_trouble_that_passes(trouble: Any) -> None:
     replies = iter([trouble, trouble])
     torch.testing.assert_close(scored(lambda body: next(replies, None) or remote_reward("/score", body)), expected(2))
