@@ -12,6 +12,7 @@ from balancers import Balancer
 from marble_lightning.alarms import Alarms
 from marble_lightning.callbacks import HeldOutTable, Pictures, PictureWriter, ProgressBar
 from marble_lightning.harmony import Harmony
+from marble_lightning.memory import Memory
 from marble_lightning.module import DiffusionNFT
 from marble_lightning.prompts import PromptDataModule
 
@@ -44,6 +45,7 @@ class MarbleCLI(LightningCLI):
         parser.add_lightning_class_args(Balancer, "balancer", subclass_mode=True, required=True)
         parser.add_lightning_class_args(Harmony, "harmony")
         parser.add_lightning_class_args(Alarms, "alarms")
+        parser.add_lightning_class_args(Memory, "memory")
         parser.add_lightning_class_args(Pictures, "pictures")
         parser.add_lightning_class_args(PictureWriter, "predictions")
         parser.link_arguments("seed_everything", "model.seed")
