@@ -149,6 +149,12 @@ def _widened(value: Any) -> Any:
     return value.float() if half else value
 
 
+def _moved(module: nn.Module, *arguments: Any, **options: Any) -> nn.Module:
+    """`module.to` for fake tensors, which torch cannot move as parameters; they are on the CPU, whatever device is meant."""
+    _, dtype, *_ = torch._C._nn._parse_to(*arguments, **options)
+    return module if dtype is None else type(module).to(module, *arguments, **options)
+
+
 class Fakes:
     """A world of fake tensors: copies of modules without data, and counts of what is done with them.
 
@@ -179,7 +185,10 @@ class Fakes:
                 fake = torch.empty_strided(tensor.shape, tensor.stride(), dtype=kept)
                 memo[id(tensor)] = nn.Parameter(fake, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else fake
         self._weights += memo.values()
-        return copy.deepcopy(module, memo)
+        copied = copy.deepcopy(module, memo)
+        for each in (*copied.modules(), *(inner for part in parts for inner in memo[id(part)].modules())):
+            vars(each)["to"] = partial(_moved, each)
+        return copied
 
     @contextmanager
     def counting(self, *given: Tensor) -> Iterator[Ledger]:

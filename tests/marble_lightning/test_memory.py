@@ -184,6 +184,16 @@ def test_text_encoders_that_are_no_part_of_the_policy_only_visit(small_run, monk
     assert Choices.of(module).text_encoders_stay
     held = {name: module.policy._modules.pop(name) for name in names}
     vars(module.policy).update(held)
+    moves = []
+
+    def visiting(policy, texts):
+        for place in (policy.device, "cpu"):
+            for name in names:
+                moves.append(getattr(policy, name).to(place))
+        return encode(policy, texts)
+
+    encode = SD3Policy.encode
+    monkeypatch.setattr(SD3Policy, "encode", visiting)
     try:
         choices = Choices.of(module)
         estimate = Estimator(module)(choices)
@@ -191,7 +201,7 @@ def test_text_encoders_that_are_no_part_of_the_policy_only_visit(small_run, monk
         for name, encoder in held.items():
             del vars(module.policy)[name]
             module.policy._modules[name] = encoder
-    assert not choices.text_encoders_stay
+    assert len(moves) == 4 and not choices.text_encoders_stay
     assert estimate.parts["text encoders"] >= bytes_of(tensors_of(*held.values())) > 0
     there = {name for name, phase in estimate.phases.items() if "text encoders" in phase.parts}
     assert there == {"encoding prompts"}
