@@ -103,7 +103,8 @@ class Balancer(Callback):
             ValueError: a level returned something of a wrong shape.
             TypeError: several columns are left and the method does not override `weights`.
         """
-        copy, k = deepcopy(self), len(self.reward_names)
+        loggers = [vars(self).get(name) for name in ("log", "log_dict")]  # Lightning's: a copy would copy module and trainer
+        copy, k = deepcopy(self, {id(logger): logger for logger in loggers}), len(self.reward_names)
         columns = copy.merge_advantages(copy.merge_rewards(torch.eye(k), torch.ones(k, k, dtype=torch.bool)))
         if tuple(columns.shape) != (k, len(self.names)):
             raise ValueError(

@@ -24,8 +24,7 @@ from marble_lightning.pictures import grid, to_image
 
 def records(folder: Path) -> list[dict[str, Any]]:
     """What `predict` wrote there: prompt, source, scores and file of each picture, in the order of the prompts."""
-    found = [json.loads(line) for file in folder.glob("pictures-*.jsonl") for line in file.read_text().splitlines()]
-    return sorted(found, key=lambda record: record["file"])
+    return [json.loads(line) for line in (folder / "pictures.jsonl").read_text(encoding="utf-8").splitlines()]
 
 
 def evenly(found: list[dict[str, Any]], per_source: int) -> list[dict[str, Any]]:

@@ -38,13 +38,13 @@ from transformers import (
 import rewards
 from balancers import MARBLE
 from benchmarks.random_sd35m import networks
-from marble_lightning.gradients import LinearTaps
 from marble_lightning.memory import CUDA_CONTEXT, FRAGMENTATION, GIB, Room, gib, memory_table
 from marble_lightning.memory_estimate import Choices, Estimate, Estimator
 from marble_lightning.module import DiffusionNFT
 from marble_lightning.policy import SD3Policy
 from marble_lightning.prompts import PromptDataModule
 from marble_lightning.rollouts import Plan
+from marble_lightning.sd3_files import PARTS
 from marble_lightning.settings import Scoring
 from marble_lightning.tinyworld.recipe.vocabulary import train_tokenizer
 from rewards.clip import CLIPTower, Preprocess
@@ -127,6 +127,7 @@ def module_on_a_gpu(folder: Path, options: argparse.Namespace) -> DiffusionNFT:
     tokenizer.model_max_length = 77
     third = ["transformers", "T5EncoderModel"] if t5 else [None, None]
     index = {"_class_name": "StableDiffusion3Pipeline", "text_encoder_3": third}
+    index |= {part: ["diffusers", name] for part, name in PARTS.items()}
     (folder / "model_index.json").write_text(json.dumps(index))
     policy = SD3Policy(str(folder), resolution=512, rank=32, alpha=64, text_length=128, dtype="bfloat16")
     loaded = patch.object(StableDiffusion3Pipeline, "from_pretrained", return_value=sd35m(tokenizer, t5))
@@ -145,7 +146,6 @@ def module_on_a_gpu(folder: Path, options: argparse.Namespace) -> DiffusionNFT:
     module.balancer = MARBLE(refresh_every=10)
     module.balancer.bind(list(module.rewards))
     module.plan = Plan(options.prompts // ranks * 24, module.sampling.times, 9, 1)
-    module.taps = LinearTaps(policy.transformer, module.trainable)
     module._trainer = SimpleNamespace(  # type: ignore[assignment]
         strategy=SimpleNamespace(root_device=torch.device("cuda", 0), reduce=lambda tensor: tensor),
         precision_plugin=MixedPrecision("bf16-mixed", "cuda"),
@@ -174,7 +174,8 @@ def main() -> None:
     parser.add_argument("--no-t5", action="store_true", help="without the third text encoder")
     parser.add_argument("--reward-dtype", default="float32", choices=["float32", "bfloat16"])
     parser.add_argument("--rewards-on-cpu", action="store_true", help="all of them")
-    parser.add_argument("--frugal", action="store_true", help="encoders and rewards leave, VAE slicing, no overlap")
+    parser.add_argument("--frugal", action="store_true", help="text encoders and rewards leave, VAE slicing")
+    parser.add_argument("--no-overlap", action="store_true", help="sampling and scoring take turns")
     parser.add_argument("--held-out", type=int, default=16, help="batch of held-out prompts")
     parser.add_argument("--sampling", type=int, default=9, help="batch of sampling")
     parser.add_argument("--micro", nargs="+", type=int, default=[9, 4, 2, 1], help="micro-batch sizes to try")
@@ -187,7 +188,8 @@ def main() -> None:
         estimator, choices = Estimator(module), Choices.of(module)
         choices = replace(choices, held_out_batch_size=options.held_out, sampling_batch_size=options.sampling)
         if options.frugal:
-            choices = replace(choices, text_encoders_stay=False, rewards_stay=False, vae_slicing=True, overlap=False)
+            choices = replace(choices, text_encoders_stay=False, rewards_stay=False, vae_slicing=True)
+        choices = replace(choices, overlap=not options.no_overlap)
         estimate = estimator(choices)
         console = Console(width=110)
         console.print(memory_table(estimate, Room(int(limit), None)))

@@ -26,7 +26,7 @@ METHODS = ("default", "fixed_weights", "weighted_sum")
 def fit(method: str, seed: int, folder: Path, extra: Sequence[str]) -> Path:
     """Fit once; returns the run's folder."""
     place = folder / method / f"seed_{seed}"
-    if not (place / "held_out.pt").exists():
+    if not (place / "results.json").exists():
         options = ["--trainer.logger.save_dir", str(folder), "--trainer.logger.name", method]
         options += ["--trainer.logger.version", f"seed_{seed}", "--seed_everything", str(seed)]
         overlay = [] if method == "default" else ["-c", f"configs/balancers/{method}.yaml"]

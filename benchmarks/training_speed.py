@@ -97,8 +97,7 @@ class Turns(Callback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         module = cast(DiffusionNFT, pl_module)
-        module.tap()
-        self.taps, self.rewards = module.taps, dict(module.rewards.items())
+        self.taps, self.rewards = module.per_reward.taps, dict(module.rewards.items())
         self.bar = tqdm(total=self.rounds, desc="Rounds, the first of each a warm-up", dynamic_ncols=True)
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -106,7 +105,7 @@ class Turns(Callback):
         method, k = self.turns[index]
         module.rewards = nn.ModuleDict(dict(list(self.rewards.items())[:k]))
         module.balancer, module.gradient_passes = self.balancers[index], method.passes
-        module.taps = self.taps if method.passes == "two" else None
+        module.per_reward.taps = self.taps if method.passes == "two" else None
         if self.taps:
             self.taps.on = False
         module.balancer.bind(list(module.rewards))

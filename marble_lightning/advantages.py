@@ -8,6 +8,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+AdvantageMode = Literal["all", "positive_only", "negative_only", "one_only", "binary"]
+"""Which part of an advantage is learned from; see `only`."""
+
 EPSILON = 1e-4
 """Added to the standard deviation, as in the published implementation."""
 
@@ -42,6 +45,27 @@ def group_advantages(
         deviation = (overall.square().sum(0) / number).sqrt()
     advantages = (centred / (deviation + EPSILON)).to(rewards.dtype)
     return advantages.masked_fill(~valid, torch.nan)
+
+
+def only(advantages: Float[Tensor, "sample reward"], mode: AdvantageMode) -> Float[Tensor, "sample reward"]:
+    r"""The part of advantages that is learned from.
+
+    A, max(A, 0), min(A, 0), [A > 0] or sign(A), in the order of the modes.
+
+    Source: DiffusionNFT, arXiv 2509.16117, released code (`adv_mode`).
+
+    Args:
+        advantages: NaN where a reward does not apply; they stay so.
+        mode: `all`, `positive_only`, `negative_only`, `one_only` or `binary`.
+    """
+    parts = {
+        "all": advantages,
+        "positive_only": advantages.clamp(min=0),
+        "negative_only": advantages.clamp(max=0),
+        "one_only": (advantages > 0).to(advantages),
+        "binary": advantages.sign(),
+    }
+    return parts[mode].masked_fill(advantages.isnan(), torch.nan)
 
 
 def _per_group(values: Tensor, groups: Tensor) -> Tensor:

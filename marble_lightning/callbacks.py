@@ -1,23 +1,25 @@
-"""What a run shows: progress, pictures, the balancer's diagnostics, and a table at the end."""
+"""What a run shows: progress, held-out pictures, and its results as tables and files."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import BasePredictionWriter, TQDMProgressBar
+from lightning.pytorch.callbacks import TQDMProgressBar
 from lightning.pytorch.loggers import TensorBoardLogger
-from lightning.pytorch.utilities import rank_zero_only
 from rich.console import Console
 from torch import Tensor
 
+from marble_lightning.checks import the_data
+from marble_lightning.comparison import Results as Found
+from marble_lightning.comparison import compared, comparison_table, must_be_comparable
 from marble_lightning.held_out import HeldOut
 from marble_lightning.module import DiffusionNFT
 from marble_lightning.pictures import grid, scores_text, to_image
+from marble_lightning.ranks import gathered
+from marble_lightning.results import JSON, Measured, document, read, write
 from marble_lightning.table import held_out_table, tags_table
 
 
@@ -42,7 +44,7 @@ class ProgressBar(TQDMProgressBar):
 
 
 class Pictures(Callback):
-    """Held-out pictures in TensorBoard after every validation, the same prompts and noise each time.
+    """Held-out pictures in TensorBoard and as a PNG in the run's folder, the same prompts and noise each time.
 
     Args:
         count: Pictures in the grid, spread over the held-out prompts, >= 1.
@@ -57,7 +59,7 @@ class Pictures(Callback):
     def on_validation_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: HeldOut, *arguments: Any
     ) -> None:
-        total = len(trainer.datamodule.held_out)  # type: ignore[attr-defined]
+        total = len(the_data(trainer).held_out)
         wanted = set(torch.linspace(0, total - 1, min(self.count, total)).round().int().tolist())
         names = list(pl_module.judges)  # type: ignore[arg-type]
         for (index, prompt), image, scores in zip(batch, outputs["images"], outputs["scores"], strict=True):
@@ -65,35 +67,70 @@ class Pictures(Callback):
                 self.shown[index] = (image.cpu(), f"{prompt.text}\n{scores_text(scores, names)}")
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        shown = [self.shown[index] for index in sorted(self.shown)]
+        folder = Path(trainer.log_dir or trainer.default_root_dir)  # asked on every rank: it is a broadcast
+        shown = dict(sorted(gathered(list(self.shown.items())), key=lambda each: each[0]))
         self.shown = {}
-        if shown and isinstance(trainer.logger, TensorBoardLogger) and trainer.is_global_zero:
-            sheet = grid([image for image, _ in shown], [text for _, text in shown])
+        if not shown or not trainer.is_global_zero:
+            return
+        sheet = grid([image for image, _ in shown.values()], [text for _, text in shown.values()])
+        folder.mkdir(parents=True, exist_ok=True)
+        step = f"_{trainer.global_step:06d}" if trainer.state.fn == "fit" else ""
+        to_image(sheet).save(folder / f"held_out{step}.png")
+        if isinstance(trainer.logger, TensorBoardLogger):
             trainer.logger.experiment.add_image("held_out", sheet, trainer.global_step)
 
+    on_test_batch_end = on_validation_batch_end  # type: ignore[assignment] # named as the other hook's
+    on_test_end = on_validation_end
 
-class HeldOutTable(Callback):
-    """Prints base -> trained on held-out prompts when a run ends, where it is, and what to do next.
 
-    The scores themselves, one row per held-out picture, are kept in the run's folder as `held_out.pt`.
+class Results(Callback):
+    """Tables of held-out scores by prompt set, and results.json and results.csv in the run's folder.
+
+    After `fit` they have the base beside the trained policy, and are followed by what to do next.
+
+    Args:
+        compare_with: Other runs, each by its results.json or the folder it is in: the composite score, the mean over rewards
+            of z-scores over the runs, is shown beside. Settings and prompts must be the same; null for none.
+        columns: Rewards and metrics that the composite counts; null for all.
     """
 
+    def __init__(self, compare_with: list[str] | None = None, columns: list[str] | None = None) -> None:
+        self.compare_with, self.columns = compare_with or [], columns
+        self.others: dict[str, Found] = {}
+        self.loaded_step: int | None = None
+        """Optimizer step of the checkpoint that is judged."""
+
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Refuse what cannot be compared before anything is sampled."""
         every = trainer.check_val_every_n_epoch
         if stage == "fit" and trainer.limit_val_batches and every and trainer.max_epochs and trainer.max_epochs % every:
             raise ValueError(
                 f"`max_epochs` must be a multiple of `check_val_every_n_epoch`, {every}, for the last round to be judged. "
                 f"Found {trainer.max_epochs}."
             )
+        if stage == "predict" or not isinstance(pl_module, DiffusionNFT):
+            return
+        if unknown := sorted(set(self.columns or []) - set(pl_module.judges)):
+            raise ValueError(
+                f"`results.columns` must name rewards or metrics: {', '.join(pl_module.judges)}. Found {unknown[0]!r}."
+            )
+        self.others = {path: read(path) for path in self.compare_with}
+        prompts = dict(enumerate(the_data(trainer).held_out[:: the_data(trainer).held_out_images]))
+        planned = {
+            "settings": self._settings(trainer, pl_module),
+            "prompts": [{"index": index, "set": each.source, "prompt": each.text} for index, each in prompts.items()],
+        }
+        for path, other in self.others.items():
+            must_be_comparable(planned, other, path, self._columns(pl_module))
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        self.loaded_step = checkpoint["global_step"]
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         folder = Path(trainer.log_dir or ".")  # asked on every rank: it is a broadcast
         if not trainer.is_global_zero:
             return
-        self._show(trainer, pl_module)
-        if isinstance(pl_module, DiffusionNFT) and pl_module.trained_scores is not None:
-            kept = {"judges": list(pl_module.judges), "base": pl_module.base_scores, "trained": pl_module.trained_scores}
-            torch.save(kept, folder / "held_out.pt")
+        self._show(trainer, pl_module, folder)
         config, checkpoint = folder / "config.yaml", folder / "checkpoints" / "last.ckpt"
         print(
             f"\nThis run:       {folder}\n"
@@ -102,57 +139,58 @@ class HeldOutTable(Callback):
             f"The plain sum:  marble-lightning fit -c {config} -c configs/balancers/weighted_sum.yaml --ckpt_path null"
         )
 
-    @rank_zero_only
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if trainer.state.fn == "validate":
-            self._show(trainer, pl_module)
+        if trainer.state.fn != "fit":
+            folder = Path(trainer.log_dir or ".")  # asked on every rank: it is a broadcast
+            if trainer.is_global_zero:
+                self._show(trainer, pl_module, folder)
 
-    @rank_zero_only
-    def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._show(trainer, pl_module)
+    on_test_end = on_validation_end
 
-    @staticmethod
-    def _show(trainer: Trainer, module: LightningModule) -> None:
+    def _show(self, trainer: Trainer, module: LightningModule, folder: Path) -> None:
+        """Print the tables and write the files."""
         if not isinstance(module, DiffusionNFT) or module.trained_scores is None:
             return
-        console, scores = Console(width=110), module.trained_scores
-        alone = trainer.state.fn != "fit" and not trainer.ckpt_path  # what was judged is the base itself
-        heading, base = ("base", None) if alone else ("trained", module.base_scores)
-        console.print(held_out_table(list(module.judges), scores, heading=heading, base=base))
-        if tags := module.by_tag(scores):
-            console.print(tags_table(tags, heading=heading, base=None if base is None else module.by_tag(base)))
-        if base is None and not alone:
+        console, data = Console(width=110), the_data(trainer)
+        heading = "base" if module.judged_adapter == "none" else "trained"
+        base = None if heading == "base" else module.base_scores
+        prompts = dict(enumerate(data.held_out[:: data.held_out_images]))
+        measured = Measured(module.judges, prompts, module.trained_scores, base).sampled()
+        found = document(measured, judged=self._judged(trainer, module), settings=self._settings(trainer, module))
+        for facts in (found["judged"], found["settings"]):
+            console.print(", ".join(f"{name} {value}" for name, value in facts.items() if value is not None), soft_wrap=True)
+        for name, own in measured.sets().items():
+            title = f"{name}, {len(own.prompts)} prompts"
+            console.print(held_out_table(list(own.judges), own.scores, heading=heading, base=own.base, title=title))
+        if tags := measured.tags():
+            console.print(tags_table(tags, heading=heading, base=measured.base_tags()))
+        if base is None and heading != "base":
             console.print("No base beside it: it was not measured on these prompts (`num_sanity_val_steps: -1` does).")
 
+        write(folder, found)
+        if self.others:
+            found["comparison"] = compared({"this run": found, **self.others}, self._columns(module))
+            write(folder, found)
+            console.print(comparison_table(found["comparison"]))
+        console.print(f"All of it: {folder / JSON}", soft_wrap=True)
 
-class PictureWriter(BasePredictionWriter):
-    """Writes the pictures of `predict` as PNG files, and their prompts and scores as one JSONL file beside them.
+    def _columns(self, module: DiffusionNFT) -> list[str]:
+        return self.columns or list(module.judges)
 
-    Args:
-        folder: Where to; null is `predictions` in the run's folder.
-    """
+    @staticmethod
+    def _settings(trainer: Trainer, module: DiffusionNFT) -> dict[str, Any]:
+        return {**module.settings, "images_per_prompt": the_data(trainer).held_out_images}
 
-    def __init__(self, folder: str | None = None) -> None:
-        super().__init__("batch")
-        self.folder = folder
-
-    def write_on_batch_end(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        prediction: Any,
-        batch_indices: Sequence[int] | None,
-        batch: HeldOut,
-        batch_idx: int,
-        dataloader_idx: int,
-    ) -> None:
-        folder = Path(self.folder or Path(trainer.log_dir or ".") / "predictions")
-        folder.mkdir(parents=True, exist_ok=True)
-        names = list(pl_module.judges)  # type: ignore[arg-type]
-        with (folder / f"pictures-{trainer.global_rank}.jsonl").open("w" if batch_idx == 0 else "a") as lines:
-            for (index, prompt), image, scores in zip(batch, prediction["images"], prediction["scores"], strict=True):
-                file = folder / f"{index:05d}.png"
-                to_image(image).save(file)
-                there = {name: score for name, score in zip(names, scores.tolist(), strict=True) if score == score}
-                record = {"file": file.name, "prompt": prompt.text, "source": prompt.source, "scores": there}
-                lines.write(json.dumps(record) + "\n")
+    def _judged(self, trainer: Trainer, module: DiffusionNFT) -> dict[str, Any]:
+        """What was judged: the model, and the adapter of which checkpoint."""
+        fitted = trainer.state.fn == "fit"
+        path = getattr(trainer.checkpoint_callback, "best_model_path", None) if fitted else trainer.ckpt_path
+        path = path or module.policy.init_lora
+        return {
+            "command": trainer.state.fn.value if trainer.state.fn else None,
+            "model": module.policy.path,
+            "revision": module.policy.revision,
+            "adapter": module.judged_adapter,
+            "checkpoint": str(Path(path).resolve()) if path else None,
+            "optimizer_step": trainer.global_step if fitted else self.loaded_step,
+        }

@@ -37,7 +37,7 @@ def the_data(trainer: Trainer) -> PromptDataModule:
     return data
 
 
-def the_plan(trainer: Trainer, sampling: Sampling, micro_batch_size: int, optimizer_steps: int) -> Plan:
+def the_plan(trainer: Trainer, sampling: Sampling, micro_batch_size: int, optimizer_steps: int, inner_epochs: int) -> Plan:
     """How a round is cut, where the trainer's and the data's sizes allow it."""
     data, ranks = the_data(trainer), trainer.world_size
     if data.prompts_per_round % ranks:
@@ -56,7 +56,7 @@ def the_plan(trainer: Trainer, sampling: Sampling, micro_batch_size: int, optimi
                 "use `max_epochs` for fewer rounds, and `prompts_per_round` or `images_per_prompt` for smaller ones."
             )
     images = data.prompts_per_round // ranks * data.images_per_prompt
-    return Plan(images, sampling.times, micro_batch_size, optimizer_steps)
+    return Plan(images, sampling.times, micro_batch_size, optimizer_steps, inner_epochs)
 
 
 def every_reward_applies(rewards: Mapping[str, Reward], data: PromptDataModule) -> None:
@@ -82,3 +82,12 @@ def every_prompt_can_be_judged(judges: Mapping[str, Reward], prompts: Iterable[P
                     f"`{name}` must be able to judge every prompt that it applies to. Found {prompt.text!r} of source "
                     f"{prompt.source!r}, of which it says: {error}"
                 ) from error
+
+
+def enough_held_out_prompts(trainer: Trainer) -> None:
+    """Every process has a picture to sample."""
+    if (pictures := len(the_data(trainer).held_out)) < trainer.world_size:
+        raise ValueError(
+            f"There must be a picture for each of the {trainer.world_size} processes to sample. Found {pictures}; use fewer "
+            "devices, or more prompts or pictures of each."
+        )

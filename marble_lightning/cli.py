@@ -1,20 +1,31 @@
-"""The command line: `marble-lightning fit|validate|test|predict`, wired by LightningCLI."""
+"""The command line: `marble-lightning fit|validate|test|predict`, wired by LightningCLI, and `export`."""
 
 from __future__ import annotations
 
+import sys
 import warnings
 from collections.abc import Sequence
+from typing import Any
 
-from lightning.pytorch.callbacks import ModelCheckpoint
+from jsonargparse import auto_cli, set_parsing_settings
+from lightning.fabric.plugins import TorchCheckpointIO
+from lightning.pytorch import Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 from balancers import Balancer
 from marble_lightning.alarms import Alarms
-from marble_lightning.callbacks import HeldOutTable, Pictures, PictureWriter, ProgressBar
+from marble_lightning.callbacks import Pictures, ProgressBar, Results
+from marble_lightning.checkpoints import LAST, RoundCheckpoint, WholeCheckpointIO, last_of, warn
+from marble_lightning.export import export
 from marble_lightning.harmony import Harmony
 from marble_lightning.memory import Memory
 from marble_lightning.module import DiffusionNFT
+from marble_lightning.predictions import PictureWriter
 from marble_lightning.prompts import PromptDataModule
+from marble_lightning.settings import Averaging
+
+ABOUT = "Fine-tune Stable Diffusion 3 by reinforcement learning on several rewards at once."
+EXPORT = "export: Write a checkpoint's adapter as a LoRA for diffusers and ComfyUI; see `marble-lightning export --help`."
 
 QUIET = (
     "Found .* in eval mode at the start of training",
@@ -22,20 +33,6 @@ QUIET = (
     "The dirpath has changed",
 )
 """Lightning's warnings about what is meant here: a frozen base, prompts that need no loading, a folder per run."""
-
-
-def last_checkpoint() -> ModelCheckpoint:
-    """Keeps the last finished round in the run's folder, `checkpoints/last.ckpt` pointing to it.
-
-    The next round's file is complete before the one before it goes, so that a kill at any moment loses no more than a round.
-    """
-    return ModelCheckpoint(
-        filename="round_{epoch:04d}",
-        auto_insert_metric_name=False,
-        save_last="link",
-        every_n_epochs=1,
-        save_on_train_epoch_end=True,
-    )
 
 
 class MarbleCLI(LightningCLI):
@@ -46,28 +43,68 @@ class MarbleCLI(LightningCLI):
         parser.add_lightning_class_args(Harmony, "harmony")
         parser.add_lightning_class_args(Alarms, "alarms")
         parser.add_lightning_class_args(Memory, "memory")
+        parser.add_lightning_class_args(RoundCheckpoint, "checkpoints")
         parser.add_lightning_class_args(Pictures, "pictures")
+        parser.add_lightning_class_args(Results, "results")
         parser.add_lightning_class_args(PictureWriter, "predictions")
         parser.link_arguments("seed_everything", "model.seed")
 
     def before_instantiate_classes(self) -> None:
-        """Add our progress bar, unless bars are switched off; HeldOutTable takes the place of Lightning's table."""
+        """Add our progress bar, unless bars are switched off.
+
+        Results take the place of Lightning's table, and files that of pictures kept in memory.
+        """
         options = self.config[self.subcommand] if self.subcommand else self.config
         if options.trainer.enable_progress_bar is not False:
             self.trainer_defaults["callbacks"].append(ProgressBar())
         if "verbose" in options:
             options.verbose = False
+        if options.get("return_predictions", True) is None:
+            options.return_predictions = False
+
+    def instantiate_trainer(self, **options: Any) -> Trainer:
+        """Have checkpoints written whole, unless a plugin of the user's writes them."""
+        trainer = super().instantiate_trainer(**options)
+        if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
+            trainer.strategy.checkpoint_io = WholeCheckpointIO()
+        return trainer
+
+    def before_fit(self) -> None:
+        """Let `--ckpt_path last` mean the last run of the logger's name; Lightning looks in the new run's empty folder."""
+        options = self.config_init[self.subcommand]
+        if options.ckpt_path != "last":
+            return
+        folder, found = last_of(self.trainer)
+        if found is None and self.subcommand != "fit":
+            raise ValueError(f"`ckpt_path` must be a checkpoint. Found `last`, and no run in {folder} has a {LAST}.")
+        if found is None:
+            warn(f"`--ckpt_path last`: no run in {folder} has a {LAST} yet, so this one begins with the first round.")
+        options.ckpt_path = None if found is None else str(found)
+
+    before_validate = before_test = before_predict = before_fit
 
 
 def main(args: Sequence[str] | None = None) -> None:
     """Run the command line; `args` replaces `sys.argv` where given."""
+    given = list(sys.argv[1:] if args is None else args)
+    if given[:1] == ["export"]:  # LightningCLI's subcommands are the trainer's methods; this needs neither trainer nor model
+        auto_cli(export, args=given[1:], as_positional=False, prog="marble-lightning export")
+        return
+    command_line(args)
+
+
+def command_line(args: Sequence[str] | None = None, run: bool = True) -> MarbleCLI:
+    """The parsed command line; with `run`, after its subcommand ran, otherwise without a subcommand and with all it made."""
     for known in QUIET:
         warnings.filterwarnings("ignore", known)
-    MarbleCLI(
+    set_parsing_settings(subclasses_enabled=[Averaging])  # a schedule of one's own; other settings are what they are
+    return MarbleCLI(
         DiffusionNFT,
         PromptDataModule,
         args=list(args) if args is not None else None,
+        run=run,
         seed_everything_default=0,
         auto_configure_optimizers=False,
-        trainer_defaults={"callbacks": [HeldOutTable(), last_checkpoint()]},
+        parser_kwargs={"description": ABOUT, "epilog": EXPORT},
+        trainer_defaults={"callbacks": []},
     )

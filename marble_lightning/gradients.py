@@ -9,7 +9,7 @@ share at once; a second pass does the same for L-.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float
@@ -127,6 +127,42 @@ class LinearTaps:
             self.parts[weight] += c.T @ (gradient.mT @ inputs).flatten(1)
         if bias is not None:
             self.parts[bias] += c.T @ gradient.sum(1)
+
+
+class RewardGradients:
+    """Every reward's gradient of a micro-batch, (reward, parameter).
+
+    Args:
+        passes: `two` backward passes, whatever the number of rewards, or one `per_reward`, the reference.
+        module: What is trained.
+        parameters: Its trainable parameters, in the order of the flat result.
+    """
+
+    def __init__(self, passes: Literal["two", "per_reward"], module: nn.Module, parameters: Sequence[nn.Parameter]) -> None:
+        self.parameters = parameters
+        self.taps = LinearTaps(module, parameters) if passes == "two" else None
+
+    def expect(self, expected: bool) -> None:
+        """Say whether the next forward pass is for per-reward gradients.
+
+        They go back through it several times, which compiled code cannot: it runs as written meanwhile.
+        """
+        torch.compiler.set_stance("force_eager" if expected else "default")
+        if self.taps:
+            self.taps.on = expected
+
+    def __call__(
+        self,
+        plus: Float[Tensor, " sample"],
+        minus: Float[Tensor, " sample"],
+        coefficients: Coefficients,
+        scaler: torch.amp.GradScaler | None,
+    ) -> Float[Tensor, "reward parameter"]:
+        """Gradients of every reward's loss; the graph of L+ and L-, from a pass that was expected, is kept."""
+        loss_scale = 1.0 if scaler is None else scaler.get_scale()
+        if self.taps:
+            return self.taps.gradients(plus, minus, coefficients, loss_scale)
+        return gradients_by_passes(coefficients.losses(plus, minus), self.parameters, loss_scale)
 
 
 class _Tap(torch.autograd.Function):

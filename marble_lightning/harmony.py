@@ -45,7 +45,7 @@ class Harmony(Callback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self.probe_every and isinstance(pl_module, DiffusionNFT):
-            pl_module.tap()  # raises now where per-reward gradients cannot be had
+            pl_module.per_reward.expect(False)  # raises now where per-reward gradients cannot be had
             balancer = the_balancer(trainer)
             if balancer.needs_gradients and balancer.refresh_every > 1 and self.probe_every % balancer.refresh_every == 0:
                 rank_zero_warn(
@@ -108,7 +108,7 @@ def probe(module: DiffusionNFT, step: int) -> dict[str, dict[str, float]]:
     seed = derived_seed(module.seed, "probe", step)
     fresh = module.sample_round(seed)
     places = {
-        "own": (module.rollout, module.scores, module.seed, step % module.plan.optimizer_steps),
+        "own": (module.rollout, module.scores, module.seed, step % (module.plan.total // module.plan.per_step)),
         "fresh": (fresh.rollout, fresh.scores, seed, 0),
     }
     for place, (rollout, scores, of, part) in places.items():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, cast
 
@@ -12,12 +13,13 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torchmetrics import CatMetric
 
-from marble_lightning.checks import every_prompt_can_be_judged, the_data
-from marble_lightning.policy import SD3Policy, is_adapter
+from marble_lightning.checks import enough_held_out_prompts, every_prompt_can_be_judged, the_data
+from marble_lightning.flow_policy import FlowPolicy, is_adapter
+from marble_lightning.round_start import RoundStart
 from marble_lightning.scoring import Scorer
 from marble_lightning.seeds import derived_seed, generator
 from marble_lightning.settings import Evaluation, Scoring
-from marble_lightning.table import MEAN_OF_TAGS, per_prompt
+from marble_lightning.table import by_tag, per_prompt
 from rewards import Prompt, Reward
 
 log = logging.getLogger(__name__)
@@ -30,19 +32,19 @@ class HeldOutEvaluation(LightningModule):
     """A policy and its judges: what `validate` and `predict` need, and `fit` before and after.
 
     Args:
-        policy: The model that is judged, with its averaged adapter.
+        policy: The model that is judged, with the adapter it says.
         rewards: Rewards it learns, by the name they are logged under.
         metrics: Rewards that are only measured.
         scoring: What happens where one of them fails.
         evaluation: How held-out prompts are sampled.
-        seed: Seed of their noise.
+        seed: Seed of their noise, where `evaluation` has none.
     """
 
     strict_loading = False  # checkpoints hold the adapters only; `on_load_checkpoint` checks that they are all there
 
     def __init__(
         self,
-        policy: SD3Policy,
+        policy: FlowPolicy,
         rewards: dict[str, Reward],
         metrics: dict[str, Reward],
         scoring: Scoring,
@@ -57,14 +59,24 @@ class HeldOutEvaluation(LightningModule):
         self.base_scores: Tensor | None = None
         """Held-out scores (prompt, judge) of the base, measured by the trainer's sanity check; kept in checkpoints."""
         self.trained_scores: Tensor | None = None
-        """The same of the averaged adapter, from the last validation."""
+        """The same of the policy's adapter, from the last validation."""
+        self.scores_predictions = True
+        """Whether `predict` scores its pictures; to be set before `setup`."""
+        self.round_start = RoundStart()
 
     def setup(self, stage: str) -> None:
-        """Check the held-out prompts, then load the weights of policy and judges."""
+        """Check settings and prompts, then load the weights of the policy and of those judges that are asked."""
         data = the_data(self.trainer)
-        every_prompt_can_be_judged(self.judges, data.held_out)
+        self.asked = self._asked(stage, data.held_out)
+        if stage != "fit" or self.trainer.limit_val_batches:
+            enough_held_out_prompts(self.trainer)
+        every_prompt_can_be_judged(self.asked, data.held_out)
+        if self.evaluation.resolution is not None:
+            self.policy.check_resolution("model.evaluation.resolution", self.evaluation.resolution)
+        if self.evaluation.resolution is None or stage == "fit":
+            self.policy.check_resolution("model.policy.resolution", self.policy.resolution)
         self.policy.setup(self.seed)
-        for judge in self.judges.values():
+        for judge in self.asked.values():
             judge.setup()
             judge.requires_grad_(False)
         folder = Path(self.trainer.log_dir or self.trainer.default_root_dir)  # asked on every rank: it is a broadcast
@@ -87,16 +99,37 @@ class HeldOutEvaluation(LightningModule):
         """Rewards and metrics: what held-out pictures are scored by."""
         return cast(dict[str, Reward], {**dict(self.rewards.items()), **dict(self.metrics.items())})
 
+    def _asked(self, stage: str, prompts: list[Prompt]) -> dict[str, Reward]:
+        """All judges; those that apply to any prompt for `predict`, none if it does not score."""
+        if stage != "predict":
+            return self.judges
+        wanted = self.judges if self.scores_predictions else {}
+        return {name: judge for name, judge in wanted.items() if any(map(judge.applies_to, prompts))}
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """How held-out prompts are sampled, with the values that `evaluation` leaves to policy and run."""
+        own = asdict(self.evaluation)
+        defaults = {"resolution": self.policy.resolution, "seed": self.seed}
+        return own | {name: value for name, value in defaults.items() if own[name] is None}
+
+    @property
+    def judged_adapter(self) -> str:
+        """The adapter that is judged, `none` where nothing was trained: a new adapter changes nothing."""
+        trained = self.trainer.state.fn == "fit" or self.trainer.ckpt_path or self.policy.init_lora
+        return self.policy.adapter if self.policy.adapter and trained else "none"
+
     @property
     def measured(self) -> str:
         """What held-out scores depend on besides the policy; scores are compared only where it is the same."""
         texts = [prompt.text for prompt in the_data(self.trainer).held_out]
-        return repr((self.seed, self.evaluation, list(self.judges), derived_seed(*texts)))
+        return repr((self.settings, list(self.judges), derived_seed(*texts)))
 
     def predict_step(self, batch: HeldOut, batch_idx: int) -> dict[str, Tensor]:
-        """Sample prompts with the averaged adapter, each with noise of its own, and score the pictures."""
+        """Sample prompts with the policy's adapter, each with noise of its own; score the pictures, (image, judge asked)."""
         images = self.sample_held_out(batch)
-        return {"images": images, "scores": self.scorer(images, [prompt for _, prompt in batch])}
+        self.scorer.submit(images, [prompt for _, prompt in batch], self.asked)
+        return {"images": images, "scores": self.scorer.collect() if self.asked else images.new_empty(len(images), 0)}
 
     def validation_step(self, batch: HeldOut, batch_idx: int) -> dict[str, Tensor]:
         """As `predict_step`, and remember the scores."""
@@ -111,15 +144,18 @@ class HeldOutEvaluation(LightningModule):
         """Pictures of prompts; the index names the noise."""
         conditions = self.policy.encode([prompt.text for _, prompt in batch])
         empty = self.policy.encode([""]) if self.evaluation.guidance > 1 else None
-        noise = [generator(self.seed, "held-out", index) for index, _ in batch]
-        latents = self.policy.sample(
-            conditions, noise, "ema", steps=self.evaluation.steps, solver=self.evaluation.solver,
-            guidance=self.evaluation.guidance, unconditional=empty,
-        )  # fmt: skip
+        options = self.settings
+        seed = options.pop("seed")
+        noise = [generator(seed, "held-out", index) for index, _ in batch]
+        base = self.trainer.sanity_checking and self.policy.init_lora is None  # also where a run is resumed
+        adapter = None if base else self.policy.adapter
+        latents = self.policy.sample(conditions, noise, adapter, unconditional=empty, **options)
         return self.policy.decode(latents)
 
     def on_validation_epoch_end(self) -> None:
-        scores = per_prompt(self.held_out_scores.compute().cpu(), the_data(self.trainer).held_out_images)
+        data = the_data(self.trainer)
+        prompts = data.held_out[:: data.held_out_images]
+        scores = per_prompt(self.held_out_scores.compute().cpu(), len(prompts), data.held_out_images)
         self.held_out_scores.reset()
         skipped = self.scorer.check(self.trainer.strategy)
         self.scorer.release()
@@ -127,52 +163,43 @@ class HeldOutEvaluation(LightningModule):
             self.base_scores = scores
         else:
             self.trained_scores = scores
-        columns = {**dict(zip(self.judges, scores.T, strict=True)), **self.by_tag(scores)}
-        means = {f"held_out/{name}": column.nanmean() for name, column in columns.items()}
+        columns = {**dict(zip(self.judges, scores.T, strict=True)), **by_tag(self.judges, prompts, scores)}
+        means = {f"held_out/{name}": column.nanmean() for name, column in columns.items() if not column.isnan().all()}
         means |= {f"skipped/held_out/{name}": torch.tensor(count) for name, count in skipped.items() if count}
         if not self.trainer.sanity_checking:
             self.log_dict(means)
         elif self.logger is not None:
             self.logger.log_metrics({name: float(mean) for name, mean in means.items()}, step=0)
+        self.round_start.judged(self.trainer)
 
     on_test_epoch_end = on_validation_epoch_end
 
     def on_predict_epoch_end(self) -> None:
         self.scorer.check(self.trainer.strategy)
 
-    def by_tag(self, scores: Tensor) -> dict[str, Tensor]:
-        """Scores (prompt,) of each judge and tag, as `geneval/counting`, NaN for other prompts; then the mean over its tags.
-
-        Args:
-            scores: Held-out scores (prompt, judge). Nothing is told apart where they are not those of all prompts.
-        """
-        data, found = the_data(self.trainer), dict[str, Tensor]()
-        prompts = data.held_out[:: data.held_out_images]
-        for (name, judge), column in zip(self.judges.items(), scores.T, strict=True):
-            tags = [judge.tag(prompt) if judge.applies_to(prompt) else None for prompt in prompts]
-            if len(tags) == len(column) and any(tags):
-                own = {
-                    f"{name}/{tag}": torch.where(torch.tensor([each == tag for each in tags]), column, torch.nan)
-                    for tag in dict.fromkeys(filter(None, tags))
-                }
-                found |= own
-                found[f"{name}/{MEAN_OF_TAGS}"] = torch.stack([each.nanmean() for each in own.values()]).mean()[None]
-        return found
-
     # Checkpoints ----------------------------------------------------------------------------------------------------
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep the adapters, never the frozen weights."""
+        """Keep the adapters, never the frozen weights; in the middle of a round, those of its beginning."""
         adapters = {name: tensor for name, tensor in checkpoint["state_dict"].items() if is_adapter(name)}
         checkpoint["state_dict"], checkpoint["lora"] = adapters, self.policy.lora
         checkpoint["base_scores"], checkpoint["base_measured"] = self.base_scores, self.measured
+        checkpoint["base_model"] = {"path": self.policy.path, "revision": self.policy.revision}
+        checkpoint["rewards"] = list(self.rewards)
+        self.round_start.put_into(checkpoint, self.trainer)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Make sure that the checkpoint's adapters are this policy's, and that its base was measured as ours would be."""
+        if self.policy.adapter is None:
+            raise ValueError(
+                "`ckpt_path` must be null where `policy.adapter` is none: a checkpoint holds adapters, and none is used. "
+                f"Found {self.trainer.ckpt_path}; choose the adapter ema or trained to judge it."
+            )
         if checkpoint["lora"] != self.policy.lora:
             raise ValueError(
                 f"The checkpoint must hold adapters like this policy's: {self.policy.lora}. Found {checkpoint['lora']}; "
                 "use the `policy` settings it was trained with (config.yaml in its run folder)."
             )
-        if checkpoint["base_measured"] == self.measured:
+        if checkpoint["base_measured"] == self.measured and checkpoint["base_scores"] is not None:
             self.base_scores = checkpoint["base_scores"]
+            self.trainer.num_sanity_val_steps = 0  # no need to measure it again

@@ -9,10 +9,10 @@ from typing import Any, NamedTuple
 import torch
 
 from marble_lightning.checks import the_data
-from marble_lightning.memory_ledger import tensors_of
-from marble_lightning.memory_phases import Phases, text_encoders
+from marble_lightning.flow_policy import ADAPTERS
+from marble_lightning.memory_ledger import tensors_of, text_encoders
+from marble_lightning.memory_phases import Phases
 from marble_lightning.module import DiffusionNFT
-from marble_lightning.policy import ADAPTERS
 
 
 @dataclass(frozen=True)
@@ -44,13 +44,14 @@ class Choices:
     @classmethod
     def of(cls, module: DiffusionNFT) -> Choices:
         """As a module that is set up for `fit` has them."""
-        policy, trainer = module.policy, module.trainer
+        policy: Any = module.policy
+        trainer = module.trainer
         own = {id(tensor) for tensor in tensors_of(policy)}
         visitors = [tensor for tensor in tensors_of(*text_encoders(policy).values()) if id(tensor) not in own]
         on_cpu = trainer.strategy.root_device.type == "cpu"  # where those who wait, wait on the same device
         judged = bool(trainer.limit_val_batches and trainer.check_val_every_n_epoch)
         return cls(
-            micro_batch_size=module.micro_batch_size,
+            micro_batch_size=module.plan.batch_size,
             sampling_batch_size=module.sampling.batch_size,
             held_out_batch_size=the_data(trainer).held_out_batch_size if judged else 0,
             gradient_checkpointing=bool(policy.transformer.is_gradient_checkpointing),
@@ -147,7 +148,8 @@ class Estimator:
     def __call__(self, choices: Choices) -> Estimate:
         """The memory at these settings."""
         if choices.dtype not in self._worlds:
-            phases = Phases(self.module, None if choices.dtype == self.module.policy.dtype else choices.dtype)
+            policy: Any = self.module.policy
+            phases = Phases(self.module, None if choices.dtype == policy.dtype else choices.dtype)
             self._worlds[choices.dtype] = phases, parts_of(phases)
         counted, parts = self._worlds[choices.dtype]
         visiting = ("text encoders", "rewards", "rewards elsewhere", "pictures")
@@ -172,8 +174,9 @@ class Estimator:
             "optimizer step": Phase(training, counted.optimizer[1]),
         }
         if held_out := choices.held_out_batch_size:
-            guided = self.module.evaluation.guidance > 1
-            beyond = max(counted.sample(held_out, guided), counted.decode(held_out, slicing, mixed=True))
+            guided, resolution = self.module.evaluation.guidance > 1, self.module.evaluation.resolution
+            sample = counted.sample(held_out, guided, resolution)
+            beyond = max(sample, counted.decode(held_out, slicing, mixed=True, resolution=resolution))
             found["held-out prompts"] = Phase((*always, *encoders, "rewards"), beyond)
         return Estimate(parts, found, dict(counted.unknown))
 

@@ -47,6 +47,12 @@ def tensors_of(*modules: nn.Module) -> list[Tensor]:
     return list(found.values())
 
 
+def text_encoders(policy: Any) -> dict[str, nn.Module]:
+    """The pipeline's text encoders by name; those that are no part of the policy only visit its device."""
+    names = ("text_encoder", "text_encoder_2", "text_encoder_3")
+    return {name: module for name in names if (module := getattr(policy.pipeline, name, None)) is not None}
+
+
 def bytes_of(tensors: Iterable[Tensor], block: int = 1) -> int:
     """Bytes that tensors take, memory that several of them share once.
 

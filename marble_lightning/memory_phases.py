@@ -15,12 +15,12 @@ from torch import Tensor, nn
 from balancers.accumulation import GradientSum
 from balancers.harmony import gram_matrix
 from marble_lightning.checks import the_data
-from marble_lightning.gradients import LinearTaps
+from marble_lightning.flow_policy import Adapter, Conditions
+from marble_lightning.gradients import LinearTaps, RewardGradients
 from marble_lightning.image_statistics import PER_IMAGE
-from marble_lightning.memory_ledger import CUDA_BLOCK, Fakes, Ledger, Once, bytes_of, tensors_of
+from marble_lightning.memory_ledger import CUDA_BLOCK, Fakes, Ledger, Once, bytes_of, tensors_of, text_encoders
 from marble_lightning.module import DiffusionNFT
 from marble_lightning.objective import Coefficients
-from marble_lightning.policy import Adapter, Conditions
 from marble_lightning.rollouts import MicroBatch
 from rewards import Reward
 
@@ -31,7 +31,7 @@ class _Asked:
     solved_nothing = False
 
     def __init__(self, columns: int, parameters: int, refresh: bool) -> None:
-        self.loss_weights = torch.ones(columns)
+        self.loss_weights, self.needs_gradients = torch.ones(columns), refresh
         self.columns, self.sum = columns, GradientSum(2 if refresh else 0)
         if refresh:  # as after an earlier micro-batch
             self.sum.add(torch.empty(columns, parameters), columns)
@@ -52,12 +52,6 @@ class _Asked:
         return torch.zeros_like(gradients[0])
 
 
-def text_encoders(policy: Any) -> dict[str, nn.Module]:
-    """The pipeline's text encoders by name; those that are no part of the policy only visit its device."""
-    names = ("text_encoder", "text_encoder_2", "text_encoder_3")
-    return {name: module for name in names if (module := getattr(policy.pipeline, name, None)) is not None}
-
-
 class Phases:
     """Counts what phases take on this process's device, each once for the sizes asked for.
 
@@ -71,8 +65,10 @@ class Phases:
         self.device = self.trainer.strategy.root_device
         self.block = CUDA_BLOCK if self.device.type == "cuda" else 1
         self.fakes = Fakes(self.block, cuda=self.device.type == "cuda")
-        self.policy = self.fakes.copy(module.policy, list(text_encoders(module.policy).values()), dtype)
-        self.policy.dtype = dtype or self.policy.dtype
+        copied: Any = self.fakes.copy(module.policy, list(text_encoders(module.policy).values()), dtype)
+        self.policy = copied
+        if dtype is not None:
+            self.policy.dtype = dtype
         vars(self.policy)["prompt_cache"] = None  # nothing may be looked up or kept
         self.trained = self.policy.parameters_of("trained")
         self.unknown: dict[str, Exception] = {}
@@ -96,10 +92,10 @@ class Phases:
             if devices[name].type == self.device.type and (devices[name].index or index) == index
         }
 
-    def latents(self, images: int) -> Tensor:
+    def latents(self, images: int, resolution: int | None = None) -> Tensor:
         """Latents of so many pictures, as sampling leaves them."""
         pipeline = self.policy.pipeline
-        side = self.policy.resolution // pipeline.vae_scale_factor
+        side = (resolution or self.policy.resolution) // pipeline.vae_scale_factor
         with self.fakes.mode:
             return torch.empty(images, pipeline.transformer.config.in_channels, side, side, dtype=self.policy.dtype)
 
@@ -124,37 +120,43 @@ class Phases:
     def _conditions(self, images: int) -> Conditions:
         return self.encoded[0][torch.zeros(images, dtype=torch.long)]
 
-    def sample(self, images: int, guided: bool = False) -> int:
-        """Bytes to sample a batch: the network without gradients, beside what a solver of two steps' memory keeps."""
+    def sample(self, images: int, guided: bool = False, resolution: int | None = None) -> int:
+        """Bytes to sample a batch: the network without gradients, beside what a solver of two steps' memory keeps.
 
-        if not guided and images < self.module.sampling.batch_size:  # no more than that, and need not be counted
-            return self.sample(self.module.sampling.batch_size) * images // self.module.sampling.batch_size
+        Args:
+            images: Pictures of the batch.
+            guided: Whether the empty prompt is beside each.
+            resolution: Side of the pictures in pixels; None for the policy's.
+        """
+        largest = self.module.sampling.batch_size
+        if not guided and not resolution and images < largest:  # no more than that, and need not be counted
+            return self.sample(largest) * images // largest
 
         def count() -> int:
             with self.fakes.counting(*vars(self.encoded[0]).values()) as ledger, torch.no_grad(), self._precision():
-                conditions = self._conditions(images)
-                kept = [torch.empty_like(self.latents(images), dtype=torch.float32) for _ in range(3)]
-                if guided:  # the empty prompt beside each
-                    conditions = self._conditions(2 * images)
-                    kept.append(torch.empty_like(self.latents(images)))
-                latents = self.latents(len(conditions.embeds))
+                own = self._conditions(images)
+                kept = [torch.empty_like(self.latents(images, resolution), dtype=torch.float32) for _ in range(3)]
+                conditions = self._conditions(2 * images) if guided else own
+                latents = self.latents(len(conditions.embeds), resolution)
                 with self.policy.using("old"):
                     self.policy.velocity(latents, torch.empty(len(latents)), conditions)
+                del own, kept
             return ledger.peak
 
-        return self._once(count, "sample", images, guided)
+        return self._once(count, "sample", images, guided, resolution)
 
-    def decode(self, images: int, slicing: bool, mixed: bool = False) -> int:
+    def decode(self, images: int, slicing: bool, mixed: bool = False, resolution: int | None = None) -> int:
         """Bytes to decode a batch.
 
         Args:
             images: Pictures of the batch.
             slicing: Whether they are decoded one by one.
             mixed: Whether in the trainer's precision.
+            resolution: Side of the pictures in pixels; None for the policy's.
         """
 
         def count() -> int:
-            vae, latents = self.policy.pipeline.vae, self.latents(images)
+            vae, latents = self.policy.pipeline.vae, self.latents(images, resolution)
             before, vae.use_slicing = vae.use_slicing, slicing
             with self.fakes.counting(latents) as ledger, self._precision() if mixed else nullcontext():
                 decoder, vae.decoder = vae.decoder, Once(vae.decoder, ledger)
@@ -164,7 +166,7 @@ class Phases:
                     vae.decoder, vae.use_slicing = decoder, before
             return ledger.peak
 
-        return self._once(count, "decode", images, slicing, mixed)
+        return self._once(count, "decode", images, slicing, mixed, resolution)
 
     def score(self, name: str, images: int) -> int:
         """Bytes that a reward takes beyond its weights, as far as it can be followed without data."""
@@ -230,7 +232,8 @@ class Phases:
     @contextmanager
     def _without_taps(self) -> Iterator[None]:
         """Switch off taps that came with the copied layers, from the module or an earlier count."""
-        taps = [each for each in (self.module.taps, *self._taps) if each is not None]
+        own: RewardGradients | None = vars(self.module).get("per_reward")
+        taps = [*self._taps, *([own.taps] if own and own.taps else [])]
         before = [each.on for each in taps]
         try:
             for each in taps:
@@ -252,9 +255,13 @@ class Phases:
             ledger.peak = max(ledger.peak, ledger.live + without_graph)
             return torch.empty_like(batch.clean)
 
-        taps = LinearTaps(self.policy.transformer, self.trained) if asked.wants_gradients and self.module.taps else None
-        self._taps += [taps] if taps else []
-        stand_ins = {"balancer": asked, "taps": taps, "trainable": self.trained, "_velocity": velocity}
+        stand_ins: dict[str, Any] = {"balancer": asked, "trainable": self.trained, "_velocity": velocity}
+        if asked.needs_gradients:
+            per_reward = stand_ins["per_reward"] = RewardGradients(
+                self.module.gradient_passes, self.policy.transformer, self.trained
+            )
+            self._taps += [per_reward.taps] if per_reward.taps else []
+            vars(per_reward)["expect"] = lambda _: None  # taps are on, and nothing is compiled
         vars(double).update(stand_ins, log_dict=lambda *_, **__: None)
         return double.training_step
 

@@ -4,28 +4,27 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from functools import cached_property
 from itertools import islice
 from typing import Any, Literal, cast
 
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.plugins import Precision
+from lightning.pytorch.utilities import GradClipAlgorithmType
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch import Tensor
 from tqdm import tqdm
 
 from marble_lightning.checks import every_prompt_can_be_judged, every_reward_applies, the_balancer, the_data, the_plan
-from marble_lightning.gradients import LinearTaps, add_flat, flat, gradients_by_passes
+from marble_lightning.flow_policy import Adapter, FlowPolicy
+from marble_lightning.gradients import RewardGradients, add_flat, flat
 from marble_lightning.held_out import HeldOutEvaluation
 from marble_lightning.objective import Coefficients, nft_losses
-from marble_lightning.policy import Adapter, SD3Policy
 from marble_lightning.rollouts import MicroBatch, MicroBatches, Rollout, Sampled, micro_batches, weigh_round
 from marble_lightning.seeds import generator
-from marble_lightning.settings import Averaging, Evaluation, Objective, Sampling, Scoring
+from marble_lightning.settings import Averaging, Evaluation, Objective, Sampling, Scoring, adamw, at_least_one
 from rewards import Reward
-
-
-def adamw(parameters: Any) -> torch.optim.Optimizer:
-    """AdamW with the published settings."""
-    return torch.optim.AdamW(parameters, lr=3e-4, betas=(0.9, 0.999), weight_decay=1e-4, eps=1e-8)
 
 
 class DiffusionNFT(HeldOutEvaluation):
@@ -43,7 +42,8 @@ class DiffusionNFT(HeldOutEvaluation):
         optimizer: Makes the optimizer of the adapter's parameters.
         lr_scheduler: Makes the learning rate's schedule, which moves on after every optimizer step; null for none.
         micro_batch_size: Pictures of one forward and backward pass, >= 1.
-        optimizer_steps_per_round: Optimizer steps a round is split into, >= 1.
+        optimizer_steps_per_round: Optimizer steps an inner epoch is split into, >= 1.
+        inner_epochs: How often a round is trained on, each time in another order, at other times and with other noise, >= 1.
         gradient_passes: Per-reward gradients by `two` backward passes, whatever the number of rewards, or by one
             `per_reward`, the reference, which also knows trainable parameters outside linear layers.
         seed: Seed of everything random.
@@ -53,7 +53,7 @@ class DiffusionNFT(HeldOutEvaluation):
 
     def __init__(
         self,
-        policy: SD3Policy,
+        policy: FlowPolicy,
         rewards: dict[str, Reward],
         metrics: dict[str, Reward] | None = None,
         sampling: Sampling = Sampling(),
@@ -65,6 +65,7 @@ class DiffusionNFT(HeldOutEvaluation):
         lr_scheduler: LRSchedulerCallable | None = None,
         micro_batch_size: int = 9,
         optimizer_steps_per_round: int = 1,
+        inner_epochs: int = 1,
         gradient_passes: Literal["two", "per_reward"] = "two",
         seed: int = 0,
     ) -> None:
@@ -73,13 +74,12 @@ class DiffusionNFT(HeldOutEvaluation):
             raise ValueError("`rewards` must name at least one reward. Found none; configs/tiny.yaml has five.")
         if twice := set(rewards) & set(metrics or {}):
             raise ValueError(f"`metrics` must not use the name of a reward. Found {', '.join(sorted(twice))} in both.")
-        if min(micro_batch_size, optimizer_steps_per_round) < 1:
-            raise ValueError("`micro_batch_size` and `optimizer_steps_per_round` must be >= 1. Found a smaller one.")
+        sizes = {"micro_batch_size": micro_batch_size, "optimizer_steps_per_round": optimizer_steps_per_round}
+        at_least_one(**sizes, inner_epochs=inner_epochs)
         self.sampling, self.objective, self.averaging = sampling, objective, averaging
         self.optimizer, self.lr_scheduler = optimizer, lr_scheduler
-        self.micro_batch_size, self.optimizer_steps_per_round = micro_batch_size, optimizer_steps_per_round
+        self.sizes = (micro_batch_size, optimizer_steps_per_round, inner_epochs)
         self.gradient_passes = gradient_passes
-        self.taps: LinearTaps | None = None
         self.merged: Tensor | None = None
         """A refresh's merged gradient, flat, until it is written."""
         self.images: Tensor | None = None
@@ -90,20 +90,22 @@ class DiffusionNFT(HeldOutEvaluation):
     def setup(self, stage: str) -> None:
         """Check what can be checked, then load the weights."""
         if stage == "fit":
+            if self.policy.adapter is None:
+                raise ValueError("`policy.adapter` must be ema or trained for `fit`, which trains one. Found none.")
             self.balancer = the_balancer(self.trainer)
-            self.plan = the_plan(self.trainer, self.sampling, self.micro_batch_size, self.optimizer_steps_per_round)
+            self.plan = the_plan(self.trainer, self.sampling, *self.sizes)
             every_reward_applies(self._learned, the_data(self.trainer))
             every_prompt_can_be_judged(self._learned, the_data(self.trainer).training)
             self.trainer.accumulate_grad_batches = self.plan.per_step
         super().setup(stage)
         self.trainable = self.policy.parameters_of("trained")
         if stage == "fit" and self.balancer.needs_gradients:
-            self.tap()
+            self.per_reward.expect(False)  # raises now where they cannot be had
 
-    def tap(self) -> None:
-        """Make ready for per-reward gradients: two passes need taps, and trainable parameters that can be tapped."""
-        if self.gradient_passes == "two" and self.taps is None:
-            self.taps = LinearTaps(self.policy.transformer, self.trainable)
+    @cached_property
+    def per_reward(self) -> RewardGradients:
+        """Takes per-reward gradients."""
+        return RewardGradients(self.gradient_passes, self.policy.transformer, self.trainable)
 
     def teardown(self, stage: str) -> None:
         if stage == "fit":
@@ -123,6 +125,7 @@ class DiffusionNFT(HeldOutEvaluation):
 
     def on_train_epoch_start(self) -> None:
         """Sample this round with the old adapter, score it, and turn the scores into coefficients."""
+        self.round_start.keep(self.trainer)
         begin = time.perf_counter()
         self.rollout, self.images, self.scores, skipped, waited = self.sample_round(self.seed)
         self.weighed = self._weighed(self.rollout, self.scores, self.seed, self.balancer)
@@ -151,6 +154,8 @@ class DiffusionNFT(HeldOutEvaluation):
         groups = torch.arange(len(prompts), device=self.device).repeat_interleave(data.images_per_prompt)
         latents, images = [], []
         for chunk in self._progress(torch.arange(len(groups)).split(self.sampling.batch_size), "sampling"):
+            if self.trainer.received_sigterm and self.trainer.world_size == 1:
+                raise SIGTERMException  # Lightning would wait for a micro-batch, where several ranks agree to end
             noise = [generator(*self._key(seed, "rollout"), index) for index in chunk.tolist()]
             own = groups[chunk.to(self.device)]
             with self.trainer.precision_plugin.forward_context():  # as in training, so that the loss sees its own policy
@@ -167,10 +172,12 @@ class DiffusionNFT(HeldOutEvaluation):
         self.scorer.release()
         return Sampled(Rollout(prompts, conditions, groups, torch.cat(latents)), torch.cat(images), scores, skipped, waited)
 
-    def _weighed(self, rollout: Rollout, scores: Tensor, seed: int, balancer: Balancer | None) -> Coefficients:
-        return weigh_round(
-            scores, rollout.groups, balancer, self.objective, self.plan, self._key(seed, "train"), self.trainer
-        )
+    def _weighed(self, rollout: Rollout, scores: Tensor, seed: int, balancer: Balancer | None) -> list[Coefficients]:
+        keys = self._inner_epochs(seed)
+        return weigh_round(scores, rollout.groups, balancer, self.objective, self.plan, keys, self.trainer)
+
+    def _inner_epochs(self, seed: int) -> list[tuple[int | str, ...]]:
+        return [self._key(seed, f"train {index}" if index else "train") for index in range(self.plan.inner_epochs)]
 
     def _key(self, seed: int, purpose: str) -> tuple[int | str, ...]:
         return seed, self.current_epoch, self.global_rank, purpose
@@ -186,9 +193,10 @@ class DiffusionNFT(HeldOutEvaluation):
     def train_dataloader(self) -> MicroBatches:
         return MicroBatches(self.plan.total, lambda: self._cut(self.rollout, self.weighed, self.seed))
 
-    def _cut(self, rollout: Rollout, weighed: Coefficients, seed: int) -> Iterator[MicroBatch]:
+    def _cut(self, rollout: Rollout, weighed: list[Coefficients], seed: int) -> Iterator[MicroBatch]:
         grid = self.policy.sigmas(self.sampling.steps)[: self.sampling.usable_times]
-        return micro_batches(rollout, weighed, grid, self.plan, self._key(seed, "train"))
+        for key, own in zip(self._inner_epochs(seed), weighed, strict=True):
+            yield from micro_batches(rollout, own, grid, self.plan, key)
 
     def on_train_batch_start(self, batch: MicroBatch, batch_idx: int) -> None:
         self.images = None  # callbacks come first and have seen them
@@ -197,22 +205,17 @@ class DiffusionNFT(HeldOutEvaluation):
         """The scalarised loss, or on a refresh the per-reward gradients; the KL term beside either."""
         if batch_idx % self.plan.per_step == 0:
             self.balancer.begin_step(self.plan.per_step)
-        if self.taps:
-            self.taps.on = self.balancer.wants_gradients
+        if self.balancer.needs_gradients:
+            self.per_reward.expect(self.balancer.wants_gradients)
         velocity = self._velocity(batch, "trained")
         plus, minus = self._sample_losses(batch, velocity)
         losses = batch.coefficients.losses(plus, minus)
         kl = (velocity - self._velocity(batch, None)).square().mean()
-        self.log_dict(
-            {"kl": kl.detach(), "loss": losses.detach().sum() * self.plan.per_step},
-            on_epoch=True,
-            on_step=False,
-            batch_size=1,
-            sync_dist=True,
-        )
+        shown = {"kl": kl.detach(), "loss": losses.detach().sum() * self.plan.per_step}
+        self.log_dict(shown, on_epoch=True, on_step=False, batch_size=1, sync_dist=True)
 
         if self.balancer.wants_gradients:
-            self.balancer.add_gradients(self._gradients(plus, minus, batch.coefficients))
+            self.balancer.add_gradients(self.per_reward(plus, minus, batch.coefficients, self._scaler))
             overflow = False
             if not self.balancer.wants_gradients:
                 self.merged = self.balancer.solve(self.trainer.strategy.reduce)
@@ -231,16 +234,19 @@ class DiffusionNFT(HeldOutEvaluation):
         old = self._velocity(batch, "old")
         return nft_losses(velocity, old, batch.noisy, batch.clean, batch.t, self.objective.beta)
 
-    def _gradients(self, plus: Tensor, minus: Tensor, coefficients: Coefficients) -> Tensor:
-        """Gradient of each reward's loss, (reward, parameter)."""
-        loss_scale = self._scaler.get_scale() if self._scaler is not None else 1.0
-        if self.taps:
-            return self.taps.gradients(plus, minus, coefficients, loss_scale)
-        return gradients_by_passes(coefficients.losses(plus, minus), self.trainable, loss_scale)
-
     @property
     def _scaler(self) -> torch.amp.GradScaler | None:
         return getattr(self.trainer.precision_plugin, "scaler", None)
+
+    def configure_gradient_clipping(
+        self, optimizer: Any, gradient_clip_val: Any = None, gradient_clip_algorithm: Any = None
+    ) -> None:
+        """As Lightning clips, which under autocast refuses fused optimizers even where no loss is scaled."""
+        if self._scaler is not None:
+            self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
+        elif gradient_clip_val:
+            algorithm = gradient_clip_algorithm or GradClipAlgorithmType.NORM
+            Precision.clip_gradients(self.trainer.precision_plugin, optimizer, gradient_clip_val, algorithm)
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Write a refresh's merged gradient beside the KL gradient."""
@@ -252,6 +258,8 @@ class DiffusionNFT(HeldOutEvaluation):
         """After an optimizer step the averaged adapter follows; after the round's last one the old adapter does."""
         if (batch_idx + 1) % self.plan.per_step:
             return
+        if self.balancer.needs_gradients:
+            self.per_reward.expect(False)
         self.balancer.end_step()
         self.policy.move("ema", towards="trained", by=1 - self.averaging.ema_decay)
         if batch_idx + 1 == self.plan.total:
@@ -277,13 +285,12 @@ class DiffusionNFT(HeldOutEvaluation):
             seed: Seed it was sampled with.
             step: Which of the round's optimizer steps.
         """
-        self.tap()
-        if self.taps:
-            self.taps.on = True
+        self.per_reward.expect(True)
         total = torch.zeros(len(self.rewards), sum(p.numel() for p in self.trainable), device=self.device)
         batches = self._cut(rollout, self._weighed(rollout, scores, seed, balancer=None), seed)
         for batch in islice(batches, step * self.plan.per_step, (step + 1) * self.plan.per_step):
             with self.trainer.precision_plugin.forward_context():
                 losses = self._sample_losses(batch, self._velocity(batch, "trained"))
-            total += self._gradients(*losses, batch.coefficients)
+            total += self.per_reward(*losses, batch.coefficients, self._scaler)
+        self.per_reward.expect(False)
         return self.trainer.strategy.reduce(total)

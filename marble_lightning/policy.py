@@ -2,63 +2,53 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
-from jaxtyping import Float, Int
-from peft import LoraConfig
-from peft.tuners.lora import LoraLayer
+from jaxtyping import Float
 from torch import Tensor, nn
 
-from marble_lightning.seeds import derived_seed
+from marble_lightning.flow_policy import Adapter, Conditions, FlowPolicy
+from marble_lightning.lora_files import read_lora
+from marble_lightning.prompt_cache import PromptCache, fingerprint
+from marble_lightning.sd3_files import pipeline_index, the_resolution_fits
 from marble_lightning.solvers import Solver, flow_sigmas, scheduler_for
-
-Adapter = Literal["trained", "old", "ema"]
-ADAPTERS: tuple[Adapter, ...] = ("trained", "old", "ema")
-"""`trained` learns, `old` samples the rollouts, `ema` is the average that is evaluated and exported."""
 
 TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
 """Linear layers of a joint attention block that get a LoRA, as in the published runs."""
 
 
-def is_adapter(name: str) -> bool:
-    """Whether a parameter of that name belongs to an adapter."""
-    return ".lora_A." in name or ".lora_B." in name
-
-
-@dataclass(frozen=True)
-class Conditions:
-    """Encoded prompts: `embeds` (B, tokens, width) and `pooled` (B, pooled width)."""
-
-    embeds: Float[Tensor, "batch token width"]
-    pooled: Float[Tensor, "batch pooled"]
-
-    def __getitem__(self, index: Int[Tensor, " chosen"]) -> Conditions:
-        return Conditions(self.embeds[index], self.pooled[index])
-
-
-class SD3Policy(nn.Module):
+class SD3Policy(FlowPolicy):
     """Stable Diffusion 3 with a frozen base and the LoRA adapters `trained`, `old` and `ema`.
 
     Args:
-        path: Folder in diffusers format, or hub id, of a StableDiffusion3Pipeline.
+        path: Folder in diffusers format, or hub id, of a StableDiffusion3Pipeline that was not distilled.
         resolution: Side of the pictures in pixels.
         rank: LoRA rank, >= 1.
         alpha: LoRA alpha; the update is scaled by alpha / rank.
         targets: Names of the attention's linear layers that get a LoRA.
         text_length: Tokens of the third text encoder (zeros where it is absent).
+        text_encoder_3: Null leaves T5 out, as if the checkpoint had none: 9 GiB less to load, prompts of many words suffer.
         dtype: Precision of the frozen weights: `float32`, `bfloat16` or `float16`. Adapters are always float32.
         revision: Revision of a hub id.
         gradient_checkpointing: Keep less for the way back and compute it anew: saves memory, costs time.
+        offload_text_encoders: Text encoders wait on the CPU and visit the device only while they encode.
+        prompt_cache: Folder to keep encoded prompts in, told apart by text encoders and prompt; null keeps none. A prompt
+            takes 1.6 MiB with SD3.5's encoders in bfloat16.
+        vae_slicing: Decode pictures one by one: saves memory where many are sampled at once.
+        vae_tiling: Decode large pictures in overlapping tiles: saves memory, may change them a little at the seams.
+        compile: Compile the transformer's blocks (torch.compile): minutes at the start, faster afterwards.
+        init_lora: File or folder with a LoRA that all adapters start as, e.g. from `marble-lightning export`; null starts at
+            the base. What a run calls its base on held-out prompts is then this start; the KL term stays with the base.
+        adapter: What is judged and makes pictures: the averaged adapter `ema`, the live one `trained`, or `none`, the base.
 
     Source: MARBLE, arXiv 2605.06507, settings of the SD3.5-Medium run.
     """
+
+    transformer: SD3Transformer2DModel
 
     def __init__(
         self,
@@ -68,125 +58,77 @@ class SD3Policy(nn.Module):
         alpha: float = 64,
         targets: Sequence[str] = TARGETS,
         text_length: int = 128,
+        text_encoder_3: Literal["checkpoint"] | None = "checkpoint",
         dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16",
         revision: str | None = None,
         gradient_checkpointing: bool = False,
+        offload_text_encoders: bool = True,
+        prompt_cache: str | None = None,
+        vae_slicing: bool = False,
+        vae_tiling: bool = False,
+        compile: bool = False,
+        init_lora: str | None = None,
+        adapter: Literal["ema", "trained", "none"] = "ema",
     ) -> None:
-        super().__init__()
-        if rank < 1:
-            raise ValueError(f"`rank` must be >= 1. Found {rank}.")
+        super().__init__(path, revision, rank, alpha, targets)
         if resolution < 16 or resolution % 16:
             raise ValueError(f"`resolution` must be a positive multiple of 16. Found {resolution}.")
-        if not targets:
-            raise ValueError("`targets` must name at least one linear layer. Found none.")
-        self.path, self.resolution, self.rank, self.alpha = path, resolution, rank, alpha
-        self.targets, self.text_length, self.revision = tuple(targets), text_length, revision
-        self.gradient_checkpointing = gradient_checkpointing
+        if text_length < 1:
+            raise ValueError(f"`text_length` must be >= 1. Found {text_length}.")
+        if adapter not in ("ema", "trained", "none"):
+            raise ValueError(f"`policy.adapter` must be ema, trained or none. Found {adapter!r}.")
+        if adapter == "none" and init_lora is not None:
+            raise ValueError(f"`policy.init_lora` must be null where `policy.adapter` is none. Found {init_lora!r}.")
+        self.adapter = None if adapter == "none" else adapter
+        self.resolution, self.text_length = resolution, text_length
+        self.text_encoder_3_wanted = text_encoder_3 is not None
+        self.gradient_checkpointing, self.compiled, self.init_lora = gradient_checkpointing, compile, init_lora
+        self.offload_text_encoders, self.prompt_cache = offload_text_encoders, prompt_cache
+        self.vae_slicing, self.vae_tiling = vae_slicing, vae_tiling
         self.dtype: torch.dtype = getattr(torch, dtype)
-        self.transformer: SD3Transformer2DModel
 
-    def index(self) -> dict[str, Any]:
-        """The pipeline's model_index.json, from the folder or the hub; no weight is loaded.
+    def check_resolution(self, name: str, resolution: int) -> None:
+        """Whole patches, no more than the transformer has positions for; reads configurations only."""
+        the_resolution_fits(self.path, self.revision, name, resolution)
 
-        Raises:
-            ValueError: Where there is none, or it is not a StableDiffusion3Pipeline's.
-        """
-        folder = Path(self.path).expanduser()
-        if folder.exists() and not (folder / "model_index.json").exists():
-            raise ValueError(
-                f"`policy.path` must hold a diffusers pipeline with a model_index.json. Found none in {folder}; "
-                "save one with `pipeline.save_pretrained(folder)`."
-            )
-        hub_id = self.path.count("/") == 1 and not self.path.startswith((".", "/", "~"))
-        try:
-            if not (folder.exists() or hub_id):
-                raise OSError("there is no such folder")
-            index = dict(StableDiffusion3Pipeline.load_config(self.path, revision=self.revision))
-        except OSError as error:
-            raise ValueError(
-                f"`policy.path` must be a folder in diffusers format or a hub id (owner/name). Found {self.path!r}: no such "
-                f"folder from {Path.cwd()}, where relative paths start" + ", and no such model on the hub." * hub_id
-            ) from error
-        if index.get("_class_name") != "StableDiffusion3Pipeline":
-            raise ValueError(
-                f"`policy.path` must hold a StableDiffusion3Pipeline. Found {index.get('_class_name')} in {self.path!r}; "
-                "choose a Stable Diffusion 3 or 3.5 checkpoint."
-            )
-        return index
+    # Setting up -----------------------------------------------------------------------------------------------------
 
     def setup(self, seed: int) -> None:
         """Load the pipeline, freeze it and add the adapters; the same seed gives the same initial adapters."""
         if hasattr(self, "pipeline"):
             return
-        index = self.index()
-        absent = {name: None for name in ("text_encoder_3", "tokenizer_3") if index.get(name, [None])[0] is None}
+        index = pipeline_index(self.path, self.revision)
+        start = read_lora(self.init_lora, rank=self.rank, alpha=self.alpha) if self.init_lora is not None else None
+        without_t5 = not self.text_encoder_3_wanted or index.get("text_encoder_3", [None])[0] is None
+        absent = {name: None for name in ("text_encoder_3", "tokenizer_3") if without_t5}
         pipeline = StableDiffusion3Pipeline.from_pretrained(self.path, dtype=self.dtype, revision=self.revision, **absent)
-        pipeline.set_progress_bar_config(disable=True)
-        self.flow_scheduler = pipeline.scheduler
-        for name in ("vae", "text_encoder", "text_encoder_2", "text_encoder_3", "transformer"):
-            module = getattr(pipeline, name, None)
-            if module is not None:
-                setattr(self, name, module.requires_grad_(False).eval())
-        self.pipeline = pipeline
+        self.pipeline, self.flow_scheduler = pipeline, pipeline.scheduler
+        for module in pipeline.components.values():
+            if isinstance(module, nn.Module):
+                module.requires_grad_(False).eval()
+        self.transformer, self.vae = pipeline.transformer, pipeline.vae
+        names = ("text_encoder", "text_encoder_2", "text_encoder_3")
+        self.text_encoders = {name: module for name in names if (module := getattr(pipeline, name)) is not None}
+        if not self.offload_text_encoders:  # as parts of this module they go where it goes
+            for name, module in self.text_encoders.items():
+                setattr(self, name, module)
+        # without text encoders, wherever they are, it runs where transformer and autoencoder do
+        self.sampler = StableDiffusion3Pipeline(**{**pipeline.components, **dict.fromkeys(names)})
+        self.sampler.set_progress_bar_config(disable=True)
+        if self.prompt_cache is not None:
+            made_by = fingerprint(self.text_encoders, self.text_length, pipeline.tokenizer_max_length)
+            self.cache = PromptCache(self.prompt_cache, made_by)
+        if self.vae_slicing:
+            self.vae.enable_slicing()
+        if self.vae_tiling:
+            self.vae.enable_tiling()
         if self.gradient_checkpointing:
             self.transformer.enable_gradient_checkpointing()
-        with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="Already found a `peft_config`")  # three adapters are the point
-            torch.manual_seed(derived_seed(seed, "lora"))
-            for name in ADAPTERS:
-                self.transformer.add_adapter(self._lora(), name)
-        self._lora_layers = [module for module in self.transformer.modules() if isinstance(module, LoraLayer)]
-        for name in ADAPTERS:
-            for parameter in self.parameters_of(name):
-                parameter.data = parameter.data.float()
-                parameter.requires_grad_(name == "trained")
-        for name in ADAPTERS:
-            self.move(name, towards="trained", by=1.0)
-        self._activate("trained")
+        self.add_adapters(seed, start)
+        if self.compiled:
+            compile_blocks(self.transformer)
 
-    def _lora(self) -> LoraConfig:
-        return LoraConfig(
-            r=self.rank, lora_alpha=self.alpha, init_lora_weights="gaussian", target_modules=list(self.targets)
-        )
-
-    @property
-    def lora(self) -> dict[str, object]:
-        """What a checkpoint's adapters must have been trained with to fit."""
-        return {"rank": self.rank, "alpha": float(self.alpha), "targets": list(self.targets)}
-
-    # Adapters -------------------------------------------------------------------------------------------------------
-
-    def parameters_of(self, adapter: Adapter) -> list[nn.Parameter]:
-        """The parameters of one adapter, in a fixed order."""
-        return [parameter for name, parameter in self.transformer.named_parameters() if f".{adapter}." in name]
-
-    @torch.no_grad()
-    def move(self, adapter: Adapter, *, towards: Adapter, by: float) -> None:
-        """Move one adapter a share `by` in [0, 1] of the way to another."""
-        for own, goal in zip(self.parameters_of(adapter), self.parameters_of(towards), strict=True):
-            own.lerp_(goal, by)
-
-    @contextmanager
-    def using(self, adapter: Adapter | None) -> Iterator[None]:
-        """Run the transformer with one adapter, or with none (the reference policy)."""
-        self._activate(adapter)
-        try:
-            yield
-        finally:
-            self._activate("trained")
-
-    def _activate(self, adapter: Adapter | None) -> None:
-        # peft's own switches also flip requires_grad, which would cut DistributedDataParallel's gradient hooks
-        for layer in self._lora_layers:
-            layer._disable_adapters = adapter is None
-            layer._active_adapter = [adapter or "trained"]
-
-    # Calls ----------------------------------------------------------------------------------------------------------
-
-    @property
-    def device(self) -> torch.device:
-        """Where the transformer is."""
-        return self.transformer.device
+    # Prompts --------------------------------------------------------------------------------------------------------
 
     @property
     def most_tokens(self) -> int:
@@ -202,7 +144,22 @@ class SD3Policy(nn.Module):
 
     @torch.no_grad()
     def encode(self, texts: Sequence[str]) -> Conditions:
-        """Encode prompts with the pipeline's text encoders."""
+        """Encode prompts with the pipeline's text encoders, or take them from the cache."""
+        if self.prompt_cache is None:
+            with self._text_encoders_at_hand():
+                return self._encode(texts)
+        distinct = dict.fromkeys(texts)
+        kept = {text: found for text in distinct if (found := self.cache.get(text)) is not None}
+        if missing := [text for text in distinct if text not in kept]:
+            with self._text_encoders_at_hand():
+                for text in missing:  # one by one, so that what is kept does not depend on its neighbours by a rounding
+                    kept[text] = self._encode([text])
+                    self.cache.put(text, kept[text])
+        rows = [kept[text] for text in texts]
+        embeds, pooled = (torch.cat([getattr(row, part).to(self.device) for row in rows]) for part in ("embeds", "pooled"))
+        return Conditions(embeds, pooled)
+
+    def _encode(self, texts: Sequence[str]) -> Conditions:
         embeds, _, pooled, _ = self.pipeline.encode_prompt(
             prompt=list(texts),
             prompt_2=None,
@@ -212,6 +169,19 @@ class SD3Policy(nn.Module):
             max_sequence_length=self.text_length,
         )
         return Conditions(embeds, pooled)
+
+    @contextmanager
+    def _text_encoders_at_hand(self) -> Iterator[None]:
+        for encoder in self.text_encoders.values():
+            encoder.to(self.device)
+        try:
+            yield
+        finally:
+            if self.offload_text_encoders:
+                for encoder in self.text_encoders.values():
+                    encoder.to("cpu")
+
+    # Pictures -------------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
     def sample(
@@ -224,28 +194,19 @@ class SD3Policy(nn.Module):
         solver: Solver,
         guidance: float = 1.0,
         unconditional: Conditions | None = None,
+        resolution: int | None = None,
     ) -> Float[Tensor, "batch channel height width"]:
-        """Sample latents through the stock pipeline, one generator per picture.
-
-        Args:
-            conditions: Encoded prompts, one per picture.
-            generators: CPU generators of the initial noise.
-            adapter: Adapter to sample with; None samples the base.
-            steps: Steps of the solver.
-            solver: `dpm2` or `euler`.
-            guidance: Classifier-free guidance scale; 1 is none.
-            unconditional: The encoded empty prompt (batch of one), needed where guidance > 1.
-        """
-        self.pipeline.scheduler = scheduler_for(solver, self.flow_scheduler)
+        """Sample latents through the stock pipeline, one generator per picture; see `FlowPolicy.sample`."""
+        self.sampler.scheduler = scheduler_for(solver, self.flow_scheduler)
         negative = unconditional[torch.zeros(len(generators), dtype=torch.long)] if unconditional is not None else None
         with self.using(adapter):
-            output = self.pipeline(
+            output = self.sampler(
                 prompt_embeds=conditions.embeds,
                 pooled_prompt_embeds=conditions.pooled,
                 negative_prompt_embeds=negative.embeds if negative else None,
                 negative_pooled_prompt_embeds=negative.pooled if negative else None,
-                height=self.resolution,
-                width=self.resolution,
+                height=resolution or self.resolution,
+                width=resolution or self.resolution,
                 num_inference_steps=steps,
                 guidance_scale=guidance,
                 generator=list(generators),
@@ -256,10 +217,10 @@ class SD3Policy(nn.Module):
     @torch.no_grad()
     def decode(self, latents: Float[Tensor, "batch channel height width"]) -> Float[Tensor, "batch 3 pixel pixel"]:
         """Pictures in [0, 1], float32, of latents."""
-        vae = self.pipeline.vae
-        latents = latents.to(vae.dtype) / vae.config.scaling_factor + vae.config.shift_factor
-        pixels = vae.decode(latents).sample
-        return self.pipeline.image_processor.postprocess(pixels.float(), output_type="pt")
+        config = self.vae.config
+        latents = latents.to(self.vae.dtype) / config.scaling_factor + config.shift_factor
+        pixels = self.vae.decode(latents).sample
+        return self.sampler.image_processor.postprocess(pixels.float(), output_type="pt")
 
     def velocity(
         self, noisy: Tensor, t: Float[Tensor, " batch"], conditions: Conditions
@@ -277,3 +238,11 @@ class SD3Policy(nn.Module):
     def sigmas(self, steps: int) -> Float[Tensor, " step"]:
         """Noise levels a rollout of that many steps visits, from 1 down, without the final 0."""
         return flow_sigmas(self.flow_scheduler, steps)[:-1]
+
+
+def compile_blocks(transformer: SD3Transformer2DModel) -> None:
+    """Compile the blocks, which are alike, rather than the whole: less to compile, and nearly all of the time."""
+    # a variant for each adapter, with and without a graph, of each kind of block; the default limit is 8
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)  # type: ignore[attr-defined]
+    for block in transformer.transformer_blocks:
+        block.compile()

@@ -50,6 +50,29 @@ def read_prompts(folder: Path, source: str, split: Split) -> list[Prompt]:
     return prompts
 
 
+def read_prompt_file(file: Path) -> list[Prompt]:
+    """Read a file of one's own: `.txt`, a prompt a line; or `.jsonl`, a JSON object a line, with `prompt` and its metadata.
+
+    The source of a prompt is the file's name without its ending, where a JSON object does not say it under `source`.
+
+    Raises:
+        ValueError: No such file, another ending, no prompt, or a line that `read_prompts` would not take.
+    """
+    if file.suffix not in (".txt", ".jsonl") or not file.is_file():
+        raise ValueError(
+            "`data.predict_file` must be a .txt with a prompt a line or a .jsonl with a JSON object a line. "
+            f"Found {'' if file.is_file() else 'no file '}{file.resolve()}."
+        )
+    if file.suffix == ".txt":
+        prompts = [Prompt(line, file.stem) for _, line in _lines(file)]
+    else:
+        whole = [({"source": file.stem, **record}, place) for place, record in _records(file)]
+        prompts = [_prompt(record, _text(record, "source", place), place, "source") for record, place in whole]
+    if not prompts:
+        raise ValueError(f"A prompt file must have at least one prompt. Found none in {file}.")
+    return prompts
+
+
 def prompt_file(folder: Path, source: str, split: Split) -> Path:
     """The file that `read_prompts` reads.
 

@@ -9,14 +9,18 @@ from typing import Any
 
 import torch
 from lightning.pytorch import LightningDataModule
+from lightning.pytorch.overrides.distributed import UnrepeatedDistributedSampler
 from lightning.pytorch.utilities import rank_zero_only
 from torch.utils.data import DataLoader
 
-from marble_lightning.prompt_files import distinct, prompt_file, read_prompts
+from marble_lightning.prompt_files import distinct, prompt_file, read_prompt_file, read_prompts
 from marble_lightning.seeds import generator
 from rewards import Prompt
 
 log = logging.getLogger(__name__)
+
+ALL = "all"
+"""What results call all sources together."""
 
 
 def draw_round(
@@ -56,7 +60,10 @@ class PromptDataModule(LightningDataModule):
         cap_per_source: Training prompts used of each source, from the start of the file; None uses all.
         held_out_per_source: Held-out prompts used of each source, from the start of the file; None uses all.
         held_out_images: Pictures sampled of each held-out prompt.
-        held_out_batch_size: Held-out pictures sampled at once.
+        held_out_batch_size: Pictures of held-out prompts, and of `predict`, sampled at once on each process.
+        predict_file: Prompts that `predict` makes pictures of: a .txt with one a line, or a .jsonl like `train.jsonl`, whose
+            lines need no `source`; null for the held-out prompts.
+        predict_images: Pictures that `predict` makes of each prompt; null for `held_out_images`.
     """
 
     def __init__(
@@ -69,6 +76,8 @@ class PromptDataModule(LightningDataModule):
         held_out_per_source: int | None = None,
         held_out_images: int = 1,
         held_out_batch_size: int = 16,
+        predict_file: str | None = None,
+        predict_images: int | None = None,
     ) -> None:
         super().__init__()
         self.folder = Path(folder)
@@ -77,8 +86,12 @@ class PromptDataModule(LightningDataModule):
         self.cap_per_source = cap_per_source
         self.held_out_per_source, self.held_out_images = held_out_per_source, held_out_images
         self.held_out_batch_size = held_out_batch_size
+        self.predict_file = None if predict_file is None else Path(predict_file)
+        self.predict_images = held_out_images if predict_images is None else predict_images
         if not self.shares or len(self.shares) != len(sources) or min(self.shares.values()) < 1:
             raise ValueError(f"`sources` must name at least one source, each once and with a share >= 1. Found {sources}.")
+        if ALL in self.shares:
+            raise ValueError(f"`sources` must not be called {ALL!r}, the name of all of them in results. Found {sources}.")
         turn = sum(self.shares.values())
         if prompts_per_round % turn:
             raise ValueError(
@@ -95,21 +108,21 @@ class PromptDataModule(LightningDataModule):
             "held_out_per_source": 1 if held_out_per_source is None else held_out_per_source,
             "held_out_images": held_out_images,
             "held_out_batch_size": held_out_batch_size,
+            "predict_images": 1 if predict_images is None else predict_images,
         }
         for name, count in counts.items():
             if count < 1:
                 raise ValueError(f"`{name}` must be >= 1. Found {count}.")
         self.held_out: list[Prompt] = []
-        """Held-out prompts, each as often as it is sampled."""
+        """Held-out prompts, or those of `predict`, each as often as it is sampled."""
         self.pools: dict[str, list[Prompt]] = {}
         """Distinct training prompts of each source, once `setup` has read them for `fit`."""
 
     def setup(self, stage: str) -> None:
         """Read the prompt files."""
-        self.held_out = []
-        for source in self.shares:
-            prompts = read_prompts(self.folder, source, "test")[: self.held_out_per_source]
-            self.held_out += [prompt for prompt in prompts for _ in range(self.held_out_images)]
+        images = self.predict_images if stage == "predict" else self.held_out_images
+        own = self.predict_file if stage == "predict" else None
+        self.held_out = [prompt for prompt in self._judged(own) for _ in range(images)]
         if stage != "fit":
             return
         self.pools = {source: self._training(source) for source in self.shares}
@@ -120,6 +133,12 @@ class PromptDataModule(LightningDataModule):
                     f"A round takes {needed} distinct prompts of {source!r}. Found {len(prompts)}; "
                     "lower `prompts_per_round`, raise `cap_per_source` or add prompts."
                 )
+
+    def _judged(self, file: Path | None) -> list[Prompt]:
+        if file is not None:
+            return read_prompt_file(file)
+        wanted = slice(self.held_out_per_source)
+        return [prompt for source in self.shares for prompt in read_prompts(self.folder, source, "test")[wanted]]
 
     def _training(self, source: str) -> list[Prompt]:
         prompts = read_prompts(self.folder, source, "train")
@@ -148,8 +167,13 @@ class PromptDataModule(LightningDataModule):
         return batch
 
     def held_out_dataloader(self) -> DataLoader[tuple[int, Prompt]]:
-        """Batches of (index, prompt); the index names the picture's noise, whatever the batches."""
+        """This rank's batches of (index, prompt); the index names the picture's noise, whatever the batches.
+
+        Ranks share no picture, and may have one batch more or less than others.
+        """
         numbered = list(enumerate(self.held_out))
-        return DataLoader(numbered, batch_size=self.held_out_batch_size, collate_fn=list)  # type: ignore[arg-type]
+        ranks, rank = (self.trainer.world_size, self.trainer.global_rank) if self.trainer else (1, 0)
+        share = UnrepeatedDistributedSampler(numbered, num_replicas=ranks, rank=rank, shuffle=False)
+        return DataLoader(numbered, batch_size=self.held_out_batch_size, sampler=share, collate_fn=list)  # type: ignore[arg-type]
 
     val_dataloader = test_dataloader = predict_dataloader = held_out_dataloader

@@ -13,9 +13,9 @@ from lightning.pytorch import Trainer
 from torch import Tensor
 
 from balancers import Balancer
-from marble_lightning.advantages import group_advantages
+from marble_lightning.advantages import group_advantages, only
+from marble_lightning.flow_policy import Conditions
 from marble_lightning.objective import Coefficients, coefficients, noised
-from marble_lightning.policy import Conditions
 from marble_lightning.seeds import generator
 from marble_lightning.settings import Objective
 from rewards import Prompt
@@ -71,15 +71,17 @@ class Plan:
 
     Args:
         images: Pictures of the round on this rank.
-        times: Flow times used of each picture.
+        times: Flow times used of each picture in an inner epoch.
         batch_size: Pictures of a micro-batch.
-        optimizer_steps: Optimizer steps of a round.
+        optimizer_steps: Optimizer steps of an inner epoch.
+        inner_epochs: How often all pictures are trained on.
     """
 
     images: int
     times: int
     batch_size: int
     optimizer_steps: int
+    inner_epochs: int = 1
 
     def __post_init__(self) -> None:
         unit = self.batch_size * self.optimizer_steps
@@ -98,7 +100,7 @@ class Plan:
     @property
     def total(self) -> int:
         """Micro-batches of the round."""
-        return self.per_step * self.optimizer_steps
+        return self.per_step * self.optimizer_steps * self.inner_epochs
 
 
 def weigh_round(
@@ -107,18 +109,18 @@ def weigh_round(
     balancer: Balancer | None,
     objective: Objective,
     plan: Plan,
-    key: Sequence[int | str],
+    keys: Sequence[Sequence[int | str]],
     trainer: Trainer,
-) -> Coefficients:
-    """From this rank's scores to its pictures' coefficients, with statistics over all ranks.
+) -> list[Coefficients]:
+    """From this rank's scores to its pictures' coefficients in each inner epoch, with statistics over all ranks.
 
     Args:
         scores: Reward of each picture, NaN where it does not apply.
         groups: Index of each picture's prompt on this rank; ranks share no prompt.
         balancer: May merge rewards before advantages exist, or the advantages; None keeps every reward apart.
         objective: Settings of the loss.
-        plan: Which pictures fall into which optimizer step, with `key`.
-        key: Seed of the order.
+        plan: Which pictures fall into which optimizer step, with `keys`.
+        keys: Seed of each inner epoch's order.
         trainer: Its strategy gathers and sums over ranks.
     """
     strategy, rank = trainer.strategy, trainer.global_rank
@@ -128,20 +130,23 @@ def weigh_round(
     advantages = group_advantages(merged, all_groups, objective.advantage_std)
     if balancer:
         advantages = balancer.merge_advantages(advantages)
-    advantages = advantages[rank * len(scores) : (rank + 1) * len(scores)]
+    advantages = only(advantages[rank * len(scores) : (rank + 1) * len(scores)], objective.advantage_mode)
 
-    plus, minus = torch.empty_like(advantages), torch.empty_like(advantages)
-    for step in image_order(plan, key).chunk(plan.optimizer_steps):
-        counts = plan.times * (~advantages[step].isnan()).sum(0).float()
-        counts = strategy.reduce(counts, reduce_op="mean")  # not the sum: gradients are averaged over ranks
-        plus[step], minus[step] = coefficients(advantages[step], counts, objective.beta, objective.max_advantage)
-    return Coefficients(plus, minus)
+    weighed = []
+    for key in keys:
+        plus, minus = torch.empty_like(advantages), torch.empty_like(advantages)
+        for step in image_order(plan, key).chunk(plan.optimizer_steps):
+            counts = plan.times * (~advantages[step].isnan()).sum(0).float()
+            counts = strategy.reduce(counts, reduce_op="mean")  # not the sum: gradients are averaged over ranks
+            plus[step], minus[step] = coefficients(advantages[step], counts, objective.beta, objective.max_advantage)
+        weighed.append(Coefficients(plus, minus))
+    return weighed
 
 
 def micro_batches(
     rollout: Rollout, weighed: Coefficients, grid: Float[Tensor, " step"], plan: Plan, key: Sequence[int | str]
 ) -> Iterator[MicroBatch]:
-    """Cut a round into micro-batches: pictures in random order, each at `plan.times` distinct times of the grid.
+    """Cut an inner epoch into micro-batches: pictures in random order, each at `plan.times` distinct times of the grid.
 
     An optimizer step meets all its pictures at their first time, then at their second, and so on, so that an estimate from
     its first micro-batches sees many pictures.

@@ -13,6 +13,7 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor
 
+from marble_lightning.results import JSON, read
 from marble_lightning.table import Summary, changes, summarise
 
 
@@ -27,7 +28,7 @@ class Run:
     """A run's folder.
 
     Args:
-        folder: The one `fit` names at its end, with `held_out.pt` and TensorBoard's events.
+        folder: The one `fit` names at its end, with `results.json` and TensorBoard's events.
 
     Raises:
         ValueError: There is no finished run.
@@ -35,8 +36,8 @@ class Run:
 
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
-        if not (self.folder / "held_out.pt").exists():
-            raise ValueError(f"`folder` must be a finished run's, with held_out.pt. Found none in {self.folder.resolve()}.")
+        if not (self.folder / JSON).exists():
+            raise ValueError(f"`folder` must be a finished run's, with {JSON}. Found none in {self.folder.resolve()}.")
 
     @cached_property
     def _events(self) -> EventAccumulator:
@@ -54,24 +55,28 @@ class Run:
         return [Image.open(io.BytesIO(event.encoded_image_string)) for event in events]
 
     @cached_property
-    def _scores(self) -> Mapping[str, Any]:
-        found: Mapping[str, Any] = torch.load(self.folder / "held_out.pt", weights_only=True)
-        return found
+    def results(self) -> Mapping[str, Any]:
+        """What results.json holds: settings, what was judged, means by set and reward, and the scores of each prompt."""
+        return read(self.folder)
 
     @property
     def judges(self) -> list[str]:
         """Names of the rewards and metrics that judged held-out pictures."""
-        return list(self._scores["judges"])
+        return list(self.results["rewards"])
 
     @property
     def base(self) -> Tensor | None:
         """Held-out scores (prompt, judge) of the base, NaN where a judge does not apply; None if it was not measured."""
-        return self._scores["base"]
+        return self._scores("base") if "base" in self.results["prompts"][0] else None
 
     @property
     def trained(self) -> Tensor:
         """The same of the trained policy."""
-        return self._scores["trained"]
+        return self._scores("scores")
+
+    def _scores(self, whose: str) -> Tensor:
+        rows = [[prompt[whose].get(name, torch.nan) for name in self.judges] for prompt in self.results["prompts"]]
+        return torch.tensor(rows)
 
 
 class Comparison(NamedTuple):

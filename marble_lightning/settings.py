@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from math import inf
+from typing import Any, Literal, get_args
 
 import torch
 
+from marble_lightning.advantages import AdvantageMode
 from marble_lightning.solvers import Solver
 
 
@@ -29,7 +31,7 @@ class Sampling:
     times_per_image: int | None = None
 
     def __post_init__(self) -> None:
-        _at_least_one(steps=self.steps, batch_size=self.batch_size)
+        at_least_one(steps=self.steps, batch_size=self.batch_size)
         if not 1 <= self.usable_times <= self.steps:
             raise ValueError(
                 f"`timestep_fraction` must leave 1 to {self.steps} of the times. Found {self.timestep_fraction}."
@@ -102,6 +104,8 @@ class Objective:
         beta: β > 0, how far the positive and negative policies are from the old one.
         max_advantage: A_max > 0, the advantage at which a sample counts as wholly good.
         advantage_std: Advantages are divided by the standard deviation of the whole `round` or of their `group`.
+        advantage_mode: What is learned from: `all`; the better (`positive_only`) or worse (`negative_only`) half of the
+            pictures; whether better (`one_only`: 1 or 0); or better or worse (`binary`: the sign).
         kl_weight: Weight >= 0 of the squared distance to the base's velocity; never balanced.
 
     Source: DiffusionNFT, arXiv 2509.16117.
@@ -110,6 +114,7 @@ class Objective:
     beta: float = 0.1
     max_advantage: float = 5.0
     advantage_std: Literal["round", "group"] = "round"
+    advantage_mode: AdvantageMode = "all"
     kl_weight: float = 1e-4
 
     def __post_init__(self) -> None:
@@ -122,7 +127,10 @@ class Objective:
 
 @dataclass(frozen=True)
 class Averaging:
-    """How the other two adapters follow the trained one.
+    """How the other two adapters follow the trained one. For a schedule of your own, subclass it and override `old_decay`.
+
+    DiffusionNFT's runs: `old_rate` 0.001 and `old_cap` 0.5; 0 and 0 for on-policy; 0.0075, `old_start` 75 and 0.999 for its
+    OCR run. MARBLE's release: 0.001 and 0.95.
 
     Args:
         old_rate: After optimizer step s the old adapter keeps min(old_rate * (s - old_start), old_cap) of itself, >= 0.
@@ -130,7 +138,7 @@ class Averaging:
         old_cap: The cap, in [0, 1).
         ema_decay: Decay per optimizer step of the averaged adapter, in [0, 1).
 
-    Source: DiffusionNFT, arXiv 2509.16117; MARBLE's release caps at 0.95.
+    Source: DiffusionNFT, arXiv 2509.16117, and its released code; MARBLE, arXiv 2605.06507, and its.
     """
 
     old_rate: float = 0.001
@@ -152,25 +160,41 @@ class Averaging:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """How held-out prompts are sampled.
+    """How held-out prompts, and those of `predict`, are sampled.
 
     Args:
         steps: Solver steps, >= 1.
         solver: `euler` or `dpm2`.
         guidance: Classifier-free guidance scale, >= 1; 1 is none.
+        resolution: Side of the pictures in pixels, a multiple of 16; null for the policy's.
+        seed: Seed >= 0 of the noise; null for the run's. Runs of several seeds can be compared where theirs is the same.
     """
 
     steps: int = 40
     solver: Solver = "euler"
     guidance: float = 1.0
+    resolution: int | None = None
+    seed: int | None = None
 
     def __post_init__(self) -> None:
-        _at_least_one(steps=self.steps)
-        if not self.guidance >= 1:
-            raise ValueError(f"`guidance` must be >= 1. Found {self.guidance}.")
+        at_least_one(steps=self.steps)
+        if self.solver not in get_args(Solver):
+            raise ValueError(f"`solver` must be one of {', '.join(get_args(Solver))}. Found {self.solver!r}.")
+        if not 1 <= self.guidance < inf:
+            raise ValueError(f"`guidance` must be >= 1 and finite. Found {self.guidance}.")
+        if self.resolution is not None and (self.resolution < 16 or self.resolution % 16):
+            raise ValueError(f"`evaluation.resolution` must be a positive multiple of 16, or null. Found {self.resolution}.")
+        if self.seed is not None and self.seed < 0:
+            raise ValueError(f"`evaluation.seed` must be >= 0, or null. Found {self.seed}.")
 
 
-def _at_least_one(**counts: int) -> None:
+def adamw(parameters: Any) -> torch.optim.Optimizer:
+    """AdamW with the published settings."""
+    return torch.optim.AdamW(parameters, lr=3e-4, betas=(0.9, 0.999), weight_decay=1e-4, eps=1e-8)
+
+
+def at_least_one(**counts: int) -> None:
+    """Refuse a count below one by its name."""
     for name, count in counts.items():
         if count < 1:
             raise ValueError(f"`{name}` must be >= 1. Found {count}.")

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from jaxtyping import Float
 from rich.table import Table
 from torch import Tensor
+
+from rewards import Prompt, Reward
 
 MEAN_OF_TAGS = "mean_of_tags"
 """Beside the tags themselves: a benchmark's score, where its tags count alike."""
@@ -31,22 +32,60 @@ def summarise(scores: Float[Tensor, " prompt"]) -> Summary:
     return Summary(float(there.mean()) if n else float("nan"), error, n)
 
 
-def per_prompt(rows: Float[Tensor, "picture index_and_judge"], images: int) -> Float[Tensor, "prompt judge"]:
+def per_prompt(rows: Float[Tensor, "picture index_and_judge"], prompts: int, images: int) -> Float[Tensor, "prompt judge"]:
     """Mean scores of each prompt, in the prompts' order: pictures of one prompt are no independent evidence.
 
     Args:
-        rows: Each picture's index, then its scores; in any order, and repeated where ranks were padded.
+        rows: Each picture's index, then its scores; in any order.
+        prompts: Number of prompts. The scores of one without a picture are NaN.
         images: Pictures of a prompt, which have neighbouring indices.
+
+    Raises:
+        ValueError: A picture is there twice.
     """
-    indices, first = np.unique(rows[:, 0].numpy(), return_index=True)
-    prompts = torch.from_numpy(indices).long() // images
-    scores = rows[torch.from_numpy(first), 1:]
-    return torch.stack([scores[prompts == prompt].nanmean(0) for prompt in prompts.unique()])
+    indices, times = rows[:, 0].long().unique(return_counts=True)
+    if (times > 1).any():
+        raise ValueError(f"Each held-out picture must be scored once. Found {int(indices[times > 1][0])} more than once.")
+    pictures = torch.full((prompts * images, rows.shape[1] - 1), torch.nan)
+    pictures[rows[:, 0].long()] = rows[:, 1:]
+    return pictures.reshape(prompts, images, -1).nanmean(1)
+
+
+def by_tag(
+    judges: Mapping[str, Reward], prompts: Sequence[Prompt], scores: Float[Tensor, "prompt judge"]
+) -> dict[str, Float[Tensor, " prompt"]]:
+    """Scores of each judge and tag, as `geneval/counting`, NaN for other prompts; then the mean over its tags, (1,)."""
+    found = dict[str, Tensor]()
+    for (name, judge), column in zip(judges.items(), scores.T, strict=True):
+        tags = [judge.tag(prompt) if judge.applies_to(prompt) else None for prompt in prompts]
+        own = {
+            f"{name}/{tag}": torch.where(torch.tensor([each == tag for each in tags]), column, torch.nan)
+            for tag in dict.fromkeys(filter(None, tags))
+        }
+        found |= own
+        if own:
+            found[f"{name}/{MEAN_OF_TAGS}"] = torch.stack([each.nanmean() for each in own.values()]).mean()[None]
+    return found
 
 
 def changes(base: Float[Tensor, "prompt judge"], trained: Float[Tensor, "prompt judge"]) -> list[Summary]:
     """Change of each judge's score, prompt by prompt: both columns share prompts and noise, so errors are paired."""
     return [summarise(column) for column in (trained - base).T]
+
+
+def summaries(
+    scores: Float[Tensor, "prompt judge"], base: Float[Tensor, "prompt judge"] | None, heading: str = "trained"
+) -> dict[str, list[Summary]]:
+    """Columns of a table, judge by judge: `heading`, and where the base is known `base` and `change`.
+
+    The base's mean is over the prompts that have a score of both, so that the change is the difference of the two where
+    none is missing.
+    """
+    columns = {heading: [summarise(column) for column in scores.T]}
+    if base is None:
+        return columns
+    both = torch.where(scores.isnan(), torch.nan, base)
+    return {"base": [summarise(column) for column in both.T], **columns, "change": changes(base, scores)}
 
 
 def held_out_table(
@@ -55,27 +94,32 @@ def held_out_table(
     *,
     heading: str = "trained",
     base: Float[Tensor, "prompt judge"] | None = None,
+    title: str = "Held-out prompts",
 ) -> Table:
-    """The table shown after `fit`, `validate` and `test`.
+    """A table shown after `fit`, `validate` and `test`.
 
     Args:
         names: Names of the judges.
         scores: What they say, NaN where they do not apply.
         heading: Whose scores these are.
         base: Scores of the base on the same prompts and noise; adds its column and the change.
+        title: What prompts these are.
     """
-    columns = {heading: [summarise(column) for column in scores.T]}
-    if base is not None:
-        columns = {"base": [summarise(column) for column in base.T], **columns, "change": changes(base, scores)}
-    table = Table(title="Held-out prompts, mean ± standard error")
+    columns = summaries(scores, base, heading)
+    table = Table(title=f"{title}, mean ± standard error")
     table.add_column("reward", no_wrap=True)
-    for title in ("n", *columns):
-        table.add_column(title, justify="right", no_wrap=True)
+    for column in ("n", *columns):
+        table.add_column(column, justify="right", no_wrap=True)
     for index, name in enumerate(names):
-        cells = [f"{cell.mean:{'+' if title == 'change' else ''}.4f} ± {cell.error:.4f}" for title, cell in
-                 ((title, column[index]) for title, column in columns.items())]  # fmt: skip
-        table.add_row(name, str(columns[heading][index].n), *cells)
+        own = {column: found[index] for column, found in columns.items()}
+        n, paired = own[heading].n, own.get("change", own[heading]).n
+        cells = [_cell(each, "+" if column == "change" else "") for column, each in own.items()]
+        table.add_row(name, str(n) if n == paired else f"{n} ({paired} with base)", *cells)
     return table
+
+
+def _cell(found: Summary, sign: str = "") -> str:
+    return f"{found.mean:{sign}.4f} ± {found.error:.4f}" if found.n > 1 else f"{found.mean:{sign}.4f}" if found.n else "-"
 
 
 def tags_table(

@@ -272,3 +272,17 @@ def test_errors_of_use():
     for answer in ([1.0, 2.0], [1.0, 2.0, torch.nan]):
         with pytest.raises(ValueError, match=r"`Scripted.weights` must return a tensor of 3 finite numbers"):
             bound(Scripted(answer)).rehearse()
+
+
+def test_a_rehearsal_leaves_the_module_alone():
+    """Lightning hangs methods of the module on every callback; a copy of them would copy all of its weights."""
+
+    class Module:
+        def log(self) -> None: ...
+
+        def __deepcopy__(self, memo: object) -> None:
+            raise AssertionError("the module was copied")
+
+    balancer = bound(MARBLE())
+    balancer.log = balancer.log_dict = Module().log
+    balancer.rehearse()

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
-from marble_lightning.advantages import group_advantages
+from marble_lightning.advantages import group_advantages, only
 
 NAN = torch.nan
 
@@ -44,3 +45,18 @@ def test_scale_and_shift_of_a_reward_do_not_matter():
 
 def test_a_constant_reward_has_no_advantage():
     assert group_advantages(torch.full((4, 1), 0.3), torch.tensor([0, 0, 1, 1])).abs().max() == 0
+
+
+@pytest.mark.parametrize(
+    ("mode", "expected"),
+    [
+        ("all", [-3.0, 0.0, 2.0]),
+        ("positive_only", [0.0, 0.0, 2.0]),
+        ("negative_only", [-3.0, 0.0, 0.0]),
+        ("one_only", [0.0, 0.0, 1.0]),
+        ("binary", [-1.0, 0.0, 1.0]),
+    ],
+)
+def test_modes_of_the_released_code_leave_missing_ones_missing(mode, expected):
+    found = only(torch.tensor([[-3.0], [0.0], [2.0], [NAN]]), mode)
+    torch.testing.assert_close(found[:, 0], torch.tensor([*expected, NAN]), equal_nan=True)

@@ -132,7 +132,7 @@ def on_a_gpu(monkeypatch, module) -> None:
 
 def test_parts_are_what_the_module_holds(small_run):
     parts, module = small_run.estimate.parts, small_run.estimator.module
-    policy = bytes_of(tensors_of(module.policy))
+    policy = bytes_of(tensors_of(module.policy, *module.policy.text_encoders.values()))
     assert sum(parts[name] for name in ("transformer", "adapters", "autoencoder", "text encoders")) == policy
     assert parts["adapters"] == 3 * parts["gradients"] == 3 * bytes_of(module.trainable)
     assert parts["pictures"] == 4 * 12 * 3 * 16 * 16
@@ -178,33 +178,19 @@ def test_slices_and_tiles_are_counted_as_if_each_were_decoded(small_run, way):
     assert way == "tiling" or estimated < phases.decode(5, False)  # tiles of so few pixels overlap too much to save any
 
 
-def test_text_encoders_that_are_no_part_of_the_policy_only_visit(small_run, monkeypatch):
-    module, names = small_run.estimator.module, ("text_encoder", "text_encoder_2")
+def test_text_encoders_that_are_no_part_of_the_policy_only_visit_a_gpu(small_run, monkeypatch):
+    module = small_run.estimator.module
     on_a_gpu(monkeypatch, module)
-    assert Choices.of(module).text_encoders_stay
-    held = {name: module.policy._modules.pop(name) for name in names}
-    vars(module.policy).update(held)
-    moves = []
-
-    def visiting(policy, texts):
-        for place in (policy.device, "cpu"):
-            for name in names:
-                moves.append(getattr(policy, name).to(place))
-        return encode(policy, texts)
-
-    encode = SD3Policy.encode
-    monkeypatch.setattr(SD3Policy, "encode", visiting)
-    try:
-        choices = Choices.of(module)
-        estimate = Estimator(module)(choices)
-    finally:
-        for name, encoder in held.items():
-            del vars(module.policy)[name]
-            module.policy._modules[name] = encoder
-    assert len(moves) == 4 and not choices.text_encoders_stay
-    assert estimate.parts["text encoders"] >= bytes_of(tensors_of(*held.values())) > 0
-    there = {name for name, phase in estimate.phases.items() if "text encoders" in phase.parts}
-    assert there == {"encoding prompts"}
+    encoders = module.policy.text_encoders
+    visiting = Estimator(module)(Choices.of(module))
+    for name, encoder in encoders.items():  # as `offload_text_encoders: false` does it
+        monkeypatch.setitem(module.policy._modules, name, encoder)
+    staying = Estimator(module)(Choices.of(module))
+    assert visiting.parts == staying.parts
+    assert staying.parts["text encoders"] >= bytes_of(tensors_of(*encoders.values())) > 0
+    for name in staying.phases:
+        there = ["text encoders" in estimate.phases[name].parts for estimate in (visiting, staying)]
+        assert there == [name == "encoding prompts", True], name
 
 
 def test_rewards_count_where_they_are_and_a_shared_model_once(checkpoints, tmp_path, monkeypatch):

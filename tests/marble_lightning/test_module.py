@@ -16,10 +16,11 @@ from torch import Tensor
 
 from balancers import MARBLE, Balancer, FixedWeights, WeightedSum, min_norm_weights
 from marble_lightning.cli import QUIET
+from marble_lightning.flow_policy import Conditions
 from marble_lightning.gradients import flat, gradients_by_passes
 from marble_lightning.module import DiffusionNFT
 from marble_lightning.objective import Coefficients, coefficients, nft_losses, noised
-from marble_lightning.policy import Conditions, SD3Policy
+from marble_lightning.policy import SD3Policy
 from marble_lightning.prompts import PromptDataModule
 from marble_lightning.rollouts import MicroBatch
 from marble_lightning.settings import Averaging, Evaluation, Objective, Sampling
@@ -76,12 +77,16 @@ def run(
     micro_batch_size: int = 6,
     gradient_passes: Literal["two", "per_reward"] = "two",
     gradient_checkpointing: bool = False,
+    compile: bool = False,
     lr_scheduler: Any = None,
     precision: Any = "32-true",
     plugins: Any = None,
     data: PromptDataModule | None = None,
     rewards: Sequence[str] = ("bright", "red", "contrast"),
     ckpt_path: Path | None = None,
+    inner_epochs: int = 1,
+    clip: float | None = None,
+    optimizer: Any = lambda parameters: torch.optim.SGD(parameters, lr=0.1),
     **objective: Any,
 ):
     module = kind(
@@ -93,6 +98,7 @@ def run(
             text_length=4,
             dtype="float32",
             gradient_checkpointing=gradient_checkpointing,
+            compile=compile,
         ),
         rewards={name: {"bright": Brightness, "red": Redness, "contrast": Contrast}[name]() for name in rewards},
         sampling=Sampling(steps=4, batch_size=12, times_per_image=2),
@@ -100,15 +106,16 @@ def run(
         averaging=Averaging(old_rate=0.5, old_cap=0.5, ema_decay=0.75),
         evaluation=Evaluation(steps=2),
         micro_batch_size=micro_batch_size,
-        optimizer=lambda parameters: torch.optim.SGD(parameters, lr=0.1),
+        optimizer=optimizer,
         lr_scheduler=lr_scheduler,
         gradient_passes=gradient_passes,
+        inner_epochs=inner_epochs,
     )
     kept = Gradients()
     trainer = Trainer(
         accelerator="cpu", max_epochs=rounds, logger=False, enable_checkpointing=False, enable_progress_bar=False,
         enable_model_summary=False, callbacks=[balancer, kept, *callbacks], limit_val_batches=0, default_root_dir=folder,
-        precision=None if plugins else precision, plugins=plugins,
+        precision=None if plugins else precision, plugins=plugins, gradient_clip_val=clip,
     )  # fmt: skip
     data = data or PromptDataModule(str(PROMPTS), ["ocr", "geneval"], prompts_per_round=4, images_per_prompt=3)
     trainer.fit(module, datamodule=data, ckpt_path=ckpt_path)
@@ -251,6 +258,22 @@ def test_a_loss_scale_that_is_too_large_shrinks_until_training_goes_on(checkpoin
     assert 0 < moved < torch.inf
 
 
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+def test_a_fused_optimizer_is_clipped_like_any_other(checkpoints, tmp_path, precision):
+    """Lightning's own clipping refuses it under autocast, though only a loss scale would be in its way."""
+    moves = []
+    for fused in (False, True):
+
+        def sgd(parameters, fused=fused):
+            return torch.optim.SGD(parameters, lr=1.0, fused=fused)
+
+        module, kept = run(checkpoints, tmp_path, FixedWeights(), precision=precision, clip=1e-3, optimizer=sgd)
+        before = torch.cat([kept.states[0][name].flatten() for name in kept.states[0] if ".trained." in name])
+        moves.append(flat(module.trainable) - before)
+    torch.testing.assert_close(moves[1], moves[0])
+    assert moves[0].norm() == pytest.approx(1e-3, rel=1e-2)
+
+
 def test_the_learning_rate_follows_its_schedule(checkpoints, tmp_path):
     """After every optimizer step, though a step takes several micro-batches."""
 
@@ -275,6 +298,21 @@ def test_old_and_averaged_adapters_move_as_scheduled(checkpoints, tmp_path):
         torch.testing.assert_close(now, 0.5 * after_one + 0.5 * last)
         averaged = 0.75 * first + 0.25 * second
         torch.testing.assert_close(mean, 0.75 * averaged + 0.25 * last)
+
+
+def test_inner_epochs_train_on_the_same_pictures_anew(checkpoints, tmp_path):
+    """Other times and noise; the old adapter moves after the last one, the averaged one after each step."""
+    module, kept = run(checkpoints, tmp_path, FixedWeights(), inner_epochs=2)
+    assert len(kept.gradients) == module.global_step == 2
+    first, second = (torch.cat([batch.clean.flatten(1) for batch in step]).sort(0).values for step in kept.batches)
+    torch.testing.assert_close(first, second)
+    noises = [torch.cat([batch.noise.flatten() for batch in step]) for step in kept.batches]
+    assert (noises[0] - noises[1]).abs().max() > 0.1
+    names = [[name for name in state if ".old." in name] for state in kept.states]
+    assert names[0]
+    assert all(torch.equal(kept.states[0][name], kept.states[1][name]) for name in names[0])
+    own, other = reference(module, kept, 1)
+    torch.testing.assert_close(kept.gradients[1], own.mean(0) + module.objective.kl_weight * other, rtol=1e-4, atol=1e-6)
 
 
 def test_the_base_never_changes(checkpoints, tmp_path):

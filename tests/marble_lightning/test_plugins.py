@@ -38,6 +38,22 @@ class InverseNorm(Balancer):
         return inverse / inverse.sum()
 '''
 
+SCHEDULE = '''
+from dataclasses import dataclass
+
+from marble_lightning import Averaging
+
+
+@dataclass(frozen=True)
+class Halfway(Averaging):
+    """The old adapter takes over all of the trained one from a round on, and nothing before."""
+
+    since: int = 2
+
+    def old_decay(self, step):
+        return 0.0 if step >= self.since else 1.0
+'''
+
 CONFIG = """
 balancer:
   class_path: their_balancer.InverseNorm
@@ -83,3 +99,14 @@ def test_the_readmes_command_adds_a_reward_to_the_five(small, tmp_path, monkeypa
     shown = capsys.readouterr().out
     assert "class_path: their_balancer.InverseNorm" in shown
     assert all(f"    {name}:" in shown for name in ("pickscore", "hpsv2", "clipscore", "ocr", "geneval", "warmth"))
+
+
+def test_a_schedule_of_ones_own_moves_the_old_policy(small, tmp_path, monkeypatch):
+    (tmp_path / "their_schedule.py").write_text(SCHEDULE)
+    monkeypatch.syspath_prepend(tmp_path)
+    for since in (2, 3):
+        main(["fit", *small, "--model.averaging", "their_schedule.Halfway", "--model.averaging.since", str(since)])
+        saved = torch.load(tmp_path / f"tiny/version_{since - 2}/checkpoints/last.ckpt", weights_only=True)["state_dict"]
+        learned = [name for name in saved if ".lora_B.trained" in name]
+        moved = [torch.equal(saved[name.replace(".trained.", ".old.")], saved[name]) for name in learned]
+        assert all(moved) == (since == 2)

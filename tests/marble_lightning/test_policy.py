@@ -8,7 +8,9 @@ import pytest
 import torch
 from diffusers import StableDiffusion3Pipeline
 
-from marble_lightning.policy import ADAPTERS, SD3Policy
+from marble_lightning.flow_policy import ADAPTERS
+from marble_lightning.policy import SD3Policy
+from marble_lightning.sd3_files import pipeline_index
 from marble_lightning.seeds import generator
 
 
@@ -117,14 +119,45 @@ def test_guidance_changes_the_pictures(policy):
     assert (plain - guided).abs().max() > 1e-4
 
 
+def test_without_an_adapter_nothing_is_added(checkpoints, policy):
+    bare = SD3Policy(str(checkpoints / "sd3"), resolution=16, text_length=4, dtype="float32", adapter="none")
+    bare.setup(seed=0)
+    assert not any("lora" in name for name, _ in bare.named_parameters())
+    torch.testing.assert_close(outputs(bare, None), outputs(policy, None))
+
+
+def test_pictures_may_have_another_resolution(policy):
+    conditions = policy.encode(["a red circle"])
+    latents = policy.sample(conditions, [generator("x")], "ema", steps=2, solver="euler", resolution=32)
+    assert policy.decode(latents).shape == (1, 3, 32, 32)
+
+
 def test_a_folder_that_is_not_sd3_is_refused_before_loading(tmp_path):
     with pytest.raises(ValueError, match="must be a folder in diffusers format or a hub id"):
-        SD3Policy(str(tmp_path / "nowhere")).index()
+        pipeline_index(str(tmp_path / "nowhere"))
     with pytest.raises(ValueError, match=r"with a model_index\.json"):
-        SD3Policy(str(tmp_path)).index()
+        pipeline_index(str(tmp_path))
     (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": "FluxPipeline"}))
     with pytest.raises(ValueError, match="Found FluxPipeline"):
-        SD3Policy(str(tmp_path)).index()
+        pipeline_index(str(tmp_path))
+
+
+def test_a_model_whose_velocities_are_not_the_flows_is_refused(checkpoints, tmp_path):
+    index = pipeline_index(str(checkpoints / "sd3"))
+
+    def refused(folder, **parts):
+        folder.mkdir(exist_ok=True)
+        (folder / "model_index.json").write_text(json.dumps(index | parts))
+        with pytest.raises(ValueError) as error:
+            pipeline_index(str(folder))
+        return str(error.value)
+
+    assert "whose scheduler is a FlowMatchEulerDiscreteScheduler. Found EulerDiscreteScheduler" in refused(
+        tmp_path, scheduler=["diffusers", "EulerDiscreteScheduler"]
+    )
+    assert "whose transformer is a SD3Transformer2DModel. Found None" in refused(tmp_path, transformer=[None, None])
+    assert "not distilled" in refused(tmp_path / "stable-diffusion-3.5-large-turbo")
+    assert "predicts jumps" in refused(tmp_path, _name_or_path="stabilityai/stable-diffusion-3.5-large-turbo")
 
 
 def test_a_hub_id_that_cannot_be_reached_is_named(monkeypatch):
@@ -133,7 +166,7 @@ def test_a_hub_id_that_cannot_be_reached_is_named(monkeypatch):
 
     monkeypatch.setattr(StableDiffusion3Pipeline, "load_config", unreachable)
     with pytest.raises(ValueError, match=r"Found 'owner/name': no such folder from .*, and no such model on the hub"):
-        SD3Policy("owner/name").index()
+        pipeline_index("owner/name")
 
 
 def test_bad_options():
@@ -141,5 +174,24 @@ def test_bad_options():
         SD3Policy("x/y", rank=0)
     with pytest.raises(ValueError, match="`resolution` must be a positive multiple of 16. Found 500"):
         SD3Policy("x/y", resolution=500)
+    with pytest.raises(ValueError, match="`policy.adapter` must be ema, trained or none. Found 'old'"):
+        SD3Policy("x/y", adapter="old")
+    with pytest.raises(ValueError, match="`policy.init_lora` must be null where `policy.adapter` is none. Found 'some'"):
+        SD3Policy("x/y", adapter="none", init_lora="some")
     with pytest.raises(ValueError, match="`targets` must name"):
         SD3Policy("x/y", targets=[])
+    with pytest.raises(ValueError, match="`text_length` must be >= 1. Found 0"):
+        SD3Policy("x/y", text_length=0)
+
+
+def test_decoding_in_slices_and_tiles(checkpoints):
+    """Slices change nothing; tiles leave pictures of a tile's size as they are."""
+    latents = torch.randn(3, 4, 8, 8, generator=generator("latents"))
+    pictures = []
+    for options in ({}, {"vae_slicing": True}, {"vae_tiling": True}):
+        policy = SD3Policy(str(checkpoints / "sd3"), resolution=16, rank=2, dtype="float32", **options)
+        policy.setup(seed=0)
+        assert (policy.vae.use_slicing, policy.vae.use_tiling) == ("vae_slicing" in options, "vae_tiling" in options)
+        pictures.append(policy.decode(latents))
+    torch.testing.assert_close(pictures[1], pictures[0], rtol=0, atol=1e-6)
+    torch.testing.assert_close(pictures[2], pictures[0], rtol=0, atol=1e-6)

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import os
+import signal
+import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -13,7 +16,9 @@ import torch
 from marble_lightning.alarms import measured
 from marble_lightning.cli import QUIET
 from marble_lightning.policy import SD3Policy
+from marble_lightning.results import read
 from tests.marble_lightning import two_processes
+from tests.marble_lightning.test_resume import differences, last, options, state
 from tests.marble_lightning.two_processes import Replay, method, train
 
 ROOT = Path(__file__).parents[2]
@@ -54,6 +59,7 @@ def test_two_processes_train_from_the_command_line(small, tmp_path, balancer):
     """DistributedDataParallel over gloo: the run ends with a table, and its adapters have moved."""
     options = ["--trainer.devices", "2", "--trainer.strategy", "ddp", "--balancer", balancer]
     options += ["--model.micro_batch_size", "6", "--harmony.probe_every", "1"]
+    options += ["--data.held_out_per_source", "1", "--data.held_out_batch_size", "1"]  # two batches here, one there
     command = [sys.executable, "-m", "marble_lightning", "fit", *small, *options]
     ended = subprocess.run(
         command,
@@ -66,5 +72,48 @@ def test_two_processes_train_from_the_command_line(small, tmp_path, balancer):
     )
     assert ended.returncode == 0, ended.stderr[-3000:]
     assert "This run:" in ended.stdout
+    assert [each["index"] for each in read(tmp_path / "tiny/version_0")["prompts"]] == [0, 1, 2]
     saved = torch.load(tmp_path / "tiny/version_0/checkpoints/last.ckpt", weights_only=True)["state_dict"]
     assert max(tensor.abs().max() for name, tensor in saved.items() if ".lora_B.trained" in name) > 0
+
+
+def ranks(arguments: list[str], said: Path) -> list[subprocess.Popen[bytes]]:
+    """The command line as two ranks, started from outside as a cluster does."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    started = []
+    for rank in range(2):
+        environment = {"OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "LOCAL_RANK": str(rank)}
+        with said.with_suffix(f".{rank}").open("w") as file:
+            command = [sys.executable, "-m", "marble_lightning", "fit", *arguments]
+            started.append(subprocess.Popen(command, cwd=ROOT, env=os.environ | environment, stdout=file, stderr=file))
+    return started
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("end", [signal.SIGKILL, signal.SIGTERM])
+def test_two_ranks_that_were_ended_go_on_bit_for_bit(checkpoints, tmp_path, end):
+    """At whatever moment after the first round."""
+    folders, said = [tmp_path / "whole", tmp_path / "ended"], tmp_path / "said"
+    more = {"trainer.devices": 2, "trainer.strategy": "ddp", "trainer.max_epochs": 6, "trainer.check_val_every_n_epoch": 6}
+    whole, ended = (options(checkpoints, each, **more) for each in folders)
+    assert [each.wait(100) for each in ranks(whole, said)] == [0, 0], said.with_suffix(".0").read_text()[-3000:]
+
+    started = ranks(ended, said)
+    try:
+        while not last(folders[1]).exists():
+            assert all(each.poll() is None for each in started), said.with_suffix(".0").read_text()[-3000:]
+            time.sleep(0.05)
+        for each in started:
+            each.send_signal(end)
+        statuses = [each.wait(60) for each in started]
+    finally:
+        for each in started:
+            each.kill()
+    # the first one leaves the checkpoint; another may wait for it in an exchange that now fails
+    assert statuses[0] == (-9 if end == signal.SIGKILL else 0), said.with_suffix(".0").read_text()[-3000:]
+    assert state(last(folders[1]))["epoch"] < 5, "too late to show anything"
+    again = ranks([*ended, "--ckpt_path", "last"], said)
+    assert [each.wait(100) for each in again] == [0, 0], said.with_suffix(".0").read_text()[-3000:]
+    assert differences(state(last(folders[0])), state(last(folders[1], 1))) == []

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from balancers import FixedWeights, WeightedSum
+from marble_lightning.flow_policy import Conditions
 from marble_lightning.objective import Coefficients
-from marble_lightning.policy import Conditions
 from marble_lightning.rollouts import Plan, Rollout, image_order, micro_batches, weigh_round
 from marble_lightning.settings import Objective
 from rewards import Prompt
@@ -35,10 +35,13 @@ class Ranks:
         return tensor  # the same count on every rank in these tests
 
 
-def weigh(scores: torch.Tensor, groups: torch.Tensor, balancer, plan: Plan, rank: int = 0, everyone=None) -> Coefficients:
+def weigh(
+    scores: torch.Tensor, groups: torch.Tensor, balancer, plan: Plan, rank: int = 0, everyone=None, **objective
+) -> Coefficients:
     balancer.bind([f"reward{k}" for k in range(scores.shape[1])])
     trainer = SimpleNamespace(strategy=Ranks(rank, everyone or [scores]), global_rank=rank)
-    return weigh_round(scores, groups, balancer, Objective(beta=1.0), plan, KEY, trainer)
+    (weighed,) = weigh_round(scores, groups, balancer, Objective(beta=1.0, **objective), plan, [KEY], trainer)
+    return weighed
 
 
 def test_each_picture_is_used_at_distinct_times_exactly_once():
@@ -113,3 +116,26 @@ def test_rewards_merged_before_advantages_leave_one_column():
 def test_sizes_that_do_not_divide():
     with pytest.raises(ValueError, match="= 5 x 2 = 10. Found 12"):
         Plan(images=12, times=1, batch_size=5, optimizer_steps=2)
+
+
+def test_every_inner_epoch_counts_over_its_own_steps():
+    """Its pictures fall into other optimizer steps, over each of which a reward's coefficients add up to A_max / beta."""
+    scores = torch.randn(12, 2, generator=torch.Generator().manual_seed(0))
+    scores[:5, 1] = torch.nan
+    plan, keys = Plan(12, 1, 3, 2, inner_epochs=2), [KEY, (*KEY[:-1], "train 1")]
+    trainer = SimpleNamespace(strategy=Ranks(0, [scores]), global_rank=0)
+    groups = torch.arange(4).repeat_interleave(3)
+    epochs = weigh_round(scores, groups, FixedWeights(), Objective(beta=1.0), plan, keys, trainer)
+    assert plan.total == 2 * 2 * 2
+    orders = [image_order(plan, key) for key in keys]
+    assert not torch.equal(*orders)
+    for order, (plus, minus) in zip(orders, epochs, strict=True):
+        for step in order.chunk(2):
+            torch.testing.assert_close((plus + minus)[step].sum(0), torch.full((2,), 5.0))
+
+
+def test_only_a_part_of_the_advantages_is_learned_from():
+    scores, groups = torch.tensor([[0.0], [1.0], [0.0], [3.0]]), torch.tensor([0, 0, 1, 1])
+    plus, minus = weigh(scores, groups, FixedWeights(), Plan(4, 1, 2, 1), advantage_mode="positive_only")
+    torch.testing.assert_close(plus[[0, 2]], minus[[0, 2]])  # the worse ones count as neither good nor bad
+    assert (plus[[1, 3]] > minus[[1, 3]]).all()

@@ -8,7 +8,10 @@ import pytest
 import torch
 from torch.utils.tensorboard import SummaryWriter
 
+from marble_lightning.results import Measured, document, write
 from marble_lightning.runs import Run, compare
+from rewards import Prompt
+from tests.marble_lightning.test_module import Brightness
 
 NAN = torch.nan
 
@@ -19,7 +22,9 @@ def finished(folder: Path, base: list[list[float]] | None, trained: list[list[fl
             writer.add_scalar("train/ocr", value, step)
         writer.add_image("held_out", torch.rand(3, 8, 12), 0)
     before = None if base is None else torch.tensor(base)
-    torch.save({"judges": ["ocr", "geneval"], "base": before, "trained": torch.tensor(trained)}, folder / "held_out.pt")
+    prompts = {index: Prompt(f"prompt {index}", "x") for index in range(len(trained))}
+    measured = Measured({"ocr": Brightness(), "geneval": Brightness()}, prompts, torch.tensor(trained), before)
+    write(folder, document(measured, judged={}, settings={}))
     return Run(folder)
 
 
@@ -43,7 +48,7 @@ def test_seeds_are_averaged_prompt_by_prompt_before_errors_are_taken(tmp_path):
 
 
 def test_an_unfinished_run_and_an_unmeasured_base(tmp_path):
-    with pytest.raises(ValueError, match=r"must be a finished run's, with held_out.pt"):
+    with pytest.raises(ValueError, match=r"must be a finished run's, with results.json"):
         Run(tmp_path)
     with pytest.raises(ValueError, match="The base must have been measured"):
         compare([finished(tmp_path, None, [[1.0, 2.0]])])

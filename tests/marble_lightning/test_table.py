@@ -6,7 +6,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from marble_lightning.table import changes, held_out_table, per_prompt, summarise, tags_table
+from marble_lightning.table import changes, held_out_table, per_prompt, summaries, summarise, tags_table
 
 NAN = torch.nan
 
@@ -26,9 +26,25 @@ def test_changes_are_paired():
     assert change.n == 2
 
 
-def test_pictures_of_a_prompt_are_averaged_whatever_the_order_and_padding():
-    rows = torch.tensor([[3.0, 8.0], [0.0, 1.0], [2.0, 4.0], [1.0, NAN], [0.0, 1.0]])
-    torch.testing.assert_close(per_prompt(rows, 2), torch.tensor([[1.0], [6.0]]))
+def test_pictures_of_a_prompt_are_averaged_whatever_the_order():
+    rows = torch.tensor([[3.0, 8.0], [0.0, 1.0], [2.0, 4.0], [1.0, NAN]])
+    torch.testing.assert_close(per_prompt(rows, 2, 2), torch.tensor([[1.0], [6.0]]))
+
+
+def test_prompts_without_a_picture_are_missing_and_no_picture_counts_twice():
+    found = per_prompt(torch.tensor([[2.0, 5.0]]), 3, 1)
+    torch.testing.assert_close(found, torch.tensor([[NAN], [NAN], [5.0]]), equal_nan=True)
+    with pytest.raises(ValueError, match="scored once. Found 1 more than once"):
+        per_prompt(torch.tensor([[1.0, 5.0], [0.0, 4.0], [1.0, 5.0]]), 2, 1)
+
+
+def test_the_base_is_that_of_the_prompts_with_both_scores():
+    scores, base = torch.tensor([[1.0], [2.0], [NAN]]), torch.tensor([[0.5], [NAN], [9.0]])
+    found = summaries(scores, base)
+    assert [found[name][0][::2] for name in ("base", "trained", "change")] == [(0.5, 1), (1.5, 2), (0.5, 1)]
+    console = Console(width=110, record=True)
+    console.print(held_out_table(["ocr"], scores, base=base))
+    assert "2 (1 with base)" in console.export_text()
 
 
 def test_table_without_and_with_a_base():

@@ -1,0 +1,196 @@
+"""Checkpoint files: written whole or not at all, checked before they are loaded, found again, and left behind by a stop."""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+from zipfile import BadZipFile, ZipFile, is_zipfile
+
+import torch
+from lightning.fabric.plugins import TorchCheckpointIO
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.utilities import rank_zero_only
+
+log = logging.getLogger(__name__)
+warn = rank_zero_only(log.warning)
+
+LAST = "last.ckpt"
+
+
+def damage(path: str | Path) -> str | None:
+    """What is wrong with a checkpoint file, or None where it is whole: every record is there and matches its checksum.
+
+    torch.load itself compares no checksums.
+    """
+    file = Path(path)
+    if not file.exists():
+        return f"it points to {os.readlink(file)}, which is gone" if file.is_symlink() else "there is no such file"
+    try:
+        if not is_zipfile(file):
+            return f"its end is missing, or it is no checkpoint ({file.stat().st_size} bytes)"
+        with ZipFile(file) as archive:
+            if any(record.compress_size != record.file_size or record.external_attr for record in archive.infolist()):
+                return "its directory of records is wrong"  # torch compresses nothing and sets no attribute
+            broken = archive.testzip()
+    except (BadZipFile, OSError, EOFError, NotImplementedError, RuntimeError, ValueError) as error:
+        return f"it cannot be read: {error}"
+    return f"its record {broken} does not match its checksum" if broken else None
+
+
+def newest_whole(damaged: Path) -> Path | None:
+    """The newest whole checkpoint beside a damaged one, or else of the other runs of its name."""
+    folder = damaged.parent
+    for found in (folder.glob("*.ckpt"), folder.parent.parent.glob(f"*/{folder.name}/*.ckpt")):
+        others = {file.resolve() for file in found if file.exists()} - {damaged.resolve()}
+        for file in sorted(others, key=lambda file: file.stat().st_mtime_ns, reverse=True):
+            if damage(file) is None:
+                return file
+    return None
+
+
+def last_of(trainer: Trainer) -> tuple[Path, Path | None]:
+    """The folder of the trainer's runs of one name, and the newest `last.ckpt` in it, if there is one."""
+    logger = trainer.logger
+    if logger is None:  # ModelCheckpoint's own choice, as below, where the version is any
+        folder, pattern = Path(trainer.default_root_dir), f"checkpoints/{LAST}"
+    else:
+        folder, pattern = Path(logger.save_dir or trainer.default_root_dir) / str(logger.name), f"*/checkpoints/{LAST}"
+    found = list(folder.glob(pattern))  # with links that lead nowhere: loading says so
+    return folder, max(found, key=_time, default=None)
+
+
+def _time(file: Path) -> int:
+    return (file.stat() if file.exists() else file.lstat()).st_mtime_ns
+
+
+def point(link: Path, to: Path) -> None:
+    """Make a symbolic link lead elsewhere in one step, so that it leads somewhere at any moment."""
+    temporary = link.with_name(f".{link.name}.tmp")
+    temporary.unlink(missing_ok=True)
+    try:
+        os.symlink(os.path.relpath(to, link.parent), temporary)
+    except OSError:  # on Windows a privilege of few
+        shutil.copy(to, temporary)
+    os.replace(temporary, link)
+    _to_disk(link.parent)
+
+
+def _to_disk(folder: Path) -> None:
+    """Have a folder's names survive a loss of power, where the file system can do so."""
+    if hasattr(os, "O_DIRECTORY"):
+        handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+        with suppress(OSError):
+            os.fsync(handle)
+        os.close(handle)
+
+
+class WholeCheckpointIO(TorchCheckpointIO):
+    """Lightning's checkpoint files, whole on disk before they get their name, and checked before they are loaded.
+
+    Lightning writes to the system's temporary folder and moves the file from there. Between two file systems that is a copy,
+    which a kill cuts short under the final name; and nothing makes sure that the disk has it. Files that are not local are
+    left to Lightning. The command line uses it; in Python: `Trainer(plugins=[WholeCheckpointIO()])`.
+    """
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any | None = None) -> None:
+        """Write beside the file, wait for the disk, and put it in its place in one step."""
+        if storage_options is not None or "://" in str(path):
+            super().save_checkpoint(checkpoint, path, storage_options)
+            return
+        file = Path(path)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        temporary = file.with_name(f".{file.name}.tmp")
+        with temporary.open("wb") as stream:
+            torch.save(checkpoint, stream)
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.replace(temporary, file)
+        _to_disk(file.parent)
+
+    def load_checkpoint(self, path: str | Path, *arguments: Any, **options: Any) -> dict[str, Any]:
+        """Load a checkpoint that is whole.
+
+        Raises:
+            ValueError: It is not; says what is wrong and which one to give instead.
+        """
+        local = "://" not in str(path) and not Path(path).is_dir()
+        if local and (wrong := damage(path)):
+            raise _refused(Path(path), wrong)
+        try:
+            return super().load_checkpoint(path, *arguments, **options)
+        except RuntimeError as error:  # a flaw in the directory of records that only torch minds
+            raise _refused(Path(path), str(error)) from error
+
+
+def _refused(file: Path, wrong: str) -> ValueError:
+    other = newest_whole(file)
+    remedy = f"give the newest whole one: --ckpt_path {other}" if other else "there is no whole one beside it"
+    return ValueError(f"`ckpt_path` must be a whole checkpoint. Found {file}: {wrong}; {remedy}")
+
+
+class RoundCheckpoint(ModelCheckpoint):
+    """Writes a checkpoint after a round, `checkpoints/last.ckpt` leading to the newest; one more where a run is stopped.
+
+    A stop (SIGTERM, Ctrl-C, an error) in a round leaves a checkpoint of its beginning, unless there is one as new.
+
+    Args:
+        every_n_rounds: Rounds from one checkpoint to the next, >= 1; the last round has one anyway.
+        keep: Newest checkpoints that are kept, >= 2, so that there is another should one be damaged; -1 keeps all.
+    """
+
+    def __init__(self, every_n_rounds: int = 1, keep: int = 2) -> None:
+        if every_n_rounds < 1:
+            raise ValueError(f"`every_n_rounds` must be >= 1. Found {every_n_rounds}.")
+        if keep < 2 and keep != -1:
+            raise ValueError(f"`keep` must be >= 2, or -1 for all. Found {keep}; the newest may turn out to be damaged.")
+        super().__init__(
+            filename="round_{epoch:04d}", auto_insert_metric_name=False, monitor="step", mode="max", save_top_k=keep,
+            save_last="link", every_n_epochs=every_n_rounds, save_on_train_epoch_end=True,
+        )  # fmt: skip
+        self.resumed: tuple[int, str] | None = None
+        """Optimizer step and path of the checkpoint that the run goes on from."""
+
+    @property
+    def state_key(self) -> str:
+        return "RoundCheckpoint"  # another `every_n_rounds` may go on from it
+
+    @staticmethod
+    def _link_checkpoint(trainer: Trainer, filepath: str, linkpath: str) -> None:
+        if trainer.is_global_zero:  # Lightning removes the link, then makes it anew
+            point(Path(linkpath), Path(filepath))
+        trainer.strategy.barrier()
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        super().on_train_start(trainer, pl_module)
+        if trainer.ckpt_path:
+            self.resumed = (trainer.global_step, str(trainer.ckpt_path))
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if not self._should_skip_saving_checkpoint(trainer):
+            found = self._monitor_candidates(trainer)
+            found["epoch"] = found["epoch"] - 1  # by now the number of rounds
+            self._save_topk_checkpoint(trainer, found)
+            self._save_last_checkpoint(trainer, found)
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        if trainer.state.fn != "fit" or trainer.sanity_checking or not trainer.is_global_zero:
+            return
+        if not trainer.fit_loop.epoch_progress.current.ready:  # no round has begun
+            return
+        # no hook of ours may wait for other ranks here, as Trainer.save_checkpoint would: they may not come
+        state = trainer._checkpoint_connector.dump_checkpoint(weights_only=False)
+        rounds = state["loops"]["fit_loop"]["epoch_progress"]["current"]["processed"]
+        there = [self.resumed] if self.resumed else []
+        if self.best_model_score is not None:
+            there.append((int(self.best_model_score), self.best_model_path))
+        step, path = max(there, default=(-1, ""))
+        if step < state["global_step"]:
+            path = str(Path(self.dirpath or ".") / f"before_round_{rounds:04d}.ckpt")
+            trainer.strategy.save_checkpoint(state, path)
+            point(Path(path).with_name(LAST), Path(path))
+        warn(f"Stopped after {rounds} whole round(s). Go on from there: --ckpt_path {path}")

@@ -1,0 +1,121 @@
+"""What was trained, for use elsewhere: a checkpoint's adapter as a LoRA that diffusers and ComfyUI load."""
+
+from __future__ import annotations
+
+import json
+import re
+from importlib.metadata import version
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import Any, Literal
+from zipfile import BadZipFile, ZipFile
+
+import torch
+
+from marble_lightning.lora import Lora
+from marble_lightning.lora_files import FILE, write_lora
+
+Which = Literal["ema", "policy"]
+ADAPTER_OF = {"ema": "ema", "policy": "trained"}
+"""The adapter's name in a checkpoint."""
+
+
+def export(ckpt_path: str | Path, to: str | Path, which: Which = "ema", overwrite: bool = False) -> Path:
+    """Write a checkpoint's adapter as a LoRA that diffusers and ComfyUI load; neither base model nor GPU is needed.
+
+    The header of the file also says what it was trained from and by: base model, rewards, the run's config, round.
+
+    Args:
+        ckpt_path: Checkpoint that `fit` wrote, e.g. checkpoints/last.ckpt in a run's folder.
+        to: Folder that gets pytorch_lora_weights.safetensors; made where it does not exist.
+        which: `ema`, the average that held-out prompts are judged with, or `policy`, the adapter that was trained last.
+        overwrite: Whether a file of that name in `to` is replaced.
+
+    Raises:
+        ValueError: The checkpoint is damaged or not from `fit`, or there is such a file already.
+    """
+    file, folder = Path(ckpt_path).expanduser(), Path(to).expanduser()
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"`to` must be a folder. Found a file, {folder}.")
+    if (folder / FILE).exists() and not overwrite:
+        raise ValueError(
+            f"`to` must be a folder without {FILE}. Found one in {folder}; choose another, or add --overwrite true."
+        )
+    checkpoint = load_checkpoint(file)
+    written = write_lora(
+        adapter_of(checkpoint, which, file), folder, checkpoint["lora"]["targets"], about(checkpoint, which, file)
+    )
+    print(
+        f"{written}\n"
+        f"diffusers:  pipeline.load_lora_weights({str(folder)!r})\n"
+        "ComfyUI:    copy it to models/loras under a name of its own, for the node LoraLoaderModelOnly\n"
+        f"start here: marble-lightning fit ... --model.policy.init_lora {folder}"
+    )
+    return written
+
+
+def load_checkpoint(file: Path) -> dict[str, Any]:
+    """A checkpoint of `fit`, on the CPU.
+
+    Raises:
+        ValueError: There is none, it is damaged, or another program wrote it.
+    """
+    expected = "`ckpt_path` must be a checkpoint that `marble-lightning fit` wrote."
+    if not file.is_file():
+        raise ValueError(f"{expected} Found no such file {file} from {Path.cwd()}.")
+    try:
+        with ZipFile(file) as archive:
+            if broken := archive.testzip():  # torch reads over flipped bits
+                raise BadZipFile(f"{broken} is damaged")
+        found = torch.load(file, map_location="cpu", weights_only=True)
+    except (BadZipFile, UnpicklingError, OSError, EOFError, RuntimeError, ValueError, LookupError) as error:
+        raise ValueError(f"{expected} Found a damaged or another file, {file}: {str(error).partition('.')[0]}.") from error
+    if not isinstance(found, dict) or not {"lora", "state_dict", "epoch", "global_step"} <= found.keys():
+        raise ValueError(f"{expected} Found another program's, {file}, without the adapters' settings.")
+    return found
+
+
+def adapter_of(checkpoint: dict[str, Any], which: Which, file: Path) -> Lora:
+    """One adapter of a checkpoint.
+
+    Raises:
+        ValueError: A layer lacks a tensor or has one of another rank, or numbers are not finite.
+    """
+    rank, alpha = checkpoint["lora"]["rank"], checkpoint["lora"]["alpha"]
+    pattern = re.compile(rf"policy\.transformer\.(.+\.lora_[AB])\.{ADAPTER_OF[which]}\.weight")
+    matches = {name: pattern.fullmatch(name) for name in checkpoint["state_dict"]}
+    tensors = {f"{match[1]}.weight": checkpoint["state_dict"][name] for name, match in matches.items() if match}
+    lora = Lora(tensors, rank, alpha, str(file))
+    ranks = {tensor.shape[1 if ".lora_B." in name else 0] for name, tensor in tensors.items()}
+    if ranks != {rank} or len(tensors) != 2 * len(lora.layers):
+        raise ValueError(
+            f"`ckpt_path` must hold two tensors of rank {rank} for every layer of the adapter {ADAPTER_OF[which]!r}. "
+            f"Found {len(tensors)} of ranks {sorted(ranks)} for {len(lora.layers)} layers in {file}."
+        )
+    if broken := [name for name, tensor in tensors.items() if not tensor.isfinite().all()]:
+        raise ValueError(
+            f"`ckpt_path` must hold finite numbers. Found others in {len(broken)} of {len(tensors)} tensors of {file}; "
+            "the run went astray, an earlier checkpoint may do."
+        )
+    return lora
+
+
+def about(checkpoint: dict[str, Any], which: Which, file: Path) -> dict[str, str]:
+    """What is told of a LoRA in its header; what an old checkpoint does not know is left out.
+
+    The run's config.yaml is looked for in the folder above the checkpoint's.
+    """
+    known = {
+        "version": version("marble-lightning"),
+        "adapter": which,
+        "optimizer_step": str(checkpoint["global_step"]),
+        "round": str(checkpoint["epoch"]),
+    }
+    base = checkpoint.get("base_model", {})
+    known |= {f"base_model_{name}": text for name, text in base.items() if text is not None}
+    if "rewards" in checkpoint:
+        known["rewards"] = json.dumps(checkpoint["rewards"])
+    config = file.resolve().parent.parent / "config.yaml"  # resolved: last.ckpt is a link
+    if config.is_file():
+        known["config"] = config.read_text(encoding="utf-8")
+    return known

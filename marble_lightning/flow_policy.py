@@ -1,0 +1,213 @@
+"""What training and evaluation ask of a text-to-image flow model, and the three LoRA adapters that any such model has."""
+
+from __future__ import annotations
+
+import warnings
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Float, Int
+from peft import LoraConfig
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+
+from marble_lightning.lora import Lora
+from marble_lightning.seeds import derived_seed
+from marble_lightning.solvers import Solver
+
+Adapter = Literal["trained", "old", "ema"]
+ADAPTERS: tuple[Adapter, ...] = ("trained", "old", "ema")
+"""`trained` learns, `old` samples the rollouts, `ema` is the average that is evaluated and exported."""
+
+
+def is_adapter(name: str) -> bool:
+    """Whether a parameter of that name belongs to an adapter."""
+    return ".lora_A." in name or ".lora_B." in name
+
+
+@dataclass(frozen=True)
+class Conditions:
+    """Encoded prompts: `embeds` (B, tokens, width) and `pooled` (B, pooled width)."""
+
+    embeds: Float[Tensor, "batch token width"]
+    pooled: Float[Tensor, "batch pooled"]
+
+    def __getitem__(self, index: Int[Tensor, " chosen"]) -> Conditions:
+        return Conditions(self.embeds[index], self.pooled[index])
+
+
+class FlowPolicy(nn.Module, ABC):
+    """A text-to-image flow model with a frozen base and the LoRA adapters `trained`, `old` and `ema`.
+
+    The seam for another model: a subclass loads it and answers the abstract methods, and nothing else of the project knows
+    which model it is. Pictures are latents of any shape (B, ...); flow time t runs from 1, noise, to 0, a picture, along
+    x_t = (1 - t) x_0 + t eps, and velocity is d x_t / d t = eps - x_0.
+
+    Args:
+        path: Where the model is loaded from.
+        revision: Which version of it, or None.
+        rank: LoRA rank, >= 1.
+        alpha: LoRA alpha; the update is scaled by alpha / rank.
+        targets: Names of the linear layers of `transformer` that get a LoRA.
+    """
+
+    transformer: Any
+    """The network that predicts velocities, an `nn.Module`; `setup` sets it and calls `add_adapters`."""
+    resolution: int
+    """Side of the pictures in pixels."""
+    adapter: Adapter | None = "ema"
+    """The adapter that is judged; with None there are no adapters, and the base is judged."""
+    init_lora: str | None = None
+    """What the adapters start as, where that is not the base."""
+
+    def __init__(self, path: str, revision: str | None, rank: int, alpha: float, targets: Sequence[str]) -> None:
+        super().__init__()
+        if rank < 1:
+            raise ValueError(f"`rank` must be >= 1. Found {rank}.")
+        if not targets:
+            raise ValueError("`targets` must name at least one linear layer. Found none.")
+        self.path, self.revision = path, revision
+        self.rank, self.alpha, self.targets = rank, alpha, tuple(targets)
+
+    # For a model to answer ------------------------------------------------------------------------------------------
+
+    @abstractmethod
+    def setup(self, seed: int) -> None:
+        """Load the model, freeze it and add the adapters; the same seed gives the same ones. Called often, works once.
+
+        Raises:
+            ValueError: The model is not one that this class can train.
+        """
+
+    @abstractmethod
+    def check_resolution(self, name: str, resolution: int) -> None:
+        """Refuse pictures of a size that the model cannot draw, before any weight loads.
+
+        Args:
+            name: Of the setting.
+            resolution: Side in pixels.
+
+        Raises:
+            ValueError: With the sizes that it can.
+        """
+
+    @property
+    @abstractmethod
+    def most_tokens(self) -> int:
+        """Tokens that are read of a prompt, as `too_long` counts them."""
+
+    @abstractmethod
+    def too_long(self, texts: Iterable[str]) -> list[str]:
+        """Those texts whose end the model does not read."""
+
+    @abstractmethod
+    def encode(self, texts: Sequence[str]) -> Conditions:
+        """Encode prompts, on the transformer's device, without a graph. What a prompt becomes depends on it alone."""
+
+    @abstractmethod
+    def sample(
+        self,
+        conditions: Conditions,
+        generators: Sequence[torch.Generator],
+        adapter: Adapter | None,
+        *,
+        steps: int,
+        solver: Solver,
+        guidance: float = 1.0,
+        unconditional: Conditions | None = None,
+        resolution: int | None = None,
+    ) -> Float[Tensor, "batch *latent"]:
+        """Sample latents without a graph, one generator per picture.
+
+        Args:
+            conditions: Encoded prompts, one per picture.
+            generators: CPU generators of the initial noise.
+            adapter: Adapter to sample with; None samples the base.
+            steps: Steps of the solver, which visits `sigmas(steps)`.
+            solver: `dpm2` or `euler`.
+            guidance: Classifier-free guidance scale; 1 is none.
+            unconditional: The encoded empty prompt (batch of one), needed where guidance > 1.
+            resolution: Side of the pictures in pixels; None for the policy's.
+        """
+
+    @abstractmethod
+    def decode(self, latents: Float[Tensor, "batch *latent"]) -> Float[Tensor, "batch 3 pixel pixel"]:
+        """Pictures in [0, 1], float32, of latents."""
+
+    @abstractmethod
+    def velocity(
+        self, noisy: Float[Tensor, "batch *latent"], t: Float[Tensor, " batch"], conditions: Conditions
+    ) -> Float[Tensor, "batch *latent"]:
+        """Velocity at x_t of the adapter in use; t in (0, 1]. Float32, with a graph where gradients are on."""
+
+    @abstractmethod
+    def sigmas(self, steps: int) -> Float[Tensor, " step"]:
+        """Flow times a rollout of that many steps visits, from 1 down, without the final 0."""
+
+    # Adapters -------------------------------------------------------------------------------------------------------
+
+    def add_adapters(self, seed: int, start: Lora | None = None) -> None:
+        """Give the transformer its adapters, all equal and in float32, of which `trained` is in use and trainable.
+
+        Args:
+            seed: Seed of A, where they start at the base: with B zero.
+            start: What they start as instead.
+        """
+        config = LoraConfig(
+            r=self.rank, lora_alpha=self.alpha, init_lora_weights="gaussian", target_modules=list(self.targets)
+        )
+        with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Already found a `peft_config`")  # three adapters are the point
+            torch.manual_seed(derived_seed(seed, "lora"))
+            for name in ADAPTERS if self.adapter else ():
+                self.transformer.add_adapter(config, name)
+        self._lora_layers = [module for module in self.transformer.modules() if isinstance(module, LoraLayer)]
+        for name in ADAPTERS:
+            for parameter in self.parameters_of(name):
+                parameter.data = parameter.data.float()
+                parameter.requires_grad_(name == "trained")
+        if start is not None:
+            start.copy_to(self.transformer, "trained")
+        for name in ADAPTERS:
+            self.move(name, towards="trained", by=1.0)
+        self._activate("trained")
+
+    @property
+    def lora(self) -> dict[str, object]:
+        """What a checkpoint's adapters must have been trained with to fit."""
+        return {"rank": self.rank, "alpha": float(self.alpha), "targets": list(self.targets)}
+
+    def parameters_of(self, adapter: Adapter) -> list[nn.Parameter]:
+        """The parameters of one adapter, in a fixed order."""
+        return [parameter for name, parameter in self.transformer.named_parameters() if f".{adapter}." in name]
+
+    @torch.no_grad()
+    def move(self, adapter: Adapter, *, towards: Adapter, by: float) -> None:
+        """Move one adapter a share `by` in [0, 1] of the way to another."""
+        for own, goal in zip(self.parameters_of(adapter), self.parameters_of(towards), strict=True):
+            own.lerp_(goal, by)
+
+    @contextmanager
+    def using(self, adapter: Adapter | None) -> Iterator[None]:
+        """Run the transformer with one adapter, or with none (the reference policy)."""
+        self._activate(adapter)
+        try:
+            yield
+        finally:
+            self._activate("trained")
+
+    def _activate(self, adapter: Adapter | None) -> None:
+        # peft's own switches also flip requires_grad, which would cut DistributedDataParallel's gradient hooks
+        for layer in self._lora_layers:
+            layer._disable_adapters = adapter is None
+            layer._active_adapter = [adapter or "trained"]
+
+    @property
+    def device(self) -> torch.device:
+        """Where the transformer is."""
+        found: torch.device = self.transformer.device
+        return found

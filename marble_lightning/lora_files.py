@@ -1,0 +1,142 @@
+"""Adapters as files that diffusers and ComfyUI read, and back again to start from."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from diffusers import StableDiffusion3Pipeline
+from diffusers.loaders.lora_base import LORA_WEIGHT_NAME, LORA_WEIGHT_NAME_SAFE
+from diffusers.utils import convert_unet_state_dict_to_peft
+from peft import LoraConfig
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save
+from torch import Tensor
+
+from marble_lightning.lora import Lora
+
+FILE = LORA_WEIGHT_NAME_SAFE
+"""The name under which diffusers looks for a LoRA in a folder."""
+
+OURS = "marble_lightning."
+"""Prefix of this package's entries in a file's header."""
+
+ALPHA = f"{OURS}alpha"
+
+UNLIKE_OURS = ("rank_pattern", "alpha_pattern", "use_rslora", "use_dora", "lora_bias")
+"""Fields of a LoraConfig under which an update is another function of its tensors than alpha / rank B A."""
+
+
+def write_lora(lora: Lora, folder: Path, targets: Sequence[str], about: Mapping[str, str]) -> Path:
+    """Write a LoRA that has the right scale for every reader.
+
+    Diffusers takes alpha from the LoraConfig in the header, its older versions take it to be the rank, and ComfyUI looks for
+    a tensor that diffusers refuses and scales by 1 where there is none. Hence B is multiplied by alpha / rank in the file,
+    and its LoraConfig says alpha = rank; the policy's own alpha is kept in the header, for `read_lora` to undo this.
+
+    Args:
+        lora: What is written.
+        folder: Where `pytorch_lora_weights.safetensors` is written, whole or not at all; made where it does not exist.
+        targets: The policy's `targets`.
+        about: More for the header, each name prefixed with `marble_lightning.`.
+    """
+    layers = lora.scaled(lora.alpha / lora.rank)
+    # Nothing but what differs from peft's defaults: an older peft refuses fields that it does not know.
+    config = {"r": lora.rank, "lora_alpha": lora.rank, "target_modules": list(targets)}
+    folder.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(dir=folder) as scratch:
+        StableDiffusion3Pipeline.save_lora_weights(
+            scratch, transformer_lora_layers=layers, transformer_lora_adapter_metadata=config
+        )
+        plain, whole = Path(scratch, FILE), Path(scratch, "whole")
+        header = _header(plain) | {ALPHA: repr(float(lora.alpha))} | {f"{OURS}{name}": text for name, text in about.items()}
+        whole.write_bytes(save(load_file(plain), metadata=header))  # not `save_file`, whose files only their owner may read
+        return whole.replace(folder / FILE)
+
+
+def read_lora(path: str, *, rank: int, alpha: float) -> Lora:
+    """Read a LoRA for a transformer of the given rank and alpha, in any format that StableDiffusion3Pipeline loads.
+
+    Args:
+        path: File, or folder with one, as `marble-lightning export` writes it.
+        rank: Rank that it must have, >= 1.
+        alpha: Alpha that it must have; where a file says nothing of it, it is the rank, as diffusers takes it.
+
+    Raises:
+        ValueError: There is no such file, it is damaged or not a plain LoRA, or its rank or alpha is another.
+    """
+    file = _file(Path(path).expanduser())
+    try:
+        state, metadata = StableDiffusion3Pipeline.lora_state_dict(
+            str(file), return_lora_metadata=True, use_safetensors=True if file.suffix == ".safetensors" else None
+        )
+        header = _header(file) if file.suffix == ".safetensors" else {}
+    except (OSError, SafetensorError) as error:
+        raise ValueError(
+            f"`policy.init_lora` must be a LoRA's file. Found a damaged or another one, {file}: {error}."
+        ) from error
+    if state and not any("lora_A" in name for name in state):
+        state = convert_unet_state_dict_to_peft(state)
+    for name, tensor in state.items():
+        if not re.fullmatch(r"transformer\..+\.lora_[AB]\.weight", name) or tensor.ndim != 2:
+            raise ValueError(
+                f"`policy.init_lora` must hold a LoRA of the transformer's linear layers only. Found {name!r} in {file}."
+            )
+        if not tensor.isfinite().all():
+            raise ValueError(f"`policy.init_lora` must hold finite numbers. Found others in {name!r} of {file}.")
+    tensors = {name.removeprefix("transformer."): tensor.float() for name, tensor in state.items()}
+    config = _config(tensors, metadata or {}, file)
+    own_alpha = float(header.get(ALPHA, config.lora_alpha))
+    if (config.r, own_alpha) != (rank, alpha):
+        raise ValueError(
+            f"`policy.init_lora` must have the policy's rank and alpha, {rank} and {alpha:g}. Found {config.r} and "
+            f"{own_alpha:g} in {file}; set `policy.rank` and `policy.alpha` to these."
+        )
+    lora = Lora(tensors, rank, alpha, str(file))
+    return replace(lora, tensors=lora.scaled(config.lora_alpha / own_alpha))  # `write_lora` multiplied B
+
+
+def _config(tensors: Mapping[str, Tensor], metadata: Mapping[str, object], file: Path) -> LoraConfig:
+    """The LoraConfig in a file's header; where there is none, the one that diffusers takes from the tensors."""
+    fields = {
+        name.removeprefix("transformer."): value for name, value in metadata.items() if name.startswith("transformer.")
+    }
+    if not fields:
+        ranks = sorted({tensor.shape[0] for name, tensor in tensors.items() if ".lora_A." in name})
+        if len(ranks) != 1:
+            raise ValueError(f"`policy.init_lora` must be a LoRA of one rank. Found ranks {ranks} in {file}.")
+        fields = {"r": ranks[0], "lora_alpha": ranks[0]}
+    try:
+        config = LoraConfig(**fields)
+    except TypeError as error:
+        raise ValueError(f"`policy.init_lora` must have a LoraConfig in its header. Found {fields} in {file}.") from error
+    if unlike := {name: getattr(config, name) for name in UNLIKE_OURS if getattr(config, name)}:
+        raise ValueError(f"`policy.init_lora` must be a plain LoRA of one rank and alpha. Found {unlike} in {file}.")
+    return config
+
+
+def _header(file: Path) -> dict[str, str]:
+    with safe_open(file, "pt") as opened:
+        return opened.metadata() or {}
+
+
+def _file(path: Path) -> Path:
+    """The LoRA's file that a path names."""
+    if not path.exists():
+        raise ValueError(
+            f"`policy.init_lora` must be a LoRA's file or a folder with one. Found no such file {path} from {Path.cwd()}; "
+            "null starts at the base, and a checkpoint (--ckpt_path) needs none."
+        )
+    if path.is_file():
+        return path
+    named = [path / name for name in (FILE, LORA_WEIGHT_NAME) if (path / name).is_file()]
+    found = named[:1] or sorted(path.glob("*.safetensors"))
+    if len(found) != 1:
+        raise ValueError(
+            f"`policy.init_lora` must be a folder with {FILE} or one other safetensors file. Found {len(found)} in {path}; "
+            "name the file."
+        )
+    return found[0]

@@ -1,0 +1,118 @@
+"""Pictures of prompts as PNG files that say how they were made."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+from torch import Tensor
+
+from marble_lightning.checks import the_data
+from marble_lightning.held_out import HeldOut, HeldOutEvaluation
+from marble_lightning.pictures import to_image
+from marble_lightning.ranks import gathered
+
+
+class PictureWriter(Callback):
+    """Writes the pictures of `predict` as PNG files, and their prompts and scores as `pictures.jsonl` beside them.
+
+    A file's text chunks tell prompt, index, seed, steps, solver, guidance, resolution, adapter, model and checkpoint.
+
+    Args:
+        folder: Where to; null is `predictions` in the run's folder. One that has pictures made otherwise is refused.
+        scores: Whether rewards and metrics score the pictures; without, none of their weights are loaded.
+    """
+
+    def __init__(self, folder: str | None = None, scores: bool = True) -> None:
+        self.folder, self.scores = folder, scores
+        self.records: list[dict[str, Any]] = []
+        self.place = Path()
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Refuse a folder that has other pictures before anything is loaded, or at the latest before anything is sampled."""
+        if stage != "predict" or not isinstance(pl_module, HeldOutEvaluation):
+            return
+        self.records = []
+        pl_module.scores_predictions = self.scores
+        self.place = Path(self.folder or Path(trainer.log_dir or ".") / "predictions")  # here, as `log_dir` is a broadcast
+        self._keep_others(trainer, pl_module, {"adapter", "checkpoint"})  # which are known once it is loaded
+
+    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if isinstance(pl_module, HeldOutEvaluation):
+            self._keep_others(trainer, pl_module, set())
+
+    def _keep_others(self, trainer: Trainer, module: HeldOutEvaluation, unknown: set[str]) -> None:
+        for file in sorted(self.place.glob("*.png")):
+            if file.stem.isdecimal():
+                _must_be_the_same(file, self._facts(trainer, module, int(file.stem)), unknown)
+
+    def on_predict_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: dict[str, Tensor], batch: HeldOut, *arguments: Any
+    ) -> None:
+        if not isinstance(pl_module, HeldOutEvaluation):
+            return
+        self.place.mkdir(parents=True, exist_ok=True)
+        for (index, prompt), image, scores in zip(batch, outputs["images"], outputs["scores"], strict=True):
+            text = PngInfo()
+            for name, value in (self._facts(trainer, pl_module, index) or {}).items():
+                text.add_text(name, value)
+            file = self.place / f"{index:05d}.png"
+            to_image(image).save(file, pnginfo=text)
+            there = {name: score for name, score in zip(pl_module.asked, scores.tolist(), strict=True) if score == score}
+            self.records.append(
+                {"file": file.name, "index": index, "prompt": prompt.text, "source": prompt.source, "scores": there}
+            )
+
+    def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Write what is known of the pictures of all ranks, in the order of their prompts."""
+        records = sorted(gathered(self.records), key=lambda record: record["index"])
+        if trainer.is_global_zero and records:
+            lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in records]
+            (self.place / "pictures.jsonl").write_text("".join(lines), encoding="utf-8")
+            print(f"\nPictures: {self.place}")
+
+    @staticmethod
+    def _facts(trainer: Trainer, module: HeldOutEvaluation, index: int) -> dict[str, str] | None:
+        """How the picture of an index is made; None where there is no such picture."""
+        prompts, policy = the_data(trainer).held_out, module.policy
+        if index >= len(prompts):
+            return None
+        start = trainer.ckpt_path or policy.init_lora
+        facts = {
+            "prompt": prompts[index].text,
+            "index": index,
+            **module.settings,
+            "adapter": module.judged_adapter,
+            "model": policy.path + (f"@{policy.revision}" if policy.revision else ""),
+            "checkpoint": Path(start).resolve() if start else "none",
+        }
+        return {name: str(value) for name, value in facts.items()}
+
+
+def _must_be_the_same(file: Path, facts: Mapping[str, str] | None, unknown: set[str]) -> None:
+    """A picture that is there was made as the one that would take its place, as far as its facts are not `unknown`.
+
+    Raises:
+        ValueError: With what differs.
+    """
+    with Image.open(file) as image:
+        found = image.info
+    if facts is None:
+        difference = f"of the prompt {found.get('prompt', 'unknown')!r}, beyond the prompts asked for"
+    else:
+        differences = [
+            f"{name} {found.get(name, 'unknown')!r} instead of {value!r}"
+            for name, value in facts.items()
+            if found.get(name) != value and name not in unknown
+        ]
+        difference = f"with {', '.join(differences)}" if differences else ""
+    if difference:
+        raise ValueError(
+            f"`predictions.folder` must not have other pictures than those asked for. Found {file} {difference}; choose "
+            "another folder, or remove the pictures there."
+        )

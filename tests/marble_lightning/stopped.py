@@ -1,0 +1,97 @@
+"""Runs the command line in child processes that are stopped at a chosen moment, as a script; imports are paid for once."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch.trainer.connectors import signal_connector
+
+from marble_lightning.cli import main
+from marble_lightning.module import DiffusionNFT
+from marble_lightning.policy import SD3Policy
+
+
+def at_call(number: int, owner: Any, name: str, do: Callable[..., None], counts: Callable[..., bool]) -> None:
+    """Do something in the n-th call of a function that counts, before it is carried out."""
+    real, calls = getattr(owner, name), iter(range(1, 1000))
+
+    def call(*arguments: Any, **options: Any) -> Any:
+        if counts(*arguments, **options) and next(calls) == number:
+            do(*arguments, **options)
+        return real(*arguments, **options)
+
+    setattr(owner, name, call)
+
+
+def send(what: signal.Signals) -> Callable[..., None]:
+    return lambda *arguments, **options: os.kill(os.getpid(), what)
+
+
+def half(state: Any, stream: Any) -> None:
+    """The first half of a checkpoint's bytes reaches the file, then the process is gone."""
+    whole = io.BytesIO()
+    SAVE(state, whole)
+    stream.write(whole.getvalue()[: len(whole.getvalue()) // 2])
+    stream.flush()
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def slurm(_: None = None) -> None:
+    """One task of a job that is queued again when SIGUSR1 has been handled, and then ended."""
+    os.environ |= {f"SLURM_{name}": value for name, value in {"JOB_ID": "1", "NTASKS": "1", "JOB_NAME": "fit"}.items()}
+    os.environ |= {f"SLURM_{name}": "0" for name in ("LOCALID", "PROCID", "NODEID")}
+    signal_connector.call = send(signal.SIGKILL)
+
+
+def a_rollout(self: Any, conditions: Any, generators: Any, adapter: str, **options: Any) -> bool:
+    return adapter == "old"
+
+
+SAVE = torch.save
+TRAINING = (DiffusionNFT, "training_step")
+MOMENTS: dict[str, Callable[[], None]] = {
+    # two calls of `sample` and eight micro-batches a round, four for each of two optimizer steps
+    "sampling": lambda: at_call(4, SD3Policy, "sample", send(signal.SIGKILL), a_rollout),
+    "training": lambda: at_call(14, *TRAINING, send(signal.SIGKILL), lambda *_: True),
+    "writing": lambda: at_call(2, torch, "save", half, lambda state, stream: not isinstance(stream, io.BytesIO)),
+    "linking": lambda: at_call(2, os, "replace", send(signal.SIGKILL), lambda old, new: Path(new).name == "last.ckpt"),
+    "SIGTERM in training": lambda: at_call(14, *TRAINING, send(signal.SIGTERM), lambda *_: True),
+    "SIGTERM in sampling": lambda: at_call(3, SD3Policy, "sample", send(signal.SIGTERM), a_rollout),
+    "SIGINT": lambda: at_call(14, *TRAINING, send(signal.SIGINT), lambda *_: True),
+    "SIGUSR1": lambda: slurm(at_call(14, *TRAINING, send(signal.SIGUSR1), lambda *_: True)),
+    "queued again": slurm,
+}
+
+
+def child(moment: str, arguments: list[str], said: Path) -> int:
+    """Run the command line in a child process; returns its exit status, or minus the signal that ended it."""
+    if not (process := os.fork()):
+        with said.open("w") as file:
+            os.dup2(file.fileno(), 1)
+            os.dup2(file.fileno(), 2)
+        status: Any = 1
+        try:
+            MOMENTS[moment]()
+            main(arguments)
+            status = 0
+        except SystemExit as end:
+            status = end.code or 0
+        finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(status)
+    return os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
+
+
+if __name__ == "__main__":
+    wanted = json.loads(sys.argv[1])
+    sys.argv = ["marble-lightning"]
+    print(json.dumps([child(moment, arguments, Path(said)) for moment, arguments, said in wanted]))

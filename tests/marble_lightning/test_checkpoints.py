@@ -1,0 +1,167 @@
+"""Checkpoint files: whole or not there at all, damage told by name, the last one found."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from lightning.pytorch import Trainer
+from lightning.pytorch.loggers import CSVLogger
+
+from marble_lightning import checkpoints
+from marble_lightning.checkpoints import RoundCheckpoint, WholeCheckpointIO, damage, last_of, newest_whole, point
+from marble_lightning.cli import main
+from tests.marble_lightning.test_resume import differences, last, options, state
+
+STATE = {"step": 3, "weights": torch.arange(8.0)}
+
+
+def written(path: Path, age: int = 0) -> Path:
+    """A checkpoint that was written so many seconds ago."""
+    WholeCheckpointIO().save_checkpoint(STATE, path)
+    time = path.stat().st_mtime - age
+    os.utime(path, (time, time))
+    return path
+
+
+def test_a_checkpoint_is_read_back(tmp_path):
+    found = WholeCheckpointIO().load_checkpoint(written(tmp_path / "new/folder/one.ckpt"), weights_only=True)
+    assert differences(STATE, found) == []
+    assert [file.name for file in (tmp_path / "new/folder").iterdir()] == ["one.ckpt"]
+
+
+def test_no_flipped_byte_and_no_cut_goes_unnoticed(tmp_path):
+    """A file with one is refused, or holds the same as before: between its records there is room."""
+    whole, file = written(tmp_path / "whole.ckpt").read_bytes(), tmp_path / "hurt.ckpt"
+    unnoticed = 0
+    for index in range(0, len(whole), 3):
+        file.write_bytes(whole[:index])
+        assert damage(file)
+        file.write_bytes(whole[:index] + bytes([whole[index] ^ 0x55]) + whole[index + 1 :])
+        try:
+            found = WholeCheckpointIO().load_checkpoint(file)
+        except ValueError:
+            continue
+        assert differences(STATE, found) == []
+        unnoticed += 1
+    assert unnoticed < len(whole) / 6
+
+
+def test_a_write_that_is_cut_short_leaves_what_was_there(tmp_path, monkeypatch):
+    file = written(tmp_path / "one.ckpt")
+
+    def half(state, stream):
+        stream.write(b"PK")
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(checkpoints.torch, "save", half)
+    with pytest.raises(OSError, match="no space"):
+        WholeCheckpointIO().save_checkpoint({}, file)
+    assert damage(file) is None and differences(STATE, torch.load(file)) == []
+    assert newest_whole(tmp_path / "other.ckpt") == file
+
+
+def test_a_link_leads_somewhere_at_any_moment(tmp_path, monkeypatch):
+    one, two, link = written(tmp_path / "one.ckpt"), written(tmp_path / "two.ckpt"), tmp_path / "last.ckpt"
+    point(link, one)
+    replace, seen = os.replace, []
+
+    def watched(old, new):
+        seen.append(link.resolve())
+        replace(old, new)
+        seen.append(link.resolve())
+
+    monkeypatch.setattr(os, "replace", watched)
+    monkeypatch.setattr(os, "remove", None)
+    point(link, two)
+    assert seen == [one, two] and os.readlink(link) == "two.ckpt"
+
+
+def cut(file: Path) -> str:
+    file.write_bytes(file.read_bytes()[:100])
+    return r"its end is missing, or it is no checkpoint \(100 bytes\)"
+
+
+def flipped(file: Path) -> str:
+    content = file.read_bytes()
+    at = content.index(STATE["weights"].numpy().tobytes())
+    file.write_bytes(content[: at + 9] + b"\xff" + content[at + 10 :])
+    return r"its record \S+data/0 does not match its checksum"
+
+
+def gone(file: Path) -> str:
+    file.unlink()
+    return "there is no such file"
+
+
+@pytest.mark.parametrize("harm", [cut, flipped, gone])
+def test_a_damaged_checkpoint_is_named_and_the_newest_whole_one_offered(tmp_path, harm):
+    folder = tmp_path / "version_1/checkpoints"
+    damaged, before, _ = (written(folder / f"{age}.ckpt", age) for age in range(3))
+    point(folder / "last.ckpt", damaged)
+    wrong = harm(damaged)
+    with pytest.raises(ValueError, match=rf"Found {damaged}: {wrong}; give the newest whole one: --ckpt_path {before}"):
+        WholeCheckpointIO().load_checkpoint(damaged)
+    wrong = "it points to 0.ckpt, which is gone" if harm is gone else wrong
+    with pytest.raises(ValueError, match=rf"Found {folder}/last\.ckpt: {wrong}; .*--ckpt_path {before}"):
+        WholeCheckpointIO().load_checkpoint(folder / "last.ckpt")
+
+
+def test_one_of_another_run_is_offered_where_its_own_has_no_other(tmp_path):
+    before = written(tmp_path / "version_0/checkpoints/round_0003.ckpt", age=9)
+    damaged = written(tmp_path / "version_1/checkpoints/round_0004.ckpt")
+    cut(damaged)
+    assert newest_whole(damaged) == before
+    before.unlink()
+    with pytest.raises(ValueError, match="there is no whole one beside it"):
+        WholeCheckpointIO().load_checkpoint(damaged)
+
+
+def test_last_is_the_newest_of_the_runs_of_that_name(tmp_path):
+    trainer = Trainer(logger=CSVLogger(tmp_path, "name"), accelerator="cpu")
+    assert last_of(trainer) == (tmp_path / "name", None)
+    for version, age in enumerate((30, 10, 20)):
+        folder = tmp_path / f"name/version_{version}/checkpoints"
+        point(folder / "last.ckpt", written(folder / "round_0000.ckpt", age))
+    written(tmp_path / "another/version_0/checkpoints/last.ckpt")
+    assert last_of(trainer) == (tmp_path / "name", tmp_path / "name/version_1/checkpoints/last.ckpt")
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [({"every_n_rounds": 0}, "`every_n_rounds` must be >= 1. Found 0"), ({"keep": 1}, "`keep` must be >= 2, or -1")],
+)
+def test_settings_out_of_range(settings, message):
+    with pytest.raises(ValueError, match=message):
+        RoundCheckpoint(**settings)
+
+
+def test_last_from_the_command_line(checkpoints, tmp_path, caplog, capsys):
+    """With nothing there it begins anew and says so; with a damaged one it names another, which is gone on from."""
+    run = [*options(checkpoints, tmp_path), "--ckpt_path", "last"]
+    with pytest.raises(ValueError, match=rf"Found `last`, and no run in {tmp_path}/tiny has a last\.ckpt"):
+        main(["validate", *run])
+    main(["fit", *run])
+    assert f"no run in {tmp_path}/tiny has a last.ckpt yet, so this one begins with the first round" in caplog.text
+    files = sorted(file.name for file in last(tmp_path).parent.iterdir())
+    assert files == ["last.ckpt", "round_0001.ckpt", "round_0002.ckpt"]
+    whole = state(last(tmp_path))
+    capsys.readouterr()
+    main(["validate", *run])
+    assert "change" in capsys.readouterr().out  # beside the base, which the checkpoint has
+
+    cut(last(tmp_path).resolve())
+    with pytest.raises(ValueError, match=r"last\.ckpt: its end is missing.*--ckpt_path \S+round_0001\.ckpt") as error:
+        main(["fit", *run])
+    main(["fit", *run[:-1], str(error.value).split()[-1]])
+    newest = max(tmp_path.glob("tiny/*/checkpoints/last.ckpt"), key=lambda file: file.stat().st_mtime)
+    assert differences(whole, state(newest)) == []
+
+
+def test_the_last_round_has_a_checkpoint_whatever_the_interval(checkpoints, tmp_path):
+    main(["fit", *options(checkpoints, tmp_path, **{"checkpoints.every_n_rounds": 2})])
+    files = sorted(file.name for file in last(tmp_path).parent.iterdir())
+    assert files == ["last.ckpt", "round_0001.ckpt", "round_0002.ckpt"]
+    assert last(tmp_path).resolve().name == "round_0002.ckpt" and state(last(tmp_path))["global_step"] == 6

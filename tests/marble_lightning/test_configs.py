@@ -1,0 +1,111 @@
+"""Every file of configs/: it parses as its first line says, and the large runs' settings train a small model."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from marble_lightning.cli import command_line, main
+
+ROOT = Path(__file__).parents[2]
+CONFIGS = ROOT / "configs"
+LARGE = ("sd35m", "sd35m_1gpu", "sd35l")
+
+
+def launched(file: Path) -> list[str]:
+    """The `-c` options of the command in a file's first line; a file of balancers goes over tiny.yaml."""
+    if file.parent != CONFIGS:
+        return ["-c", str(CONFIGS / "tiny.yaml"), "-c", str(file)]
+    command = shlex.split(file.read_text().splitlines()[0].removeprefix("# "))
+    assert command[:2] == ["marble-lightning", "fit"]
+    return [str(ROOT / word) if word.endswith(".yaml") else word for word in command[2:]]
+
+
+@pytest.mark.parametrize("file", sorted(CONFIGS.rglob("*.yaml")), ids=lambda file: file.stem)
+def test_every_config_parses(file, capsys):
+    with pytest.raises(SystemExit) as end:
+        main(["fit", *launched(file), "--print_config"])
+    assert end.value.code == 0
+    assert "class_path: balancers." in capsys.readouterr().out
+
+
+def test_a_file_of_balancers_changes_the_rule_and_keeps_the_cadence(capsys):
+    with pytest.raises(SystemExit):
+        main(["fit", *launched(CONFIGS / "balancers/pcgrad.yaml"), "--print_config"])
+    found, before = (
+        yaml.safe_load(text)["balancer"] for text in (capsys.readouterr().out, (CONFIGS / "tiny.yaml").read_text())
+    )
+    assert found["class_path"] == "balancers.PCGrad"
+    assert {name: found["init_args"][name] for name in before["init_args"]} == before["init_args"]
+
+
+@pytest.mark.parametrize("name", LARGE)
+def test_files_laid_over_the_published_run_only_change_what_they_say(name, capsys):
+    """The effective round is the published one: 48 prompts, 24 pictures of each, 24 of 25 times, one step."""
+    with pytest.raises(SystemExit):
+        main(["fit", *launched(CONFIGS / f"{name}.yaml"), "--print_config"])
+    found = yaml.safe_load(capsys.readouterr().out)
+    model, data = found["model"], found["data"]
+    assert (data["prompts_per_round"], data["images_per_prompt"]) == (48, 24)
+    assert (model["sampling"]["steps"], model["sampling"]["timestep_fraction"]) == (25, 0.99)
+    assert (model["optimizer_steps_per_round"], model["inner_epochs"]) == (1, 1)
+    policy = model["policy"]["init_args"]
+    assert (policy["rank"], policy["alpha"], policy["dtype"], policy["resolution"]) == (32, 64, "bfloat16", 512)
+    ranks = found["trainer"]["devices"] * found["trainer"]["num_nodes"]
+    assert 48 * 24 // ranks % model["micro_batch_size"] == 0
+    assert set(model["rewards"]) == {"pickscore", "hpsv2", "clipscore", "ocr", "geneval"}
+
+
+@pytest.mark.parametrize("name", LARGE)
+def test_the_large_runs_train_a_small_model(name, checkpoints, tmp_path, capsys):
+    """Same file and code, with T5, bfloat16 weights and mixed precision; sizes and paths are all that differs."""
+    clip = str(checkpoints / "clip")
+    small = {
+        "trainer.accelerator": "cpu",
+        "trainer.devices": 1,
+        "trainer.num_nodes": 1,
+        "trainer.strategy": "auto",
+        "trainer.max_epochs": 2,
+        "trainer.check_val_every_n_epoch": 2,
+        "trainer.logger.save_dir": tmp_path,
+        "trainer.enable_progress_bar": False,
+        "data.folder": ROOT / "marble_lightning/tinyworld/prompts",
+        "data.prompts_per_round": 3,
+        "data.images_per_prompt": 4,
+        "data.held_out_per_source": 1,
+        "model.policy.path": checkpoints / "sd3_t5",
+        "model.policy.resolution": 16,
+        "model.policy.rank": 2,
+        "model.policy.text_length": 6,
+        "model.policy.prompt_cache": tmp_path / "cache",
+        "model.rewards.pickscore.path": clip,
+        "model.rewards.pickscore.processor_path": "null",
+        "model.rewards.hpsv2.path": clip,
+        "model.rewards.hpsv2.file": "null",
+        "model.rewards.hpsv2.processor_path": "null",
+        "model.rewards.clipscore.path": clip,
+        "model.rewards.geneval.detector": "marble_lightning.tinyworld.ColourBlobs",
+        "model.sampling.steps": 4,
+        "model.evaluation.steps": 2,
+        "model.micro_batch_size": 4,
+    }
+    flags = [part for option, value in small.items() for part in (f"--{option}", str(value))]
+    command = [*launched(CONFIGS / f"{name}.yaml"), *flags]
+    main(["fit", *command])
+    assert "trained" in capsys.readouterr().out
+    saved = torch.load(tmp_path / f"{name}/version_0/checkpoints/last.ckpt", weights_only=True)
+    adapters = saved["state_dict"]
+    assert {tensor.dtype for tensor in adapters.values()} == {torch.float32}
+    assert max(tensor.abs().max() for key, tensor in adapters.items() if "lora_B.trained" in key) > 0
+    assert saved["global_step"] == 2
+
+    policy = command_line(command, run=False).model.policy
+    policy.setup(0)
+    assert policy.transformer.transformer_blocks[0].attn.to_q.base_layer.weight.dtype == torch.bfloat16
+    assert set(policy.text_encoders) == {"text_encoder", "text_encoder_2", "text_encoder_3"}
+    checkpointed = name != "sd35m"
+    assert policy.transformer.gradient_checkpointing == checkpointed

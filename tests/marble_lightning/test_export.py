@@ -1,0 +1,193 @@
+"""What is exported paints elsewhere what the policy paints here."""
+
+from __future__ import annotations
+
+import json
+from importlib.metadata import version
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+from torch import Tensor
+
+from marble_lightning.cli import main
+from marble_lightning.export import export
+from marble_lightning.lora_files import FILE
+from marble_lightning.policy import TARGETS, SD3Policy
+from tests.marble_lightning.stock_pipeline import adapter, differ, painted, sampled, saved, stock, three
+from tests.marble_lightning.test_cli import checkpoint, column
+
+
+@pytest.fixture
+def policy(checkpoints) -> SD3Policy:
+    return three(checkpoints)
+
+
+@pytest.fixture
+def exported(policy, tmp_path) -> Path:
+    """A folder with the adapter `ema`."""
+    return export(saved(policy, tmp_path), tmp_path / "lora").parent
+
+
+@pytest.mark.parametrize(("which", "name"), [("ema", "ema"), ("policy", "trained")])
+def test_a_stock_pipeline_paints_what_the_policy_does(checkpoints, policy, tmp_path, which, name):
+    written = export(saved(policy, tmp_path), tmp_path / "lora", which=which)
+    pipeline, own = stock(checkpoints, written.parent), sampled(policy, name)
+    assert differ(painted(pipeline, "latent"), own) < 1e-5
+    assert differ(painted(pipeline, "pt"), policy.decode(own)) <= 1 / 255
+    assert differ(painted(stock(checkpoints, None), "latent"), own) > 1e-2  # an unread file would be noticed
+    other = {"ema": "trained", "trained": "ema"}[name]
+    assert differ(sampled(policy, other), own) > 1e-2
+
+
+def test_readers_that_know_nothing_of_alpha_get_the_scale_right_too(checkpoints, policy, exported):
+    """As diffusers was before it read LoraConfigs from headers: alpha is the rank."""
+    pipeline = stock(checkpoints, None)
+    pipeline.load_lora_weights(load_file(exported / FILE))  # tensors only
+    assert differ(painted(pipeline, "latent"), sampled(policy, "ema")) < 1e-5
+
+
+def test_a_stock_pipeline_in_bfloat16(checkpoints, policy, exported):
+    pipeline = stock(checkpoints, exported, torch.bfloat16)
+    loaded = {name: tensor for name, tensor in pipeline.transformer.state_dict().items() if ".lora_" in name}
+    assert {tensor.dtype for tensor in loaded.values()} == {torch.bfloat16}
+    for name, tensor in adapter(policy, "ema").items():
+        scale = 2 if ".lora_B." in name else 1
+        assert torch.equal(loaded[name.replace(".weight", ".default_0.weight")], (scale * tensor).bfloat16())
+    base = painted(stock(checkpoints, None, torch.bfloat16), "latent")
+    own = sampled(policy, "ema")
+    assert differ(painted(pipeline, "latent"), own) < 0.1 * differ(base, own)
+
+
+# ComfyUI's rule, in our words: of a layer that it knows as x it takes `x.lora_B.weight` @ `x.lora_A.weight`, times alpha
+# over rank where there is a tensor `x.alpha`, times 1 where there is none. It knows SD3's layers as "transformer." and
+# diffusers' name; q, k and v are thirds of one matrix there.
+THIRDS = {"to_q": 0, "to_k": 1, "to_v": 2, "add_q_proj": 0, "add_k_proj": 1, "add_v_proj": 2}
+WHERE = {
+    "attn": {
+        "x_block.attn.qkv": ("to_q", "to_k", "to_v"), "x_block.attn.proj": ("to_out.0",),
+        "context_block.attn.qkv": ("add_q_proj", "add_k_proj", "add_v_proj"), "context_block.attn.proj": ("to_add_out",),
+    },
+    "attn2": {"x_block.attn2.qkv": ("to_q", "to_k", "to_v"), "x_block.attn2.proj": ("to_out.0",)},
+}  # fmt: skip
+
+
+def comfyui_updates(file: Path, blocks: int) -> tuple[dict[tuple[str, int], Tensor], set[str]]:
+    """Updates by matrix and third of it, and the keys that were read."""
+    state, updates, read = load_file(file), {}, set()
+    for block in range(blocks):
+        for attention, matrices in WHERE.items():
+            for matrix, layers in matrices.items():
+                for layer in layers:
+                    name = f"transformer.transformer_blocks.{block}.{attention}.{layer}"
+                    keys = [f"{name}.lora_B.weight", f"{name}.lora_A.weight"]
+                    if keys[0] in state:
+                        up, down = (state[key] for key in keys)
+                        scale = state[f"{name}.alpha"].item() / len(down) if f"{name}.alpha" in state else 1.0
+                        updates[f"joint_blocks.{block}.{matrix}", THIRDS.get(layer, 0)] = scale * up @ down
+                        read |= {*keys}
+    return updates, read
+
+
+def test_comfyui_reads_every_key_and_gets_our_update(policy, exported):
+    updates, read = comfyui_updates(exported / FILE, blocks=2)
+    assert read == load_file(exported / FILE).keys()
+    assert ("joint_blocks.0.x_block.attn2.qkv", 2) in updates
+    places = {layer: matrix for matrices in WHERE.values() for matrix, layers in matrices.items() for layer in layers}
+    assert places.keys() == set(TARGETS)
+    ours = {
+        name: layer.get_delta_weight("ema") for name, layer in policy.transformer.named_modules() if hasattr(layer, "lora_A")
+    }
+    assert len(ours) == len(updates)
+    for name, delta in ours.items():
+        _, block, attention, target = name.split(".", 3)
+        (matrix,) = [matrix for matrix, layers in WHERE[attention].items() if target in layers]
+        torch.testing.assert_close(updates[f"joint_blocks.{block}.{matrix}", THIRDS.get(target, 0)], delta)
+
+
+def test_checkpoints_that_are_none_of_ours_are_refused(policy, tmp_path):
+    def exporting(path: Path, message: str) -> None:
+        with pytest.raises(ValueError, match=f"`ckpt_path` must .*{message}"):
+            export(path, tmp_path / "lora")
+        assert not (tmp_path / "lora" / FILE).exists()
+
+    file = saved(policy, tmp_path)
+    whole, content = file.read_bytes(), torch.load(file, weights_only=True)
+    exporting(tmp_path / "nowhere.ckpt", "Found no such file .*nowhere")
+    other = tmp_path / "other.ckpt"
+    other.write_text("no checkpoint")
+    exporting(other, "Found a damaged or another file, .*other.ckpt")
+    other.write_bytes(whole[: len(whole) // 2])
+    exporting(other, "Found a damaged or another file")
+    tensor = content["state_dict"]["policy.transformer.transformer_blocks.0.attn.to_q.lora_A.ema.weight"]
+    place = whole.index(tensor.numpy().tobytes())
+    other.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
+    exporting(other, "Found a damaged or another file, .*data.* is damaged")
+    torch.save({"state_dict": {}, "epoch": 1, "global_step": 2}, other)
+    exporting(other, "Found another program's")
+    torch.save(content | {"state_dict": {}}, other)
+    exporting(other, "Found 0 of ranks .* for 0 layers")
+    tensor.fill_(torch.inf)
+    torch.save(content, other)
+    exporting(other, "Found others in 1 of")
+
+
+def test_a_file_that_is_there_is_replaced_only_when_asked(policy, exported, tmp_path):
+    before = (exported / FILE).read_bytes()
+    arguments = ["export", "--ckpt_path", str(tmp_path / "old.ckpt"), "--to", str(exported), "--which", "policy"]
+    with pytest.raises(ValueError, match=r"Found one in .*--overwrite true"):
+        main(arguments)
+    assert (exported / FILE).read_bytes() == before
+    main([*arguments, "--overwrite", "true"])
+    assert (exported / FILE).read_bytes() != before
+    assert [path.name for path in exported.iterdir()] == [FILE]
+    assert (exported / FILE).stat().st_mode == (tmp_path / "old.ckpt").stat().st_mode  # others may read it, as any file
+    with pytest.raises(ValueError, match="`to` must be a folder. Found a file"):
+        export(tmp_path / "old.ckpt", exported / FILE)
+
+
+def test_fit_export_load_and_start_from_it(small, checkpoints, tmp_path, capsys):
+    """Through the command line; what training ended with is what the next one starts from, by held-out scores."""
+    main(["fit", *small, "--model.optimizer.init_args.lr", "0.05"])
+    trained = column(capsys.readouterr().out, "trained")
+    folder = tmp_path / "lora"
+    main(["export", "--ckpt_path", str(checkpoint(tmp_path)), "--to", str(folder)])
+    assert f"load_lora_weights('{folder}')" in capsys.readouterr().out
+
+    with safe_open(folder / FILE, "pt") as opened:
+        header = opened.metadata()
+    about = {
+        key.removeprefix("marble_lightning."): text for key, text in header.items() if key.startswith("marble_lightning.")
+    }
+    config = (tmp_path / "tiny/version_0/config.yaml").read_text()
+    assert about == {
+        "version": version("marble-lightning"), "adapter": "ema", "alpha": "32.0", "round": "1", "optimizer_step": "2",
+        "base_model_path": str(checkpoints / "sd3"), "config": config,
+        "rewards": '["pickscore", "hpsv2", "clipscore", "ocr", "geneval"]',
+    }  # fmt: skip
+    assert json.loads(header["lora_adapter_metadata"])["transformer.r"] == 2
+
+    kept = torch.load(checkpoint(tmp_path), weights_only=True)["state_dict"]
+    layer = stock(checkpoints, folder).transformer.transformer_blocks[1].attn.add_k_proj
+    up, down = (kept[f"policy.transformer.transformer_blocks.1.attn.add_k_proj.lora_{part}.ema.weight"] for part in "BA")
+    torch.testing.assert_close(layer.get_delta_weight("default_0"), 32 / 2 * up @ down)
+
+    main(["fit", *small, "--model.policy.init_lora", str(folder)])
+    assert column(capsys.readouterr().out, "base") == trained
+
+
+def test_help_tells_of_export(capsys):
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    shown = capsys.readouterr().out
+    assert all(f"    {name} " in shown for name in ("fit", "validate", "test", "predict"))
+    assert "\nexport: Write a checkpoint's adapter" in shown
+
+
+def test_without_arguments_in_python_the_program_s_own_are_taken(policy, tmp_path, monkeypatch):
+    file, folder = saved(policy, tmp_path), tmp_path / "lora"
+    monkeypatch.setattr("sys.argv", ["marble-lightning", "export", "--ckpt_path", str(file), "--to", str(folder)])
+    main()
+    assert load_file(folder / FILE).keys() == {f"transformer.{key}" for key in adapter(policy, "ema")}

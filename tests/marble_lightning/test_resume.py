@@ -1,0 +1,229 @@
+"""A run that was stopped at any moment goes on bit for bit."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import Callback
+from lightning.pytorch.callbacks import ModelCheckpoint
+from torch import Tensor
+
+from marble_lightning.cli import QUIET, MarbleCLI, main
+from marble_lightning.module import DiffusionNFT
+from marble_lightning.prompts import PromptDataModule
+from marble_lightning.scoring import RewardError
+from tests.conftest import small_options
+from tests.marble_lightning import stopped
+
+ROOT = Path(__file__).parents[2]
+EXTRA = {
+    "trainer.max_epochs": 3,
+    "trainer.check_val_every_n_epoch": 3,
+    "balancer": "MARBLE",
+    "balancer.refresh_every": 2,
+    "model.metrics": "{}",
+    "model.rewards": "{clipscore: {class_path: rewards.CLIPScore, init_args: {path: CLIP}}, jpeg: JPEGCompressibility}",
+    "model.micro_batch_size": 6,
+    "model.optimizer_steps_per_round": 2,
+    "model.lr_scheduler": "torch.optim.lr_scheduler.ExponentialLR",
+    "model.lr_scheduler.gamma": 0.8,
+}
+"""On top of `small`: three rounds of eight micro-batches and two optimizer steps, with quick rewards."""
+
+
+def options(checkpoints: Path, folder: Path, **more: Any) -> list[str]:
+    extra = EXTRA | {"trainer.default_root_dir": folder} | more
+    if extra["balancer"] == "WeightedSum":  # never looks at gradients
+        del extra["balancer.refresh_every"]
+    extra["model.rewards"] = str(extra["model.rewards"]).replace("CLIP}", f"{checkpoints / 'clip'}}}")
+    return [
+        *small_options(checkpoints, folder),
+        *(part for name, value in extra.items() for part in (f"--{name}", str(value))),
+    ]
+
+
+def last(folder: Path, version: int = 0) -> Path:
+    return folder / f"tiny/version_{version}/checkpoints/last.ckpt"
+
+
+def state(path: Path) -> dict[str, Any]:
+    """All that a checkpoint holds, but for which files there are."""
+    found = torch.load(path, weights_only=True)
+    return found | {"callbacks": {name: kept for name, kept in found["callbacks"].items() if "Checkpoint" not in name}}
+
+
+def differences(one: Any, other: Any, where: str = "") -> list[str]:
+    """Where two nested states differ, bit for bit."""
+    if isinstance(one, Tensor) and isinstance(other, Tensor):
+        return [] if torch.equal(one.nan_to_num(7.5), other.nan_to_num(7.5)) else [where]
+    if isinstance(one, dict) and isinstance(other, dict) and one.keys() == other.keys():
+        return [found for key in one for found in differences(one[key], other[key], f"{where}/{key}")]
+    if isinstance(one, list | tuple) and isinstance(other, list | tuple) and len(one) == len(other):
+        pairs = enumerate(zip(one, other, strict=True))
+        return [found for index, pair in pairs for found in differences(*pair, f"{where}/{index}")]
+    return [] if one == other else [f"{where}: {one!r}, {other!r}"]
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(checkpoints, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("uninterrupted")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sys.argv", ["marble-lightning"])
+        main(["fit", *options(checkpoints, folder)])
+    return state(last(folder))
+
+
+def stop(moments: list[str], runs: list[list[str]], folder: Path) -> list[tuple[int, str]]:
+    """Fit in processes that are stopped at these moments; returns the exit status of each and what it said."""
+    said = [folder / f"said_{index}.txt" for index in range(len(runs))]
+    wanted = json.dumps([(moment, ["fit", *run], str(file)) for moment, run, file in zip(moments, runs, said, strict=True)])
+    ended = subprocess.run(
+        [sys.executable, stopped.__file__, wanted], cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True, text=True, timeout=280, check=False,
+    )  # fmt: skip
+    assert ended.returncode == 0, ended.stderr[-3000:]
+    return list(zip(json.loads(ended.stdout), (file.read_text() for file in said), strict=True))
+
+
+KILLS = ["sampling", "training", "writing", "linking"]
+SIGNALS = {"SIGTERM in training": 0, "SIGTERM in sampling": 0, "SIGINT": 1}
+"""Stops that Lightning handles, with the exit status it ends with."""
+
+
+@pytest.fixture(scope="module")
+def stops(checkpoints, tmp_path_factory):
+    """By moment: the folder of a run that was stopped then, its exit status and what it said."""
+    folders = {moment: tmp_path_factory.mktemp("stopped") for moment in [*KILLS, *SIGNALS, "SIGUSR1"]}
+    folders["queued again"] = folders["SIGUSR1"]
+    rarely = {"checkpoints.every_n_rounds": 10}
+    runs = [options(checkpoints, folder, **(rarely if moment in SIGNALS else {})) for moment, folder in folders.items()]
+    ended = stop(list(folders), runs, tmp_path_factory.mktemp("said"))
+    return {moment: (folder, *each) for (moment, folder), each in zip(folders.items(), ended, strict=True)}
+
+
+@pytest.mark.parametrize("moment", KILLS)
+def test_a_killed_run_goes_on_bit_for_bit(checkpoints, uninterrupted, stops, moment):
+    folder, status, _ = stops[moment]
+    assert status == -9
+    left = state(last(folder))
+    assert left["epoch"] == 0  # the first round; the second was not finished, or not written, or not yet linked
+    main(["fit", *options(checkpoints, folder), "--ckpt_path", "last"])
+    assert differences(uninterrupted, state(last(folder, 1))) == []
+
+
+@pytest.mark.parametrize("moment", SIGNALS)
+def test_a_signal_leaves_a_checkpoint_of_the_rounds_beginning(checkpoints, uninterrupted, stops, moment):
+    folder, status, said = stops[moment]
+    assert status == SIGNALS[moment], said
+    left = folder / "tiny/version_0/checkpoints/before_round_0001.ckpt"
+    assert f"Stopped after 1 whole round(s). Go on from there: --ckpt_path {left}" in said
+    assert last(folder).resolve() == left.resolve()
+    main(["fit", *options(checkpoints, folder), "--ckpt_path", str(last(folder))])
+    assert differences(uninterrupted, state(last(folder, 1))) == []
+
+
+def test_a_job_that_slurm_queues_again_goes_on_bit_for_bit(uninterrupted, stops):
+    folder, status, said = stops["SIGUSR1"]
+    assert status == -9 and "A checkpoint in the middle of round 1 holds the round's beginning" in said
+    assert (folder / "hpc_ckpt_1.ckpt").stat().st_size < 2**20
+    _, status, said = stops["queued again"]
+    assert status == 0 and f"Restored all states from the checkpoint at {folder}/hpc_ckpt_1.ckpt" in said
+    assert differences(uninterrupted, state(last(folder, 1))) == []
+
+
+class AtRoundsEnd(Callback):
+    """Sends a signal between two rounds."""
+
+    def on_train_epoch_end(self, trainer, pl_module):
+        if trainer.current_epoch == 0:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+def fit_with(options: list[str], *callbacks: Callback) -> None:
+    MarbleCLI(
+        DiffusionNFT,
+        PromptDataModule,
+        args=["fit", *options],
+        seed_everything_default=0,
+        auto_configure_optimizers=False,
+        trainer_defaults={"callbacks": [*callbacks]},
+    )
+
+
+@pytest.mark.filterwarnings(*(f"ignore:{known}" for known in QUIET))
+def test_a_signal_between_two_rounds(checkpoints, uninterrupted, tmp_path):
+    with pytest.raises(SystemExit):
+        fit_with(options(checkpoints, tmp_path, **{"checkpoints.every_n_rounds": 10}), AtRoundsEnd())
+    (left,) = (tmp_path / "tiny/version_0/checkpoints").glob("*round*")
+    main(["fit", *options(checkpoints, tmp_path), "--ckpt_path", str(left)])
+    assert differences(uninterrupted, state(last(tmp_path, 1))) == []
+
+
+class ARewardFailsInSecondRound(Callback):
+    """Its scorer dies while the round is being scored."""
+
+    def on_train_epoch_start(self, trainer, pl_module):
+        if trainer.current_epoch == 1:
+            pl_module.rewards["jpeg"].score = self.die
+
+    def die(self, *, images, prompts):
+        raise ConnectionResetError("the reader is gone")
+
+
+@pytest.mark.parametrize("balancer", ["MARBLE", pytest.param("WeightedSum", marks=pytest.mark.slow)])
+@pytest.mark.filterwarnings(*(f"ignore:{known}" for known in QUIET))
+def test_a_run_whose_reward_failed_goes_on_bit_for_bit(checkpoints, tmp_path, caplog, balancer):
+    """And its table compares with the base's scores, which are those of the first run."""
+    run = options(checkpoints, tmp_path, balancer=balancer, **{"model.scoring.retries": 0})
+    fit_with(run)
+    with pytest.raises(RewardError, match=r"`rewards\.jpeg` .*the reader is gone\. .*last checkpoint"):
+        fit_with(run, ARewardFailsInSecondRound())
+    newest = last(tmp_path, 1).with_name("round_0000.ckpt")
+    assert f"Stopped after 1 whole round(s). Go on from there: --ckpt_path {newest}" in caplog.text
+    fit_with([*run, "--ckpt_path", "last"])
+    assert differences(state(last(tmp_path)), state(last(tmp_path, 2))) == []
+
+
+@pytest.mark.filterwarnings(*(f"ignore:{known}" for known in QUIET))
+def test_a_base_that_was_measured_otherwise_is_measured_again(checkpoints, tmp_path):
+    """As the base, not as the policy that the run goes on from."""
+    one = {"trainer.max_epochs": 1, "trainer.check_val_every_n_epoch": 1}
+    main(["fit", *options(checkpoints, tmp_path, **one)])
+    otherwise = one | {"model.evaluation.steps": 3}
+    main(["fit", *options(checkpoints, tmp_path, **otherwise)])
+    base = state(last(tmp_path, 1))["base_scores"]
+    more = options(checkpoints, tmp_path, **otherwise | {"trainer.max_epochs": 2})
+    main(["fit", *more, "--ckpt_path", str(last(tmp_path))])
+    assert differences(base, state(last(tmp_path, 2))["base_scores"]) == []
+
+
+def theirs(folder: Path) -> list[Callback]:
+    """Checkpoints in the middle of a round, and when a validation has ended."""
+    steps = ModelCheckpoint(folder / "steps", "{step}", every_n_train_steps=1, save_top_k=-1)
+    judged = ModelCheckpoint(
+        folder / "judged", "{epoch}", monitor="held_out/jpeg", save_top_k=-1, save_on_train_epoch_end=False
+    )
+    return [steps, judged]
+
+
+@pytest.mark.filterwarnings(*(f"ignore:{known}" for known in QUIET))
+def test_what_a_checkpoint_of_the_users_holds(checkpoints, tmp_path):
+    """In the middle of a round its beginning; when it has been judged its end. A run goes on from either bit for bit."""
+    run = options(checkpoints, tmp_path, **{"trainer.check_val_every_n_epoch": 1, "checkpoints.keep": -1})
+    fit_with(run, *theirs(tmp_path / "whole"))
+    rounds = [state(last(tmp_path).with_name(f"round_{index:04d}.ckpt")) for index in range(3)]
+    for index in range(3):
+        assert differences(rounds[index], state(tmp_path / f"whole/judged/epoch={index}.ckpt")) == []
+    for version, (step, beginning) in enumerate([(1, 0), (4, 2)], start=1):  # of the first round, and of the second
+        middle = tmp_path / f"whole/steps/step={step}.ckpt"
+        assert state(middle)["global_step"] == beginning
+        fit_with([*run, "--ckpt_path", str(middle)], *theirs(tmp_path / f"again_{version}"))
+        assert differences(rounds[2], state(last(tmp_path, version))) == []
