@@ -159,7 +159,11 @@ class Estimator:
         training = (*always, *encoders, *(("rewards",) if choices.rewards_stay else ()))
         batch, slicing = choices.sampling_batch_size, choices.vae_slicing
         sample, decode = counted.sample(batch), counted.decode(batch, slicing)
-        scores = [counted.score(name, batch) for name in counted.judges]
+
+        def score(images: int) -> int:
+            each = [counted.score(name, images) for name in counted.judges]
+            return sum(each) if choices.overlap else max(each, default=0)
+
         found = {
             "loading weights": Phase(
                 ("transformer", "adapters", "autoencoder", *encoders, "rewards", "rewards elsewhere"), 0
@@ -167,7 +171,7 @@ class Estimator:
             "encoding prompts": Phase((*always, "text encoders", "rewards"), counted.encoded[1]),
             "sampling": Phase(sampling, sample),
             "decoding": Phase(sampling, decode),
-            "scoring": Phase(sampling, sum(scores) + max(sample, decode) if choices.overlap else max(scores, default=0)),
+            "scoring": Phase(sampling, score(batch) + (max(sample, decode) if choices.overlap else 0)),
             "joining pictures": Phase(sampling, parts["pictures"]),  # of all batches, while these are still there
             "picture statistics": Phase((*training, "pictures"), counted.statistics),
             "training": Phase(training, counted.step(choices.micro_batch_size, choices.gradient_checkpointing)),
@@ -176,7 +180,8 @@ class Estimator:
         if held_out := choices.held_out_batch_size:
             guided, resolution = self.module.evaluation.guidance > 1, self.module.evaluation.resolution
             sample = counted.sample(held_out, guided, resolution)
-            beyond = max(sample, counted.decode(held_out, slicing, mixed=True, resolution=resolution))
+            decode = counted.decode(held_out, slicing, mixed=True, resolution=resolution)
+            beyond = max(sample, decode, score(held_out))  # one after the other
             found["held-out prompts"] = Phase((*always, *encoders, "rewards"), beyond)
         return Estimate(parts, found, dict(counted.unknown))
 

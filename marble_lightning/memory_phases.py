@@ -170,6 +170,7 @@ class Phases:
 
     def score(self, name: str, images: int) -> int:
         """Bytes that a reward takes beyond its weights, as far as it can be followed without data."""
+        images = min(images, self.judges[name].batch_size)
         return self._once(lambda: self._score(name, images), "score", name, images)
 
     def _score(self, name: str, images: int) -> int:
@@ -177,7 +178,6 @@ class Phases:
         prompts = [prompt for prompt in the_data(self.trainer).training if reward.applies_to(prompt)]
         if not prompts or not tensors_of(reward):  # whoever has no weights does not compute with torch, or next to nothing
             return 0
-        images = min(images, reward.batch_size)
         chosen, pictures = (prompts * images)[:images], self.pictures(images)
         ledger = Ledger()
         try:
