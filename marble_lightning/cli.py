@@ -18,6 +18,7 @@ from marble_lightning.callbacks import Pictures, ProgressBar, Results
 from marble_lightning.checkpoints import LAST, RoundCheckpoint, WholeCheckpointIO, last_of, warn
 from marble_lightning.export import export
 from marble_lightning.harmony import Harmony
+from marble_lightning.memory import Memory
 from marble_lightning.module import DiffusionNFT
 from marble_lightning.predictions import PictureWriter
 from marble_lightning.prompts import PromptDataModule
@@ -41,6 +42,7 @@ class MarbleCLI(LightningCLI):
         parser.add_lightning_class_args(Balancer, "balancer", subclass_mode=True, required=True)
         parser.add_lightning_class_args(Harmony, "harmony")
         parser.add_lightning_class_args(Alarms, "alarms")
+        parser.add_lightning_class_args(Memory, "memory")
         parser.add_lightning_class_args(RoundCheckpoint, "checkpoints")
         parser.add_lightning_class_args(Pictures, "pictures")
         parser.add_lightning_class_args(Results, "results")

@@ -62,6 +62,7 @@ def small_options(checkpoints: Path, folder: Path) -> list[str]:
         "model.evaluation.steps": 2,
         "model.micro_batch_size": 8,
         "model.optimizer_steps_per_round": 1,
+        "memory.check": "off",
     }
     flags = [part for name, value in options.items() for part in (f"--{name}", str(value))]
     return ["-c", str(root / "configs/tiny.yaml"), *flags]

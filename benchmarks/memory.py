@@ -1,0 +1,211 @@
+"""What `configs/sd35m.yaml` needs on a GPU of a given size, and which settings fit: estimated on a machine without one.
+
+`python -m benchmarks.memory --limit 22` builds Stable Diffusion 3.5 Medium with its three text encoders and the rewards of
+the published run at full size on torch's `meta` device, so without memory, and prints the tables of the run's memory check.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+import time
+import warnings
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from diffusers import StableDiffusion3Pipeline
+from lightning.pytorch.plugins import MixedPrecision
+from rich.console import Console
+from rich.table import Table
+from torch import nn
+from transformers import (
+    CLIPConfig,
+    CLIPModel,
+    CLIPTextConfig,
+    CLIPTextModelWithProjection,
+    Mask2FormerConfig,
+    Mask2FormerForUniversalSegmentation,
+    SwinConfig,
+    T5Config,
+    T5EncoderModel,
+)
+
+import rewards
+from balancers import MARBLE
+from benchmarks.random_sd35m import networks
+from marble_lightning.memory import CUDA_CONTEXT, FRAGMENTATION, GIB, Room, gib, memory_table
+from marble_lightning.memory_estimate import Choices, Estimate, Estimator
+from marble_lightning.module import DiffusionNFT
+from marble_lightning.policy import SD3Policy
+from marble_lightning.prompts import PromptDataModule
+from marble_lightning.rollouts import Plan
+from marble_lightning.sd3_files import PARTS
+from marble_lightning.settings import Scoring
+from marble_lightning.tinyworld.recipe.vocabulary import train_tokenizer
+from rewards.clip import CLIPTower, Preprocess
+from rewards.instances import DetectorPreprocess
+from rewards.open_clip import VIT_H_14, architecture
+
+CLIP_L = {
+    "text_config": {"hidden_size": 768, "intermediate_size": 3072, "num_attention_heads": 12, "num_hidden_layers": 12},
+    "vision_config": {
+        "hidden_size": 1024, "intermediate_size": 4096, "num_attention_heads": 16, "num_hidden_layers": 24, "patch_size": 14,
+    },
+    "projection_dim": 768,
+}  # fmt: skip
+"""openai/clip-vit-large-patch14."""
+
+
+def sd35m(tokenizer: Any, t5: bool = True) -> StableDiffusion3Pipeline:
+    """Stable Diffusion 3.5 Medium on `meta`, in bfloat16."""
+    with torch.device("meta"):
+        encoders = [
+            CLIPTextModelWithProjection(
+                CLIPTextConfig(
+                    hidden_size=width, intermediate_size=4 * width, projection_dim=width, num_hidden_layers=layers,
+                    num_attention_heads=width // 64, max_position_embeddings=77,
+                )
+            )
+            for width, layers in ((768, 12), (1280, 32))
+        ]  # fmt: skip
+        large = T5Config(
+            d_model=4096, d_ff=10240, d_kv=64, num_heads=64, num_layers=24, vocab_size=32128, feed_forward_proj="gated-gelu"
+        )
+        pipeline = StableDiffusion3Pipeline(
+            **networks(), text_encoder=encoders[0], tokenizer=tokenizer, text_encoder_2=encoders[1], tokenizer_2=tokenizer,
+            text_encoder_3=T5EncoderModel(large) if t5 else None, tokenizer_3=tokenizer if t5 else None,
+        )  # fmt: skip
+        for component in pipeline.components.values():
+            if isinstance(component, nn.Module):
+                component.to(torch.bfloat16)
+    return pipeline
+
+
+def the_rewards(tokenizer: Any, dtype: str) -> dict[str, rewards.Reward]:
+    """PickScore, HPSv2, CLIPScore, OCR and GenEval as in configs/sd35m.yaml, on `meta`."""
+    numbers = ((0.48, 0.46, 0.41), (0.27, 0.26, 0.28))
+
+    def tower(config: Any) -> CLIPTower:
+        return CLIPTower(CLIPModel(config), tokenizer, Preprocess(224, 224, *numbers))
+
+    swin = SwinConfig(
+        depths=[2, 2, 18, 2], num_heads=[3, 6, 12, 24], embed_dim=96, out_features=["stage1", "stage2", "stage3", "stage4"]
+    )
+    found = {"pickscore": rewards.PickScore(), "hpsv2": rewards.HPSv2(), "clipscore": rewards.CLIPScore()}
+    detector = rewards.Mask2Former()
+    with torch.device("meta"):
+        for name in ("pickscore", "hpsv2"):
+            found[name].tower = tower(architecture(VIT_H_14))
+        found["clipscore"].tower = detector.classifier.tower = tower(CLIPConfig(**CLIP_L))
+        detector.model = Mask2FormerForUniversalSegmentation(Mask2FormerConfig(backbone_config=swin, num_labels=80)).eval()
+    detector.preprocess = DetectorPreprocess(800, 1333, 32, 1.0, *numbers)
+    for model in (*(each.tower for each in found.values()), detector.model):
+        model.to(getattr(torch, dtype))
+    return {**found, "ocr": rewards.OCR(), "geneval": rewards.GenEval(detector, batch_size=8)}
+
+
+def write_prompts(folder: Path) -> None:
+    """Prompts as every reward can judge them; what they say does not matter."""
+    for source in ("pickscore", "ocr", "geneval"):
+        (folder / source).mkdir()
+    for split in ("train", "test"):
+        (folder / "pickscore" / f"{split}.txt").write_text("".join(f"a street at night, {n}\n" for n in range(99)))
+        (folder / "ocr" / f"{split}.txt").write_text("".join(f'a sign that says "{n}"\n' for n in range(99)))
+        objects = ({"prompt": f"{n} cats", "include": [{"class": "cat", "count": n}]} for n in range(1, 99))
+        (folder / "geneval" / f"{split}_metadata.jsonl").write_text("\n".join(map(json.dumps, objects)))
+
+
+def module_on_a_gpu(folder: Path, options: argparse.Namespace) -> DiffusionNFT:
+    """What `fit` has set up when it begins, without data or weights."""
+    t5, ranks = not options.no_t5, options.ranks
+    tokenizer = train_tokenizer(folder / "tokenizer", seed=0)
+    tokenizer.model_max_length = 77
+    third = ["transformers", "T5EncoderModel"] if t5 else [None, None]
+    index = {"_class_name": "StableDiffusion3Pipeline", "text_encoder_3": third}
+    index |= {part: ["diffusers", name] for part, name in PARTS.items()}
+    (folder / "model_index.json").write_text(json.dumps(index))
+    policy = SD3Policy(str(folder), resolution=512, rank=32, alpha=64, text_length=128, dtype="bfloat16")
+    loaded = patch.object(StableDiffusion3Pipeline, "from_pretrained", return_value=sd35m(tokenizer, t5))
+    with loaded, torch.device("meta"):
+        policy.setup(seed=0)
+    judges = the_rewards(tokenizer, options.reward_dtype)
+    scoring = Scoring(devices=dict.fromkeys(judges, "cpu") if options.rewards_on_cpu else {})
+    module = DiffusionNFT(policy, judges, scoring=scoring)
+    module.requires_grad_(False)
+    module.trainable = policy.parameters_of("trained")
+    for parameter in module.trainable:
+        parameter.requires_grad_(True)
+    write_prompts(folder)
+    data = PromptDataModule(str(folder), ["pickscore", "ocr", "geneval"], options.prompts, images_per_prompt=24)
+    data.setup("fit")
+    module.balancer = MARBLE(refresh_every=10)
+    module.balancer.bind(list(module.rewards))
+    module.plan = Plan(options.prompts // ranks * 24, module.sampling.times, 9, 1)
+    module._trainer = SimpleNamespace(  # type: ignore[assignment]
+        strategy=SimpleNamespace(root_device=torch.device("cuda", 0), reduce=lambda tensor: tensor),
+        precision_plugin=MixedPrecision("bf16-mixed", "cuda"),
+        world_size=ranks,
+        datamodule=data,
+        limit_val_batches=1.0,
+        check_val_every_n_epoch=30,
+    )
+    return module
+
+
+def row(title: str, estimate: Estimate, limit: float) -> tuple[str, ...]:
+    """One set of settings: what the main phases need, and whether all fit."""
+    needed = [estimate.total(name) for name in ("encoding prompts", "decoding", "scoring", "training", "held-out prompts")]
+    tight = estimate.peak + CUDA_CONTEXT <= limit < FRAGMENTATION * (estimate.peak + CUDA_CONTEXT)
+    fits = "no" if estimate.peak + CUDA_CONTEXT > limit else "tightly" if tight else "yes"
+    return title, *(f"{size / GIB:.1f}" for size in needed), f"{estimate.peak / GIB:.1f}", fits
+
+
+def main() -> None:
+    """Print the tables."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--limit", type=float, default=22.0, help="GiB of the GPU")
+    parser.add_argument("--prompts", type=int, default=48, help="prompts of a round, of 24 pictures each")
+    parser.add_argument("--ranks", type=int, default=1, help="GPUs")
+    parser.add_argument("--no-t5", action="store_true", help="without the third text encoder")
+    parser.add_argument("--reward-dtype", default="float32", choices=["float32", "bfloat16"])
+    parser.add_argument("--rewards-on-cpu", action="store_true", help="all of them")
+    parser.add_argument("--frugal", action="store_true", help="text encoders and rewards leave, VAE slicing")
+    parser.add_argument("--no-overlap", action="store_true", help="sampling and scoring take turns")
+    parser.add_argument("--held-out", type=int, default=16, help="batch of held-out prompts")
+    parser.add_argument("--sampling", type=int, default=9, help="batch of sampling")
+    parser.add_argument("--micro", nargs="+", type=int, default=[9, 4, 2, 1], help="micro-batch sizes to try")
+    options = parser.parse_args()
+    warnings.filterwarnings("ignore")
+    limit = options.limit * GIB
+    with tempfile.TemporaryDirectory() as folder:
+        module = module_on_a_gpu(Path(folder), options)
+        begun = time.perf_counter()
+        estimator, choices = Estimator(module), Choices.of(module)
+        choices = replace(choices, held_out_batch_size=options.held_out, sampling_batch_size=options.sampling)
+        if options.frugal:
+            choices = replace(choices, text_encoders_stay=False, rewards_stay=False, vae_slicing=True)
+        choices = replace(choices, overlap=not options.no_overlap)
+        estimate = estimator(choices)
+        console = Console(width=110)
+        console.print(memory_table(estimate, Room(int(limit), None)))
+        for name, error in estimate.unknown.items():
+            console.print(f"{name}: {type(error).__name__}: {error}", markup=False)
+        print(f"counted in {time.perf_counter() - begun:.0f} s")
+        table = Table(title=f"GiB, all but {gib(CUDA_CONTEXT)} of CUDA itself; fits into {options.limit:g} GiB?")
+        for column in ("settings", "encode", "decode", "score", "train", "held out", "most", "fits"):
+            table.add_column(column, justify="left" if column == "settings" else "right")
+        for checkpointing in (False, True):
+            for micro in options.micro:
+                tried = replace(choices, micro_batch_size=micro, gradient_checkpointing=checkpointing)
+                title = f"micro-batch {micro}" + ", checkpointing" * checkpointing
+                table.add_row(*row(title, estimator(tried), limit))
+        console.print(table)
+
+
+if __name__ == "__main__":
+    main()
