@@ -38,8 +38,8 @@ from transformers import (
 import rewards
 from balancers import MARBLE
 from benchmarks.random_sd35m import networks
-from marble_lightning.memory import CUDA_CONTEXT, FRAGMENTATION, GIB, Room, gib, memory_table
-from marble_lightning.memory_estimate import Choices, Estimate, Estimator
+from marble_lightning.memory.estimate import Choices, Estimate, Estimator
+from marble_lightning.memory.report import CUDA_CONTEXT, FRAGMENTATION, GIB, Room, gib, memory_table
 from marble_lightning.module import DiffusionNFT
 from marble_lightning.policy import SD3Policy
 from marble_lightning.prompts import PromptDataModule

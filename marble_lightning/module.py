@@ -148,6 +148,7 @@ class DiffusionNFT(HeldOutEvaluation):
         Raises:
             RewardError: A reward failed; on all ranks, whichever it was.
         """
+        self.scorer.release()  # Lightning put them there, and text encoders need the room
         data = the_data(self.trainer)
         prompts = data.round(seed, self.current_epoch, self.global_rank, self.trainer.world_size)
         conditions = self.policy.encode([prompt.text for prompt in prompts])

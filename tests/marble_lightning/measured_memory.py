@@ -7,8 +7,8 @@ from typing import Any
 from lightning.pytorch import Callback
 from torch.profiler import ProfilerActivity, profile
 
-from marble_lightning.memory_estimate import Choices, Estimator
-from marble_lightning.memory_ledger import bytes_of
+from marble_lightning.memory.estimate import Choices, Estimator
+from marble_lightning.memory.ledger import bytes_of
 
 
 class Estimated(Callback):

@@ -12,8 +12,8 @@ from lightning.pytorch import Callback, Trainer
 from balancers import MARBLE, Balancer, WeightedSum
 from marble_lightning.cli import QUIET
 from marble_lightning.memory import Memory
-from marble_lightning.memory_estimate import Choices, Estimate, Estimator, smaller
-from marble_lightning.memory_ledger import bytes_of, tensors_of
+from marble_lightning.memory.estimate import Choices, Estimate, Estimator, smaller
+from marble_lightning.memory.ledger import bytes_of, tensors_of
 from marble_lightning.module import DiffusionNFT
 from marble_lightning.policy import SD3Policy
 from marble_lightning.prompts import PromptDataModule

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from marble_lightning.memory_ledger import Fakes
+from marble_lightning.memory.ledger import Fakes
 
 
 def test_the_ledger_follows_storages():

@@ -11,8 +11,8 @@ from lightning.pytorch import Callback
 
 from balancers import MARBLE, WeightedSum
 from marble_lightning.cli import QUIET, main
-from marble_lightning.memory import CUDA_CONTEXT, GIB, Memory, remedies
-from marble_lightning.memory_estimate import Estimator
+from marble_lightning.memory.estimate import Estimator
+from marble_lightning.memory.report import CUDA_CONTEXT, GIB, Memory, remedies
 from marble_lightning.module import DiffusionNFT
 from tests.marble_lightning.measured_memory import Estimated
 from tests.marble_lightning.test_module import Brightness, run
@@ -79,7 +79,7 @@ def test_a_reward_that_cannot_be_followed_is_named_and_the_run_goes_on(checkpoin
             super().__init__(policy, {**rewards, "odd": Odd(), "curious": Curious()}, **options)
 
     module, _ = run(checkpoints, tmp_path, WeightedSum(), callbacks=[Memory(), estimated := Estimated()], kind=Judged)
-    told = [record.getMessage() for record in caplog.records if record.name == "marble_lightning.memory"]
+    told = [record.getMessage() for record in caplog.records if record.name == "marble_lightning.memory.report"]
     assert told == ["The memory of odd is estimated in part only. Found LookupError: no such thing"]
     assert set(estimated.estimate.unknown) == {"odd", "curious"}
     assert estimated.estimate.phases["scoring"].beyond >= 4 * 256 * 256  # what was seen of it before

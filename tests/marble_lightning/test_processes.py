@@ -25,7 +25,10 @@ ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.filterwarnings(*(f"ignore:{known}" for known in QUIET))
-@pytest.mark.parametrize("name", ["WeightedSum", "PCGrad", "CAGrad", "MARBLE"])
+SLOWER = [pytest.param(name, marks=pytest.mark.slow) for name in ("PCGrad", "CAGrad")]
+
+
+@pytest.mark.parametrize("name", ["WeightedSum", "MARBLE", *SLOWER])
 def test_two_ranks_equal_one_process(checkpoints, tmp_path, name):
     """After five optimizer steps on the same pictures, across refreshes, reuse, clamps and missing rewards."""
     command = [sys.executable, two_processes.__file__, str(checkpoints), str(tmp_path), name]

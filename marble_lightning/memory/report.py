@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
 
-from marble_lightning.memory_estimate import Choices, Estimate, Estimator
+from marble_lightning.memory.estimate import Choices, Estimate, Estimator
 from marble_lightning.module import DiffusionNFT
 
 log = logging.getLogger(__name__)

@@ -10,8 +10,8 @@ import torch
 
 from marble_lightning.checks import the_data
 from marble_lightning.flow_policy import ADAPTERS
-from marble_lightning.memory_ledger import tensors_of, text_encoders
-from marble_lightning.memory_phases import Phases
+from marble_lightning.memory.ledger import tensors_of, text_encoders
+from marble_lightning.memory.phases import Phases
 from marble_lightning.module import DiffusionNFT
 
 
@@ -156,7 +156,8 @@ class Estimator:
         always = tuple(name for name in parts if name not in visiting)
         encoders = ("text encoders",) if choices.text_encoders_stay else ()
         sampling = (*always, *encoders, "rewards", "pictures")
-        training = (*always, *encoders, *(("rewards",) if choices.rewards_stay else ()))
+        resting = (*always, *(("rewards",) if choices.rewards_stay else ()))
+        training = (*resting, *encoders)
         batch, slicing = choices.sampling_batch_size, choices.vae_slicing
         sample, decode = counted.sample(batch), counted.decode(batch, slicing)
 
@@ -168,7 +169,7 @@ class Estimator:
             "loading weights": Phase(
                 ("transformer", "adapters", "autoencoder", *encoders, "rewards", "rewards elsewhere"), 0
             ),
-            "encoding prompts": Phase((*always, "text encoders", "rewards"), counted.encoded[1]),
+            "encoding prompts": Phase((*resting, "text encoders"), counted.encoded[1]),
             "sampling": Phase(sampling, sample),
             "decoding": Phase(sampling, decode),
             "scoring": Phase(sampling, score(batch) + (max(sample, decode) if choices.overlap else 0)),
