@@ -24,10 +24,10 @@ from tests.marble_lightning.two_processes import Replay, method, train
 ROOT = Path(__file__).parents[2]
 
 
-@pytest.mark.filterwarnings(*(f"ignore:{known}" for known in QUIET))
 SLOWER = [pytest.param(name, marks=pytest.mark.slow) for name in ("PCGrad", "CAGrad")]
 
 
+@pytest.mark.filterwarnings(*(f"ignore:{known}" for known in QUIET))
 @pytest.mark.parametrize("name", ["WeightedSum", "MARBLE", *SLOWER])
 def test_two_ranks_equal_one_process(checkpoints, tmp_path, name):
     """After five optimizer steps on the same pictures, across refreshes, reuse, clamps and missing rewards."""
