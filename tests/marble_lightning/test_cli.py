@@ -115,7 +115,7 @@ def test_validate_without_a_checkpoint_judges_the_base(small, capsys):
         (["--balancer", "Marbel"], "Marbel"),
         (["--model.sampling.stepz", "3"], "stepz"),
         (["--model.policy.adapter", "old"], "Got value: old"),
-        (["--model.policy.text_encoder_3", "t5"], "Got value: t5"),
+        (["--model.policy.text_encoder_3", "t5"], "text_encoder_3"),
         (["--model.policy.dtype", "int8"], "Got value: int8"),
         (["--model.policy.text_length", "0"], "`text_length` must be >= 1. Found 0"),
         (["--model.policy.init_lora", "nowhere"], "Found no such file nowhere"),
