@@ -1,14 +1,33 @@
-"""What a run is estimated to take, and what it takes: the most bytes of CPU tensors alive, by the profiler's record."""
+"""What a run is estimated to take, and what it takes: the most bytes of CPU tensors alive, by the profiler's record.
+
+As a script it measures in a process of its own: torch 2.13 crashes now and then where a profiler's record is freed, or
+looked at through `acc_events`. So records are kept to the end, and the process ends without freeing them.
+"""
 
 from __future__ import annotations
 
+import json
+import os
+import sys
+import tempfile
+from pathlib import Path
 from typing import Any
 
-from lightning.pytorch import Callback
+from lightning.pytorch import Callback, Trainer
 from torch.profiler import ProfilerActivity, profile
 
-from marble_lightning.memory.estimate import Choices, Estimator
+import balancers
+from marble_lightning.memory.estimate import Choices, Estimate, Estimator
 from marble_lightning.memory.ledger import bytes_of
+from marble_lightning.module import DiffusionNFT
+from marble_lightning.policy import SD3Policy
+from marble_lightning.prompts import PromptDataModule
+from marble_lightning.settings import Sampling, Scoring
+from marble_lightning.tinyworld import PROMPTS, WEIGHTS
+from tests.marble_lightning.test_module import Brightness, Contrast, Redness
+
+KEPT: list[profile] = []
+"""Every profiler there was."""
 
 
 class Estimated(Callback):
@@ -30,8 +49,9 @@ def most_alive(profiler: profile) -> int:
 
 
 def recorder() -> profile:
-    """Its record is read as it is: what torch 2.13 makes of it, asked for by `acc_events`, crashes now and then."""
-    return profile(activities=[ProfilerActivity.CPU], profile_memory=True)
+    """A profiler whose record is not freed."""
+    KEPT.append(profile(activities=[ProfilerActivity.CPU], profile_memory=True))
+    return KEPT[-1]
 
 
 class Measured(Callback):
@@ -73,3 +93,62 @@ class Measured(Callback):
         if (batch_idx + 1) % pl_module.plan.per_step == 0:
             self.profiler.stop()
             self._keep("optimizer", most_alive(self.profiler))
+
+
+def fitted(
+    path: Path,
+    folder: Path,
+    balancer: str,
+    checkpointing: bool,
+    accelerator: str = "cpu",
+    measured: Callback | None = None,
+) -> Estimated:
+    """A round of `configs/tiny.yaml`'s batches on the bundled model, or of small ones on the random one."""
+    tiny = path == WEIGHTS / "sd3"
+    module = DiffusionNFT(
+        SD3Policy(
+            str(path), resolution=32 if tiny else 16, rank=16 if tiny else 2, text_length=4, dtype="float32",
+            gradient_checkpointing=checkpointing,
+        ),
+        rewards={"bright": Brightness(), "red": Redness(), "contrast": Contrast()},
+        sampling=Sampling(steps=3, batch_size=108, times_per_image=1),
+        scoring=Scoring(overlap=False),
+        micro_batch_size=72,
+    )  # fmt: skip
+    estimated = Estimated()
+    trainer = Trainer(
+        accelerator=accelerator, devices=1, max_epochs=1, logger=False, enable_checkpointing=False, limit_val_batches=0,
+        enable_progress_bar=False, enable_model_summary=False, default_root_dir=folder,
+        callbacks=[getattr(balancers, balancer)(), estimated, *([measured] if measured else [])],
+    )  # fmt: skip
+    data = PromptDataModule(str(PROMPTS), ["ocr", "geneval"], prompts_per_round=12, images_per_prompt=12)
+    trainer.fit(module, datamodule=data)
+    return estimated
+
+
+def counted(estimate: Estimate) -> dict[str, int]:
+    """What `Measured` measures, as it was estimated."""
+    beyond = {name: phase.beyond for name, phase in estimate.phases.items()}
+    return {
+        "encode": beyond["encoding prompts"],
+        "sample": beyond["sampling"],
+        "decode": beyond["decoding"],
+        "train": beyond["training"] + estimate.parts["gradients"],
+        "optimizer": beyond["optimizer step"] + estimate.parts["optimizer"],
+    }
+
+
+def both(path: str, balancer: str, checkpointing: bool) -> dict[str, tuple[int, int]]:
+    """Bytes of each phase of a run, as estimated and as measured."""
+    measured = Measured()
+    with tempfile.TemporaryDirectory() as folder:
+        expected = counted(fitted(Path(path), Path(folder), balancer, checkpointing, measured=measured).estimate)
+    if balancer == "MARBLE":  # the merged gradient, from before, is let go within the step
+        del expected["optimizer"]
+    return {name: (size, measured.peaks[name]) for name, size in expected.items()}
+
+
+if __name__ == "__main__":
+    found = [both(*case) for case in json.loads(sys.argv[1])]
+    print(json.dumps(found), flush=True)
+    os._exit(0)
