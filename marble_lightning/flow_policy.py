@@ -63,6 +63,7 @@ class FlowPolicy(nn.Module, ABC):
     """The adapter that is judged; with None there are no adapters, and the base is judged."""
     init_lora: str | None = None
     """What the adapters start as, where that is not the base."""
+    _in_use = False
 
     def __init__(self, path: str, revision: str | None, rank: int, alpha: float, targets: Sequence[str]) -> None:
         super().__init__()
@@ -193,12 +194,37 @@ class FlowPolicy(nn.Module, ABC):
 
     @contextmanager
     def using(self, adapter: Adapter | None) -> Iterator[None]:
-        """Run the transformer with one adapter, or with none (the reference policy)."""
-        self._activate(adapter)
+        """Run the transformer with one adapter, or with none (the reference policy).
+
+        Where gradients are off and all is float32, the adapter is merged into the weights for as long: the same velocities
+        up to rounding, at the price of the base's. In half precision W + B A would round a small B A away.
+
+        Raises:
+            RuntimeError: One is in use already.
+        """
+        if self._in_use:
+            raise RuntimeError("`using` must not be nested: leave one adapter before the next. Found one in use.")
+        weights = self._mergeable(adapter)
+        own = [weight.data for weight in weights]
+        for layer, weight in zip(self._lora_layers, weights, strict=False):
+            weight.data = weight.data + layer.get_delta_weight(adapter)
+        self._activate(None if weights else adapter)
+        self._in_use = True
         try:
             yield
         finally:
+            self._in_use = False
+            for weight, data in zip(weights, own, strict=True):  # subtracting again would leave a rounding behind
+                weight.data = data
             self._activate("trained")
+
+    def _mergeable(self, adapter: Adapter | None) -> list[nn.Parameter]:
+        """The weights to merge an adapter into, one per LoRA layer; none where it must stay apart."""
+        half = torch.is_autocast_enabled(self.device.type) or torch.get_float32_matmul_precision() != "highest"
+        if adapter is None or half or torch.is_grad_enabled():
+            return []
+        weights = [layer.get_base_layer().weight for layer in self._lora_layers]
+        return weights if all(weight.dtype == torch.float32 for weight in weights) else []
 
     def _activate(self, adapter: Adapter | None) -> None:
         # peft's own switches also flip requires_grad, which would cut DistributedDataParallel's gradient hooks

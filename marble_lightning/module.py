@@ -228,7 +228,7 @@ class DiffusionNFT(HeldOutEvaluation):
         return weights @ losses * self.plan.per_step + self.objective.kl_weight * kl
 
     def _velocity(self, batch: MicroBatch, adapter: Adapter | None) -> Tensor:
-        with self.policy.using(adapter), torch.set_grad_enabled(adapter == "trained"):
+        with torch.set_grad_enabled(adapter == "trained"), self.policy.using(adapter):
             return self.policy.velocity(batch.noisy, batch.t, batch.conditions)
 
     def _sample_losses(self, batch: MicroBatch, velocity: Tensor) -> tuple[Tensor, Tensor]:

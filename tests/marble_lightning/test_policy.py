@@ -61,8 +61,48 @@ def test_moving_is_a_weighted_mean(policy):
 
 def test_using_an_adapter_leaves_requires_grad_alone(policy):
     flags = [parameter.requires_grad for parameter in policy.parameters()]
-    with policy.using("old"), policy.using(None):
-        assert flags == [parameter.requires_grad for parameter in policy.parameters()]
+    for adapter in ("old", None):
+        with policy.using(adapter):
+            assert flags == [parameter.requires_grad for parameter in policy.parameters()]
+
+
+def test_an_adapter_is_merged_where_all_is_float32_and_the_base_is_itself_again(policy):
+    def velocity(then: Exception | None) -> None:
+        with policy.using("old"):
+            found.append(policy.velocity(noisy, torch.tensor([0.3, 0.9]), conditions))
+            merged.append(policy._lora_layers[0].disable_adapters)
+            if then:
+                raise then
+
+    shake(policy, "old")
+    conditions, noisy = policy.encode(["a", "b"]), torch.randn(2, 4, 8, 8, generator=generator("noisy"))
+    own = {name: parameter.clone() for name, parameter in policy.named_parameters()}
+    found, merged = [], []
+    velocity(None)
+    with torch.no_grad(), pytest.raises(ZeroDivisionError):
+        velocity(ZeroDivisionError())
+    assert merged == [False, True]
+    torch.testing.assert_close(found[1], found[0].detach(), rtol=1e-5, atol=1e-5)
+    assert not policy._lora_layers[0].disable_adapters
+    for name, parameter in policy.named_parameters():
+        assert torch.equal(parameter, own[name]), name
+
+
+@pytest.mark.parametrize("why", ["a graph", "autocast", "coarse products", "half precision"])
+def test_an_adapter_stays_apart_where_merging_would_lose_it(policy, monkeypatch, why):
+    if why == "coarse products":
+        monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: "high")
+    if why == "half precision":
+        policy.transformer.to(torch.bfloat16)
+    autocast = torch.autocast("cpu", torch.bfloat16, enabled=why == "autocast")
+    with torch.set_grad_enabled(why == "a graph"), autocast, policy.using("old"):
+        assert not any(layer.disable_adapters for layer in policy._lora_layers)
+
+
+def test_uses_do_not_nest(policy):
+    with policy.using("old"), pytest.raises(RuntimeError, match="must not be nested"), policy.using(None):
+        pass
+    assert outputs(policy, "old").isfinite().all()
 
 
 def test_every_attention_projection_has_a_lora(policy):
