@@ -78,6 +78,7 @@ def child(moment: str, arguments: list[str], said: Path) -> int:
             os.dup2(file.fileno(), 1)
             os.dup2(file.fileno(), 2)
         status: Any = 1
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in a shell's background is given it as ignored
         try:
             MOMENTS[moment]()
             main(arguments)
