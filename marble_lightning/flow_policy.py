@@ -206,11 +206,11 @@ class FlowPolicy(nn.Module, ABC):
             raise RuntimeError("`using` must not be nested: leave one adapter before the next. Found one in use.")
         weights = self._mergeable(adapter)
         own = [weight.data for weight in weights]
-        for layer, weight in zip(self._lora_layers, weights, strict=False):
-            weight.data = weight.data + layer.get_delta_weight(adapter)
-        self._activate(None if weights else adapter)
         self._in_use = True
         try:
+            for layer, weight in zip(self._lora_layers if weights else (), weights, strict=True):
+                weight.data = weight.data + layer.get_delta_weight(adapter)
+            self._activate(None if weights else adapter)
             yield
         finally:
             self._in_use = False
