@@ -71,6 +71,9 @@ def must_be_comparable(ours: Results, theirs: Results, name: str, columns: Seque
     keys = dict.fromkeys([*ours["settings"], *theirs["settings"]])
     pairs = {key: (theirs["settings"].get(key), ours["settings"].get(key)) for key in keys}
     differences = [f"{key} {other} instead of {own}" for key, (other, own) in pairs.items() if other != own]
+    for column, (other, own) in _judges(ours, theirs, columns).items():
+        if other["class"] != own["class"]:
+            differences.append(f"{column} by {other['class']} instead of {own['class']}")
     found, wanted = ([(each["index"], each["set"], each["prompt"]) for each in run["prompts"]] for run in (theirs, ours))
     if len(found) != len(wanted):
         differences.append(f"{len(found)} prompts instead of {len(wanted)}")
@@ -90,6 +93,28 @@ def must_be_comparable(ours: Results, theirs: Results, name: str, columns: Seque
             f"`results.compare_with` must name runs with a score of every reward compared. Found none of "
             f"{', '.join(missing)} in {name}; name others under `results.columns`, or measure it with this run's rewards."
         )
+
+
+def judged_otherwise(ours: Results, theirs: Results, columns: Sequence[str]) -> list[str]:
+    """In which settings the judges of another run differ from ours, such as where their weights are from.
+
+    Args:
+        ours: Judges of this run.
+        theirs: Results of the other one; where they do not say, nothing differs.
+        columns: Rewards and metrics.
+    """
+    return [
+        f"{column}.{name} {other.get(name)} instead of {own.get(name)}"
+        for column, (other, own) in _judges(ours, theirs, columns).items()
+        for name in dict.fromkeys([*own, *other])
+        if other.get(name) != own.get(name)
+    ]
+
+
+def _judges(ours: Results, theirs: Results, columns: Sequence[str]) -> dict[str, tuple[Any, Any]]:
+    """Their judge and ours of each column that both know of."""
+    other, own = (run.get("judges", {}) for run in (theirs, ours))
+    return {column: (other[column], own[column]) for column in columns if column in other and column in own}
 
 
 def comparison_table(found: Sequence[Mapping[str, Any]]) -> Table:

@@ -6,7 +6,6 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 from diffusers import StableDiffusion3Pipeline
 from diffusers.loaders.lora_base import LORA_WEIGHT_NAME, LORA_WEIGHT_NAME_SAFE
@@ -17,6 +16,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from marble_lightning.lora import Lora
+from marble_lightning.whole_files import written_whole
 
 FILE = LORA_WEIGHT_NAME_SAFE
 """The name under which diffusers looks for a LoRA in a folder."""
@@ -46,15 +46,15 @@ def write_lora(lora: Lora, folder: Path, targets: Sequence[str], about: Mapping[
     layers = lora.scaled(lora.alpha / lora.rank)
     # Nothing but what differs from peft's defaults: an older peft refuses fields that it does not know.
     config = {"r": lora.rank, "lora_alpha": lora.rank, "target_modules": list(targets)}
-    folder.mkdir(parents=True, exist_ok=True)
-    with TemporaryDirectory(dir=folder) as scratch:
+    with written_whole(folder / FILE) as file:
         StableDiffusion3Pipeline.save_lora_weights(
-            scratch, transformer_lora_layers=layers, transformer_lora_adapter_metadata=config
+            file.parent, transformer_lora_layers=layers, transformer_lora_adapter_metadata=config
         )
-        plain, whole = Path(scratch, FILE), Path(scratch, "whole")
-        header = _header(plain) | {ALPHA: repr(float(lora.alpha))} | {f"{OURS}{name}": text for name, text in about.items()}
-        whole.write_bytes(save(load_file(plain), metadata=header))  # not `save_file`, whose files only their owner may read
-        return whole.replace(folder / FILE)
+        header = _header(file) | {ALPHA: repr(float(lora.alpha))} | {f"{OURS}{name}": text for name, text in about.items()}
+        content = save(load_file(file), metadata=header)
+        file.unlink()  # it was written by `save_file`, whose files only their owner may read
+        file.write_bytes(content)
+    return folder / FILE
 
 
 def read_lora(path: str, *, rank: int, alpha: float) -> Lora:

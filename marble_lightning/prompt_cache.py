@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -14,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from marble_lightning.flow_policy import Conditions
+from marble_lightning.whole_files import written_whole
 
 ENDS = 256
 """Elements from either end of every tensor that tell one set of weights from another."""
@@ -70,9 +70,8 @@ class PromptCache:
         """Keep a prompt's encoding, a batch of one."""
         file = self._file(text)
         tensors: dict[str, Float[Tensor, "1 ..."]] = {"embeds": encoded.embeds, "pooled": encoded.pooled}
-        beside = file.with_suffix(f".{os.getpid()}")
-        save_file({name: tensor.contiguous().cpu() for name, tensor in tensors.items()}, beside, {"prompt": text})
-        beside.replace(file)
+        with written_whole(file) as beside:
+            save_file({name: tensor.contiguous().cpu() for name, tensor in tensors.items()}, beside, {"prompt": text})
 
     def _file(self, text: str) -> Path:
         return self.folder / f"{hashlib.blake2b(text.encode(), digest_size=16).hexdigest()}.safetensors"

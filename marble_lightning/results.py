@@ -13,6 +13,7 @@ from torch import Tensor
 
 from marble_lightning.prompts import ALL
 from marble_lightning.table import MEAN_OF_TAGS, Summary, by_tag, summaries, summarise
+from marble_lightning.whole_files import written_whole
 from rewards import Prompt, Reward
 
 JSON, CSV = "results.json", "results.csv"
@@ -63,6 +64,7 @@ def document(measured: Measured, **facts: Any) -> dict[str, Any]:
     return {
         **facts,
         "rewards": list(measured.judges),
+        "judges": {name: judge.identity for name, judge in measured.judges.items()},
         "sets": {name: _means(own) for name, own in measured.sets().items() if name != ALL},
         ALL: _means(measured),
         "tags": _tags(measured),
@@ -80,10 +82,10 @@ def write(folder: Path, found: Mapping[str, Any]) -> None:
         folder: Where to; made where it is missing.
         found: What `document` gave.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / JSON).write_text(json.dumps(found, indent=1, ensure_ascii=False, allow_nan=False), encoding="utf-8")
+    with written_whole(folder / JSON) as beside:
+        beside.write_text(json.dumps(found, indent=1, ensure_ascii=False, allow_nan=False), encoding="utf-8")
     sets = {**found["sets"], **({ALL: found[ALL]} if len(found["sets"]) > 1 else {})}
-    with (folder / CSV).open("w", newline="", encoding="utf-8") as file:
+    with written_whole(folder / CSV) as beside, beside.open("w", newline="", encoding="utf-8") as file:
         lines = csv.writer(file)
         lines.writerow(["set", "reward", *Summary._fields])
         for name, means in sets.items():

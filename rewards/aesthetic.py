@@ -33,6 +33,8 @@ class Aesthetic(Reward):
         ValueError: if an argument is out of range.
     """
 
+    scored_by = (*Reward.scored_by, "head_path", "head_file", "head_revision")
+
     def __init__(
         self,
         path: str = "openai/clip-vit-large-patch14",

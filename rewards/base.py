@@ -45,6 +45,8 @@ class Reward(nn.Module, ABC):
     """
 
     batch_size: int = 32
+    scored_by: tuple[str, ...] = ("path", "revision", "file", "dtype")
+    """Attributes that its scores depend on, those of them that it has; results of runs that differ in one are told apart."""
     _missing: int = 0
 
     def __init__(self, batch_size: int | None = None) -> None:
@@ -124,6 +126,12 @@ class Reward(nn.Module, ABC):
     def train(self, mode: bool = True) -> "Reward":
         """Stay in eval mode: a trainer switches its children to train mode, which would turn on a judge's dropout."""
         return super().train(False)
+
+    @property
+    def identity(self) -> dict[str, str]:
+        """Its class and what its scores depend on (`scored_by`), as text."""
+        kind = f"{type(self).__module__}.{type(self).__qualname__}"
+        return {"class": kind} | {name: str(getattr(self, name)) for name in self.scored_by if hasattr(self, name)}
 
     @property
     def _name(self) -> str:

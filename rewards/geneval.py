@@ -39,6 +39,8 @@ class GenEval(Reward):
         ValueError: if `score` is none of the three, or an argument is out of range.
     """
 
+    scored_by = (*Reward.scored_by, "kind", "threshold", "counting_threshold", "max_objects")
+
     def __init__(
         self,
         detector: Detector,

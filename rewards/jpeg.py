@@ -32,6 +32,8 @@ class JPEGCompressibility(Reward):
         ValueError: if an argument is out of range.
     """
 
+    scored_by = (*Reward.scored_by, "quality")
+
     def __init__(self, quality: int = 95, batch_size: int = 32) -> None:
         super().__init__(batch_size)
         if not 1 <= quality <= 100:

@@ -75,6 +75,8 @@ class OCR(Reward):
         ValueError: if an argument is out of range.
     """
 
+    scored_by = (*Reward.scored_by, "upscale_to", "detect")
+
     def __init__(
         self,
         upscale_to: int | None = None,

@@ -35,6 +35,8 @@ class PickScore(Reward):
         ValueError: if an argument is out of range.
     """
 
+    scored_by = (*Reward.scored_by, "divide_by")
+
     def __init__(
         self,
         path: str = "yuvalkirstain/PickScore_v1",

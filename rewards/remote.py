@@ -55,6 +55,8 @@ class RemoteReward(Reward):
         ValueError: if an argument is out of range.
     """
 
+    scored_by = (*Reward.scored_by, "url")
+
     def __init__(
         self,
         url: str,

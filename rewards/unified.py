@@ -75,6 +75,8 @@ class UnifiedReward(Reward):
         ValueError: if an argument is out of range.
     """
 
+    scored_by = (*Reward.scored_by, "model", "question", "size", "max_tokens")
+
     def __init__(
         self,
         base_url: str = "http://localhost:17140/v1",

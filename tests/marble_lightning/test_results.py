@@ -11,7 +11,7 @@ import pytest
 import torch
 from scipy.stats import zscore
 
-from marble_lightning.comparison import compared, comparison_table, must_be_comparable, z_scores
+from marble_lightning.comparison import compared, comparison_table, judged_otherwise, must_be_comparable, z_scores
 from marble_lightning.results import Measured, document, read, write
 from rewards import Prompt, Reward
 from tests.marble_lightning.test_module import Brightness
@@ -136,3 +136,15 @@ def test_runs_measured_otherwise_are_refused_with_what_differs(other, message):
 
 def test_a_run_measured_the_same_way_is_comparable():
     must_be_comparable(results(), results(SCORES + 1), "that one", list(JUDGES))
+
+
+def test_another_judge_under_the_same_name():
+    """Another class is refused; other settings are told, since weights may have moved."""
+    ours, theirs, kind = results(), results(), next(iter(JUDGES))
+    theirs["judges"] = {**ours["judges"], kind: {**ours["judges"][kind], "class": "mine.Another"}}
+    with pytest.raises(ValueError, match=rf"with {kind} by mine\.Another instead of tests"):
+        must_be_comparable(ours, theirs, "that one", list(JUDGES))
+    theirs["judges"][kind] = {**ours["judges"][kind], "path": "elsewhere"}
+    must_be_comparable(ours, theirs, "that one", list(JUDGES))
+    assert judged_otherwise(ours, theirs, list(JUDGES)) == [f"{kind}.path elsewhere instead of None"]
+    assert judged_otherwise(ours, theirs, list(JUDGES)[1:]) == []
