@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+AdvantageStd = Literal["round", "group"]
 AdvantageMode = Literal["all", "positive_only", "negative_only", "one_only", "binary"]
 """Which part of an advantage is learned from; see `only`."""
 
@@ -16,7 +17,7 @@ EPSILON = 1e-4
 
 
 def group_advantages(
-    rewards: Float[Tensor, "sample reward"], groups: Int[Tensor, " sample"], std: Literal["round", "group"] = "round"
+    rewards: Float[Tensor, "sample reward"], groups: Int[Tensor, " sample"], std: AdvantageStd = "round"
 ) -> Float[Tensor, "sample reward"]:
     r"""Standardise each reward within the samples of one prompt.
 

@@ -7,6 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from math import inf
 from typing import Any, Literal
 
 import torch
@@ -40,6 +41,12 @@ class Conditions:
         return Conditions(self.embeds[index], self.pooled[index])
 
 
+def joined(rows: Sequence[Conditions], device: torch.device) -> Conditions:
+    """Batches of encoded prompts as one, on a device."""
+    embeds, pooled = (torch.cat([getattr(row, part).to(device) for row in rows]) for part in ("embeds", "pooled"))
+    return Conditions(embeds, pooled)
+
+
 class FlowPolicy(nn.Module, ABC):
     """A text-to-image flow model with a frozen base and the LoRA adapters `trained`, `old` and `ema`.
 
@@ -69,6 +76,8 @@ class FlowPolicy(nn.Module, ABC):
         super().__init__()
         if rank < 1:
             raise ValueError(f"`rank` must be >= 1. Found {rank}.")
+        if not 0 < alpha < inf:
+            raise ValueError(f"`alpha` must be > 0 and finite. Found {alpha}.")
         if not targets:
             raise ValueError("`targets` must name at least one linear layer. Found none.")
         self.path, self.revision = path, revision
@@ -166,7 +175,14 @@ class FlowPolicy(nn.Module, ABC):
             torch.manual_seed(derived_seed(seed, "lora"))
             for name in ADAPTERS if self.adapter else ():
                 self.transformer.add_adapter(config, name)
-        self._lora_layers = [module for module in self.transformer.modules() if isinstance(module, LoraLayer)]
+        layers = {name: module for name, module in self.transformer.named_modules() if isinstance(module, LoraLayer)}
+        if unknown := [
+            own for own in self.targets if self.adapter and not any(f".{name}".endswith(f".{own}") for name in layers)
+        ]:
+            raise ValueError(
+                f"`policy.targets` must name linear layers of the transformer. Found no {unknown[0]!r} in {self.path}."
+            )
+        self._lora_layers = list(layers.values())
         for name in ADAPTERS:
             for parameter in self.parameters_of(name):
                 parameter.data = parameter.data.float()

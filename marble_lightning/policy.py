@@ -11,7 +11,7 @@ from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from marble_lightning.flow_policy import Adapter, Conditions, FlowPolicy
+from marble_lightning.flow_policy import Adapter, Conditions, FlowPolicy, joined
 from marble_lightning.lora_files import read_lora
 from marble_lightning.prompt_cache import PromptCache, fingerprint
 from marble_lightning.sd3_files import pipeline_index, the_resolution_fits
@@ -19,6 +19,9 @@ from marble_lightning.solvers import Solver, flow_sigmas, scheduler_for
 
 TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
 """Linear layers of a joint attention block that get a LoRA, as in the published runs."""
+
+AT_ONCE = 32
+"""Prompts that the text encoders read at once."""
 
 
 class SD3Policy(FlowPolicy):
@@ -39,7 +42,8 @@ class SD3Policy(FlowPolicy):
         prompt_cache: Folder to keep encoded prompts in, told apart by text encoders and prompt; null keeps none. A prompt
             takes 1.6 MiB with SD3.5's encoders in bfloat16.
         vae_slicing: Decode pictures one by one: saves memory where many are sampled at once.
-        vae_tiling: Decode large pictures in overlapping tiles: saves memory, may change them a little at the seams.
+        vae_tiling: Decode pictures above the autoencoder's own size, 1024 pixels for SD3.5, in overlapping tiles: saves
+            memory, may change them a little at the seams.
         compile: Compile the transformer's blocks (torch.compile): minutes at the start, faster afterwards.
         init_lora: File or folder with a LoRA that all adapters start as, e.g. from `marble-lightning export`; null starts at
             the base. What a run calls its base on held-out prompts is then this start; the KL term stays with the base.
@@ -147,7 +151,7 @@ class SD3Policy(FlowPolicy):
         """Encode prompts with the pipeline's text encoders, or take them from the cache."""
         if self.prompt_cache is None:
             with self._text_encoders_at_hand():
-                return self._encode(texts)
+                return joined([self._encode(texts[i : i + AT_ONCE]) for i in range(0, len(texts), AT_ONCE)], self.device)
         distinct = dict.fromkeys(texts)
         kept = {text: found for text in distinct if (found := self.cache.get(text)) is not None}
         if missing := [text for text in distinct if text not in kept]:
@@ -155,9 +159,7 @@ class SD3Policy(FlowPolicy):
                 for text in missing:  # one by one, so that what is kept does not depend on its neighbours by a rounding
                     kept[text] = self._encode([text])
                     self.cache.put(text, kept[text])
-        rows = [kept[text] for text in texts]
-        embeds, pooled = (torch.cat([getattr(row, part).to(self.device) for row in rows]) for part in ("embeds", "pooled"))
-        return Conditions(embeds, pooled)
+        return joined([kept[text] for text in texts], self.device)
 
     def _encode(self, texts: Sequence[str]) -> Conditions:
         embeds, _, pooled, _ = self.pipeline.encode_prompt(

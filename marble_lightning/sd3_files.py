@@ -35,7 +35,9 @@ def pipeline_index(path: str, revision: str | None = None) -> dict[str, Any]:
     except OSError as error:
         raise ValueError(
             f"`policy.path` must be a folder in diffusers format or a hub id (owner/name). Found {path!r}: no such "
-            f"folder from {Path.cwd()}, where relative paths start" + ", and no such model on the hub." * hub_id
+            f"folder from {Path.cwd()}, where relative paths start"
+            + f", and the hub gave none: {error}. A gated model needs its licence accepted and `hf auth login`."
+            * hub_id
         ) from error
     if index.get("_class_name") != "StableDiffusion3Pipeline":
         raise ValueError(

@@ -8,7 +8,7 @@ from typing import Any, Literal, get_args
 
 import torch
 
-from marble_lightning.advantages import AdvantageMode
+from marble_lightning.advantages import AdvantageMode, AdvantageStd
 from marble_lightning.solvers import Solver
 
 
@@ -32,6 +32,7 @@ class Sampling:
 
     def __post_init__(self) -> None:
         at_least_one(steps=self.steps, batch_size=self.batch_size)
+        one_of(Solver, solver=self.solver)
         if not 1 <= self.usable_times <= self.steps:
             raise ValueError(
                 f"`timestep_fraction` must leave 1 to {self.steps} of the times. Found {self.timestep_fraction}."
@@ -113,11 +114,13 @@ class Objective:
 
     beta: float = 0.1
     max_advantage: float = 5.0
-    advantage_std: Literal["round", "group"] = "round"
+    advantage_std: AdvantageStd = "round"
     advantage_mode: AdvantageMode = "all"
     kl_weight: float = 1e-4
 
     def __post_init__(self) -> None:
+        one_of(AdvantageStd, advantage_std=self.advantage_std)
+        one_of(AdvantageMode, advantage_mode=self.advantage_mode)
         for name in ("beta", "max_advantage"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"`{name}` must be > 0. Found {getattr(self, name)}.")
@@ -143,7 +146,7 @@ class Averaging:
 
     old_rate: float = 0.001
     old_start: int = 0
-    old_cap: float = 0.5
+    old_cap: float = 0.95
     ema_decay: float = 0.9
 
     def __post_init__(self) -> None:
@@ -178,8 +181,7 @@ class Evaluation:
 
     def __post_init__(self) -> None:
         at_least_one(steps=self.steps)
-        if self.solver not in get_args(Solver):
-            raise ValueError(f"`solver` must be one of {', '.join(get_args(Solver))}. Found {self.solver!r}.")
+        one_of(Solver, solver=self.solver)
         if not 1 <= self.guidance < inf:
             raise ValueError(f"`guidance` must be >= 1 and finite. Found {self.guidance}.")
         if self.resolution is not None and (self.resolution < 16 or self.resolution % 16):
@@ -191,6 +193,13 @@ class Evaluation:
 def adamw(parameters: Any) -> torch.optim.Optimizer:
     """AdamW with the published settings."""
     return torch.optim.AdamW(parameters, lr=3e-4, betas=(0.9, 0.999), weight_decay=1e-4, eps=1e-8)
+
+
+def one_of(choices: Any, **values: str) -> None:
+    """Refuse a value that is none of a Literal's by its name."""
+    for name, value in values.items():
+        if value not in get_args(choices):
+            raise ValueError(f"`{name}` must be one of {', '.join(get_args(choices))}. Found {value!r}.")
 
 
 def at_least_one(**counts: int) -> None:

@@ -205,7 +205,7 @@ def test_a_hub_id_that_cannot_be_reached_is_named(monkeypatch):
         raise OSError("offline")
 
     monkeypatch.setattr(StableDiffusion3Pipeline, "load_config", unreachable)
-    with pytest.raises(ValueError, match=r"Found 'owner/name': no such folder from .*, and no such model on the hub"):
+    with pytest.raises(ValueError, match=r"Found 'owner/name': no such folder from .*, and the hub gave none: offline"):
         pipeline_index("owner/name")
 
 
@@ -220,13 +220,23 @@ def test_bad_options():
         SD3Policy("x/y", adapter="none", init_lora="some")
     with pytest.raises(ValueError, match="`targets` must name"):
         SD3Policy("x/y", targets=[])
+    for alpha in (0, -1.0, float("inf"), float("nan")):
+        with pytest.raises(ValueError, match=f"`alpha` must be > 0 and finite. Found {alpha}"):
+            SD3Policy("x/y", alpha=alpha)
     with pytest.raises(ValueError, match="`text_length` must be >= 1. Found 0"):
         SD3Policy("x/y", text_length=0)
 
 
-def test_decoding_in_slices_and_tiles(checkpoints):
-    """Slices change nothing; tiles leave pictures of a tile's size as they are."""
-    latents = torch.randn(3, 4, 8, 8, generator=generator("latents"))
+def test_a_target_that_no_layer_is_called(checkpoints):
+    policy = SD3Policy(str(checkpoints / "sd3"), resolution=16, rank=2, targets=["to_q", "to_typo"])
+    with pytest.raises(ValueError, match=r"`policy\.targets` must name linear layers.* Found no 'to_typo'"):
+        policy.setup(seed=0)
+
+
+@pytest.mark.parametrize("side", [8, 20])
+def test_decoding_in_slices_and_tiles(checkpoints, side):
+    """Slices change nothing; tiles leave pictures of a tile's size as they are, and larger ones but for the seams."""
+    latents = torch.randn(3, 4, side, side, generator=generator("latents"))
     pictures = []
     for options in ({}, {"vae_slicing": True}, {"vae_tiling": True}):
         policy = SD3Policy(str(checkpoints / "sd3"), resolution=16, rank=2, dtype="float32", **options)
@@ -234,4 +244,5 @@ def test_decoding_in_slices_and_tiles(checkpoints):
         assert (policy.vae.use_slicing, policy.vae.use_tiling) == ("vae_slicing" in options, "vae_tiling" in options)
         pictures.append(policy.decode(latents))
     torch.testing.assert_close(pictures[1], pictures[0], rtol=0, atol=1e-6)
-    torch.testing.assert_close(pictures[2], pictures[0], rtol=0, atol=1e-6)
+    away = (pictures[2] - pictures[0]).abs()
+    assert away.max() < 1e-6 if side == 8 else 0 < away.mean() < 0.1
