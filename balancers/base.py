@@ -10,6 +10,7 @@ from typing import Any, Literal, cast
 import torch
 from jaxtyping import Bool, Float
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from balancers.accumulation import GradientSum
@@ -239,6 +240,13 @@ class Balancer(Callback):
         self._sum, self._solved = GradientSum(), None
 
     # Checkpoints
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Tell where a run goes on from what another balancer has trained."""
+        if trainer.state.fn == "fit" and self.state_key not in checkpoint["callbacks"]:
+            ours = {callback.state_key for callback in trainer.callbacks}  # type: ignore[attr-defined]
+            theirs = ", ".join(sorted(set(checkpoint["callbacks"]) - ours)) or "another balancer"
+            rank_zero_warn(f"{trainer.ckpt_path} was trained with {theirs}; this run goes on with {self.state_key}.")
 
     def state_dict(self) -> dict[str, Any]:
         """All that the next step depends on, between two optimizer steps; NaN where a reward has never been active."""

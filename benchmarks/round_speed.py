@@ -65,8 +65,6 @@ class InTurn(Callback):
         whole = now() - self.sampled
         taken = self.phases.taken()
         taken |= {"score": float(found["time/waiting_for_scores"]), "train": float(found["time/training"])}
-        if not ours.scorer.settings.overlap:  # then nothing else goes on, and waiting is all of it
-            taken["score"] = float(found["time/waiting_for_scores"])
         self._keep("ours", taken, whole)
 
         begun = now()

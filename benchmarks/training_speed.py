@@ -104,7 +104,7 @@ class Turns(Callback):
         module, index = cast(DiffusionNFT, pl_module), trainer.current_epoch % len(self.turns)
         method, k = self.turns[index]
         module.rewards = nn.ModuleDict(dict(list(self.rewards.items())[:k]))
-        module.balancer, module.gradient_passes = self.balancers[index], method.passes
+        module.balancer = self.balancers[index]
         module.per_reward.taps = self.taps if method.passes == "two" else None
         if self.taps:
             self.taps.on = False

@@ -12,9 +12,9 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from rich.console import Console
 from torch import Tensor
 
+from marble_lightning.checkpoints import LAST, RoundCheckpoint, warn
 from marble_lightning.checks import the_data
-from marble_lightning.comparison import Results as Found
-from marble_lightning.comparison import compared, comparison_table, must_be_comparable
+from marble_lightning.comparison import compared, comparison_table, judged_otherwise, must_be_comparable
 from marble_lightning.held_out import HeldOut
 from marble_lightning.module import DiffusionNFT
 from marble_lightning.pictures import grid, scores_text, to_image
@@ -96,17 +96,17 @@ class Results(Callback):
 
     def __init__(self, compare_with: list[str] | None = None, columns: list[str] | None = None) -> None:
         self.compare_with, self.columns = compare_with or [], columns
-        self.others: dict[str, Found] = {}
+        self.others: dict[str, dict[str, Any]] = {}
         self.loaded_step: int | None = None
         """Optimizer step of the checkpoint that is judged."""
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuse what cannot be compared before anything is sampled."""
-        every = trainer.check_val_every_n_epoch
-        if stage == "fit" and trainer.limit_val_batches and every and trainer.max_epochs and trainer.max_epochs % every:
+        every, rounds = trainer.check_val_every_n_epoch, trainer.max_epochs or 0  # -1: no end
+        if stage == "fit" and trainer.limit_val_batches and every and rounds > 0 and rounds % every:
             raise ValueError(
                 f"`max_epochs` must be a multiple of `check_val_every_n_epoch`, {every}, for the last round to be judged. "
-                f"Found {trainer.max_epochs}."
+                f"Found {rounds}."
             )
         if stage == "predict" or not isinstance(pl_module, DiffusionNFT):
             return
@@ -118,10 +118,13 @@ class Results(Callback):
         prompts = dict(enumerate(the_data(trainer).held_out[:: the_data(trainer).held_out_images]))
         planned = {
             "settings": self._settings(trainer, pl_module),
+            "judges": {name: judge.identity for name, judge in pl_module.judges.items()},
             "prompts": [{"index": index, "set": each.source, "prompt": each.text} for index, each in prompts.items()],
         }
         for path, other in self.others.items():
             must_be_comparable(planned, other, path, self._columns(pl_module))
+            if differences := judged_otherwise(planned, other, self._columns(pl_module)):
+                warn(f"`results.compare_with`: {path} was judged otherwise, with {', '.join(differences)}.")
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         self.loaded_step = checkpoint["global_step"]
@@ -131,7 +134,10 @@ class Results(Callback):
         if not trainer.is_global_zero:
             return
         self._show(trainer, pl_module, folder)
-        config, checkpoint = folder / "config.yaml", folder / "checkpoints" / "last.ckpt"
+        config, checkpoint = folder / "config.yaml", folder / "checkpoints" / LAST
+        if not checkpoint.exists() and trainer.ckpt_path:
+            print(f"\nNothing was left to train: {trainer.ckpt_path} is after {trainer.current_epoch} rounds.")
+            return
         print(
             f"\nThis run:       {folder}\n"
             f"Judge it again: marble-lightning validate -c {config} --ckpt_path {checkpoint}\n"
@@ -184,7 +190,8 @@ class Results(Callback):
     def _judged(self, trainer: Trainer, module: DiffusionNFT) -> dict[str, Any]:
         """What was judged: the model, and the adapter of which checkpoint."""
         fitted = trainer.state.fn == "fit"
-        path = getattr(trainer.checkpoint_callback, "best_model_path", None) if fitted else trainer.ckpt_path
+        written = [own.best_model_path for own in trainer.checkpoint_callbacks if isinstance(own, RoundCheckpoint)]
+        path = next(iter(written), None) if fitted else trainer.ckpt_path
         path = path or module.policy.init_lora
         return {
             "command": trainer.state.fn.value if trainer.state.fn else None,

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import os
 import shutil
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 from zipfile import BadZipFile, ZipFile, is_zipfile
@@ -15,6 +14,9 @@ from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_only
+
+from marble_lightning.stops import Stopped, job, link_of_job
+from marble_lightning.whole_files import folder_to_disk, written_whole
 
 log = logging.getLogger(__name__)
 warn = rank_zero_only(log.warning)
@@ -42,6 +44,23 @@ def damage(path: str | Path) -> str | None:
     return f"its record {broken} does not match its checksum" if broken else None
 
 
+def must_be_of_fit(found: Any, file: str | Path | None) -> None:
+    """Refuse what another program has written.
+
+    Args:
+        found: What a checkpoint holds.
+        file: Which it is.
+
+    Raises:
+        ValueError: It lacks what `fit` writes.
+    """
+    if not isinstance(found, dict) or not {"lora", "state_dict", "epoch", "global_step"} <= found.keys():
+        raise ValueError(
+            "`ckpt_path` must be a checkpoint that `marble-lightning fit` wrote. Found another program's, "
+            f"{file}, without the adapters' settings."
+        )
+
+
 def newest_whole(damaged: Path) -> Path | None:
     """The newest whole checkpoint beside a damaged one, or else of the other runs of its name."""
     folder = damaged.parent
@@ -53,15 +72,18 @@ def newest_whole(damaged: Path) -> Path | None:
     return None
 
 
-def last_of(trainer: Trainer) -> tuple[Path, Path | None]:
-    """The folder of the trainer's runs of one name, and the newest `last.ckpt` in it, if there is one."""
+def folder_of_runs(trainer: Trainer) -> Path:
+    """The folder of the trainer's runs of one name."""
     logger = trainer.logger
-    if logger is None:  # ModelCheckpoint's own choice, as below, where the version is any
-        folder, pattern = Path(trainer.default_root_dir), f"checkpoints/{LAST}"
-    else:
-        folder, pattern = Path(logger.save_dir or trainer.default_root_dir) / str(logger.name), f"*/checkpoints/{LAST}"
-    found = list(folder.glob(pattern))  # with links that lead nowhere: loading says so
-    return folder, max(found, key=_time, default=None)
+    root = Path(trainer.default_root_dir)
+    return root if logger is None else Path(logger.save_dir or root) / str(logger.name)
+
+
+def last_of(trainer: Trainer) -> Path | None:
+    """The newest `last.ckpt` of the trainer's runs of one name, if there is one."""
+    version = "." if trainer.logger is None else "*"  # ModelCheckpoint's own choice
+    found = folder_of_runs(trainer).glob(f"{version}/checkpoints/{LAST}")
+    return max(found, key=_time, default=None)  # also a link that leads nowhere: loading says so
 
 
 def _time(file: Path) -> int:
@@ -77,16 +99,14 @@ def point(link: Path, to: Path) -> None:
     except OSError:  # on Windows a privilege of few
         shutil.copy(to, temporary)
     os.replace(temporary, link)
-    _to_disk(link.parent)
+    folder_to_disk(link.parent)
 
 
-def _to_disk(folder: Path) -> None:
-    """Have a folder's names survive a loss of power, where the file system can do so."""
-    if hasattr(os, "O_DIRECTORY"):
-        handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-        with suppress(OSError):
-            os.fsync(handle)
-        os.close(handle)
+def _is_newest(trainer: Trainer, file: Path, link: Path) -> None:
+    """Have a run's link, and the SLURM job's if this is one, lead to its newest checkpoint."""
+    point(link, file)
+    if name := job():
+        point(link_of_job(folder_of_runs(trainer), name), file)
 
 
 class WholeCheckpointIO(TorchCheckpointIO):
@@ -98,19 +118,12 @@ class WholeCheckpointIO(TorchCheckpointIO):
     """
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any | None = None) -> None:
-        """Write beside the file, wait for the disk, and put it in its place in one step."""
+        """Write it as `written_whole` does."""
         if storage_options is not None or "://" in str(path):
             super().save_checkpoint(checkpoint, path, storage_options)
             return
-        file = Path(path)
-        file.parent.mkdir(parents=True, exist_ok=True)
-        temporary = file.with_name(f".{file.name}.tmp")
-        with temporary.open("wb") as stream:
+        with written_whole(Path(path)) as beside, beside.open("wb") as stream:
             torch.save(checkpoint, stream)
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.replace(temporary, file)
-        _to_disk(file.parent)
 
     def load_checkpoint(self, path: str | Path, *arguments: Any, **options: Any) -> dict[str, Any]:
         """Load a checkpoint that is whole.
@@ -162,7 +175,7 @@ class RoundCheckpoint(ModelCheckpoint):
     @staticmethod
     def _link_checkpoint(trainer: Trainer, filepath: str, linkpath: str) -> None:
         if trainer.is_global_zero:  # Lightning removes the link, then makes it anew
-            point(Path(linkpath), Path(filepath))
+            _is_newest(trainer, Path(filepath), Path(linkpath))
         trainer.strategy.barrier()
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -178,10 +191,15 @@ class RoundCheckpoint(ModelCheckpoint):
             self._save_last_checkpoint(trainer, found)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        if trainer.state.fn != "fit" or trainer.sanity_checking or not trainer.is_global_zero:
-            return
-        if not trainer.fit_loop.epoch_progress.current.ready:  # no round has begun
-            return
+        begun = trainer.fit_loop.epoch_progress.current.ready  # a round
+        try:
+            if trainer.state.fn == "fit" and not trainer.sanity_checking and begun and trainer.is_global_zero:
+                self._keep_beginning(trainer)
+        finally:
+            if isinstance(exception, Stopped):  # on all ranks; none may end, and have its launcher end the others, before
+                trainer.strategy.barrier()
+
+    def _keep_beginning(self, trainer: Trainer) -> None:
         # no hook of ours may wait for other ranks here, as Trainer.save_checkpoint would: they may not come
         state = trainer._checkpoint_connector.dump_checkpoint(weights_only=False)
         rounds = state["loops"]["fit_loop"]["epoch_progress"]["current"]["processed"]
@@ -192,5 +210,5 @@ class RoundCheckpoint(ModelCheckpoint):
         if step < state["global_step"]:
             path = str(Path(self.dirpath or ".") / f"before_round_{rounds:04d}.ckpt")
             trainer.strategy.save_checkpoint(state, path)
-            point(Path(path).with_name(LAST), Path(path))
+            _is_newest(trainer, Path(path), Path(path).with_name(LAST))
         warn(f"Stopped after {rounds} whole round(s). Go on from there: --ckpt_path {path}")

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 
 from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import Timer
+from lightning.pytorch.callbacks.timer import Interval
 
 from balancers import Balancer
 from marble_lightning.prompts import PromptDataModule
@@ -20,6 +22,9 @@ WHOLE_ROUNDS = {
 }
 """Trainer options that would cut a round short, with their defaults."""
 
+PRECISIONS = ("32-true", "bf16-mixed", "16-mixed")
+"""Precisions of the trainer that leave the adapters and what they learn in float32."""
+
 
 def the_balancer(trainer: Trainer) -> Balancer:
     """The trainer's one Balancer callback."""
@@ -27,6 +32,15 @@ def the_balancer(trainer: Trainer) -> Balancer:
     if len(found) != 1:
         raise ValueError(f"The trainer must have one Balancer callback, e.g. balancers.MARBLE(). Found {len(found)}.")
     return found[0]
+
+
+def the_precision(trainer: Trainer) -> None:
+    """One that leaves the adapters in float32."""
+    if trainer.precision not in PRECISIONS:
+        raise ValueError(
+            f"`precision` must be one of {', '.join(PRECISIONS)}. Found {trainer.precision}: adapters learn in float32; "
+            "`policy.dtype` is the precision of the frozen weights."
+        )
 
 
 def the_data(trainer: Trainer) -> PromptDataModule:
@@ -55,6 +69,11 @@ def the_plan(trainer: Trainer, sampling: Sampling, micro_batch_size: int, optimi
                 f"`{name}` must keep its default, since a round is trained on as a whole. Found {getattr(trainer, name)}; "
                 "use `max_epochs` for fewer rounds, and `prompts_per_round` or `images_per_prompt` for smaller ones."
             )
+    if any(isinstance(callback, Timer) and callback._interval == Interval.step for callback in trainer.callbacks):  # type: ignore[attr-defined]
+        raise ValueError(
+            "`max_time` must be null, since a round is trained on as a whole. Found one; use `max_epochs`, or the callback "
+            "Timer with `interval: epoch`, which ends a run after a round."
+        )
     images = data.prompts_per_round // ranks * data.images_per_prompt
     return Plan(images, sampling.times, micro_batch_size, optimizer_steps, inner_epochs)
 

@@ -9,13 +9,14 @@ from typing import Any
 
 from jsonargparse import auto_cli, set_parsing_settings
 from lightning.fabric.plugins import TorchCheckpointIO
-from lightning.pytorch import Trainer
+from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from balancers import Balancer
 from marble_lightning.alarms import Alarms
 from marble_lightning.callbacks import Pictures, ProgressBar, Results
-from marble_lightning.checkpoints import LAST, RoundCheckpoint, WholeCheckpointIO, last_of, warn
+from marble_lightning.checkpoints import LAST, RoundCheckpoint, WholeCheckpointIO, folder_of_runs, last_of, warn
 from marble_lightning.export import export
 from marble_lightning.harmony import Harmony
 from marble_lightning.memory import Memory
@@ -23,6 +24,7 @@ from marble_lightning.module import DiffusionNFT
 from marble_lightning.predictions import PictureWriter
 from marble_lightning.prompts import PromptDataModule
 from marble_lightning.settings import Averaging
+from marble_lightning.stops import Stops, left_by_this_job, status
 
 ABOUT = "Fine-tune Stable Diffusion 3 by reinforcement learning on several rewards at once."
 EXPORT = "export: Write a checkpoint's adapter as a LoRA for diffusers and ComfyUI; see `marble-lightning export --help`."
@@ -33,6 +35,13 @@ QUIET = (
     "The dirpath has changed",
 )
 """Lightning's warnings about what is meant here: a frozen base, prompts that need no loading, a folder per run."""
+
+
+def a_seed(found: Any) -> int:
+    """The seed of everything; LightningCLI also takes true, for one drawn by chance, and false."""
+    if isinstance(found, bool) or not isinstance(found, int) or found < 0:
+        raise ValueError(f"`seed_everything` must be a number >= 0, of which all randomness is made. Found {found}.")
+    return found
 
 
 class MarbleCLI(LightningCLI):
@@ -47,16 +56,18 @@ class MarbleCLI(LightningCLI):
         parser.add_lightning_class_args(Pictures, "pictures")
         parser.add_lightning_class_args(Results, "results")
         parser.add_lightning_class_args(PictureWriter, "predictions")
-        parser.link_arguments("seed_everything", "model.seed")
+        parser.link_arguments("seed_everything", "model.seed", compute_fn=a_seed)
 
     def before_instantiate_classes(self) -> None:
-        """Add our progress bar, unless bars are switched off.
+        """Add our handlers of signals, and our progress bar unless bars are switched off.
 
         Results take the place of Lightning's table, and files that of pictures kept in memory.
         """
         options = self.config[self.subcommand] if self.subcommand else self.config
+        own: list[Callback] = [Stops()]
         if options.trainer.enable_progress_bar is not False:
-            self.trainer_defaults["callbacks"].append(ProgressBar())
+            own.append(ProgressBar())
+        self.trainer_defaults["callbacks"] += own
         if "verbose" in options:
             options.verbose = False
         if options.get("return_predictions", True) is None:
@@ -70,11 +81,17 @@ class MarbleCLI(LightningCLI):
         return trainer
 
     def before_fit(self) -> None:
-        """Let `--ckpt_path last` mean the last run of the logger's name; Lightning looks in the new run's empty folder."""
-        options = self.config_init[self.subcommand]
+        """Find the checkpoint to go on from: that of a job which SLURM has queued again, or what `--ckpt_path last` means.
+
+        That is the last run of the logger's name; Lightning looks in the new run's empty folder.
+        """
+        options, folder = self.config_init[self.subcommand], folder_of_runs(self.trainer)
+        if options.ckpt_path is None and self.subcommand == "fit" and (found := left_by_this_job(folder)):
+            warn(f"SLURM has queued this job again; it goes on from {found}.")
+            options.ckpt_path = str(found)
         if options.ckpt_path != "last":
             return
-        folder, found = last_of(self.trainer)
+        found = last_of(self.trainer)
         if found is None and self.subcommand != "fit":
             raise ValueError(f"`ckpt_path` must be a checkpoint. Found `last`, and no run in {folder} has a {LAST}.")
         if found is None:
@@ -90,7 +107,10 @@ def main(args: Sequence[str] | None = None) -> None:
     if given[:1] == ["export"]:  # LightningCLI's subcommands are the trainer's methods; this needs neither trainer nor model
         auto_cli(export, args=given[1:], as_positional=False, prog="marble-lightning export")
         return
-    command_line(args)
+    try:
+        command_line(args)
+    except SIGTERMException as end:
+        sys.exit(status(end))
 
 
 def command_line(args: Sequence[str] | None = None, run: bool = True) -> MarbleCLI:

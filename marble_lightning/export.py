@@ -8,10 +8,8 @@ from importlib.metadata import version
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any, Literal
-from zipfile import BadZipFile, ZipFile
 
-import torch
-
+from marble_lightning.checkpoints import WholeCheckpointIO, must_be_of_fit
 from marble_lightning.lora import Lora
 from marble_lightning.lora_files import FILE, write_lora
 
@@ -64,14 +62,10 @@ def load_checkpoint(file: Path) -> dict[str, Any]:
     if not file.is_file():
         raise ValueError(f"{expected} Found no such file {file} from {Path.cwd()}.")
     try:
-        with ZipFile(file) as archive:
-            if broken := archive.testzip():  # torch reads over flipped bits
-                raise BadZipFile(f"{broken} is damaged")
-        found = torch.load(file, map_location="cpu", weights_only=True)
-    except (BadZipFile, UnpicklingError, OSError, EOFError, RuntimeError, ValueError, LookupError) as error:
-        raise ValueError(f"{expected} Found a damaged or another file, {file}: {str(error).partition('.')[0]}.") from error
-    if not isinstance(found, dict) or not {"lora", "state_dict", "epoch", "global_step"} <= found.keys():
-        raise ValueError(f"{expected} Found another program's, {file}, without the adapters' settings.")
+        found = WholeCheckpointIO().load_checkpoint(file, map_location="cpu", weights_only=True)
+    except UnpicklingError as error:
+        raise ValueError(f"{expected} Found another program's, {file}: {str(error).partition('.')[0]}.") from error
+    must_be_of_fit(found, file)
     return found
 
 

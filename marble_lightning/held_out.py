@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, cast
@@ -13,8 +14,9 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torchmetrics import CatMetric
 
-from marble_lightning.checks import enough_held_out_prompts, every_prompt_can_be_judged, the_data
-from marble_lightning.flow_policy import FlowPolicy, is_adapter
+from marble_lightning.checkpoints import must_be_of_fit, warn
+from marble_lightning.checks import enough_held_out_prompts, every_prompt_can_be_judged, the_data, the_precision
+from marble_lightning.flow_policy import Conditions, FlowPolicy, is_adapter, joined
 from marble_lightning.round_start import RoundStart
 from marble_lightning.scoring import Scorer
 from marble_lightning.seeds import derived_seed, generator
@@ -23,6 +25,9 @@ from marble_lightning.table import by_tag, per_prompt
 from rewards import Prompt, Reward
 
 log = logging.getLogger(__name__)
+
+AHEAD = 64
+"""Held-out prompts that are encoded in one visit of the text encoders, which for SD3.5 are gigabytes to move."""
 
 HeldOut = list[tuple[int, Prompt]]
 """A batch of held-out prompts, each with the index that names its noise."""
@@ -62,11 +67,14 @@ class HeldOutEvaluation(LightningModule):
         """The same of the policy's adapter, from the last validation."""
         self.scores_predictions = True
         """Whether `predict` scores its pictures; to be set before `setup`."""
+        self.ahead: dict[str, Conditions] = {}
+        """Encoded held-out prompts, of this batch and of those that follow, on the CPU."""
         self.round_start = RoundStart()
 
     def setup(self, stage: str) -> None:
         """Check settings and prompts, then load the weights of the policy and of those judges that are asked."""
         data = the_data(self.trainer)
+        the_precision(self.trainer)
         self.asked = self._asked(stage, data.held_out)
         if stage != "fit" or self.trainer.limit_val_batches:
             enough_held_out_prompts(self.trainer)
@@ -121,9 +129,10 @@ class HeldOutEvaluation(LightningModule):
 
     @property
     def measured(self) -> str:
-        """What held-out scores depend on besides the policy; scores are compared only where it is the same."""
-        texts = [prompt.text for prompt in the_data(self.trainer).held_out]
-        return repr((self.settings, list(self.judges), derived_seed(*texts)))
+        """What the base's scores on held-out prompts depend on; a checkpoint's are taken over only where it is the same."""
+        policy, judges = self.policy, {name: judge.identity for name, judge in self.judges.items()}
+        model = (policy.path, policy.revision, policy.init_lora)
+        return repr((model, self.settings, judges, derived_seed(*map(repr, the_data(self.trainer).held_out))))
 
     def predict_step(self, batch: HeldOut, batch_idx: int) -> dict[str, Tensor]:
         """Sample prompts with the policy's adapter, each with noise of its own; score the pictures, (image, judge asked)."""
@@ -142,8 +151,7 @@ class HeldOutEvaluation(LightningModule):
 
     def sample_held_out(self, batch: HeldOut) -> Tensor:
         """Pictures of prompts; the index names the noise."""
-        conditions = self.policy.encode([prompt.text for _, prompt in batch])
-        empty = self.policy.encode([""]) if self.evaluation.guidance > 1 else None
+        conditions, empty = self._encoded(batch)
         options = self.settings
         seed = options.pop("seed")
         noise = [generator(seed, "held-out", index) for index, _ in batch]
@@ -151,6 +159,23 @@ class HeldOutEvaluation(LightningModule):
         adapter = None if base else self.policy.adapter
         latents = self.policy.sample(conditions, noise, adapter, unconditional=empty, **options)
         return self.policy.decode(latents)
+
+    def _encoded(self, batch: HeldOut) -> tuple[Conditions, Conditions | None]:
+        """The encoded prompts of a batch, and the empty one where guidance needs it.
+
+        Text encoders visit the device once for `AHEAD` of this rank's prompts, while rewards leave it to them.
+        """
+        texts, empty = [prompt.text for _, prompt in batch], [""] if self.evaluation.guidance > 1 else []
+        if any(text not in self.ahead for text in texts + empty):
+            self.scorer.release()
+            own = the_data(self.trainer).held_out[batch[0][0] :: self.trainer.world_size]  # as its loader deals
+            wanted = list(dict.fromkeys(empty + texts + [prompt.text for prompt in own]))
+            wanted = wanted[: max(AHEAD, len(empty + texts))]
+            encoded = self.policy.encode(wanted)
+            parts = zip(encoded.embeds.cpu().split(1), encoded.pooled.cpu().split(1), strict=True)
+            self.ahead = dict(zip(wanted, map(Conditions, *zip(*parts, strict=True)), strict=True))
+        found = joined([self.ahead[text] for text in texts], self.policy.device)
+        return found, joined([self.ahead[text] for text in empty], self.policy.device) if empty else None
 
     def on_validation_epoch_end(self) -> None:
         data = the_data(self.trainer)
@@ -184,7 +209,7 @@ class HeldOutEvaluation(LightningModule):
         adapters = {name: tensor for name, tensor in checkpoint["state_dict"].items() if is_adapter(name)}
         checkpoint["state_dict"], checkpoint["lora"] = adapters, self.policy.lora
         checkpoint["base_scores"], checkpoint["base_measured"] = self.base_scores, self.measured
-        checkpoint["base_model"] = {"path": self.policy.path, "revision": self.policy.revision}
+        checkpoint["base_model"] = self._base_model
         checkpoint["rewards"] = list(self.rewards)
         self.round_start.put_into(checkpoint, self.trainer)
 
@@ -195,11 +220,33 @@ class HeldOutEvaluation(LightningModule):
                 "`ckpt_path` must be null where `policy.adapter` is none: a checkpoint holds adapters, and none is used. "
                 f"Found {self.trainer.ckpt_path}; choose the adapter ema or trained to judge it."
             )
+        must_be_of_fit(checkpoint, self.trainer.ckpt_path)
         if checkpoint["lora"] != self.policy.lora:
             raise ValueError(
                 f"The checkpoint must hold adapters like this policy's: {self.policy.lora}. Found {checkpoint['lora']}; "
                 "use the `policy` settings it was trained with (config.yaml in its run folder)."
             )
+        own, theirs = self._shapes(self.state_dict()), self._shapes(checkpoint["state_dict"])
+        if odd := sorted(set(own.items()) ^ set(theirs.items())):
+            name = odd[0][0]
+            raise ValueError(
+                f"The checkpoint must hold the adapters of {self.policy.path}. Found another model's, of "
+                f"{checkpoint['base_model']['path']}: {name} is {theirs.get(name, 'missing')} instead of "
+                f"{own.get(name, 'missing')}; use the `policy.path` it was trained with."
+            )
+        if checkpoint["base_model"] != self._base_model:
+            warn(f"The checkpoint was trained on {checkpoint['base_model']}, and this policy is {self._base_model}.")
         if checkpoint["base_measured"] == self.measured and checkpoint["base_scores"] is not None:
             self.base_scores = checkpoint["base_scores"]
             self.trainer.num_sanity_val_steps = 0  # no need to measure it again
+        elif self.policy.init_lora is not None and self.trainer.state.fn == "fit":
+            self.trainer.num_sanity_val_steps = 0
+            warn("No base is measured: this run began at `policy.init_lora`, which a checkpoint's adapters now replace.")
+
+    @property
+    def _base_model(self) -> dict[str, str | None]:
+        return {"path": self.policy.path, "revision": self.policy.revision}
+
+    @staticmethod
+    def _shapes(state: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
+        return {name: tuple(tensor.shape) for name, tensor in state.items() if is_adapter(name)}

@@ -12,7 +12,6 @@ import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.plugins import Precision
 from lightning.pytorch.utilities import GradClipAlgorithmType
-from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch import Tensor
 from tqdm import tqdm
 
@@ -24,6 +23,7 @@ from marble_lightning.objective import Coefficients, nft_losses
 from marble_lightning.rollouts import MicroBatch, MicroBatches, Rollout, Sampled, micro_batches, weigh_round
 from marble_lightning.seeds import generator
 from marble_lightning.settings import Averaging, Evaluation, Objective, Sampling, Scoring, adamw, at_least_one
+from marble_lightning.stops import end_if_asked
 from rewards import Reward
 
 
@@ -152,16 +152,15 @@ class DiffusionNFT(HeldOutEvaluation):
         data = the_data(self.trainer)
         prompts = data.round(seed, self.current_epoch, self.global_rank, self.trainer.world_size)
         conditions = self.policy.encode([prompt.text for prompt in prompts])
-        groups = torch.arange(len(prompts), device=self.device).repeat_interleave(data.images_per_prompt)
+        groups = torch.arange(len(prompts)).repeat_interleave(data.images_per_prompt)
         latents, images = [], []
         for chunk in self._progress(torch.arange(len(groups)).split(self.sampling.batch_size), "sampling"):
-            if self.trainer.received_sigterm and self.trainer.world_size == 1:
-                raise SIGTERMException  # Lightning would wait for a micro-batch, where several ranks agree to end
+            end_if_asked(self.trainer)
             noise = [generator(*self._key(seed, "rollout"), index) for index in chunk.tolist()]
-            own = groups[chunk.to(self.device)]
+            own = groups[chunk]
             with self.trainer.precision_plugin.forward_context():  # as in training, so that the loss sees its own policy
                 sampled = self.policy.sample(
-                    conditions[own], noise, "old", steps=self.sampling.steps, solver=self.sampling.solver
+                    conditions[own.to(self.device)], noise, "old", steps=self.sampling.steps, solver=self.sampling.solver
                 )
             latents.append(sampled)
             images.append(self.policy.decode(sampled))
@@ -171,7 +170,8 @@ class DiffusionNFT(HeldOutEvaluation):
         waited = time.perf_counter() - sampled_all
         skipped = self.scorer.check(self.trainer.strategy)
         self.scorer.release()
-        return Sampled(Rollout(prompts, conditions, groups, torch.cat(latents)), torch.cat(images), scores, skipped, waited)
+        rollout = Rollout(conditions, groups.to(self.device), torch.cat(latents))
+        return Sampled(rollout, torch.cat(images), scores, skipped, waited)
 
     def _weighed(self, rollout: Rollout, scores: Tensor, seed: int, balancer: Balancer | None) -> list[Coefficients]:
         keys = self._inner_epochs(seed)
@@ -223,9 +223,9 @@ class DiffusionNFT(HeldOutEvaluation):
                 # A scaler only sees this loss: where no gradient fitted half precision, it must skip the step and scale less
                 overflow = self._scaler is not None and self.balancer.solved_nothing
             return self.objective.kl_weight * kl * (torch.inf if overflow else 1.0)
-        weights = self.balancer.loss_weights.to(losses)
+        weights = self.balancer.loss_weights.to(losses, non_blocking=True)
         # Lightning divides by the micro-batches of a step; the coefficients already count over all of them
-        return weights @ losses * self.plan.per_step + self.objective.kl_weight * kl
+        return (weights * losses).sum() * self.plan.per_step + self.objective.kl_weight * kl
 
     def _velocity(self, batch: MicroBatch, adapter: Adapter | None) -> Tensor:
         with torch.set_grad_enabled(adapter == "trained"), self.policy.using(adapter):

@@ -24,8 +24,8 @@ class Coefficients(NamedTuple):
     minus: Float[Tensor, "sample reward"]
 
     def losses(self, plus: Float[Tensor, " sample"], minus: Float[Tensor, " sample"]) -> Float[Tensor, " reward"]:
-        """The loss of each reward: sum_i c+_ik L+_i + c-_ik L-_i."""
-        return self.plus.T @ plus + self.minus.T @ minus
+        """The loss of each reward: sum_i c+_ik L+_i + c-_ik L-_i; no matrix product, which autocast would round."""
+        return (self.plus * plus[:, None] + self.minus * minus[:, None]).sum(0)
 
 
 def noised(

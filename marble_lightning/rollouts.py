@@ -18,7 +18,6 @@ from marble_lightning.flow_policy import Conditions
 from marble_lightning.objective import Coefficients, coefficients, noised
 from marble_lightning.seeds import generator
 from marble_lightning.settings import Objective
-from rewards import Prompt
 
 
 @dataclass
@@ -29,7 +28,6 @@ class Rollout:
     into it.
     """
 
-    prompts: Sequence[Prompt]
     conditions: Conditions
     groups: Int[Tensor, " image"]
     latents: Float[Tensor, "image *latent"]
@@ -160,18 +158,18 @@ def micro_batches(
     """
     device = rollout.latents.device
     draws = generator(*key, "times")
-    order = image_order(plan, key)
     times = torch.stack([torch.randperm(len(grid), generator=draws)[: plan.times] for _ in range(plan.images)])
+    times, order = grid.to(device)[times.to(device)], image_order(plan, key).to(device)
     for step, column in product(order.chunk(plan.optimizer_steps), range(plan.times)):
         for chosen in step.split(plan.batch_size):
-            here = chosen.to(device)
-            clean = rollout.latents[here].float()
+            clean = rollout.latents[chosen].float()
+            noise = torch.randn(clean.shape, generator=draws, pin_memory=device.type == "cuda")
             yield MicroBatch(
                 clean=clean,
-                noise=torch.randn(clean.shape, generator=draws).to(device),
-                t=grid[times[chosen, column]].to(device),
-                conditions=rollout.conditions[rollout.groups[here]],
-                coefficients=Coefficients(weighed.plus[here], weighed.minus[here]),
+                noise=noise.to(device, non_blocking=True),  # or the host would wait for the device to catch up
+                t=times[chosen, column],
+                conditions=rollout.conditions[rollout.groups[chosen]],
+                coefficients=Coefficients(weighed.plus[chosen], weighed.minus[chosen]),
             )
 
 

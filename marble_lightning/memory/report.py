@@ -163,7 +163,10 @@ class Memory(Callback):
             return
         if not isinstance(pl_module, DiffusionNFT) or not hasattr(pl_module, "plan"):
             return
-        room, estimator, choices = room_of(trainer.strategy.root_device), Estimator(pl_module), Choices.of(pl_module)
-        limit = (room.total or 0) / FRAGMENTATION - CUDA_CONTEXT
-        help_ = "\n  ".join(remedies(estimator, choices, limit)) or "a larger GPU"
-        exception.add_note(f"The run needs about {gib(estimator(choices).peak)}. What helps:\n  {help_}")
+        limit = (room_of(trainer.strategy.root_device).total or 0) / FRAGMENTATION - CUDA_CONTEXT
+        try:
+            estimator, choices = Estimator(pl_module), Choices.of(pl_module)
+            help_ = "\n  ".join(remedies(estimator, choices, limit)) or "a larger GPU"
+            exception.add_note(f"The run needs about {gib(estimator(choices).peak)}. What helps:\n  {help_}")
+        except Exception as error:  # noqa: BLE001 - as above; and the checkpoint of the round's beginning is yet to be written
+            warn(f"What would help was not estimated. Found {type(error).__name__}: {error}")

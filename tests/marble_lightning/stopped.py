@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch.trainer.connectors import signal_connector
 
 from marble_lightning.cli import main
 from marble_lightning.module import DiffusionNFT
@@ -45,10 +44,10 @@ def half(state: Any, stream: Any) -> None:
 
 
 def slurm(_: None = None) -> None:
-    """One task of a job that is queued again when SIGUSR1 has been handled, and then ended."""
+    """One task of a job, where `scontrol` writes down what it was asked for."""
+    os.environ["PATH"] = f"{Path(__file__).parent / 'slurm'}{os.pathsep}{os.environ['PATH']}"
     os.environ |= {f"SLURM_{name}": value for name, value in {"JOB_ID": "1", "NTASKS": "1", "JOB_NAME": "fit"}.items()}
     os.environ |= {f"SLURM_{name}": "0" for name in ("LOCALID", "PROCID", "NODEID")}
-    signal_connector.call = send(signal.SIGKILL)
 
 
 def a_rollout(self: Any, conditions: Any, generators: Any, adapter: str, **options: Any) -> bool:
@@ -67,17 +66,19 @@ MOMENTS: dict[str, Callable[[], None]] = {
     "SIGTERM in sampling": lambda: at_call(3, SD3Policy, "sample", send(signal.SIGTERM), a_rollout),
     "SIGINT": lambda: at_call(14, *TRAINING, send(signal.SIGINT), lambda *_: True),
     "SIGUSR1": lambda: slurm(at_call(14, *TRAINING, send(signal.SIGUSR1), lambda *_: True)),
-    "queued again": slurm,
+    "queued again": lambda: slurm(os.environ.update(SLURM_RESTART_COUNT="1")),
+    "another job": slurm,
 }
 
 
 def child(moment: str, arguments: list[str], said: Path) -> int:
     """Run the command line in a child process; returns its exit status, or minus the signal that ended it."""
     if not (process := os.fork()):
-        with said.open("w") as file:
+        with said.open("a") as file:  # to its end, where `scontrol` writes too
             os.dup2(file.fileno(), 1)
             os.dup2(file.fileno(), 2)
         status: Any = 1
+        os.environ["SAID"] = str(said)
         signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in a shell's background is given it as ignored
         try:
             MOMENTS[moment]()

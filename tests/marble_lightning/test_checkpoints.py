@@ -11,7 +11,15 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.loggers import CSVLogger
 
 from marble_lightning import checkpoints
-from marble_lightning.checkpoints import RoundCheckpoint, WholeCheckpointIO, damage, last_of, newest_whole, point
+from marble_lightning.checkpoints import (
+    RoundCheckpoint,
+    WholeCheckpointIO,
+    damage,
+    folder_of_runs,
+    last_of,
+    newest_whole,
+    point,
+)
 from marble_lightning.cli import main
 from tests.marble_lightning.test_resume import differences, last, options, state
 
@@ -121,12 +129,12 @@ def test_one_of_another_run_is_offered_where_its_own_has_no_other(tmp_path):
 
 def test_last_is_the_newest_of_the_runs_of_that_name(tmp_path):
     trainer = Trainer(logger=CSVLogger(tmp_path, "name"), accelerator="cpu")
-    assert last_of(trainer) == (tmp_path / "name", None)
+    assert folder_of_runs(trainer) == tmp_path / "name" and last_of(trainer) is None
     for version, age in enumerate((30, 10, 20)):
         folder = tmp_path / f"name/version_{version}/checkpoints"
         point(folder / "last.ckpt", written(folder / "round_0000.ckpt", age))
     written(tmp_path / "another/version_0/checkpoints/last.ckpt")
-    assert last_of(trainer) == (tmp_path / "name", tmp_path / "name/version_1/checkpoints/last.ckpt")
+    assert last_of(trainer) == tmp_path / "name/version_1/checkpoints/last.ckpt"
 
 
 @pytest.mark.parametrize(

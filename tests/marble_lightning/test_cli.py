@@ -140,6 +140,9 @@ def test_validate_without_a_checkpoint_judges_the_base(small, capsys):
         (["--trainer.limit_train_batches", "2"], "`limit_train_batches` must keep its default"),
         (["--trainer.fast_dev_run", "true"], "must keep its default"),
         (["--trainer.max_steps", "3"], "`max_steps` must keep its default"),
+        (["--trainer.max_time", "00:01:00:00"], "`max_time` must be null"),
+        (["--trainer.precision", "bf16-true"], "`precision` must be one of 32-true, bf16-mixed, 16-mixed. Found bf16-true"),
+        (["--seed_everything", "true"], "`seed_everything` must be a number >= 0"),
         (["--data.sources", "[pickscore, geneval]"], "`rewards.ocr` must apply to at least one training prompt"),
     ],
 )

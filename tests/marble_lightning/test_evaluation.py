@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from PIL import Image
 from marble_lightning.cli import QUIET, main
 from marble_lightning.policy import SD3Policy
 from marble_lightning.results import read
+from marble_lightning.scoring import Scorer
 from rewards import PickScore
 
 ROOT = Path(__file__).parents[2]
@@ -173,6 +175,25 @@ def test_predict_draws_the_users_prompts_and_says_how(small, tmp_path):
     path = str(small[small.index("--model.policy.path") + 1])
     told = ("ein Kreis, größer als 5 €", "3", "2", "euler", "3.0", "32", "7", "none", path, "none")
     assert told_by(tmp_path / "out/00003.png") == dict(zip(FACTS, told, strict=True))
+
+
+@pytest.mark.parametrize("command", ["validate", "fit"])
+def test_text_encoders_and_rewards_take_turns(small, monkeypatch, command):
+    """Held-out prompts are encoded in one visit, however small the batches, while rewards are off the device."""
+    seen = []
+
+    def told(owner, name, what):
+        real = getattr(owner, name)
+        monkeypatch.setattr(owner, name, lambda self, *given, **named: (seen.append(what), real(self, *given, **named))[1])
+
+    told(SD3Policy, "encode", "encode")
+    told(Scorer, "release", "release")
+    told(Scorer, "_judge", "judge")
+    offload = ["--model.scoring.offload", "true", "--data.held_out_batch_size", "1", "--model.evaluation.guidance", "2"]
+    main([command, *small, *offload])
+    visits = [before for before, now in pairwise(seen) if now == "encode"]
+    assert visits == ["release"] * (1 if command == "validate" else 3)  # and each of two rounds
+    assert seen.count("judge") > 30
 
 
 def test_without_scores_no_judge_is_loaded(small, tmp_path, monkeypatch):

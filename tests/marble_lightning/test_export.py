@@ -118,13 +118,13 @@ def test_checkpoints_that_are_none_of_ours_are_refused(policy, tmp_path):
     exporting(tmp_path / "nowhere.ckpt", "Found no such file .*nowhere")
     other = tmp_path / "other.ckpt"
     other.write_text("no checkpoint")
-    exporting(other, "Found a damaged or another file, .*other.ckpt")
+    exporting(other, "Found .*other.ckpt: its end is missing, or it is no checkpoint")
     other.write_bytes(whole[: len(whole) // 2])
-    exporting(other, "Found a damaged or another file")
+    exporting(other, "Found .*other.ckpt: its end is missing.*--ckpt_path")
     tensor = content["state_dict"]["policy.transformer.transformer_blocks.0.attn.to_q.lora_A.ema.weight"]
     place = whole.index(tensor.numpy().tobytes())
     other.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
-    exporting(other, "Found a damaged or another file, .*data.* is damaged")
+    exporting(other, "Found .*data.* does not match its checksum")
     torch.save({"state_dict": {}, "epoch": 1, "global_step": 2}, other)
     exporting(other, "Found another program's")
     torch.save(content | {"state_dict": {}}, other)

@@ -108,6 +108,23 @@ def test_running_out_of_memory_later_says_what_helps(checkpoints, tmp_path):
     assert note.startswith("The run needs about 0.")
 
 
+def test_running_out_of_memory_where_nothing_can_be_estimated(checkpoints, tmp_path, monkeypatch):
+    """The error stays the allocator's, and callbacks after this one still hear of it."""
+    heard = []
+
+    class Full(Callback):
+        def on_train_batch_end(self, *arguments):
+            monkeypatch.setattr(Estimator, "__init__", lambda *_: {}["a pipeline unlike any other"])
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+
+        def on_exception(self, trainer, module, exception):
+            heard.append(exception)
+
+    with pytest.raises(torch.OutOfMemoryError) as caught:
+        run(checkpoints, tmp_path, WeightedSum(), callbacks=[Memory(), Full()])
+    assert heard == [caught.value] and not hasattr(caught.value, "__notes__")
+
+
 def test_the_command_line_shows_it(small, capsys):
     main(["fit", *small, "--memory.check", "warn", "--trainer.max_epochs", "1", "--trainer.limit_val_batches", "0"])
     printed = capsys.readouterr().out

@@ -247,6 +247,14 @@ def test_mixed_precision_is_near_full_precision(checkpoints, tmp_path, balancer)
 
 
 @pytest.mark.parametrize("balancer", [WeightedSum, MARBLE])
+def test_the_usual_loss_scale_fits_half_precision(checkpoints, tmp_path, balancer):
+    scaler = torch.amp.GradScaler("cpu")
+    usual = scaler.get_scale()
+    run(checkpoints, tmp_path, balancer(), rounds=2, plugins=[MixedPrecision("16-mixed", "cpu", scaler=scaler)])
+    assert scaler.get_scale() == usual
+
+
+@pytest.mark.parametrize("balancer", [WeightedSum, MARBLE])
 def test_a_loss_scale_that_is_too_large_shrinks_until_training_goes_on(checkpoints, tmp_path, balancer):
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**60, backoff_factor=2.0**-24)
     half = MixedPrecision("16-mixed", "cpu", scaler=scaler)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from marble_lightning.objective import coefficients, nft_losses, noised
+from marble_lightning.objective import Coefficients, coefficients, nft_losses, noised
 
 BETA, A_MAX = 0.3, 5.0
 
@@ -33,6 +33,15 @@ def plain_loss(velocity, old_velocity, noisy, clean, t, advantage) -> torch.Tens
             scale = max(float(error.detach().abs().mean()), 1e-5)
             total = total + (A_MAX / BETA) * share * (error**2).mean() / scale / n
     return total
+
+
+def test_autocast_does_not_round_the_losses_of_rewards():
+    generator = torch.Generator().manual_seed(0)
+    plus, minus = torch.rand(2, 9, 5, generator=generator)
+    own = torch.rand(2, 9, generator=generator) * 5
+    with torch.autocast("cpu", torch.bfloat16):
+        found = Coefficients(plus, minus).losses(*own)
+    torch.testing.assert_close(found, plus.T @ own[0] + minus.T @ own[1], rtol=1e-6, atol=0)
 
 
 def test_noised_is_the_straight_path():

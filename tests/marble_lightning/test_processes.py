@@ -80,14 +80,20 @@ def test_two_processes_train_from_the_command_line(small, tmp_path, balancer):
     assert max(tensor.abs().max() for name, tensor in saved.items() if ".lora_B.trained" in name) > 0
 
 
-def ranks(arguments: list[str], said: Path) -> list[subprocess.Popen[bytes]]:
-    """The command line as two ranks, started from outside as a cluster does."""
+def ranks(arguments: list[str], said: Path, slurm: dict[str, str] | None = None) -> list[subprocess.Popen[bytes]]:
+    """The command line as two ranks, started from outside as a cluster does; by SLURM with variables of its own."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
     started = []
     for rank in range(2):
         environment = {"OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "LOCAL_RANK": str(rank)}
+        if slurm:
+            places = {"PROCID": str(rank), "LOCALID": str(rank), "NODEID": "0", "NTASKS": "2", "NTASKS_PER_NODE": "2"} | {
+                "JOB_NAME": "fit"
+            }
+            environment |= {f"SLURM_{name}": value for name, value in (slurm | places).items()}
+            environment |= {"SAID": str(said), "PATH": f"{Path(__file__).parent / 'slurm'}{os.pathsep}{os.environ['PATH']}"}
         with said.with_suffix(f".{rank}").open("w") as file:
             command = [sys.executable, "-m", "marble_lightning", "fit", *arguments]
             started.append(subprocess.Popen(command, cwd=ROOT, env=os.environ | environment, stdout=file, stderr=file))
@@ -95,7 +101,7 @@ def ranks(arguments: list[str], said: Path) -> list[subprocess.Popen[bytes]]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("end", [signal.SIGKILL, signal.SIGTERM])
+@pytest.mark.parametrize("end", [signal.SIGKILL, signal.SIGTERM, signal.SIGUSR1])
 def test_two_ranks_that_were_ended_go_on_bit_for_bit(checkpoints, tmp_path, end):
     """At whatever moment after the first round."""
     folders, said = [tmp_path / "whole", tmp_path / "ended"], tmp_path / "said"
@@ -103,20 +109,23 @@ def test_two_ranks_that_were_ended_go_on_bit_for_bit(checkpoints, tmp_path, end)
     whole, ended = (options(checkpoints, each, **more) for each in folders)
     assert [each.wait(100) for each in ranks(whole, said)] == [0, 0], said.with_suffix(".0").read_text()[-3000:]
 
-    started = ranks(ended, said)
+    job = {"JOB_ID": "7"} if end == signal.SIGUSR1 else {}
+    started = ranks(ended, said, job)
     try:
         while not last(folders[1]).exists():
             assert all(each.poll() is None for each in started), said.with_suffix(".0").read_text()[-3000:]
             time.sleep(0.05)
-        for each in started:
+        for each in started[: 1 if end == signal.SIGTERM else 2]:  # where one ends in good order, all do
             each.send_signal(end)
         statuses = [each.wait(60) for each in started]
     finally:
         for each in started:
             each.kill()
-    # the first one leaves the checkpoint; another may wait for it in an exchange that now fails
-    assert statuses[0] == (-9 if end == signal.SIGKILL else 0), said.with_suffix(".0").read_text()[-3000:]
+    # in good order: the first one, which leaves the checkpoint, says that it was ended
+    assert statuses == ([-9, -9] if end == signal.SIGKILL else [143, 0]), said.with_suffix(".0").read_text()[-3000:]
     assert state(last(folders[1]))["epoch"] < 5, "too late to show anything"
-    again = ranks([*ended, "--ckpt_path", "last"], said)
+    if job:
+        assert said.read_text() == "scontrol requeue 7\n"
+    again = ranks(ended if job else [*ended, "--ckpt_path", "last"], said, job and job | {"RESTART_COUNT": "1"})
     assert [each.wait(100) for each in again] == [0, 0], said.with_suffix(".0").read_text()[-3000:]
     assert differences(state(last(folders[0])), state(last(folders[1], 1))) == []

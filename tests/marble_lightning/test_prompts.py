@@ -124,31 +124,58 @@ def test_repeated_training_prompts_count_once_and_are_told_of(folder, caplog):
     assert told == [f"{folder / 'a' / 'train.txt'}: 3 prompts of 'a' were left out, being there before."]
 
 
-@pytest.mark.skipif(not PUBLISHED.is_dir(), reason="the published prompt files are not there")
-def test_two_ranks_sample_k_pictures_of_each_published_prompt(checkpoints, tmp_path, monkeypatch):
-    """All four sets, equal shares: what is really sampled by each rank, round after round."""
-    sources, k = ["pickscore", "ocr", "drawbench", "geneval"], 3
+@pytest.fixture
+def published(tmp_path: Path) -> Path:
+    """A folder with the published test prompts, which stand in for the training prompts too."""
+    if not PUBLISHED.is_dir():
+        pytest.skip("the published prompt files are not there")
     for file in PUBLISHED.rglob("test*"):
         (tmp_path / file.parent.name).mkdir(exist_ok=True)
         for split in ("train", "test"):
             shutil.copy(file, tmp_path / file.parent.name / file.name.replace("test", split))
-    data = PromptDataModule(str(tmp_path), sources, prompts_per_round=8, images_per_prompt=k)
+    return tmp_path
+
+
+def sampled_by_two_ranks(prompts, sources, checkpoints, tmp_path, monkeypatch):
+    """Equal shares of all sets: what is really sampled and scored by each rank, round after round."""
+    k, turns = 3, 2 * len(sources)
+    data = PromptDataModule(str(prompts), sources, prompts_per_round=turns, images_per_prompt=k)
     module, _ = run(checkpoints, tmp_path, WeightedSum(), rounds=1, data=data)
-    assert all(len(pool) > 100 for pool in data.pools.values())
+    submitted: list[Prompt] = []
+    submit = module.scorer.submit
+
+    def seen_submit(images, prompts, names):
+        submitted.extend(prompts)
+        submit(images, prompts, names)
+
+    monkeypatch.setattr(module.scorer, "submit", seen_submit)
     monkeypatch.setattr(Trainer, "world_size", 2)
     for round_ in range(3):
         monkeypatch.setattr(Trainer, "current_epoch", round_)
         seen: list[set[str]] = []
         for rank in range(2):
             monkeypatch.setattr(Trainer, "global_rank", rank)
+            submitted.clear()
             rollout, images, *_ = module.sample_round(seed=5)
-            pictures = Counter((prompt.source, prompt.text) for prompt in (rollout.prompts[g] for g in rollout.groups))
-            assert len(images) == len(rollout.latents) == 4 * k
+            pictures = Counter((prompt.source, prompt.text) for prompt in submitted)
+            assert len(submitted) == len(images) == len(rollout.latents) == len(sources) * k
             assert set(pictures.values()) == {k}
             assert Counter(source for source, _ in pictures) == dict.fromkeys(sources, 1)
+            assert [rollout.groups[i] for i in range(0, len(images), k)] == list(range(len(sources)))
             seen.append({text for _, text in pictures})
         assert not seen[0] & seen[1]
-        assert len(seen[0] | seen[1]) == 8
+        assert len(seen[0] | seen[1]) == turns
+    return data
+
+
+def test_two_ranks_sample_k_pictures_of_each_prompt(checkpoints, tmp_path, monkeypatch):
+    sampled_by_two_ranks(PROMPTS, list(SOURCES), checkpoints, tmp_path, monkeypatch)
+
+
+def test_two_ranks_sample_k_pictures_of_each_published_prompt(published, checkpoints, tmp_path, monkeypatch):
+    sources = ["pickscore", "ocr", "drawbench", "geneval"]
+    data = sampled_by_two_ranks(published, sources, checkpoints, tmp_path, monkeypatch)
+    assert all(len(pool) > 100 for pool in data.pools.values())
 
 
 def test_prompts_that_the_text_encoders_cut_are_counted(checkpoints, tmp_path, folder, caplog):

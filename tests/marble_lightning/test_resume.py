@@ -94,17 +94,18 @@ def stop(moments: list[str], runs: list[list[str]], folder: Path) -> list[tuple[
 
 
 KILLS = ["sampling", "training", "writing", "linking"]
-SIGNALS = {"SIGTERM in training": 0, "SIGTERM in sampling": 0, "SIGINT": 1}
-"""Stops that Lightning handles, with the exit status it ends with."""
+SIGNALS = {"SIGTERM in training": 143, "SIGTERM in sampling": 143, "SIGINT": 1}
+"""Stops that are handled, with the exit status they end with."""
 
 
 @pytest.fixture(scope="module")
 def stops(checkpoints, tmp_path_factory):
     """By moment: the folder of a run that was stopped then, its exit status and what it said."""
     folders = {moment: tmp_path_factory.mktemp("stopped") for moment in [*KILLS, *SIGNALS, "SIGUSR1"]}
-    folders["queued again"] = folders["SIGUSR1"]
-    rarely = {"checkpoints.every_n_rounds": 10}
-    runs = [options(checkpoints, folder, **(rarely if moment in SIGNALS else {})) for moment, folder in folders.items()]
+    folders["queued again"] = folders["another job"] = folders["SIGUSR1"]
+    rarely, one = {"checkpoints.every_n_rounds": 10}, {"trainer.max_epochs": 1, "trainer.check_val_every_n_epoch": 1}
+    more = dict.fromkeys([*SIGNALS, "SIGUSR1"], rarely) | {"another job": one}
+    runs = [options(checkpoints, folder, **more.get(moment, {})) for moment, folder in folders.items()]
     ended = stop(list(folders), runs, tmp_path_factory.mktemp("said"))
     return {moment: (folder, *each) for (moment, folder), each in zip(folders.items(), ended, strict=True)}
 
@@ -132,11 +133,18 @@ def test_a_signal_leaves_a_checkpoint_of_the_rounds_beginning(checkpoints, unint
 
 def test_a_job_that_slurm_queues_again_goes_on_bit_for_bit(uninterrupted, stops):
     folder, status, said = stops["SIGUSR1"]
-    assert status == -9 and "A checkpoint in the middle of round 1 holds the round's beginning" in said
-    assert (folder / "hpc_ckpt_1.ckpt").stat().st_size < 2**20
+    left = folder / "tiny/version_0/checkpoints/before_round_0001.ckpt"
+    assert status == 143 and f"Go on from there: --ckpt_path {left}" in said and "scontrol requeue 1\n" in said
     _, status, said = stops["queued again"]
-    assert status == 0 and f"Restored all states from the checkpoint at {folder}/hpc_ckpt_1.ckpt" in said
+    assert status == 0 and f"SLURM has queued this job again; it goes on from {left}." in said
     assert differences(uninterrupted, state(last(folder, 1))) == []
+
+
+def test_another_job_begins_with_the_first_round(stops):
+    """Whatever an earlier one has left."""
+    folder, status, said = stops["another job"]
+    assert status == 0 and "goes on" not in said and "Restored" not in said
+    assert state(last(folder, 2))["epoch"] == 0
 
 
 class AtRoundsEnd(Callback):

@@ -13,7 +13,6 @@ from marble_lightning.flow_policy import Conditions
 from marble_lightning.objective import Coefficients
 from marble_lightning.rollouts import Plan, Rollout, image_order, micro_batches, weigh_round
 from marble_lightning.settings import Objective
-from rewards import Prompt
 
 KEY = (0, 1, 0, "train")
 
@@ -49,7 +48,7 @@ def test_each_picture_is_used_at_distinct_times_exactly_once():
     latents = torch.arange(12.0).view(12, 1, 1, 1)
     weighed = Coefficients(torch.arange(12.0)[:, None], -torch.arange(12.0)[:, None])
     conditions = Conditions(torch.arange(3.0).view(3, 1, 1), torch.zeros(3, 1))
-    rollout = Rollout([Prompt("x", "y")] * 3, conditions, torch.arange(3).repeat_interleave(4), latents)
+    rollout = Rollout(conditions, torch.arange(3).repeat_interleave(4), latents)
     grid = torch.tensor([1.0, 0.8, 0.6, 0.4, 0.2])
     batches = list(micro_batches(rollout, weighed, grid, plan, KEY))
     assert len(batches) == plan.total == 2 * plan.per_step == 18
@@ -70,7 +69,6 @@ def test_each_picture_is_used_at_distinct_times_exactly_once():
 def test_the_same_key_cuts_the_same_micro_batches():
     plan = Plan(images=4, times=2, batch_size=2, optimizer_steps=1)
     rollout = Rollout(
-        [Prompt("x", "y")],
         Conditions(torch.zeros(1, 1, 1), torch.zeros(1, 1)),
         torch.zeros(4).long(),
         torch.randn(4, 1, 2, 2),

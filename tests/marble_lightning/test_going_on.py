@@ -1,0 +1,102 @@
+"""What a run is told that goes on from a checkpoint which is not quite its own."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import SD3Transformer2DModel
+from lightning.pytorch.callbacks import ModelCheckpoint
+
+from marble_lightning.cli import QUIET, main
+from marble_lightning.export import export
+from marble_lightning.results import read
+from tests.marble_lightning.test_resume import fit_with, last, options, state
+
+pytestmark = [pytest.mark.filterwarnings(f"ignore:{known}") for known in QUIET]
+
+ONE = {"trainer.max_epochs": 1, "trainer.check_val_every_n_epoch": 1}
+TWO = {"trainer.max_epochs": 2, "trainer.check_val_every_n_epoch": 2}
+
+
+@pytest.fixture(scope="module")
+def one_round(checkpoints, tmp_path_factory) -> Path:
+    """The folder of a run of one round."""
+    folder = tmp_path_factory.mktemp("one_round")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sys.argv", ["marble-lightning"])
+        main(["fit", *options(checkpoints, folder, **ONE)])
+    return folder / "tiny"
+
+
+@pytest.fixture
+def first(one_round, tmp_path) -> Path:
+    """The checkpoint of a run of one round, to go on from."""
+    shutil.copytree(one_round, tmp_path / "tiny", symlinks=True)
+    return last(tmp_path)
+
+
+def test_a_checkpoint_of_another_model_is_refused(checkpoints, first, tmp_path):
+    """Without the second attention, SD3.5's adapters would be left at their start, in silence."""
+    shutil.copytree(checkpoints / "sd3", tmp_path / "plain")
+    own = SD3Transformer2DModel.load_config(checkpoints / "sd3", subfolder="transformer")
+    SD3Transformer2DModel.from_config({**own, "dual_attention_layers": ()}).save_pretrained(tmp_path / "plain/transformer")
+    other = options(checkpoints, tmp_path, **ONE | {"model.policy.path": tmp_path / "plain"})
+    for command in ("validate", "fit"):
+        with pytest.raises(ValueError, match=rf"Found another model's, of {checkpoints}/sd3: .*attn2.* instead of missing"):
+            main([command, *other, "--ckpt_path", str(first)])
+
+
+def test_a_checkpoint_of_the_same_architecture_from_elsewhere_is_told_of(checkpoints, first, tmp_path, caplog):
+    """And its base is not taken for this one's."""
+    shutil.copytree(checkpoints / "sd3", tmp_path / "copy")
+    other = options(checkpoints, tmp_path, **ONE | {"model.policy.path": tmp_path / "copy"})
+    main(["validate", *other, "--ckpt_path", str(first)])
+    assert f"The checkpoint was trained on {{'path': '{checkpoints}/sd3', 'revision': None}}" in caplog.text
+    assert "base" not in read(tmp_path / "tiny/version_1")["prompts"][0]
+
+
+def test_a_base_judged_by_another_judge_is_not_compared(checkpoints, first, tmp_path):
+    other = options(checkpoints, tmp_path, **ONE)
+    main(["validate", *other, "--ckpt_path", str(first), "--model.rewards.jpeg.quality", "50"])
+    assert "base" not in read(tmp_path / "tiny/version_1")["prompts"][0]
+
+
+def test_another_programs_checkpoint(checkpoints, first, tmp_path):
+    content = torch.load(first, weights_only=True)
+    del content["lora"]
+    torch.save(content, tmp_path / "other.ckpt")
+    with pytest.raises(ValueError, match=r"wrote\. Found another program's, .*other\.ckpt"):
+        main(["validate", *options(checkpoints, tmp_path, **ONE), "--ckpt_path", str(tmp_path / "other.ckpt")])
+
+
+@pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")
+def test_another_balancer_is_told_of(checkpoints, first, tmp_path):
+    with pytest.warns(UserWarning, match=rf"{first} was trained with MARBLE; this run goes on with WeightedSum"):
+        main(["fit", *options(checkpoints, tmp_path, balancer="WeightedSum", **TWO), "--ckpt_path", "last"])
+
+
+def test_a_run_from_a_lora_has_no_base_once_it_goes_on(checkpoints, first, tmp_path, caplog):
+    """The base is the LoRA it began at; going on, the adapters are others. Its own base is kept where it fits."""
+    lora = {"model.policy.init_lora": export(first, tmp_path / "lora").parent}
+    main(["fit", *options(checkpoints, tmp_path, **ONE | lora)])
+    begun = last(tmp_path, 1)
+    main(["fit", *options(checkpoints, tmp_path, **TWO | lora), "--ckpt_path", str(begun)])
+    assert state(last(tmp_path, 2))["base_scores"].equal(state(begun)["base_scores"])
+    main(["fit", *options(checkpoints, tmp_path, **TWO | lora | {"model.evaluation.steps": 3}), "--ckpt_path", str(begun)])
+    assert "No base is measured" in caplog.text and state(last(tmp_path, 3))["base_scores"] is None
+
+
+def test_nothing_left_to_train(checkpoints, first, tmp_path, capsys):
+    capsys.readouterr()
+    main(["fit", *options(checkpoints, tmp_path, **ONE), "--ckpt_path", "last"])
+    shown = capsys.readouterr().out
+    assert f"Nothing was left to train: {first} is after 1 rounds" in shown and "Judge it again" not in shown
+
+
+def test_results_name_the_rounds_checkpoint_beside_a_users_best(checkpoints, tmp_path):
+    best = ModelCheckpoint(tmp_path / "best", monitor="held_out/jpeg", save_on_train_epoch_end=False)
+    fit_with(options(checkpoints, tmp_path, **ONE), best)
+    assert read(tmp_path / "tiny/version_0")["judged"]["checkpoint"] == str(last(tmp_path).resolve())

@@ -1,0 +1,21 @@
+"""Settings written down in Python are checked as those of the command line are."""
+
+from __future__ import annotations
+
+import pytest
+
+from marble_lightning.settings import Evaluation, Objective, Sampling
+
+
+@pytest.mark.parametrize(
+    ("group", "options", "message"),
+    [
+        (Sampling, {"solver": "heun"}, "`solver` must be one of dpm2, euler. Found 'heun'"),
+        (Evaluation, {"solver": "heun"}, "`solver` must be one of dpm2, euler. Found 'heun'"),
+        (Objective, {"advantage_std": "batch"}, "`advantage_std` must be one of round, group. Found 'batch'"),
+        (Objective, {"advantage_mode": "best"}, "`advantage_mode` must be one of all, positive_only, .* Found 'best'"),
+    ],
+)
+def test_a_choice_that_there_is_not(group, options, message):
+    with pytest.raises(ValueError, match=message):
+        group(**options)
