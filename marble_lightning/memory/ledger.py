@@ -28,6 +28,9 @@ T = TypeVar("T", bound=nn.Module)
 CUDA_BLOCK = 512
 """Bytes that torch's CUDA allocator rounds up to."""
 
+ONEDNN_LANES = 16 if "AVX512" in torch.backends.cpu.get_cpu_capability() else 8
+"""Channels of a block in the layouts that a CPU's convolutions use, as many as fit into a vector register."""
+
 FLOAT32_UNDER_CUDA = frozenset(
     (
         "layer_norm", "group_norm", "softmax", "log_softmax", "logsumexp", "pow", "__pow__", "rsqrt", "exp", "log",
@@ -82,11 +85,13 @@ class Ledger(TorchDispatchMode):
     Args:
         known: Tensors from before, which are not counted, nor views of them.
         block: Every storage takes a multiple of so many bytes, >= 1.
+        lanes: Convolutions are oneDNN's, whose result is there twice before it is returned: first in a layout of its own,
+            with channels in blocks of so many. 0: they are not.
     """
 
-    def __init__(self, known: Iterable[Tensor] = (), block: int = 1) -> None:
+    def __init__(self, known: Iterable[Tensor] = (), block: int = 1, lanes: int = 0) -> None:
         super().__init__()
-        self.block = block
+        self.block, self.lanes = block, lanes
         self.live = self.peak = 0
         self._known = {storage._cdata: storage for storage in (tensor.untyped_storage() for tensor in known)}
         self._alive: dict[int, ref[Any]] = {}
@@ -101,6 +106,9 @@ class Ledger(TorchDispatchMode):
             for tensor in each if isinstance(each, tuple | list) else (each,):  # foreach operations return lists
                 if isinstance(tensor, Tensor):
                     self._see(tensor)
+        if self.lanes and func is torch.ops.aten.convolution.default:
+            padded = rounded(made.shape[1], self.lanes) * made.nbytes // made.shape[1]
+            self.peak = max(self.peak, self.live + padded)
         return made
 
     def _see(self, tensor: Tensor) -> None:
@@ -171,6 +179,7 @@ class Fakes:
 
     def __init__(self, block: int = 1, cuda: bool = False) -> None:
         self.block, self.cuda = block, cuda
+        self.lanes = 0 if cuda or not torch.backends.mkldnn.is_available() else ONEDNN_LANES
         self.mode = FakeTensorMode(allow_non_fake_inputs=True)
         self._weights: list[Tensor] = []
 
@@ -199,7 +208,7 @@ class Fakes:
     @contextmanager
     def counting(self, *given: Tensor) -> Iterator[Ledger]:
         """Count what is done within, beyond the weights and what is `given`; also where it fails."""
-        ledger = Ledger([*self._weights, *given], self.block)
+        ledger = Ledger([*self._weights, *given], self.block, self.lanes)
         with ExitStack() as stack:
             stack.enter_context(torch.compiler.set_stance("force_eager"))
             stack.enter_context(self.mode)

@@ -25,6 +25,23 @@ def test_the_ledger_follows_storages():
         assert (ledger.live, ledger.peak) == (0, 1024)
 
 
+@pytest.mark.parametrize(("lanes", "copies"), [(0, 0), (8, 1), (16, 2)])
+def test_a_cpus_convolution_has_its_result_twice(lanes, copies):
+    fakes = Fakes()
+    fakes.lanes = lanes
+    network = fakes.copy(torch.nn.Conv2d(4, 8, 3, padding=1))
+    with fakes.mode:
+        given = torch.empty(2, 4, 6, 6)
+    with fakes.counting(given) as ledger, torch.no_grad():
+        result = network(given)
+    assert ledger.live == result.nbytes == 4 * 2 * 8 * 6 * 6
+    assert ledger.peak == (1 + copies) * result.nbytes  # eight channels fill half a block of sixteen
+
+
+def test_a_gpus_convolution_is_counted_once():
+    assert Fakes(cuda=True).lanes == 0
+
+
 def test_attention_keeps_no_weights_of_every_pair():
     fakes, length = Fakes(), 4096
     with fakes.counting() as ledger:
