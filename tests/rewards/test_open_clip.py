@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rewards import HPSv2, Prompt
+from rewards.open_clip import VIT_H_14
 
 EMBED, WIDTH, TEXT_WIDTH, PATCH, SIZE, LENGTH, VOCABULARY = 16, 24, 32, 8, 32, 12, 194
 DESCRIPTION = {
@@ -121,12 +122,16 @@ def test_scores_are_those_of_the_other_implementation(tower: Tower, folder: Path
     torch.testing.assert_close(reward(images=images, prompts=prompts), expected, rtol=0, atol=1e-5)
 
 
-def test_a_missing_weight_and_another_architecture_are_named(tower: Tower, folder: Path, clip_folder: Path) -> None:
+def test_a_missing_weight_and_another_architecture_are_named(
+    tower: Tower, folder: Path, clip_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     weights = tower.state_dict()
     del weights["visual.proj"]
     torch.save(weights, folder / "lacks.pt")
     with pytest.raises(ValueError, match="HPSv2: .* Found 1 missing, such as visual_projection.weight"):
         HPSv2(str(folder), "lacks.pt", str(clip_folder)).setup()
+    shallow = {part: {**VIT_H_14[part], "layers": 1} for part in ("vision_cfg", "text_cfg")}  # quicker to build
+    monkeypatch.setattr("rewards.clip_loading.VIT_H_14", VIT_H_14 | shallow)
     shutil.copy(folder / "hps.pt", folder / "plain.pt")
     (folder / "open_clip_config.json").unlink()
     with pytest.raises(ValueError, match="HPSv2: .*plain.pt must hold the weights of the model that"):
