@@ -74,9 +74,9 @@ class Alarms(Callback):
 
     def __init__(self, factor: float = 2.0, patience: int = 2) -> None:
         if not factor > 0:
-            raise ValueError(f"`factor` must be > 0. Found {factor}; 2 is usual.")
+            raise ValueError(f"`alarms.factor` must be > 0. Found {factor}; 2 is usual.")
         if patience < 1:
-            raise ValueError(f"`patience` must be >= 1. Found {patience}; 1 warns at once.")
+            raise ValueError(f"`alarms.patience` must be >= 1. Found {patience}; 1 warns at once.")
         self.factor, self.patience = factor, patience
         self.reference: Reference | None = None
         self.outside = dict.fromkeys(NAMES, 0)

@@ -52,7 +52,7 @@ class Pictures(Callback):
 
     def __init__(self, count: int = 12) -> None:
         if count < 1:
-            raise ValueError(f"`count` must be >= 1. Found {count}.")
+            raise ValueError(f"`pictures.count` must be >= 1. Found {count}.")
         self.count = count
         self.shown: dict[int, tuple[Tensor, str]] = {}
 
@@ -114,7 +114,7 @@ class Results(Callback):
             raise ValueError(
                 f"`results.columns` must name rewards or metrics: {', '.join(pl_module.judges)}. Found {unknown[0]!r}."
             )
-        self.others = {path: read(path) for path in self.compare_with}
+        self.others = {path: read(path, "`results.compare_with`") for path in self.compare_with}
         prompts = dict(enumerate(the_data(trainer).held_out[:: the_data(trainer).held_out_images]))
         planned = {
             "settings": self._settings(trainer, pl_module),
@@ -135,8 +135,9 @@ class Results(Callback):
             return
         self._show(trainer, pl_module, folder)
         config, checkpoint = folder / "config.yaml", folder / "checkpoints" / LAST
-        if not checkpoint.exists() and trainer.ckpt_path:
-            print(f"\nNothing was left to train: {trainer.ckpt_path} is after {trainer.current_epoch} rounds.")
+        if not checkpoint.exists():
+            begun = f"{trainer.ckpt_path} is after {trainer.current_epoch}" if trainer.ckpt_path else "`max_epochs` is 0"
+            print(f"\nNothing was left to train: {begun} rounds.")
             return
         print(
             f"\nThis run:       {folder}\n"
@@ -171,7 +172,12 @@ class Results(Callback):
         if tags := measured.tags():
             console.print(tags_table(tags, heading=heading, base=measured.base_tags()))
         if base is None and heading != "base":
-            console.print("No base beside it: it was not measured on these prompts (`num_sanity_val_steps: -1` does).")
+            how = (
+                "`num_sanity_val_steps: -1` measures it"
+                if trainer.state.fn == "fit"
+                else "measure it with the same settings and `--model.policy.adapter none`, then use `--results.compare_with`"
+            )
+            console.print(f"No base beside it: it was not measured, or otherwise than this; {how}.", soft_wrap=True)
 
         write(folder, found)
         if self.others:
@@ -195,8 +201,7 @@ class Results(Callback):
         path = path or module.policy.init_lora
         return {
             "command": trainer.state.fn.value if trainer.state.fn else None,
-            "model": module.policy.path,
-            "revision": module.policy.revision,
+            **module.policy.identity,
             "adapter": module.judged_adapter,
             "checkpoint": str(Path(path).resolve()) if path else None,
             "optimizer_step": trainer.global_step if fitted else self.loaded_step,

@@ -6,6 +6,7 @@ import logging
 import os
 import shutil
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 from zipfile import BadZipFile, ZipFile, is_zipfile
 
@@ -14,6 +15,7 @@ from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_only
+from torch.optim import Optimizer
 
 from marble_lightning.stops import Stopped, job, link_of_job
 from marble_lightning.whole_files import folder_to_disk, written_whole
@@ -31,7 +33,7 @@ def damage(path: str | Path) -> str | None:
     """
     file = Path(path)
     if not file.exists():
-        return f"it points to {os.readlink(file)}, which is gone" if file.is_symlink() else "there is no such file"
+        return f"it points to {os.readlink(file)}, which is gone" if file.is_symlink() else f"no such file from {Path.cwd()}"
     try:
         if not is_zipfile(file):
             return f"its end is missing, or it is no checkpoint ({file.stat().st_size} bytes)"
@@ -129,13 +131,23 @@ class WholeCheckpointIO(TorchCheckpointIO):
         """Load a checkpoint that is whole.
 
         Raises:
-            ValueError: It is not; says what is wrong and which one to give instead.
+            ValueError: It is not, or another program's; says what is wrong and which one to give instead.
         """
-        local = "://" not in str(path) and not Path(path).is_dir()
-        if local and (wrong := damage(path)):
-            raise _refused(Path(path), wrong)
+        if "://" not in str(path):
+            if Path(path).is_dir():
+                inside = max(Path(path).rglob(LAST), key=_time, default=None)
+                raise ValueError(
+                    f"`ckpt_path` must be a file. Found the folder {path}" + (f"; give {inside}" if inside else "")
+                )
+            if wrong := damage(path):
+                raise _refused(Path(path), wrong)
         try:
             return super().load_checkpoint(path, *arguments, **options)
+        except UnpicklingError as error:
+            raise ValueError(
+                f"`ckpt_path` must be a checkpoint that `marble-lightning fit` wrote. Found another program's, {path}: "
+                f"{str(error).partition('.')[0]}."
+            ) from error
         except RuntimeError as error:  # a flaw in the directory of records that only torch minds
             raise _refused(Path(path), str(error)) from error
 
@@ -144,6 +156,17 @@ def _refused(file: Path, wrong: str) -> ValueError:
     other = newest_whole(file)
     remedy = f"give the newest whole one: --ckpt_path {other}" if other else "there is no whole one beside it"
     return ValueError(f"`ckpt_path` must be a whole checkpoint. Found {file}: {wrong}; {remedy}")
+
+
+def not_as_asked(optimizer: Optimizer) -> list[str]:
+    """Options that a checkpoint has brought an optimizer and that differ from those it was made with."""
+    group = optimizer.param_groups[0]
+    kept = group | {"lr": group.get("initial_lr", group.get("lr"))}  # which a schedule has moved
+    return [
+        f"{name} {kept[name]} instead of {asked}"
+        for name, asked in optimizer.defaults.items()
+        if name in kept and kept[name] != asked
+    ]
 
 
 class RoundCheckpoint(ModelCheckpoint):
@@ -158,9 +181,11 @@ class RoundCheckpoint(ModelCheckpoint):
 
     def __init__(self, every_n_rounds: int = 1, keep: int = 2) -> None:
         if every_n_rounds < 1:
-            raise ValueError(f"`every_n_rounds` must be >= 1. Found {every_n_rounds}.")
+            raise ValueError(f"`checkpoints.every_n_rounds` must be >= 1. Found {every_n_rounds}.")
         if keep < 2 and keep != -1:
-            raise ValueError(f"`keep` must be >= 2, or -1 for all. Found {keep}; the newest may turn out to be damaged.")
+            raise ValueError(
+                f"`checkpoints.keep` must be >= 2, or -1 for all. Found {keep}; the newest may turn out to be damaged."
+            )
         super().__init__(
             filename="round_{epoch:04d}", auto_insert_metric_name=False, monitor="step", mode="max", save_top_k=keep,
             save_last="link", every_n_epochs=every_n_rounds, save_on_train_epoch_end=True,
@@ -182,6 +207,11 @@ class RoundCheckpoint(ModelCheckpoint):
         super().on_train_start(trainer, pl_module)
         if trainer.ckpt_path:
             self.resumed = (trainer.global_step, str(trainer.ckpt_path))
+            if odd := not_as_asked(trainer.optimizers[0]):
+                warn(
+                    f"The optimizer goes on as in {trainer.ckpt_path}: {', '.join(odd)}. For a run of its own with these "
+                    "adapters export them and begin with `policy.init_lora`."
+                )
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not self._should_skip_saving_checkpoint(trainer):

@@ -7,6 +7,9 @@ from collections.abc import Iterable, Mapping
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import Timer
 from lightning.pytorch.callbacks.timer import Interval
+from torch.amp import GradScaler
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from balancers import Balancer
 from marble_lightning.prompts import PromptDataModule
@@ -109,4 +112,18 @@ def enough_held_out_prompts(trainer: Trainer) -> None:
         raise ValueError(
             f"There must be a picture for each of the {trainer.world_size} processes to sample. Found {pictures}; use fewer "
             "devices, or more prompts or pictures of each."
+        )
+
+
+def the_optimizer_fits(optimizer: Optimizer, scheduler: object, scaler: GradScaler | None) -> None:
+    """A merged gradient can be written before its step, and its learning rate goes by steps."""
+    if scaler is not None and getattr(optimizer, "_step_supports_amp_scaling", False):
+        raise ValueError(
+            "`optimizer` must not be a fused one with `precision` 16-mixed: it undoes the loss scaling within its step, so "
+            f"that no merged gradient can be written before. Found a fused {type(optimizer).__name__}; use bf16-mixed, or "
+            "`fused: false`."
+        )
+    if isinstance(scheduler, ReduceLROnPlateau):
+        raise ValueError(
+            "`lr_scheduler` must be one that goes by optimizer steps. Found ReduceLROnPlateau, which goes by a metric."
         )

@@ -29,6 +29,11 @@ from marble_lightning.stops import Stops, left_by_this_job, status
 ABOUT = "Fine-tune Stable Diffusion 3 by reinforcement learning on several rewards at once."
 EXPORT = "export: Write a checkpoint's adapter as a LoRA for diffusers and ComfyUI; see `marble-lightning export --help`."
 
+CKPT_PATH = (
+    "Checkpoint to go on from, or to judge: a file in a run's folder `checkpoints`, or `last`, the newest of the last run "
+    "of the logger's name."
+)
+
 QUIET = (
     "Found .* in eval mode at the start of training",
     "The '.*_dataloader' does not have many workers",
@@ -58,6 +63,17 @@ class MarbleCLI(LightningCLI):
         parser.add_lightning_class_args(PictureWriter, "predictions")
         parser.link_arguments("seed_everything", "model.seed", compute_fn=a_seed)
 
+    def _prepare_subcommand_parser(self, klass: type, subcommand: str, **options: Any) -> LightningArgumentParser:
+        # Lightning's help is of words that find nothing here
+        parser = super()._prepare_subcommand_parser(klass, subcommand, **options)
+        for action in parser._actions:
+            if action.dest == "ckpt_path":
+                action.help = CKPT_PATH
+        return parser
+
+    def _parse_ckpt_path(self) -> None:
+        """Nothing: Lightning reads the file here, unchecked, for hyper-parameters that no checkpoint of ours holds."""
+
     def before_instantiate_classes(self) -> None:
         """Add our handlers of signals, and our progress bar unless bars are switched off.
 
@@ -73,6 +89,11 @@ class MarbleCLI(LightningCLI):
         if options.get("return_predictions", True) is None:
             options.return_predictions = False
 
+    def after_instantiate_classes(self) -> None:
+        """Let checkpoints hold the configuration, whole, as config.yaml in the run's folder does."""
+        config = self.config.get(str(self.subcommand), self.config)
+        self.model.run_config = self._parser(self.subcommand).dump(config, skip_none=False)
+
     def instantiate_trainer(self, **options: Any) -> Trainer:
         """Have checkpoints written whole, unless a plugin of the user's writes them."""
         trainer = super().instantiate_trainer(**options)
@@ -86,6 +107,8 @@ class MarbleCLI(LightningCLI):
         That is the last run of the logger's name; Lightning looks in the new run's empty folder.
         """
         options, folder = self.config_init[self.subcommand], folder_of_runs(self.trainer)
+        if (options.ckpt_path or "").partition(":")[0] in ("best", "hpc", "registry"):  # words of Lightning's
+            raise ValueError(f"`ckpt_path` must be a file, or last. Found {options.ckpt_path}.")
         if options.ckpt_path is None and self.subcommand == "fit" and (found := left_by_this_job(folder)):
             warn(f"SLURM has queued this job again; it goes on from {found}.")
             options.ckpt_path = str(found)

@@ -6,12 +6,12 @@ import json
 import re
 from importlib.metadata import version
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any, Literal
 
 from marble_lightning.checkpoints import WholeCheckpointIO, must_be_of_fit
 from marble_lightning.lora import Lora
 from marble_lightning.lora_files import FILE, write_lora
+from marble_lightning.whole_files import must_be_a_folder
 
 Which = Literal["ema", "policy"]
 ADAPTER_OF = {"ema": "ema", "policy": "trained"}
@@ -33,15 +33,14 @@ def export(ckpt_path: str | Path, to: str | Path, which: Which = "ema", overwrit
         ValueError: The checkpoint is damaged or not from `fit`, or there is such a file already.
     """
     file, folder = Path(ckpt_path).expanduser(), Path(to).expanduser()
-    if folder.exists() and not folder.is_dir():
-        raise ValueError(f"`to` must be a folder. Found a file, {folder}.")
+    must_be_a_folder("to", folder)
     if (folder / FILE).exists() and not overwrite:
         raise ValueError(
             f"`to` must be a folder without {FILE}. Found one in {folder}; choose another, or add --overwrite true."
         )
     checkpoint = load_checkpoint(file)
     written = write_lora(
-        adapter_of(checkpoint, which, file), folder, checkpoint["lora"]["targets"], about(checkpoint, which, file)
+        adapter_of(checkpoint, which, file), folder, checkpoint["lora"]["targets"], about(checkpoint, which)
     )
     print(
         f"{written}\n"
@@ -58,13 +57,7 @@ def load_checkpoint(file: Path) -> dict[str, Any]:
     Raises:
         ValueError: There is none, it is damaged, or another program wrote it.
     """
-    expected = "`ckpt_path` must be a checkpoint that `marble-lightning fit` wrote."
-    if not file.is_file():
-        raise ValueError(f"{expected} Found no such file {file} from {Path.cwd()}.")
-    try:
-        found = WholeCheckpointIO().load_checkpoint(file, map_location="cpu", weights_only=True)
-    except UnpicklingError as error:
-        raise ValueError(f"{expected} Found another program's, {file}: {str(error).partition('.')[0]}.") from error
+    found = WholeCheckpointIO().load_checkpoint(file, map_location="cpu", weights_only=True)
     must_be_of_fit(found, file)
     return found
 
@@ -94,11 +87,8 @@ def adapter_of(checkpoint: dict[str, Any], which: Which, file: Path) -> Lora:
     return lora
 
 
-def about(checkpoint: dict[str, Any], which: Which, file: Path) -> dict[str, str]:
-    """What is told of a LoRA in its header; what an old checkpoint does not know is left out.
-
-    The run's config.yaml is looked for in the folder above the checkpoint's.
-    """
+def about(checkpoint: dict[str, Any], which: Which) -> dict[str, str]:
+    """What is told of a LoRA in its header; what the checkpoint does not know is left out."""
     known = {
         "version": version("marble-lightning"),
         "adapter": which,
@@ -106,10 +96,9 @@ def about(checkpoint: dict[str, Any], which: Which, file: Path) -> dict[str, str
         "round": str(checkpoint["epoch"]),
     }
     base = checkpoint.get("base_model", {})
-    known |= {f"base_model_{name}": text for name, text in base.items() if text is not None}
+    known |= {f"base_{name}": str(value) for name, value in base.items() if value is not None}
     if "rewards" in checkpoint:
         known["rewards"] = json.dumps(checkpoint["rewards"])
-    config = file.resolve().parent.parent / "config.yaml"  # resolved: last.ckpt is a link
-    if config.is_file():
-        known["config"] = config.read_text(encoding="utf-8")
+    if config := checkpoint.get("config"):
+        known["config"] = config
     return known

@@ -75,11 +75,11 @@ class FlowPolicy(nn.Module, ABC):
     def __init__(self, path: str, revision: str | None, rank: int, alpha: float, targets: Sequence[str]) -> None:
         super().__init__()
         if rank < 1:
-            raise ValueError(f"`rank` must be >= 1. Found {rank}.")
+            raise ValueError(f"`policy.rank` must be >= 1. Found {rank}.")
         if not 0 < alpha < inf:
-            raise ValueError(f"`alpha` must be > 0 and finite. Found {alpha}.")
+            raise ValueError(f"`policy.alpha` must be > 0 and finite. Found {alpha}.")
         if not targets:
-            raise ValueError("`targets` must name at least one linear layer. Found none.")
+            raise ValueError("`policy.targets` must name at least one linear layer. Found none.")
         self.path, self.revision = path, revision
         self.rank, self.alpha, self.targets = rank, alpha, tuple(targets)
 
@@ -192,6 +192,11 @@ class FlowPolicy(nn.Module, ABC):
         for name in ADAPTERS:
             self.move(name, towards="trained", by=1.0)
         self._activate("trained")
+
+    @property
+    def identity(self) -> dict[str, str | int | None]:
+        """What its pictures depend on besides adapters and sampling, by name: the model; a subclass adds what it must."""
+        return {"model": self.path, "revision": self.revision}
 
     @property
     def lora(self) -> dict[str, object]:

@@ -40,7 +40,7 @@ class Harmony(Callback):
 
     def __init__(self, probe_every: int | None = None) -> None:
         if probe_every is not None and probe_every < 1:
-            raise ValueError(f"`probe_every` must be >= 1, or null for no probes. Found {probe_every}.")
+            raise ValueError(f"`harmony.probe_every` must be >= 1, or null for no probes. Found {probe_every}.")
         self.probe_every = probe_every
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

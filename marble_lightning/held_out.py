@@ -69,6 +69,8 @@ class HeldOutEvaluation(LightningModule):
         """Whether `predict` scores its pictures; to be set before `setup`."""
         self.ahead: dict[str, Conditions] = {}
         """Encoded held-out prompts, of this batch and of those that follow, on the CPU."""
+        self.run_config: str | None = None
+        """The run's configuration as YAML, where there is one, to be kept in checkpoints."""
         self.round_start = RoundStart()
 
     def setup(self, stage: str) -> None:
@@ -130,8 +132,8 @@ class HeldOutEvaluation(LightningModule):
     @property
     def measured(self) -> str:
         """What the base's scores on held-out prompts depend on; a checkpoint's are taken over only where it is the same."""
-        policy, judges = self.policy, {name: judge.identity for name, judge in self.judges.items()}
-        model = (policy.path, policy.revision, policy.init_lora)
+        model = self.policy.identity | {"init_lora": self.policy.init_lora}
+        judges = {name: judge.identity for name, judge in self.judges.items()}
         return repr((model, self.settings, judges, derived_seed(*map(repr, the_data(self.trainer).held_out))))
 
     def predict_step(self, batch: HeldOut, batch_idx: int) -> dict[str, Tensor]:
@@ -209,8 +211,8 @@ class HeldOutEvaluation(LightningModule):
         adapters = {name: tensor for name, tensor in checkpoint["state_dict"].items() if is_adapter(name)}
         checkpoint["state_dict"], checkpoint["lora"] = adapters, self.policy.lora
         checkpoint["base_scores"], checkpoint["base_measured"] = self.base_scores, self.measured
-        checkpoint["base_model"] = self._base_model
-        checkpoint["rewards"] = list(self.rewards)
+        checkpoint["base_model"], checkpoint["rewards"] = self.policy.identity, list(self.rewards)
+        checkpoint["config"] = self.run_config
         self.round_start.put_into(checkpoint, self.trainer)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -231,21 +233,17 @@ class HeldOutEvaluation(LightningModule):
             name = odd[0][0]
             raise ValueError(
                 f"The checkpoint must hold the adapters of {self.policy.path}. Found another model's, of "
-                f"{checkpoint['base_model']['path']}: {name} is {theirs.get(name, 'missing')} instead of "
+                f"{checkpoint['base_model']['model']}: {name} is {theirs.get(name, 'missing')} instead of "
                 f"{own.get(name, 'missing')}; use the `policy.path` it was trained with."
             )
-        if checkpoint["base_model"] != self._base_model:
-            warn(f"The checkpoint was trained on {checkpoint['base_model']}, and this policy is {self._base_model}.")
+        if checkpoint["base_model"] != self.policy.identity:
+            warn(f"The checkpoint was trained on {checkpoint['base_model']}, and this policy is {self.policy.identity}.")
         if checkpoint["base_measured"] == self.measured and checkpoint["base_scores"] is not None:
             self.base_scores = checkpoint["base_scores"]
             self.trainer.num_sanity_val_steps = 0  # no need to measure it again
         elif self.policy.init_lora is not None and self.trainer.state.fn == "fit":
             self.trainer.num_sanity_val_steps = 0
             warn("No base is measured: this run began at `policy.init_lora`, which a checkpoint's adapters now replace.")
-
-    @property
-    def _base_model(self) -> dict[str, str | None]:
-        return {"path": self.policy.path, "revision": self.policy.revision}
 
     @staticmethod
     def _shapes(state: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:

@@ -15,14 +15,15 @@ from lightning.pytorch.utilities import GradClipAlgorithmType
 from torch import Tensor
 from tqdm import tqdm
 
-from marble_lightning.checks import every_prompt_can_be_judged, every_reward_applies, the_balancer, the_data, the_plan
+from balancers import Balancer
+from marble_lightning import checks
 from marble_lightning.flow_policy import Adapter, FlowPolicy
 from marble_lightning.gradients import RewardGradients, add_flat, flat
 from marble_lightning.held_out import HeldOutEvaluation
 from marble_lightning.objective import Coefficients, nft_losses
 from marble_lightning.rollouts import MicroBatch, MicroBatches, Rollout, Sampled, micro_batches, weigh_round
 from marble_lightning.seeds import generator
-from marble_lightning.settings import Averaging, Evaluation, Objective, Sampling, Scoring, adamw, at_least_one
+from marble_lightning.settings import Averaging, Evaluation, Objective, Sampling, Scoring, adamw, must
 from marble_lightning.stops import end_if_asked
 from rewards import Reward
 
@@ -70,15 +71,14 @@ class DiffusionNFT(HeldOutEvaluation):
         seed: int = 0,
     ) -> None:
         super().__init__(policy, rewards, metrics or {}, scoring, evaluation, seed)
-        if not rewards:
-            raise ValueError("`rewards` must name at least one reward. Found none; configs/tiny.yaml has five.")
+        must(bool(rewards), "`rewards` must name at least one reward", "none; configs/tiny.yaml has five")
         if twice := set(rewards) & set(metrics or {}):
             raise ValueError(f"`metrics` must not use the name of a reward. Found {', '.join(sorted(twice))} in both.")
-        sizes = {"micro_batch_size": micro_batch_size, "optimizer_steps_per_round": optimizer_steps_per_round}
-        at_least_one(**sizes, inner_epochs=inner_epochs)
         self.sampling, self.objective, self.averaging = sampling, objective, averaging
         self.optimizer, self.lr_scheduler = optimizer, lr_scheduler
         self.sizes = (micro_batch_size, optimizer_steps_per_round, inner_epochs)
+        for name, size in zip(("micro_batch_size", "optimizer_steps_per_round", "inner_epochs"), self.sizes, strict=True):
+            must(size >= 1, f"`{name}` must be >= 1", size)
         self.gradient_passes = gradient_passes
         self.merged: Tensor | None = None
         """A refresh's merged gradient, flat, until it is written."""
@@ -92,10 +92,10 @@ class DiffusionNFT(HeldOutEvaluation):
         if stage == "fit":
             if self.policy.adapter is None:
                 raise ValueError("`policy.adapter` must be ema or trained for `fit`, which trains one. Found none.")
-            self.balancer = the_balancer(self.trainer)
-            self.plan = the_plan(self.trainer, self.sampling, *self.sizes)
-            every_reward_applies(self._learned, the_data(self.trainer))
-            every_prompt_can_be_judged(self._learned, the_data(self.trainer).training)
+            self.balancer = checks.the_balancer(self.trainer)
+            self.plan = checks.the_plan(self.trainer, self.sampling, *self.sizes)
+            checks.every_reward_applies(self._learned, checks.the_data(self.trainer))
+            checks.every_prompt_can_be_judged(self._learned, checks.the_data(self.trainer).training)
             self.trainer.accumulate_grad_batches = self.plan.per_step
         super().setup(stage)
         self.trainable = self.policy.parameters_of("trained")
@@ -117,9 +117,10 @@ class DiffusionNFT(HeldOutEvaluation):
 
     def configure_optimizers(self) -> Any:
         optimizer = self.optimizer(self.trainable)
-        if self.lr_scheduler is None:
-            return optimizer
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": self.lr_scheduler(optimizer), "interval": "step"}}
+        scheduler = self.lr_scheduler(optimizer) if self.lr_scheduler else None
+        checks.the_optimizer_fits(optimizer, scheduler, self._scaler)
+        stepped = {"lr_scheduler": {"scheduler": scheduler, "interval": "step"}} if scheduler else {}
+        return {"optimizer": optimizer, **stepped}
 
     # A round: sample, score, compare --------------------------------------------------------------------------------
 
@@ -149,7 +150,7 @@ class DiffusionNFT(HeldOutEvaluation):
             RewardError: A reward failed; on all ranks, whichever it was.
         """
         self.scorer.release()  # Lightning put them there, and text encoders need the room
-        data = the_data(self.trainer)
+        data = checks.the_data(self.trainer)
         prompts = data.round(seed, self.current_epoch, self.global_rank, self.trainer.world_size)
         conditions = self.policy.encode([prompt.text for prompt in prompts])
         groups = torch.arange(len(prompts)).repeat_interleave(data.images_per_prompt)
@@ -242,7 +243,7 @@ class DiffusionNFT(HeldOutEvaluation):
     def configure_gradient_clipping(
         self, optimizer: Any, gradient_clip_val: Any = None, gradient_clip_algorithm: Any = None
     ) -> None:
-        """As Lightning clips, which under autocast refuses fused optimizers even where no loss is scaled."""
+        """As Lightning clips, which under autocast refuses fused optimizers although no loss is scaled."""
         if self._scaler is not None:
             self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
         elif gradient_clip_val:
@@ -264,7 +265,9 @@ class DiffusionNFT(HeldOutEvaluation):
         self.balancer.end_step()
         self.policy.move("ema", towards="trained", by=1 - self.averaging.ema_decay)
         if batch_idx + 1 == self.plan.total:
-            self.policy.move("old", towards="trained", by=1 - self.averaging.old_decay(self.global_step))
+            keep = self.averaging.old_decay(self.global_step)
+            must(0 <= keep <= 1, f"`old_decay` of {type(self.averaging).__name__} must return 0 to 1", keep)
+            self.policy.move("old", towards="trained", by=1 - keep)
             self.log("time/training", time.perf_counter() - self.trained_since)
 
     # For those who look on ------------------------------------------------------------------------------------------

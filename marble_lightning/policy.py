@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Literal
 
 import torch
@@ -16,6 +17,7 @@ from marble_lightning.lora_files import read_lora
 from marble_lightning.prompt_cache import PromptCache, fingerprint
 from marble_lightning.sd3_files import pipeline_index, the_resolution_fits
 from marble_lightning.solvers import Solver, flow_sigmas, scheduler_for
+from marble_lightning.whole_files import must_be_a_folder
 
 TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
 """Linear layers of a joint attention block that get a LoRA, as in the published runs."""
@@ -76,20 +78,26 @@ class SD3Policy(FlowPolicy):
     ) -> None:
         super().__init__(path, revision, rank, alpha, targets)
         if resolution < 16 or resolution % 16:
-            raise ValueError(f"`resolution` must be a positive multiple of 16. Found {resolution}.")
+            raise ValueError(f"`policy.resolution` must be a positive multiple of 16. Found {resolution}.")
         if text_length < 1:
-            raise ValueError(f"`text_length` must be >= 1. Found {text_length}.")
+            raise ValueError(f"`policy.text_length` must be >= 1. Found {text_length}.")
         if adapter not in ("ema", "trained", "none"):
             raise ValueError(f"`policy.adapter` must be ema, trained or none. Found {adapter!r}.")
         if adapter == "none" and init_lora is not None:
             raise ValueError(f"`policy.init_lora` must be null where `policy.adapter` is none. Found {init_lora!r}.")
         self.adapter = None if adapter == "none" else adapter
         self.resolution, self.text_length = resolution, text_length
-        self.text_encoder_3_wanted = text_encoder_3 is not None
+        self.t5 = text_encoder_3
         self.gradient_checkpointing, self.compiled, self.init_lora = gradient_checkpointing, compile, init_lora
         self.offload_text_encoders, self.prompt_cache = offload_text_encoders, prompt_cache
         self.vae_slicing, self.vae_tiling = vae_slicing, vae_tiling
         self.dtype: torch.dtype = getattr(torch, dtype)
+
+    @property
+    def identity(self) -> dict[str, str | int | None]:
+        """Model, revision, and how prompts and weights are read."""
+        read = {"text_length": self.text_length, "text_encoder_3": self.t5, "dtype": str(self.dtype)[6:]}
+        return super().identity | read
 
     def check_resolution(self, name: str, resolution: int) -> None:
         """Whole patches, no more than the transformer has positions for; reads configurations only."""
@@ -101,9 +109,11 @@ class SD3Policy(FlowPolicy):
         """Load the pipeline, freeze it and add the adapters; the same seed gives the same initial adapters."""
         if hasattr(self, "pipeline"):
             return
+        if self.prompt_cache is not None:
+            must_be_a_folder("policy.prompt_cache", Path(self.prompt_cache).expanduser())
         index = pipeline_index(self.path, self.revision)
         start = read_lora(self.init_lora, rank=self.rank, alpha=self.alpha) if self.init_lora is not None else None
-        without_t5 = not self.text_encoder_3_wanted or index.get("text_encoder_3", [None])[0] is None
+        without_t5 = self.t5 is None or index.get("text_encoder_3", [None])[0] is None
         absent = {name: None for name in ("text_encoder_3", "tokenizer_3") if without_t5}
         pipeline = StableDiffusion3Pipeline.from_pretrained(self.path, dtype=self.dtype, revision=self.revision, **absent)
         self.pipeline, self.flow_scheduler = pipeline, pipeline.scheduler

@@ -16,12 +16,14 @@ from marble_lightning.checks import the_data
 from marble_lightning.held_out import HeldOut, HeldOutEvaluation
 from marble_lightning.pictures import to_image
 from marble_lightning.ranks import gathered
+from marble_lightning.whole_files import must_be_a_folder
 
 
 class PictureWriter(Callback):
     """Writes the pictures of `predict` as PNG files, and their prompts and scores as `pictures.jsonl` beside them.
 
-    A file's text chunks tell prompt, index, seed, steps, solver, guidance, resolution, adapter, model and checkpoint.
+    A file's text chunks tell prompt, index, seed, steps, solver, guidance, resolution, adapter, checkpoint, and the model:
+    its name, revision, and how it reads prompts and weights.
 
     Args:
         folder: Where to; null is `predictions` in the run's folder. One that has pictures made otherwise is refused.
@@ -40,6 +42,7 @@ class PictureWriter(Callback):
         self.records = []
         pl_module.scores_predictions = self.scores
         self.place = Path(self.folder or Path(trainer.log_dir or ".") / "predictions")  # here, as `log_dir` is a broadcast
+        must_be_a_folder("predictions.folder", self.place)
         self._keep_others(trainer, pl_module, {"adapter", "checkpoint"})  # which are known once it is loaded
 
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -88,7 +91,7 @@ class PictureWriter(Callback):
             "index": index,
             **module.settings,
             "adapter": module.judged_adapter,
-            "model": policy.path + (f"@{policy.revision}" if policy.revision else ""),
+            **policy.identity,
             "checkpoint": Path(start).resolve() if start else "none",
         }
         return {name: str(value) for name, value in facts.items()}

@@ -92,21 +92,25 @@ def write(folder: Path, found: Mapping[str, Any]) -> None:
             lines.writerows([name, reward, *(own[field] for field in Summary._fields)] for reward, own in means.items())
 
 
-def read(path: str | Path) -> dict[str, Any]:
+def read(path: str | Path, who: str = "`path`") -> dict[str, Any]:
     """Read results.json, given by its path or that of its folder.
+
+    Args:
+        path: Of the file or the folder.
+        who: The setting that names it, for error messages.
 
     Raises:
         ValueError: There is none, or it is something else.
     """
     file = Path(path) / JSON if Path(path).is_dir() else Path(path)
     if not file.is_file():
-        raise ValueError(f"Results must be a {JSON} or a run's folder with one. Found no file {file.resolve()}.")
+        raise ValueError(f"{who} must be a {JSON} or a run's folder with one. Found no file {file.resolve()}.")
     try:
         found = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:  # neither JSON nor text
-        raise ValueError(f"Results must be a {JSON}. Found {file.resolve()}: {error}.") from error
+        raise ValueError(f"{who} must be a {JSON}. Found {file.resolve()}: {error}.") from error
     if not isinstance(found, dict) or not {"settings", "rewards", ALL, "prompts"} <= found.keys():
-        raise ValueError(f"Results must be a {JSON} written by fit, validate or test. Found {file.resolve()}.")
+        raise ValueError(f"{who} must be a {JSON} written by fit, validate or test. Found {file.resolve()}.")
     return found
 
 

@@ -166,7 +166,7 @@ class Scorer:
     def _place(self, device: torch.device) -> None:
         if self._placed:
             return
-        places = {name: torch.device(self.settings.devices.get(name, device)) for name in self.rewards}
+        self._places = places = {name: self._place_of(name, device) for name in self.rewards}
         owners: dict[torch.nn.Parameter, str] = {}
         for name, reward in self.rewards.items():
             for parameter in reward.parameters():
@@ -179,6 +179,11 @@ class Scorer:
             reward.to(places[name])
         self._placed = True
 
+    def _place_of(self, name: str, device: torch.device) -> torch.device:
+        """Where a reward runs; on the policy's own device where that kind is named without a number."""
+        place = torch.device(self.settings.devices.get(name, device))
+        return device if place.index is None and place.type == device.type else place
+
     def _begin(self, job: _Job) -> Future[Outcome]:
         if job.name not in self._workers:
             self._workers[job.name] = Worker()
@@ -186,7 +191,7 @@ class Scorer:
 
     def _judge(self, job: _Job) -> Outcome:
         begun = time.perf_counter()
-        images = job.images.to(self.settings.devices.get(job.name, job.images.device))
+        images = job.images.to(self._places[job.name])
         with torch.cuda.device(images.device) if images.is_cuda else nullcontext():  # a thread begins on the first GPU
             scores, failures = judged(self.rewards[job.name], images, job.prompts, self.settings.retries)
         return Outcome(scores, failures, time.perf_counter() - begun)

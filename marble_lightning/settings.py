@@ -11,6 +11,8 @@ import torch
 from marble_lightning.advantages import AdvantageMode, AdvantageStd
 from marble_lightning.solvers import Solver
 
+OnError = Literal["raise", "skip"]
+
 
 @dataclass(frozen=True)
 class Sampling:
@@ -20,33 +22,35 @@ class Sampling:
         steps: Solver steps of a rollout, >= 1.
         solver: `dpm2` (DPM-Solver++ 2M) or `euler`; one network evaluation a step either way.
         batch_size: Pictures sampled at once, >= 1.
-        timestep_fraction: Share (0, 1] of the rollout's times, from the noisiest, that may be trained on.
-        times_per_image: Times trained on per picture, drawn anew each round; null takes all of the fraction.
+        times_per_image: Times of the rollout that each picture is trained on, its own, drawn anew each round; null takes
+            all. The published run takes 24 of 25 (its `timestep_fraction` of 0.99).
+        noisiest_fraction: Share (0, 1] of the rollout's times, from the noisiest, that are drawn from.
     """
 
     steps: int = 25
     solver: Solver = "dpm2"
     batch_size: int = 9
-    timestep_fraction: float = 0.99
     times_per_image: int | None = None
+    noisiest_fraction: float = 1.0
 
     def __post_init__(self) -> None:
-        at_least_one(steps=self.steps, batch_size=self.batch_size)
-        one_of(Solver, solver=self.solver)
-        if not 1 <= self.usable_times <= self.steps:
-            raise ValueError(
-                f"`timestep_fraction` must leave 1 to {self.steps} of the times. Found {self.timestep_fraction}."
-            )
-        if not 1 <= self.times <= self.usable_times:
-            raise ValueError(
-                f"`times_per_image` must be 1 to {self.usable_times}, the times `timestep_fraction` leaves. "
-                f"Found {self.times_per_image}."
-            )
+        must(self.steps >= 1, "`sampling.steps` must be >= 1", self.steps)
+        must(self.batch_size >= 1, "`sampling.batch_size` must be >= 1", self.batch_size)
+        one_of(Solver, "`sampling.solver`", self.solver)
+        must(
+            0 < self.noisiest_fraction <= 1 and self.usable_times >= 1,
+            f"`sampling.noisiest_fraction` must leave 1 to {self.steps} of the times", self.noisiest_fraction,
+        )  # fmt: skip
+        must(
+            1 <= self.times <= self.usable_times,
+            f"`sampling.times_per_image` must be 1 to {self.usable_times}, the times `noisiest_fraction` leaves of `steps`",
+            self.times_per_image,
+        )
 
     @property
     def usable_times(self) -> int:
-        """Times of the grid that may be trained on."""
-        return int(self.timestep_fraction * self.steps)
+        """Times of the grid that are drawn from."""
+        return int(self.noisiest_fraction * self.steps + 1e-9)  # 0.58 * 50 is a rounding below 29
 
     @property
     def times(self) -> int:
@@ -72,7 +76,7 @@ class Scoring:
         offload: Whether rewards wait on the CPU between rounds.
     """
 
-    on_error: Literal["raise", "skip"] = "raise"
+    on_error: OnError = "raise"
     max_skipped: float = 0.1
     retries: int = 2
     time_limit: float | None = None
@@ -81,20 +85,21 @@ class Scoring:
     offload: bool = False
 
     def __post_init__(self) -> None:
-        if not 0 <= self.max_skipped < 1:
-            raise ValueError(f"`max_skipped` must be in [0, 1). Found {self.max_skipped}.")
-        if self.retries < 0:
-            raise ValueError(f"`retries` must be >= 0. Found {self.retries}.")
-        if self.time_limit is not None and not (self.time_limit > 0 and self.overlap):
-            raise ValueError(
-                f"`time_limit` must be > 0 seconds, or null, and needs `overlap`. Found {self.time_limit} with `overlap` "
-                f"{str(self.overlap).lower()}."
-            )
+        one_of(OnError, "`scoring.on_error`", self.on_error)
+        must(0 <= self.max_skipped < 1, "`scoring.max_skipped` must be in [0, 1)", self.max_skipped)
+        must(self.retries >= 0, "`scoring.retries` must be >= 0", self.retries)
+        must(
+            self.time_limit is None or (self.time_limit > 0 and self.overlap),
+            "`scoring.time_limit` must be > 0 seconds, or null, and needs `overlap`",
+            f"{self.time_limit} with `overlap` {str(self.overlap).lower()}",
+        )
         for name, device in self.devices.items():
             try:
                 torch.device(device)
             except RuntimeError as error:
-                raise ValueError(f"`devices` must hold devices like cpu or cuda:1. Found {name}: {device!r}.") from error
+                raise ValueError(
+                    f"`scoring.devices` must hold devices like cpu or cuda:1. Found {name}: {device!r}."
+                ) from error
 
 
 @dataclass(frozen=True)
@@ -119,13 +124,11 @@ class Objective:
     kl_weight: float = 1e-4
 
     def __post_init__(self) -> None:
-        one_of(AdvantageStd, advantage_std=self.advantage_std)
-        one_of(AdvantageMode, advantage_mode=self.advantage_mode)
-        for name in ("beta", "max_advantage"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"`{name}` must be > 0. Found {getattr(self, name)}.")
-        if not self.kl_weight >= 0:
-            raise ValueError(f"`kl_weight` must be >= 0. Found {self.kl_weight}.")
+        one_of(AdvantageStd, "`objective.advantage_std`", self.advantage_std)
+        one_of(AdvantageMode, "`objective.advantage_mode`", self.advantage_mode)
+        must(0 < self.beta < inf, "`objective.beta` must be > 0 and finite", self.beta)
+        must(0 < self.max_advantage < inf, "`objective.max_advantage` must be > 0 and finite", self.max_advantage)
+        must(0 <= self.kl_weight < inf, "`objective.kl_weight` must be >= 0 and finite", self.kl_weight)
 
 
 @dataclass(frozen=True)
@@ -150,14 +153,13 @@ class Averaging:
     ema_decay: float = 0.9
 
     def __post_init__(self) -> None:
-        for name in ("old_cap", "ema_decay"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"`{name}` must be in [0, 1). Found {getattr(self, name)}.")
-        if min(self.old_rate, self.old_start) < 0:
-            raise ValueError("`old_rate` and `old_start` must be >= 0. Found a negative one.")
+        must(0 <= self.old_rate < inf, "`averaging.old_rate` must be >= 0 and finite", self.old_rate)
+        must(self.old_start >= 0, "`averaging.old_start` must be >= 0", self.old_start)
+        must(0 <= self.old_cap < 1, "`averaging.old_cap` must be in [0, 1)", self.old_cap)
+        must(0 <= self.ema_decay < 1, "`averaging.ema_decay` must be in [0, 1)", self.ema_decay)
 
     def old_decay(self, step: int) -> float:
-        """What the old adapter keeps of itself after optimizer step `step`."""
+        """What the old adapter keeps of itself after optimizer step `step`, in [0, 1]."""
         return min(self.old_rate * max(step - self.old_start, 0), self.old_cap)
 
 
@@ -180,14 +182,14 @@ class Evaluation:
     seed: int | None = None
 
     def __post_init__(self) -> None:
-        at_least_one(steps=self.steps)
-        one_of(Solver, solver=self.solver)
-        if not 1 <= self.guidance < inf:
-            raise ValueError(f"`guidance` must be >= 1 and finite. Found {self.guidance}.")
-        if self.resolution is not None and (self.resolution < 16 or self.resolution % 16):
-            raise ValueError(f"`evaluation.resolution` must be a positive multiple of 16, or null. Found {self.resolution}.")
-        if self.seed is not None and self.seed < 0:
-            raise ValueError(f"`evaluation.seed` must be >= 0, or null. Found {self.seed}.")
+        must(self.steps >= 1, "`evaluation.steps` must be >= 1", self.steps)
+        one_of(Solver, "`evaluation.solver`", self.solver)
+        must(1 <= self.guidance < inf, "`evaluation.guidance` must be >= 1 and finite", self.guidance)
+        must(
+            self.resolution is None or (self.resolution >= 16 and self.resolution % 16 == 0),
+            "`evaluation.resolution` must be a positive multiple of 16, or null", self.resolution,
+        )  # fmt: skip
+        must(self.seed is None or self.seed >= 0, "`evaluation.seed` must be >= 0, or null", self.seed)
 
 
 def adamw(parameters: Any) -> torch.optim.Optimizer:
@@ -195,15 +197,16 @@ def adamw(parameters: Any) -> torch.optim.Optimizer:
     return torch.optim.AdamW(parameters, lr=3e-4, betas=(0.9, 0.999), weight_decay=1e-4, eps=1e-8)
 
 
-def one_of(choices: Any, **values: str) -> None:
-    """Refuse a value that is none of a Literal's by its name."""
-    for name, value in values.items():
-        if value not in get_args(choices):
-            raise ValueError(f"`{name}` must be one of {', '.join(get_args(choices))}. Found {value!r}.")
+def must(holds: bool, what: str, found: object) -> None:
+    """Refuse a value by its name.
+
+    Raises:
+        ValueError: It does not hold; with what must, and what was found.
+    """
+    if not holds:
+        raise ValueError(f"{what}. Found {found}.")
 
 
-def at_least_one(**counts: int) -> None:
-    """Refuse a count below one by its name."""
-    for name, count in counts.items():
-        if count < 1:
-            raise ValueError(f"`{name}` must be >= 1. Found {count}.")
+def one_of(choices: Any, name: str, found: str) -> None:
+    """Refuse a value that is none of a Literal's."""
+    must(found in get_args(choices), f"{name} must be one of {', '.join(get_args(choices))}", repr(found))

@@ -41,10 +41,13 @@ class Stops(Callback):
 
     Lightning's handlers exchange messages with the other processes wherever the signal finds them, where these may wait
     for another message. Ours only take note; the processes agree where they meet anyway, before a batch of pictures is
-    sampled and before a micro-batch. The command line adds it; in Python: `Trainer(callbacks=[Stops(), ...])`.
+    sampled, for a round or held-out prompts, and before a micro-batch. The command line adds it; in Python:
+    `Trainer(callbacks=[Stops(), ...])`.
     """
 
     asked = Asked.NOTHING
+    held_out_batches = 0
+    """Batches of held-out prompts that every process has; one may have another, before which no other would agree."""
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.asked = Asked.NOTHING
@@ -68,6 +71,17 @@ class Stops(Callback):
 
     def on_train_batch_start(self, trainer: Trainer, *arguments: Any) -> None:
         self.end_if_asked(trainer)
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        batches = sum(trainer.num_sanity_val_batches if trainer.sanity_checking else trainer.num_val_batches)
+        own = torch.tensor(float(batches), device=trainer.strategy.root_device)
+        self.held_out_batches = int(trainer.strategy.reduce(own, reduce_op="min"))
+
+    def on_validation_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        if batch_idx < self.held_out_batches and trainer.state.fn == "fit":
+            self.end_if_asked(trainer)
 
     def end_if_asked(self, trainer: Trainer) -> None:
         """To be called by every process, or by none.

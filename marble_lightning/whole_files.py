@@ -28,6 +28,21 @@ def written_whole(file: Path) -> Iterator[Path]:
     folder_to_disk(file.parent)
 
 
+def must_be_a_folder(name: str, folder: Path) -> None:
+    """Refuse where a folder cannot be, or be made, because a file is there.
+
+    Args:
+        name: Of the setting.
+        folder: What it says.
+
+    Raises:
+        ValueError: With the file.
+    """
+    there = next(place for place in (folder, *folder.absolute().parents) if place.exists())
+    if not there.is_dir():
+        raise ValueError(f"`{name}` must be a folder. Found a file, {there}.")
+
+
 def folder_to_disk(folder: Path) -> None:
     """Have a folder's names survive a loss of power, where the file system can do so."""
     if hasattr(os, "O_DIRECTORY"):

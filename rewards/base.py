@@ -30,6 +30,12 @@ class Prompt:
     metadata: Mapping[str, Any] = field(default_factory=dict)
 
 
+def identity_of(judge: object, scored_by: Sequence[str]) -> dict[str, str]:
+    """The class of a judge and those of the attributes named that it has, as text."""
+    kind = f"{type(judge).__module__}.{type(judge).__qualname__}"
+    return {"class": kind} | {name: str(getattr(judge, name)) for name in scored_by if hasattr(judge, name)}
+
+
 class Reward(nn.Module, ABC):
     """A frozen judge of (image, prompt) pairs. Subclass it, override `score`, and it is ready to be named in a config.
 
@@ -39,9 +45,10 @@ class Reward(nn.Module, ABC):
 
     Args:
         batch_size: samples handed to `score` at once, >= 1. None keeps the class's own `batch_size`.
+        sources: names of the prompt sets it judges. None: all.
 
     Raises:
-        ValueError: if `batch_size` is below 1.
+        ValueError: if `batch_size` is below 1, or `sources` is empty.
     """
 
     batch_size: int = 32
@@ -49,8 +56,11 @@ class Reward(nn.Module, ABC):
     """Attributes that its scores depend on, those of them that it has; results of runs that differ in one are told apart."""
     _missing: int = 0
 
-    def __init__(self, batch_size: int | None = None) -> None:
+    def __init__(self, batch_size: int | None = None, sources: Sequence[str] | None = None) -> None:
         super().__init__()
+        if sources is not None and not sources:
+            raise ValueError(f"{self._name}: `sources` must name a prompt set, or be None for all. Found an empty list.")
+        self.sources = sources
         if batch_size is not None:
             if batch_size < 1:
                 raise ValueError(
@@ -62,8 +72,8 @@ class Reward(nn.Module, ABC):
         """Load weights. Safe to call twice; the base has nothing to load."""
 
     def applies_to(self, prompt: Prompt) -> bool:
-        """Whether this reward can judge images of `prompt`. Default: every prompt."""
-        return True
+        """Whether this reward can judge images of `prompt`. Default: every prompt of its sources."""
+        return self.sources is None or prompt.source in self.sources
 
     def check_prompt(self, prompt: Prompt) -> None:
         """Reject a prompt this reward applies to but could never judge, before any weight loads. Default: nothing.
@@ -130,8 +140,7 @@ class Reward(nn.Module, ABC):
     @property
     def identity(self) -> dict[str, str]:
         """Its class and what its scores depend on (`scored_by`), as text."""
-        kind = f"{type(self).__module__}.{type(self).__qualname__}"
-        return {"class": kind} | {name: str(getattr(self, name)) for name in self.scored_by if hasattr(self, name)}
+        return identity_of(self, self.scored_by)
 
     @property
     def _name(self) -> str:

@@ -77,7 +77,7 @@ class CLIPTower(nn.Module):
     """A frozen `CLIPModel` with its tokenizer and preprocessing. Built by `rewards.clip_loading.load_tower`.
 
     Args:
-        model: transformers `CLIPModel`.
+        model: transformers `CLIPModel`, with exp(logit_scale) in float32 as a buffer `scale`.
         tokenizer: its tokenizer.
         preprocess: what turns pixels into its input.
     """
@@ -90,8 +90,8 @@ class CLIPTower(nn.Module):
 
     @property
     def scale(self) -> Float[Tensor, ""]:
-        """exp(logit_scale), what CLIP multiplies cosines with."""
-        return self.model.logit_scale.float().exp()
+        """exp(logit_scale), what CLIP multiplies cosines with, float32."""
+        return self.model.scale
 
     def embed_images(self, images: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b d"]:
         """L2-normalised image embeddings, float32."""

@@ -77,7 +77,7 @@ def _load(owner: str, source: str, path: str, file: str | None, revision: str | 
     from transformers import CLIPModel, PretrainedConfig
 
     pin = _pin(path, revision)
-    options: dict[str, Any] = {"dtype": dtype, "output_loading_info": True}
+    options: dict[str, Any] = {"dtype": torch.float32, "output_loading_info": True}
     if file is not None:
         weights = find_file(owner, path=path, name=file, revision=revision)
         beside = weights.with_name("open_clip_config.json")
@@ -108,6 +108,8 @@ def _load(owner: str, source: str, path: str, file: str | None, revision: str | 
             f"{owner}: the checkpoint in '{path}' must hold every weight of its CLIPModel. Found "
             f"{len(report['missing_keys'])} missing, such as {min(report['missing_keys'])}. Download it again."
         )
+    scale = model.logit_scale.detach().exp()  # half precision would round a scale of 100 to 98.9
+    model.to(dtype).register_buffer("scale", scale, persistent=False)
     return model
 
 

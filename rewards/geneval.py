@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from rewards.base import Prompt, Reward
+from rewards.base import Prompt, Reward, identity_of
 from rewards.detectors import Detector
 from rewards.geneval_rules import COUNTING_THRESHOLD, MAX_OBJECTS, THRESHOLD, Verdict, check, evaluate
 
@@ -68,6 +68,12 @@ class GenEval(Reward):
         self.threshold = threshold
         self.counting_threshold = counting_threshold
         self.max_objects = max_objects
+
+    @property
+    def identity(self) -> dict[str, str]:
+        """That of any reward, and its detector's."""
+        found = identity_of(self.detector, self.detector.scored_by)
+        return super().identity | {f"detector {name}": value for name, value in found.items()}
 
     def setup(self) -> None:
         """Load the detector and freeze it."""

@@ -51,6 +51,7 @@ class Mask2Former(Detector):
 
     classes = frozenset(COCO_CLASSES)
     colour_names = frozenset(COLOURS)
+    scored_by = (*Detector.scored_by, "colour_path", "colour_revision", "short_side", "long_side")
 
     def __init__(
         self,
@@ -72,6 +73,7 @@ class Mask2Former(Detector):
                 "The benchmark's are 800 and 1333."
             )
         self.path, self.revision = path, revision
+        self.colour_path, self.colour_revision = colour_path, colour_revision
         self.dtype = check_dtype("Mask2Former", dtype)
         self.short_side, self.long_side, self.min_score = short_side, long_side, min_score
         self.classifier = ColourClassifier(colour_path, colour_revision, dtype)

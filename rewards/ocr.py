@@ -62,6 +62,8 @@ class OCR(Reward):
         upscale_to: pixels that the shorter side of smaller images is enlarged to before reading. None: leave as it is.
         detect: True finds lines of text and reads each. False reads the whole image as one line, over ten times as
             fast; right where an image is nothing but a line of text.
+        sources: names of the prompt sets it judges, of those prompts with quoted text. None: all. General prompts quote
+            titles and captions too, so the published runs read signs of the set `ocr` only.
         batch_size: images handed to the engine at once, >= 1.
         threads: CPU threads of one recognition, >= 1.
         workers: engines that share a batch, >= 1.
@@ -75,18 +77,19 @@ class OCR(Reward):
         ValueError: if an argument is out of range.
     """
 
-    scored_by = (*Reward.scored_by, "upscale_to", "detect")
+    scored_by = (*Reward.scored_by, "upscale_to", "detect", "sources")
 
     def __init__(
         self,
         upscale_to: int | None = None,
         detect: bool = True,
+        sources: list[str] | None = None,
         batch_size: int = 32,
         threads: int = 1,
         workers: int = 1,
         worker_kind: Kind = "process",
     ) -> None:
-        super().__init__(batch_size)
+        super().__init__(batch_size, sources)
         if upscale_to is not None and upscale_to < 1:
             raise ValueError(f"OCR: `upscale_to` must be >= 1 or None. Found {upscale_to}. 96 is enough for one line.")
         if threads < 1:
@@ -109,8 +112,8 @@ class OCR(Reward):
             self._engine = Engine(self.detect, self.threads)
 
     def applies_to(self, prompt: Prompt) -> bool:
-        """Only prompts with text in double quotes."""
-        return quoted_text(prompt.text) is not None
+        """Only prompts of its sources with text in double quotes."""
+        return super().applies_to(prompt) and quoted_text(prompt.text) is not None
 
     def read(self, images: Float[Tensor, "b 3 h w"]) -> list[str | None]:
         """The text in each image, or None where the engine failed.

@@ -68,17 +68,14 @@ class RemoteReward(Reward):
         backoff: float = 0.5,
         batch_size: int = 128,
     ) -> None:
-        super().__init__(batch_size)
+        super().__init__(batch_size, sources)
         self.url = check_connection(
             "RemoteReward", url=url, url_name="url", concurrency=concurrency, timeout=timeout, retries=retries
         )
-        if sources is not None and not sources:
-            raise ValueError("RemoteReward: `sources` must name a prompt set, or be None for all. Found an empty list.")
         if request_size < 1:
             raise ValueError(f"RemoteReward: `request_size` must be >= 1. Found {request_size}. It counts images.")
         if not backoff >= 0:
             raise ValueError(f"RemoteReward: `backoff` must be >= 0 seconds. Found {backoff}. 0.5 is gentle to a server.")
-        self.sources = sources
         self.request_size = request_size
         self.concurrency = concurrency
         self.timeout = timeout
@@ -116,10 +113,6 @@ class RemoteReward(Reward):
         if not isinstance(health, dict) or not isinstance(health.get("reward"), str):
             raise self._garbage("/health", '{"reward": name}', health)
         self._session = session
-
-    def applies_to(self, prompt: Prompt) -> bool:
-        """Prompts of the chosen sources."""
-        return self.sources is None or prompt.source in self.sources
 
     def score(self, *, images: Float[Tensor, "b 3 h w"], prompts: Sequence[Prompt]) -> Float[Tensor, "b"]:
         """What the server says; NaN for its null.

@@ -50,20 +50,28 @@ def slurm(_: None = None) -> None:
     os.environ |= {f"SLURM_{name}": "0" for name in ("LOCALID", "PROCID", "NODEID")}
 
 
+def of_the_trained(self: Any, batch: Any) -> bool:
+    """Held-out pictures of the adapter; those of the base were before the first round."""
+    return not self.trainer.sanity_checking
+
+
 def a_rollout(self: Any, conditions: Any, generators: Any, adapter: str, **options: Any) -> bool:
     return adapter == "old"
 
 
 SAVE = torch.save
 TRAINING = (DiffusionNFT, "training_step")
+HELD_OUT = (DiffusionNFT, "sample_held_out")
 MOMENTS: dict[str, Callable[[], None]] = {
-    # two calls of `sample` and eight micro-batches a round, four for each of two optimizer steps
+    # two calls of `sample` and eight micro-batches a round, four for each of two optimizer steps; two held-out batches
     "sampling": lambda: at_call(4, SD3Policy, "sample", send(signal.SIGKILL), a_rollout),
     "training": lambda: at_call(14, *TRAINING, send(signal.SIGKILL), lambda *_: True),
     "writing": lambda: at_call(2, torch, "save", half, lambda state, stream: not isinstance(stream, io.BytesIO)),
     "linking": lambda: at_call(2, os, "replace", send(signal.SIGKILL), lambda old, new: Path(new).name == "last.ckpt"),
     "SIGTERM in training": lambda: at_call(14, *TRAINING, send(signal.SIGTERM), lambda *_: True),
     "SIGTERM in sampling": lambda: at_call(3, SD3Policy, "sample", send(signal.SIGTERM), a_rollout),
+    "SIGTERM in validation": lambda: at_call(1, *HELD_OUT, send(signal.SIGTERM), of_the_trained),
+    "SIGTERM before": lambda: at_call(1, *HELD_OUT, send(signal.SIGTERM), lambda *_: True),
     "SIGINT": lambda: at_call(14, *TRAINING, send(signal.SIGINT), lambda *_: True),
     "SIGUSR1": lambda: slurm(at_call(14, *TRAINING, send(signal.SIGUSR1), lambda *_: True)),
     "queued again": lambda: slurm(os.environ.update(SLURM_RESTART_COUNT="1")),

@@ -177,7 +177,7 @@ def test_a_statistic_that_is_not_a_number_is_out_of_range(caplog):
 
 
 def test_bad_settings():
-    with pytest.raises(ValueError, match="`factor` must be > 0. Found nan"):
+    with pytest.raises(ValueError, match="`alarms.factor` must be > 0. Found nan"):
         Alarms(factor=math.nan)
-    with pytest.raises(ValueError, match="`patience` must be >= 1. Found 0"):
+    with pytest.raises(ValueError, match="`alarms.patience` must be >= 1. Found 0"):
         Alarms(patience=0)

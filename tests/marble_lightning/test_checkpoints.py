@@ -101,7 +101,7 @@ def flipped(file: Path) -> str:
 
 def gone(file: Path) -> str:
     file.unlink()
-    return "there is no such file"
+    return "no such file from .*"
 
 
 @pytest.mark.parametrize("harm", [cut, flipped, gone])
@@ -115,6 +115,29 @@ def test_a_damaged_checkpoint_is_named_and_the_newest_whole_one_offered(tmp_path
     wrong = "it points to 0.ckpt, which is gone" if harm is gone else wrong
     with pytest.raises(ValueError, match=rf"Found {folder}/last\.ckpt: {wrong}; .*--ckpt_path {before}"):
         WholeCheckpointIO().load_checkpoint(folder / "last.ckpt")
+
+
+@pytest.mark.parametrize("harm", [cut, gone])
+@pytest.mark.parametrize("command", ["fit", "validate"])
+def test_a_damaged_checkpoint_is_named_on_the_command_line_too(small, tmp_path, command, harm):
+    """Where Lightning would read it first, unchecked."""
+    damaged, before = (written(tmp_path / f"{age}.ckpt", age) for age in range(2))
+    with pytest.raises(ValueError, match=rf"Found {damaged}: {harm(damaged)}; .*--ckpt_path {before}"):
+        main([command, *small, "--ckpt_path", str(damaged)])
+
+
+def test_what_is_no_checkpoint(small, tmp_path):
+    folder = tmp_path / "version_0"
+    file = written(folder / "checkpoints/round_0000.ckpt")
+    point(folder / "checkpoints/last.ckpt", file)
+    with pytest.raises(ValueError, match=rf"must be a file. Found the folder {folder}; give {folder}/checkpoints/last.ckpt"):
+        main(["validate", *small, "--ckpt_path", str(folder)])
+    for word in ("best", "hpc", "registry:mine"):
+        with pytest.raises(ValueError, match=f"`ckpt_path` must be a file, or last. Found {word}"):
+            main(["validate", *small, "--ckpt_path", word])
+    torch.save({"made by": Trainer}, file)
+    with pytest.raises(ValueError, match=rf"`ckpt_path` must be .* wrote. Found another program's, {file}"):
+        WholeCheckpointIO().load_checkpoint(file, weights_only=True)
 
 
 def test_one_of_another_run_is_offered_where_its_own_has_no_other(tmp_path):
@@ -139,7 +162,10 @@ def test_last_is_the_newest_of_the_runs_of_that_name(tmp_path):
 
 @pytest.mark.parametrize(
     ("settings", "message"),
-    [({"every_n_rounds": 0}, "`every_n_rounds` must be >= 1. Found 0"), ({"keep": 1}, "`keep` must be >= 2, or -1")],
+    [
+        ({"every_n_rounds": 0}, "`checkpoints.every_n_rounds` must be >= 1. Found 0"),
+        ({"keep": 1}, "`checkpoints.keep` must be >= 2, or -1"),
+    ],
 )
 def test_settings_out_of_range(settings, message):
     with pytest.raises(ValueError, match=message):

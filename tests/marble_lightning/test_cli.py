@@ -35,7 +35,7 @@ def column(shown: str, title: str) -> dict[str, str]:
 
 
 def test_fit_shows_a_table_and_the_printed_command_repeats_it(small, tmp_path, capsys):
-    main(["fit", *small, "--model.optimizer.init_args.lr", "0.05"])
+    main(["fit", *small, "--model.optimizer.init_args.lr", "0.05", "--model.policy.adapter", "trained"])
     shown = capsys.readouterr().out
     after = column(shown, "trained")
     assert list(after) == ["pickscore", "hpsv2", "clipscore", "ocr", "geneval", "geneval_accuracy"]
@@ -66,7 +66,7 @@ def test_scores_measured_otherwise_are_not_compared(small, tmp_path, capsys):
     main(["validate", *small, "--model.evaluation.steps", "3", "--ckpt_path", str(checkpoint(tmp_path))])
     shown = capsys.readouterr().out
     assert "change" not in shown
-    assert "it was not measured on these prompts" in shown
+    assert "No base beside it: it was not measured, or otherwise than this; measure it with" in shown
 
 
 def test_what_tensorboard_gets(small, tmp_path):
@@ -110,21 +110,31 @@ def test_validate_without_a_checkpoint_judges_the_base(small, capsys):
         (["--model.micro_batch_size", "7"], "must be a multiple of `micro_batch_size`"),
         (["--data.prompts_per_round", "7"], "`prompts_per_round` must be a multiple of the sum of the shares"),
         (["--data.sources", "[pickscore, riddles]"], "Found 'riddles'; known: geneval, ocr, pickscore"),
-        (["--model.sampling.times_per_image", "9"], "`times_per_image` must be 1 to"),
+        (["--model.sampling.times_per_image", "9"], "`sampling.times_per_image` must be 1 to"),
+        (
+            ["--model.sampling.noisiest_fraction", "0.2"],
+            "`sampling.noisiest_fraction` must leave 1 to 4 of the times. Found 0.2",
+        ),
         (["--balancer.refresh_every", "0"], "`refresh_every` must be >= 1. Found 0"),
         (["--balancer", "Marbel"], "Marbel"),
         (["--model.sampling.stepz", "3"], "stepz"),
         (["--model.policy.adapter", "old"], "Got value: old"),
         (["--model.policy.text_encoder_3", "t5"], "text_encoder_3"),
         (["--model.policy.dtype", "int8"], "Got value: int8"),
-        (["--model.policy.text_length", "0"], "`text_length` must be >= 1. Found 0"),
+        (["--model.policy.text_length", "0"], "`policy.text_length` must be >= 1. Found 0"),
         (["--model.policy.init_lora", "nowhere"], "Found no such file nowhere"),
         (["--model.evaluation.resolution", "20"], "`evaluation.resolution` must be a positive multiple of 16"),
-        (["--checkpoints.keep", "1"], "`keep` must be >= 2, or -1 for all. Found 1"),
+        (["--checkpoints.keep", "1"], "`checkpoints.keep` must be >= 2, or -1 for all. Found 1"),
         (["--memory.check", "perhaps"], "perhaps"),
         (["--model.inner_epochs", "0"], "`inner_epochs` must be >= 1. Found 0"),
         (["--model.objective.advantage_mode", "best"], "Got value: best"),
-        (["--model.averaging.old_cap", "1"], "`old_cap` must be in [0, 1). Found 1"),
+        (["--model.averaging.old_cap", "1"], "`averaging.old_cap` must be in [0, 1). Found 1"),
+        (["--model.averaging.old_rate", ".nan"], "`averaging.old_rate` must be >= 0 and finite. Found nan"),
+        (["--model.averaging.old_start", "-1"], "`averaging.old_start` must be >= 0. Found -1"),
+        (["--model.objective.kl_weight", ".inf"], "`objective.kl_weight` must be >= 0 and finite. Found inf"),
+        (["--model.objective.beta", ".inf"], "`objective.beta` must be > 0 and finite. Found inf"),
+        (["--model.evaluation.steps", "0"], "`evaluation.steps` must be >= 1. Found 0"),
+        (["--model.policy.prompt_cache", __file__], f"`policy.prompt_cache` must be a folder. Found a file, {__file__}"),
         (["--trainer.accumulate_grad_batches", "4"], "`accumulate_grad_batches` follows from"),
         (["--trainer.max_epochs", "3"], "`max_epochs` must be a multiple"),
         (["--model.policy.adapter", "none"], "`policy.adapter` must be ema or trained for `fit`"),
@@ -133,7 +143,7 @@ def test_validate_without_a_checkpoint_judges_the_base(small, capsys):
         (["--model.evaluation.resolution", "48"], "`model.evaluation.resolution` must be a multiple of 4, at most 32"),
         (["--model.policy.resolution", "64"], "`model.policy.resolution` must be a multiple of 4, at most 32"),
         (["--model.evaluation.seed", "-1"], "`evaluation.seed` must be >= 0, or null. Found -1"),
-        (["--model.evaluation.guidance", "0.5"], "`guidance` must be >= 1"),
+        (["--model.evaluation.guidance", "0.5"], "`evaluation.guidance` must be >= 1"),
         (["--data.predict_images", "0"], "`predict_images` must be >= 1. Found 0"),
         (["--results.compare_with", "[nowhere]"], "must be a results.json or a run's folder with one. Found no file"),
         (["--results.columns", "[beauty]"], "`results.columns` must name rewards or metrics: pickscore"),

@@ -51,7 +51,7 @@ def test_files_laid_over_the_published_run_only_change_what_they_say(name, capsy
     found = yaml.safe_load(capsys.readouterr().out)
     model, data = found["model"], found["data"]
     assert (data["prompts_per_round"], data["images_per_prompt"]) == (48, 24)
-    assert (model["sampling"]["steps"], model["sampling"]["timestep_fraction"]) == (25, 0.99)
+    assert (model["sampling"]["steps"], model["sampling"]["times_per_image"]) == (25, 24)
     assert (model["optimizer_steps_per_round"], model["inner_epochs"]) == (1, 1)
     policy = model["policy"]["init_args"]
     assert (policy["rank"], policy["alpha"], policy["dtype"], policy["resolution"]) == (32, 64, "bfloat16", 512)
@@ -90,6 +90,7 @@ def test_the_large_runs_train_a_small_model(name, checkpoints, tmp_path, capsys)
         "model.rewards.clipscore.path": clip,
         "model.rewards.geneval.detector": "marble_lightning.tinyworld.ColourBlobs",
         "model.sampling.steps": 4,
+        "model.sampling.times_per_image": 3,
         "model.evaluation.steps": 2,
         "model.micro_batch_size": 4,
     }

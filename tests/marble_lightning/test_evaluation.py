@@ -22,7 +22,10 @@ from marble_lightning.scoring import Scorer
 from rewards import PickScore
 
 ROOT = Path(__file__).parents[2]
-FACTS = ("prompt", "index", "steps", "solver", "guidance", "resolution", "seed", "adapter", "model", "checkpoint")
+FACTS = (
+    "prompt", "index", "steps", "solver", "guidance", "resolution", "seed", "adapter",
+    "model", "revision", "text_length", "text_encoder_3", "dtype", "checkpoint",
+)  # fmt: skip
 
 pytestmark = [pytest.mark.filterwarnings(f"ignore:{known}") for known in QUIET]
 
@@ -115,6 +118,7 @@ def test_the_averaged_adapter_the_live_one_or_the_base(small, trained, tmp_path,
 
     end = str(Path(trained).resolve())
     told = {"model": str(small[small.index("--model.policy.path") + 1]), "revision": None, "checkpoint": end}
+    told |= {"text_length": 4, "text_encoder_3": "checkpoint", "dtype": "float32"}
     assert fitted["judged"] == {**told, "command": "fit", "adapter": "ema", "optimizer_step": 2}
     assert live["judged"] == {**told, "command": "validate", "adapter": "trained", "optimizer_step": 2}
     assert base["judged"] == {**told, "command": "test", "adapter": "none", "checkpoint": None, "optimizer_step": None}
@@ -173,7 +177,22 @@ def test_predict_draws_the_users_prompts_and_says_how(small, tmp_path):
     assert all(pixels(tmp_path / "out" / line["file"]).shape == (32, 32, 3) for line in lines)
     assert (pixels(tmp_path / "out/00000.png") != pixels(tmp_path / "out/00001.png")).any()
     path = str(small[small.index("--model.policy.path") + 1])
-    told = ("ein Kreis, größer als 5 €", "3", "2", "euler", "3.0", "32", "7", "none", path, "none")
+    told = (
+        "ein Kreis, größer als 5 €",
+        "3",
+        "2",
+        "euler",
+        "3.0",
+        "32",
+        "7",
+        "none",
+        path,
+        "None",
+        "4",
+        "checkpoint",
+        "float32",
+        "none",
+    )
     assert told_by(tmp_path / "out/00003.png") == dict(zip(FACTS, told, strict=True))
 
 
@@ -194,6 +213,14 @@ def test_text_encoders_and_rewards_take_turns(small, monkeypatch, command):
     visits = [before for before, now in pairwise(seen) if now == "encode"]
     assert visits == ["release"] * (1 if command == "validate" else 3)  # and each of two rounds
     assert seen.count("judge") > 30
+
+
+def test_a_base_that_reads_prompts_otherwise_is_not_compared(small, trained, tmp_path, capsys):
+    """Also a policy is: pictures of more or of fewer text tokens are other pictures."""
+    in_a_run(small, "validate", "longer", "--ckpt_path", trained, "--model.policy.text_length", "8")
+    assert "base" not in read(tmp_path / "tiny/longer")["prompts"][0]
+    assert "measure it with the same settings and `--model.policy.adapter none`" in " ".join(capsys.readouterr().out.split())
+    assert read(tmp_path / "tiny/longer")["judged"]["text_length"] == 8
 
 
 def test_without_scores_no_judge_is_loaded(small, tmp_path, monkeypatch):
@@ -227,6 +254,8 @@ def test_pictures_are_only_replaced_by_themselves(small, tmp_path, monkeypatch):
     (tmp_path / "mine.txt").write_text("a red circle\n")
     with pytest.raises(ValueError, match=r"00001\.png of the prompt 'a blue square', beyond the prompts asked for"):
         main(["predict", *options])
+    with pytest.raises(ValueError, match=r"`predictions\.folder` must be a folder\. Found a file, .*mine\.txt"):
+        main(["predict", *options, "--predictions.folder", str(tmp_path / "mine.txt/out")])
     Image.new("RGB", (4, 4)).save(tmp_path / "out/00000.png")
     with pytest.raises(ValueError, match=r"00000\.png with prompt 'unknown' instead of"):
         main(["predict", *options])
@@ -253,21 +282,3 @@ def test_more_processes_than_pictures(small, tmp_path, monkeypatch):
     monkeypatch.setattr("marble_lightning.checks.Trainer.world_size", 2)
     with pytest.raises(ValueError, match="a picture for each of the 2 processes to sample. Found 1; use fewer"):
         main(["predict", *small, "--data.predict_file", str(tmp_path / "mine.txt")])
-
-
-def test_every_setting_has_a_line_of_help(capsys):
-    with pytest.raises(SystemExit):
-        main(["predict", "--help"])
-    shown = " ".join(capsys.readouterr().out.split())
-    groups = {
-        "results": ("compare_with", "columns"),
-        "predictions": ("folder", "scores"),
-        "pictures": ("count",),
-        "data": ("predict_file", "predict_images"),
-        "model.evaluation": ("steps", "solver", "guidance", "resolution", "seed"),
-    }
-    for group, names in groups.items():
-        for name in names:
-            _, _, after = shown.partition(f"--{group}.{name} ")
-            help_text = after.partition(" --")[0]
-            assert len(help_text.replace("(type", "").split("(type")[0].split()) > 4, f"{group}.{name}: {help_text!r}"

@@ -6,8 +6,11 @@ import json
 from importlib.metadata import version
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+import yaml
+from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
@@ -16,7 +19,8 @@ from marble_lightning.cli import main
 from marble_lightning.export import export
 from marble_lightning.lora_files import FILE
 from marble_lightning.policy import TARGETS, SD3Policy
-from tests.marble_lightning.stock_pipeline import adapter, differ, painted, sampled, saved, stock, three
+from marble_lightning.seeds import generator
+from tests.marble_lightning.stock_pipeline import TEXTS, adapter, differ, painted, sampled, saved, stock, three
 from tests.marble_lightning.test_cli import checkpoint, column
 
 
@@ -115,7 +119,7 @@ def test_checkpoints_that_are_none_of_ours_are_refused(policy, tmp_path):
 
     file = saved(policy, tmp_path)
     whole, content = file.read_bytes(), torch.load(file, weights_only=True)
-    exporting(tmp_path / "nowhere.ckpt", "Found no such file .*nowhere")
+    exporting(tmp_path / "nowhere.ckpt", "Found .*nowhere.ckpt: no such file from")
     other = tmp_path / "other.ckpt"
     other.write_text("no checkpoint")
     exporting(other, "Found .*other.ckpt: its end is missing, or it is no checkpoint")
@@ -162,9 +166,11 @@ def test_fit_export_load_and_start_from_it(small, checkpoints, tmp_path, capsys)
         key.removeprefix("marble_lightning."): text for key, text in header.items() if key.startswith("marble_lightning.")
     }
     config = (tmp_path / "tiny/version_0/config.yaml").read_text()
+    assert yaml.safe_load(about.pop("config")) == yaml.safe_load(config)
     assert about == {
         "version": version("marble-lightning"), "adapter": "ema", "alpha": "32.0", "round": "1", "optimizer_step": "2",
-        "base_model_path": str(checkpoints / "sd3"), "config": config,
+        "base_model": str(checkpoints / "sd3"), "base_text_length": "4", "base_text_encoder_3": "checkpoint",
+        "base_dtype": "float32",
         "rewards": '["pickscore", "hpsv2", "clipscore", "ocr", "geneval"]',
     }  # fmt: skip
     assert json.loads(header["lora_adapter_metadata"])["transformer.r"] == 2
@@ -173,6 +179,17 @@ def test_fit_export_load_and_start_from_it(small, checkpoints, tmp_path, capsys)
     layer = stock(checkpoints, folder).transformer.transformer_blocks[1].attn.add_k_proj
     up, down = (kept[f"policy.transformer.transformer_blocks.1.attn.add_k_proj.lora_{part}.ema.weight"] for part in "BA")
     torch.testing.assert_close(layer.get_delta_weight("default_0"), 32 / 2 * up @ down)
+
+    (tmp_path / "mine.txt").write_text("\n".join(TEXTS))
+    options = ["--data.predict_file", str(tmp_path / "mine.txt"), "--predictions.folder", str(tmp_path / "pictures")]
+    main(["predict", *small, *options, "--ckpt_path", str(checkpoint(tmp_path)), "--predictions.scores", "false"])
+    files = [Image.open(tmp_path / f"pictures/{index:05d}.png") for index in range(len(TEXTS))]
+    theirs = stock(checkpoints, folder)(
+        TEXTS, height=16, width=16, num_inference_steps=2, guidance_scale=1.0, max_sequence_length=4,
+        generator=[generator(0, "held-out", index) for index in range(len(TEXTS))],
+    ).images  # fmt: skip
+    for ours, other in zip(files, theirs, strict=True):
+        assert np.abs(np.asarray(ours).astype(int) - np.asarray(other)).max() <= 1
 
     main(["fit", *small, "--model.policy.init_lora", str(folder)])
     assert column(capsys.readouterr().out, "base") == trained

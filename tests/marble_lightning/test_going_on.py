@@ -13,6 +13,8 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from marble_lightning.cli import QUIET, main
 from marble_lightning.export import export
 from marble_lightning.results import read
+from marble_lightning.tinyworld import ColourBlobs
+from rewards import GenEval
 from tests.marble_lightning.test_resume import fit_with, last, options, state
 
 pytestmark = [pytest.mark.filterwarnings(f"ignore:{known}") for known in QUIET]
@@ -54,7 +56,7 @@ def test_a_checkpoint_of_the_same_architecture_from_elsewhere_is_told_of(checkpo
     shutil.copytree(checkpoints / "sd3", tmp_path / "copy")
     other = options(checkpoints, tmp_path, **ONE | {"model.policy.path": tmp_path / "copy"})
     main(["validate", *other, "--ckpt_path", str(first)])
-    assert f"The checkpoint was trained on {{'path': '{checkpoints}/sd3', 'revision': None}}" in caplog.text
+    assert f"The checkpoint was trained on {{'model': '{checkpoints}/sd3', 'revision': None, " in caplog.text
     assert "base" not in read(tmp_path / "tiny/version_1")["prompts"][0]
 
 
@@ -62,6 +64,13 @@ def test_a_base_judged_by_another_judge_is_not_compared(checkpoints, first, tmp_
     other = options(checkpoints, tmp_path, **ONE)
     main(["validate", *other, "--ckpt_path", str(first), "--model.rewards.jpeg.quality", "50"])
     assert "base" not in read(tmp_path / "tiny/version_1")["prompts"][0]
+
+
+def test_a_detector_is_part_of_its_judge():
+    """What it finds and what it does not decide the scores."""
+    one, other = (GenEval(ColourBlobs(min_area=area)).identity for area in (14, 300))
+    assert {name: one[name] for name in one if one[name] != other[name]} == {"detector min_area": "14"}
+    assert one["detector class"].endswith("ColourBlobs")
 
 
 def test_another_programs_checkpoint(checkpoints, first, tmp_path):
@@ -76,6 +85,16 @@ def test_another_programs_checkpoint(checkpoints, first, tmp_path):
 def test_another_balancer_is_told_of(checkpoints, first, tmp_path):
     with pytest.warns(UserWarning, match=rf"{first} was trained with MARBLE; this run goes on with WeightedSum"):
         main(["fit", *options(checkpoints, tmp_path, balancer="WeightedSum", **TWO), "--ckpt_path", "last"])
+
+
+def test_settings_of_the_optimizer_that_are_the_checkpoints_are_told(checkpoints, first, tmp_path, caplog):
+    other = {"model.optimizer.lr": 1e-9, "model.optimizer.weight_decay": 0.5}
+    main(["fit", *options(checkpoints, tmp_path, **TWO | other), "--ckpt_path", str(first)])
+    told = f"goes on as in {first}: lr 0.003 instead of 1e-09, weight_decay 0.0001 instead of 0.5"
+    assert told in caplog.text
+    caplog.clear()
+    main(["fit", *options(checkpoints, tmp_path, **TWO), "--ckpt_path", str(first)])
+    assert "The optimizer goes on" not in caplog.text
 
 
 def test_a_run_from_a_lora_has_no_base_once_it_goes_on(checkpoints, first, tmp_path, caplog):

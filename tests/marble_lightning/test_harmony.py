@@ -95,7 +95,7 @@ def test_what_a_refresh_logs():
 
 
 def test_probes_too_often():
-    with pytest.raises(ValueError, match="`probe_every` must be >= 1, or null"):
+    with pytest.raises(ValueError, match="`harmony.probe_every` must be >= 1, or null"):
         Harmony(probe_every=0)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from lightning.pytorch.plugins import MixedPrecision
 
 from balancers import FixedWeights, WeightedSum
 from marble_lightning.cli import QUIET
@@ -27,6 +28,22 @@ def test_a_fused_optimizer_is_clipped_like_any_other(checkpoints, tmp_path, prec
         moves.append(flat(module.trainable) - before)
     torch.testing.assert_close(moves[1], moves[0])
     assert moves[0].norm() == pytest.approx(1e-3, rel=1e-2)
+
+
+def test_a_fused_optimizer_that_undoes_the_loss_scale_itself_is_refused(checkpoints, tmp_path):
+    """It would divide a merged gradient by the scale too."""
+
+    def adamw(parameters):
+        return torch.optim.AdamW(parameters, lr=1e-3, fused=True)
+
+    half = MixedPrecision("16-mixed", "cpu", scaler=torch.amp.GradScaler("cpu"))
+    with pytest.raises(ValueError, match="`optimizer` must not be a fused one .* 16-mixed.* Found a fused AdamW"):
+        run(checkpoints, tmp_path, FixedWeights(), plugins=[half], optimizer=adamw)
+
+
+def test_a_schedule_by_a_metric_is_refused(checkpoints, tmp_path):
+    with pytest.raises(ValueError, match="`lr_scheduler` must be one that goes by optimizer steps. Found ReduceLROnPlateau"):
+        run(checkpoints, tmp_path, WeightedSum(), lr_scheduler=torch.optim.lr_scheduler.ReduceLROnPlateau)
 
 
 def test_the_learning_rate_follows_its_schedule(checkpoints, tmp_path):

@@ -210,20 +210,20 @@ def test_a_hub_id_that_cannot_be_reached_is_named(monkeypatch):
 
 
 def test_bad_options():
-    with pytest.raises(ValueError, match="`rank` must be >= 1"):
+    with pytest.raises(ValueError, match="`policy.rank` must be >= 1"):
         SD3Policy("x/y", rank=0)
-    with pytest.raises(ValueError, match="`resolution` must be a positive multiple of 16. Found 500"):
+    with pytest.raises(ValueError, match="`policy.resolution` must be a positive multiple of 16. Found 500"):
         SD3Policy("x/y", resolution=500)
     with pytest.raises(ValueError, match="`policy.adapter` must be ema, trained or none. Found 'old'"):
         SD3Policy("x/y", adapter="old")
     with pytest.raises(ValueError, match="`policy.init_lora` must be null where `policy.adapter` is none. Found 'some'"):
         SD3Policy("x/y", adapter="none", init_lora="some")
-    with pytest.raises(ValueError, match="`targets` must name"):
+    with pytest.raises(ValueError, match="`policy.targets` must name"):
         SD3Policy("x/y", targets=[])
     for alpha in (0, -1.0, float("inf"), float("nan")):
-        with pytest.raises(ValueError, match=f"`alpha` must be > 0 and finite. Found {alpha}"):
+        with pytest.raises(ValueError, match=f"`policy.alpha` must be > 0 and finite. Found {alpha}"):
             SD3Policy("x/y", alpha=alpha)
-    with pytest.raises(ValueError, match="`text_length` must be >= 1. Found 0"):
+    with pytest.raises(ValueError, match="`policy.text_length` must be >= 1. Found 0"):
         SD3Policy("x/y", text_length=0)
 
 

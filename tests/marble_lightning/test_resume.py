@@ -27,6 +27,7 @@ ROOT = Path(__file__).parents[2]
 EXTRA = {
     "trainer.max_epochs": 3,
     "trainer.check_val_every_n_epoch": 3,
+    "data.held_out_batch_size": 3,
     "balancer": "MARBLE",
     "balancer.refresh_every": 2,
     "model.metrics": "{}",
@@ -57,6 +58,7 @@ def last(folder: Path, version: int = 0) -> Path:
 def state(path: Path) -> dict[str, Any]:
     """All that a checkpoint holds, but for which files there are."""
     found = torch.load(path, weights_only=True)
+    del found["config"]  # which names folders
     return found | {"callbacks": {name: kept for name, kept in found["callbacks"].items() if "Checkpoint" not in name}}
 
 
@@ -94,14 +96,19 @@ def stop(moments: list[str], runs: list[list[str]], folder: Path) -> list[tuple[
 
 
 KILLS = ["sampling", "training", "writing", "linking"]
-SIGNALS = {"SIGTERM in training": 143, "SIGTERM in sampling": 143, "SIGINT": 1}
-"""Stops that are handled, with the exit status they end with."""
+SIGNALS = {
+    "SIGTERM in training": (143, 1),
+    "SIGTERM in sampling": (143, 1),
+    "SIGTERM in validation": (143, 2),
+    "SIGINT": (1, 1),
+}
+"""Stops that are handled, with the exit status they end with, and after how many whole rounds."""
 
 
 @pytest.fixture(scope="module")
 def stops(checkpoints, tmp_path_factory):
     """By moment: the folder of a run that was stopped then, its exit status and what it said."""
-    folders = {moment: tmp_path_factory.mktemp("stopped") for moment in [*KILLS, *SIGNALS, "SIGUSR1"]}
+    folders = {moment: tmp_path_factory.mktemp("stopped") for moment in [*KILLS, *SIGNALS, "SIGTERM before", "SIGUSR1"]}
     folders["queued again"] = folders["another job"] = folders["SIGUSR1"]
     rarely, one = {"checkpoints.every_n_rounds": 10}, {"trainer.max_epochs": 1, "trainer.check_val_every_n_epoch": 1}
     more = dict.fromkeys([*SIGNALS, "SIGUSR1"], rarely) | {"another job": one}
@@ -123,12 +130,18 @@ def test_a_killed_run_goes_on_bit_for_bit(checkpoints, uninterrupted, stops, mom
 @pytest.mark.parametrize("moment", SIGNALS)
 def test_a_signal_leaves_a_checkpoint_of_the_rounds_beginning(checkpoints, uninterrupted, stops, moment):
     folder, status, said = stops[moment]
-    assert status == SIGNALS[moment], said
-    left = folder / "tiny/version_0/checkpoints/before_round_0001.ckpt"
-    assert f"Stopped after 1 whole round(s). Go on from there: --ckpt_path {left}" in said
+    expected, rounds = SIGNALS[moment]
+    assert status == expected, said
+    left = folder / f"tiny/version_0/checkpoints/before_round_{rounds:04d}.ckpt"
+    assert f"Stopped after {rounds} whole round(s). Go on from there: --ckpt_path {left}" in said
     assert last(folder).resolve() == left.resolve()
     main(["fit", *options(checkpoints, folder), "--ckpt_path", str(last(folder))])
     assert differences(uninterrupted, state(last(folder, 1))) == []
+
+
+def test_a_signal_while_the_base_is_measured_ends_the_run(stops):
+    folder, status, _ = stops["SIGTERM before"]
+    assert status == 143 and not list(folder.rglob("*.ckpt"))
 
 
 def test_a_job_that_slurm_queues_again_goes_on_bit_for_bit(uninterrupted, stops):

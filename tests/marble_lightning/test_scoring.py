@@ -279,14 +279,25 @@ def test_devices_and_offloading(tmp_path):
     assert one.moves == ["cpu", "cpu"] and other.moves == ["meta", "cpu"]
 
 
+def test_a_device_without_a_number_is_the_policys_own():
+    """Were it the first one, all processes of a machine would share it."""
+    bright = Brightness()
+    scorer = Scorer({"same": bright, "third": bright, "host": bright}, Scoring(devices={"third": "cuda:3", "host": "cpu"}))
+    places = [str(scorer._place_of(name, torch.device("cuda", 5))) for name in ("same", "third", "host")]
+    assert places == ["cuda:5", "cuda:3", "cpu"]
+    unnumbered = Scorer({"same": bright}, Scoring(devices={"same": "cuda"}))
+    assert unnumbered._place_of("same", torch.device("cuda", 5)) == torch.device("cuda", 5)
+    assert unnumbered._place_of("same", torch.device("cpu")) == torch.device("cuda")
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
         ({"devices": {"blur": "cpu"}}, "`scoring.devices` must use names of rewards: bright. Found 'blur'"),
-        ({"devices": {"bright": "toaster"}}, "`devices` must hold devices like cpu.*toaster"),
-        ({"max_skipped": 1.0}, r"`max_skipped` must be in \[0, 1\)"),
-        ({"retries": -1}, "`retries` must be >= 0"),
-        ({"time_limit": 0.0}, "`time_limit` must be > 0"),
+        ({"devices": {"bright": "toaster"}}, "`scoring.devices` must hold devices like cpu.*toaster"),
+        ({"max_skipped": 1.0}, r"`scoring.max_skipped` must be in \[0, 1\)"),
+        ({"retries": -1}, "`scoring.retries` must be >= 0"),
+        ({"time_limit": 0.0}, "`scoring.time_limit` must be > 0"),
         ({"time_limit": 1.0, "overlap": False}, "needs `overlap`"),
     ],
 )

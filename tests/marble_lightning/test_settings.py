@@ -10,10 +10,14 @@ from marble_lightning.settings import Evaluation, Objective, Sampling
 @pytest.mark.parametrize(
     ("group", "options", "message"),
     [
-        (Sampling, {"solver": "heun"}, "`solver` must be one of dpm2, euler. Found 'heun'"),
-        (Evaluation, {"solver": "heun"}, "`solver` must be one of dpm2, euler. Found 'heun'"),
-        (Objective, {"advantage_std": "batch"}, "`advantage_std` must be one of round, group. Found 'batch'"),
-        (Objective, {"advantage_mode": "best"}, "`advantage_mode` must be one of all, positive_only, .* Found 'best'"),
+        (Sampling, {"solver": "heun"}, "`sampling.solver` must be one of dpm2, euler. Found 'heun'"),
+        (Evaluation, {"solver": "heun"}, "`evaluation.solver` must be one of dpm2, euler. Found 'heun'"),
+        (Objective, {"advantage_std": "batch"}, "`objective.advantage_std` must be one of round, group. Found 'batch'"),
+        (
+            Objective,
+            {"advantage_mode": "best"},
+            "`objective.advantage_mode` must be one of all, positive_only, .* Found 'best'",
+        ),
     ],
 )
 def test_a_choice_that_there_is_not(group, options, message):

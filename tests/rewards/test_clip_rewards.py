@@ -202,6 +202,13 @@ def test_dtype(clip_folder: Path, exact_images: torch.Tensor) -> None:
     assert {parameter.dtype for parameter in half.parameters()} == {torch.bfloat16}
     assert found.dtype == torch.float32
     torch.testing.assert_close(found, scores(hpsv2(str(clip_folder)), exact_images), rtol=0, atol=0.05)
+    scales = []
+    for dtype in ("float32", "bfloat16", "float16"):
+        reward = hpsv2(str(clip_folder), dtype=dtype)
+        reward.setup()
+        scales.append(reward.tower.scale)
+    assert {scale.dtype for scale in scales} == {torch.float32}
+    assert scales[0] == scales[1] == scales[2]  # rounded to half precision the published 100 would be 98.9
     with pytest.raises(ValueError, match="`dtype` must be float32, bfloat16 or float16. Found 'int8'"):
         HPSv2(str(clip_folder), dtype="int8")
 

@@ -80,6 +80,15 @@ def ocr(request: pytest.FixtureRequest) -> OCR:
     return reward
 
 
+def test_quotes_of_other_sources_are_not_read() -> None:
+    quoted, elsewhere = Prompt('"HELLO"', "ocr"), Prompt('a still of "The Handshake"', "pickscore")
+    assert [OCR().applies_to(prompt) for prompt in (quoted, elsewhere)] == [True, True]
+    assert [OCR(sources=["ocr"]).applies_to(prompt) for prompt in (quoted, elsewhere)] == [True, False]
+    assert not OCR(sources=["ocr"]).applies_to(Prompt("a sign", "ocr"))
+    with pytest.raises(ValueError, match="OCR: `sources` must name a prompt set"):
+        OCR(sources=[])
+
+
 def test_rendered_words(ocr: OCR, picture: Picture) -> None:
     sign = Prompt('a sign that says "HELLO"', "ocr")
     images = torch.stack([picture("HELLO"), picture("HELPO"), picture(""), picture("HELLO")])
