@@ -1,7 +1,8 @@
 """What `configs/sd35m.yaml` needs on a GPU of a given size, and which settings fit: estimated on a machine without one.
 
-`python -m benchmarks.memory --limit 22` builds Stable Diffusion 3.5 Medium with its three text encoders and the rewards of
-the published run at full size on torch's `meta` device, so without memory, and prints the tables of the run's memory check.
+`python -m benchmarks.memory --limit 22` builds Stable Diffusion 3.5 Medium with its three text encoders and the rewards and
+metrics of the published run at full size on torch's `meta` device, so without memory, and prints the tables of the run's
+memory check.
 """
 
 from __future__ import annotations
@@ -24,20 +25,20 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 from transformers import (
+    BlipTextConfig,
+    BlipTextModel,
+    BlipVisionConfig,
+    BlipVisionModel,
     CLIPConfig,
     CLIPModel,
-    CLIPTextConfig,
-    CLIPTextModelWithProjection,
     Mask2FormerConfig,
     Mask2FormerForUniversalSegmentation,
     SwinConfig,
-    T5Config,
-    T5EncoderModel,
 )
 
 import rewards
 from balancers import MARBLE
-from benchmarks.random_sd35m import networks
+from benchmarks.random_sd35m import random_sd35m
 from marble_lightning.memory.estimate import Choices, Estimate, Estimator
 from marble_lightning.memory.report import CUDA_CONTEXT, FRAGMENTATION, GIB, Room, gib, memory_table
 from marble_lightning.module import DiffusionNFT
@@ -47,11 +48,13 @@ from marble_lightning.rollouts import Plan
 from marble_lightning.sd3_files import PARTS
 from marble_lightning.settings import Scoring
 from marble_lightning.tinyworld.recipe.vocabulary import train_tokenizer
+from rewards.blip import BLIPTower
 from rewards.clip import CLIPTower, Preprocess
+from rewards.clip_loading import in_precision
 from rewards.instances import DetectorPreprocess
 from rewards.open_clip import VIT_H_14, architecture
 
-CLIP_L = {
+CLIP_L: dict[str, Any] = {
     "text_config": {"hidden_size": 768, "intermediate_size": 3072, "num_attention_heads": 12, "num_hidden_layers": 12},
     "vision_config": {
         "hidden_size": 1024, "intermediate_size": 4096, "num_attention_heads": 16, "num_hidden_layers": 24, "patch_size": 14,
@@ -61,37 +64,12 @@ CLIP_L = {
 """openai/clip-vit-large-patch14."""
 
 
-def sd35m(tokenizer: Any, t5: bool = True) -> StableDiffusion3Pipeline:
-    """Stable Diffusion 3.5 Medium on `meta`, in bfloat16."""
-    with torch.device("meta"):
-        encoders = [
-            CLIPTextModelWithProjection(
-                CLIPTextConfig(
-                    hidden_size=width, intermediate_size=4 * width, projection_dim=width, num_hidden_layers=layers,
-                    num_attention_heads=width // 64, max_position_embeddings=77,
-                )
-            )
-            for width, layers in ((768, 12), (1280, 32))
-        ]  # fmt: skip
-        large = T5Config(
-            d_model=4096, d_ff=10240, d_kv=64, num_heads=64, num_layers=24, vocab_size=32128, feed_forward_proj="gated-gelu"
-        )
-        pipeline = StableDiffusion3Pipeline(
-            **networks(), text_encoder=encoders[0], tokenizer=tokenizer, text_encoder_2=encoders[1], tokenizer_2=tokenizer,
-            text_encoder_3=T5EncoderModel(large) if t5 else None, tokenizer_3=tokenizer if t5 else None,
-        )  # fmt: skip
-        for component in pipeline.components.values():
-            if isinstance(component, nn.Module):
-                component.to(torch.bfloat16)
-    return pipeline
-
-
-def the_rewards(tokenizer: Any, dtype: str) -> dict[str, rewards.Reward]:
-    """PickScore, HPSv2, CLIPScore, OCR and GenEval as in configs/sd35m.yaml, on `meta`."""
-    numbers = ((0.48, 0.46, 0.41), (0.27, 0.26, 0.28))
+def the_rewards(tokenizer: Any, dtype: str) -> tuple[dict[str, rewards.Reward], dict[str, rewards.Reward]]:
+    """Rewards and metrics as in configs/sd35m.yaml, on `meta`."""
+    numbers, precision = ((0.48, 0.46, 0.41), (0.27, 0.26, 0.28)), getattr(torch, dtype)
 
     def tower(config: Any) -> CLIPTower:
-        return CLIPTower(CLIPModel(config), tokenizer, Preprocess(224, 224, *numbers))
+        return CLIPTower(in_precision(CLIPModel(config), precision), tokenizer, Preprocess(224, 224, *numbers))
 
     swin = SwinConfig(
         depths=[2, 2, 18, 2], num_heads=[3, 6, 12, 24], embed_dim=96, out_features=["stage1", "stage2", "stage3", "stage4"]
@@ -104,9 +82,18 @@ def the_rewards(tokenizer: Any, dtype: str) -> dict[str, rewards.Reward]:
         found["clipscore"].tower = detector.classifier.tower = tower(CLIPConfig(**CLIP_L))
         detector.model = Mask2FormerForUniversalSegmentation(Mask2FormerConfig(backbone_config=swin, num_labels=80)).eval()
     detector.preprocess = DetectorPreprocess(800, 1333, 32, 1.0, *numbers)
-    for model in (*(each.tower for each in found.values()), detector.model):
-        model.to(getattr(torch, dtype))
-    return {**found, "ocr": rewards.OCR(), "geneval": rewards.GenEval(detector, batch_size=8)}
+    detector.model.to(precision)
+    aesthetic, imagereward = rewards.Aesthetic(), rewards.ImageReward()
+    aesthetic.tower = found["clipscore"].tower
+    with torch.device("meta"):
+        aesthetic.head, imagereward.head = nn.Sequential(nn.Linear(768, 1)), nn.Sequential(nn.Linear(768, 1))
+        vision = BlipVisionModel(BlipVisionConfig(**CLIP_L["vision_config"] | {"image_size": 224, "patch_size": 16}))
+        text = BlipTextModel(BlipTextConfig(encoder_hidden_size=1024, num_attention_heads=12), add_pooling_layer=False)
+    preprocess = Preprocess(224, 224, *numbers)
+    imagereward.tower = BLIPTower(vision.to(precision), text.to(precision), tokenizer, preprocess)
+    accuracy = rewards.GenEval(detector, "accuracy", batch_size=8)
+    metrics = {"geneval_accuracy": accuracy, "aesthetic": aesthetic, "imagereward": imagereward}
+    return {**found, "ocr": rewards.OCR(), "geneval": rewards.GenEval(detector, batch_size=8)}, metrics
 
 
 def write_prompts(folder: Path) -> None:
@@ -130,12 +117,14 @@ def module_on_a_gpu(folder: Path, options: argparse.Namespace) -> DiffusionNFT:
     index |= {part: ["diffusers", name] for part, name in PARTS.items()}
     (folder / "model_index.json").write_text(json.dumps(index))
     policy = SD3Policy(str(folder), resolution=512, rank=32, alpha=64, text_length=128, dtype="bfloat16")
-    loaded = patch.object(StableDiffusion3Pipeline, "from_pretrained", return_value=sd35m(tokenizer, t5))
+    with torch.device("meta"):
+        pipeline = random_sd35m(tokenizer, clip_layers=(12, 32), t5_layers=24 if t5 else 0)
+    loaded = patch.object(StableDiffusion3Pipeline, "from_pretrained", return_value=pipeline)
     with loaded, torch.device("meta"):
         policy.setup(seed=0)
-    judges = the_rewards(tokenizer, options.reward_dtype)
-    scoring = Scoring(devices=dict.fromkeys(judges, "cpu") if options.rewards_on_cpu else {})
-    module = DiffusionNFT(policy, judges, scoring=scoring)
+    judges, metrics = the_rewards(tokenizer, options.reward_dtype)
+    scoring = Scoring(devices=dict.fromkeys(judges | metrics, "cpu") if options.rewards_on_cpu else {})
+    module = DiffusionNFT(policy, judges, metrics, scoring=scoring)
     module.requires_grad_(False)
     module.trainable = policy.parameters_of("trained")
     for parameter in module.trainable:

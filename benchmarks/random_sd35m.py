@@ -1,19 +1,25 @@
-"""A pipeline of Stable Diffusion 3.5 Medium's architecture with random weights, for timings where no checkpoint is at hand.
+"""A pipeline of Stable Diffusion 3.5 Medium's architecture with random weights, where no checkpoint is at hand.
 
-Transformer and autoencoder have their full size. The two CLIP text encoders keep their widths but have one layer, and T5 is
-left out: a round encodes a prompt once, so they hardly count.
+`python -m benchmarks.random_sd35m FOLDER` saves it in diffusers format, as a path for `fit`: 5 GB, or 16 GB with
+`--encoders`. Transformer and autoencoder have their full size. Without `--encoders` the two CLIP text encoders keep their
+widths but have one layer, and T5 is left out: a round encodes a prompt once, so for timings they hardly count.
 """
 
 from __future__ import annotations
 
+import argparse
 from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
-from transformers import CLIPTextConfig, CLIPTextModelWithProjection
+from torch import nn
+from transformers import CLIPTextConfig, CLIPTextModelWithProjection, T5Config, T5EncoderModel
 
 from marble_lightning.tinyworld.recipe.vocabulary import train_tokenizer
+
+WHOLE: dict[str, Any] = {"clip_layers": (12, 32), "t5_layers": 24}
+"""Layers of the text encoders in the original."""
 
 
 def networks(layers: int = 24) -> dict[str, Any]:
@@ -37,36 +43,69 @@ def networks(layers: int = 24) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def save_random_sd35m(folder: Path, layers: int = 24, seed: int = 0) -> Path:
-    """Save the pipeline in bfloat16 as a diffusers folder, 5 GB at full size; keep what is there.
+def random_sd35m(
+    tokenizer: Any, layers: int = 24, clip_layers: tuple[int, int] = (1, 1), t5_layers: int = 0
+) -> StableDiffusion3Pipeline:
+    """The pipeline in bfloat16, on torch's default device.
 
     Args:
-        folder: Where to.
+        tokenizer: Of CLIP, for all text encoders.
         layers: Blocks of the transformer, 24 in the original; fewer for a trial on a small machine.
-        seed: Of the weights.
-
-    Returns:
-        The folder.
+        clip_layers: Layers of the two CLIP text encoders, 12 and 32 in the original.
+        t5_layers: Layers of T5, 24 in the original; 0 leaves it out.
     """
-    if (folder / "model_index.json").exists():
-        return folder
-    torch.manual_seed(seed)
-    tokenizer = train_tokenizer(folder / "tokenizer", seed=seed)
-    tokenizer.model_max_length = 77
     marks = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     encoders = [
         CLIPTextModelWithProjection(
             CLIPTextConfig(
-                vocab_size=len(tokenizer), hidden_size=width, intermediate_size=4 * width, projection_dim=width,
-                num_hidden_layers=1, num_attention_heads=width // 64, max_position_embeddings=77, **marks,
+                hidden_size=width, intermediate_size=4 * width, projection_dim=width, num_hidden_layers=depth,
+                num_attention_heads=width // 64, max_position_embeddings=77, **marks,
             )
         )
-        for width in (768, 1280)
+        for width, depth in zip((768, 1280), clip_layers, strict=True)
     ]  # fmt: skip
-    pipeline = StableDiffusion3Pipeline(
-        **networks(layers),
-        text_encoder=encoders[0], tokenizer=tokenizer, text_encoder_2=encoders[1], tokenizer_2=tokenizer,
-        text_encoder_3=None, tokenizer_3=None,
+    large = T5Config(
+        d_model=4096, d_ff=10240, d_kv=64, num_heads=64, num_layers=t5_layers, vocab_size=32128,
+        feed_forward_proj="gated-gelu",
     )  # fmt: skip
-    pipeline.to(torch.bfloat16).save_pretrained(folder)
+    pipeline = StableDiffusion3Pipeline(
+        **networks(layers), text_encoder=encoders[0], tokenizer=tokenizer, text_encoder_2=encoders[1], tokenizer_2=tokenizer,
+        text_encoder_3=T5EncoderModel(large) if t5_layers else None, tokenizer_3=tokenizer if t5_layers else None,
+    )  # fmt: skip
+    for component in pipeline.components.values():
+        if isinstance(component, nn.Module):
+            component.to(torch.bfloat16)
+    return pipeline
+
+
+def save_random_sd35m(folder: Path, layers: int = 24, seed: int = 0, **encoders: Any) -> Path:
+    """Save the pipeline as a diffusers folder; keep what is there.
+
+    Args:
+        folder: Where to.
+        layers: Blocks of the transformer.
+        seed: Of the weights.
+        encoders: `clip_layers` and `t5_layers` of `random_sd35m`; `WHOLE` for the original's.
+
+    Returns:
+        The folder.
+    """
+    if not (folder / "model_index.json").exists():
+        torch.manual_seed(seed)
+        tokenizer = train_tokenizer(folder / "tokenizer", seed=seed)
+        tokenizer.model_max_length = 77
+        random_sd35m(tokenizer, layers, **encoders).save_pretrained(folder)
     return folder
+
+
+def main() -> None:
+    """Save one."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--encoders", action="store_true", help="text encoders at full size, T5 among them")
+    options = parser.parse_args()
+    print(save_random_sd35m(options.folder, **(WHOLE if options.encoders else {})))
+
+
+if __name__ == "__main__":
+    main()

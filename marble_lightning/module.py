@@ -154,7 +154,8 @@ class DiffusionNFT(HeldOutEvaluation):
         prompts = data.round(seed, self.current_epoch, self.global_rank, self.trainer.world_size)
         conditions = self.policy.encode([prompt.text for prompt in prompts])
         groups = torch.arange(len(prompts)).repeat_interleave(data.images_per_prompt)
-        latents, images = [], []
+        latents, side = [], self.policy.resolution
+        images = torch.empty(len(groups), 3, side, side, device=self.device)  # to be filled: there is no room for them twice
         for chunk in self._progress(torch.arange(len(groups)).split(self.sampling.batch_size), "sampling"):
             end_if_asked(self.trainer)
             noise = [generator(*self._key(seed, "rollout"), index) for index in chunk.tolist()]
@@ -164,15 +165,14 @@ class DiffusionNFT(HeldOutEvaluation):
                     conditions[own.to(self.device)], noise, "old", steps=self.sampling.steps, solver=self.sampling.solver
                 )
             latents.append(sampled)
-            images.append(self.policy.decode(sampled))
-            self.scorer.submit(images[-1], [prompts[group] for group in own.tolist()], self.rewards)
+            drawn = images[chunk[0] : chunk[-1] + 1].copy_(self.policy.decode(sampled))
+            self.scorer.submit(drawn, [prompts[group] for group in own.tolist()], self.rewards)
         sampled_all = time.perf_counter()
         scores = self.scorer.collect(lambda jobs: self._progress(jobs, "scoring"))
         waited = time.perf_counter() - sampled_all
         skipped = self.scorer.check(self.trainer.strategy)
         self.scorer.release()
-        rollout = Rollout(conditions, groups.to(self.device), torch.cat(latents))
-        return Sampled(rollout, torch.cat(images), scores, skipped, waited)
+        return Sampled(Rollout(conditions, groups.to(self.device), torch.cat(latents)), images, scores, skipped, waited)
 
     def _weighed(self, rollout: Rollout, scores: Tensor, seed: int, balancer: Balancer | None) -> list[Coefficients]:
         keys = self._inner_epochs(seed)

@@ -108,6 +108,16 @@ def _load(owner: str, source: str, path: str, file: str | None, revision: str | 
             f"{owner}: the checkpoint in '{path}' must hold every weight of its CLIPModel. Found "
             f"{len(report['missing_keys'])} missing, such as {min(report['missing_keys'])}. Download it again."
         )
+    return in_precision(model, dtype)
+
+
+def in_precision(model: Any, dtype: torch.dtype) -> Any:
+    """A `CLIPModel` with weights in a precision, and exp(logit_scale) as a float32 buffer `scale`, as `CLIPTower` wants it.
+
+    Args:
+        model: with weights in float32.
+        dtype: what they become.
+    """
     scale = model.logit_scale.detach().exp()  # half precision would round a scale of 100 to 98.9
     model.to(dtype).register_buffer("scale", scale, persistent=False)
     return model

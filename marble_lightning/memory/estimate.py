@@ -173,7 +173,6 @@ class Estimator:
             "sampling": Phase(sampling, sample),
             "decoding": Phase(sampling, decode),
             "scoring": Phase(sampling, score(batch) + (max(sample, decode) if choices.overlap else 0)),
-            "joining pictures": Phase(sampling, parts["pictures"]),  # of all batches, while these are still there
             "picture statistics": Phase((*training, "pictures"), counted.statistics),
             "training": Phase(training, counted.step(choices.micro_batch_size, choices.gradient_checkpointing)),
             "optimizer step": Phase(training, counted.optimizer[1]),

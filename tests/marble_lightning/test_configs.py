@@ -58,6 +58,8 @@ def test_files_laid_over_the_published_run_only_change_what_they_say(name, capsy
     ranks = found["trainer"]["devices"] * found["trainer"]["num_nodes"]
     assert 48 * 24 // ranks % model["micro_batch_size"] == 0
     assert set(model["rewards"]) == {"pickscore", "hpsv2", "clipscore", "ocr", "geneval"}
+    assert model["rewards"]["ocr"]["init_args"]["sources"] == ["ocr"]
+    assert set(model["metrics"]) == {"geneval_accuracy", "aesthetic", "imagereward"}
 
 
 @pytest.mark.parametrize("name", LARGE)
@@ -89,6 +91,7 @@ def test_the_large_runs_train_a_small_model(name, checkpoints, tmp_path, capsys)
         "model.rewards.hpsv2.processor_path": "null",
         "model.rewards.clipscore.path": clip,
         "model.rewards.geneval.detector": "marble_lightning.tinyworld.ColourBlobs",
+        "model.metrics": "{}",
         "model.sampling.steps": 4,
         "model.sampling.times_per_image": 3,
         "model.evaluation.steps": 2,
