@@ -194,7 +194,7 @@ class HeldOutEvaluation(LightningModule):
         means = {f"held_out/{name}": column.nanmean() for name, column in columns.items() if not column.isnan().all()}
         means |= {f"skipped/held_out/{name}": torch.tensor(count) for name, count in skipped.items() if count}
         if not self.trainer.sanity_checking:
-            self.log_dict(means)
+            self.log_dict(means, sync_dist=True)
         elif self.logger is not None:
             self.logger.log_metrics({name: float(mean) for name, mean in means.items()}, step=0)
         self.round_start.judged(self.trainer)

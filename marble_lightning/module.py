@@ -132,13 +132,14 @@ class DiffusionNFT(HeldOutEvaluation):
         self.weighed = self._weighed(self.rollout, self.scores, self.seed, self.balancer)
         self.trained_since = time.perf_counter()
         means = self.trainer.strategy.all_gather(self.scores).reshape(-1, len(self.rewards)).nanmean(0)
-        self.log_dict({f"train/{name}": mean for name, mean in zip(self.rewards, means, strict=True)})
         missing = torch.tensor([float(reward.missing) for reward in self._learned.values()], device=self.device)
         missing = self.trainer.strategy.reduce(missing, reduce_op="sum")
-        self.log_dict({f"missing/{name}": count for name, count in zip(self.rewards, missing, strict=True)})
-        self.log_dict({f"skipped/{name}": skipped[name] for name in self.rewards})
-        self.log_dict({f"time/scoring/{name}": seconds for name, seconds in self.scorer.seconds.items()})
-        self.log_dict({"time/sampling": self.trained_since - begin - waited, "time/waiting_for_scores": waited})
+        shown = {f"train/{name}": mean for name, mean in zip(self.rewards, means, strict=True)}
+        shown |= {f"missing/{name}": count for name, count in zip(self.rewards, missing, strict=True)}
+        shown |= {f"skipped/{name}": skipped[name] for name in self.rewards}
+        shown |= {f"time/scoring/{name}": seconds for name, seconds in self.scorer.seconds.items()}
+        shown |= {"time/sampling": self.trained_since - begin - waited, "time/waiting_for_scores": waited}
+        self.log_dict(shown, sync_dist=True)
 
     def sample_round(self, seed: int) -> Sampled:
         """Sample the k pictures of each distinct prompt, encoded once, with the old adapter, scoring them meanwhile.
@@ -185,10 +186,8 @@ class DiffusionNFT(HeldOutEvaluation):
         return seed, self.current_epoch, self.global_rank, purpose
 
     def _progress(self, iterable: Any, doing: str) -> Any:
-        return tqdm(
-            iterable, f"Round {self.current_epoch}: {doing}", leave=False, dynamic_ncols=True,
-            disable=not self.trainer.is_global_zero or self.trainer.progress_bar_callback is None,
-        )  # fmt: skip
+        silent = not self.trainer.is_global_zero or self.trainer.progress_bar_callback is None
+        return tqdm(iterable, f"Round {self.current_epoch}: {doing}", leave=False, dynamic_ncols=True, disable=silent)
 
     # Training on it -------------------------------------------------------------------------------------------------
 
@@ -268,7 +267,7 @@ class DiffusionNFT(HeldOutEvaluation):
             keep = self.averaging.old_decay(self.global_step)
             must(0 <= keep <= 1, f"`old_decay` of {type(self.averaging).__name__} must return 0 to 1", keep)
             self.policy.move("old", towards="trained", by=1 - keep)
-            self.log("time/training", time.perf_counter() - self.trained_since)
+            self.log("time/training", time.perf_counter() - self.trained_since, sync_dist=True)
 
     # For those who look on ------------------------------------------------------------------------------------------
 
