@@ -99,6 +99,11 @@ class Results(Callback):
         self.others: dict[str, dict[str, Any]] = {}
         self.loaded_step: int | None = None
         """Optimizer step of the checkpoint that is judged."""
+        self.trained = False
+        """Whether there was anything to train."""
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.trained = True
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuse what cannot be compared before anything is sampled."""
@@ -134,8 +139,9 @@ class Results(Callback):
         if not trainer.is_global_zero:
             return
         self._show(trainer, pl_module, folder)
-        config, checkpoint = folder / "config.yaml", folder / "checkpoints" / LAST
-        if not checkpoint.exists():
+        written = [own.dirpath for own in trainer.checkpoint_callbacks if isinstance(own, RoundCheckpoint)]
+        config, checkpoint = folder / "config.yaml", Path(next(iter(written), None) or folder / "checkpoints") / LAST
+        if not self.trained:
             begun = f"{trainer.ckpt_path} is after {trainer.current_epoch}" if trainer.ckpt_path else "`max_epochs` is 0"
             print(f"\nNothing was left to train: {begun} rounds.")
             return

@@ -144,9 +144,11 @@ class WholeCheckpointIO(TorchCheckpointIO):
         try:
             return super().load_checkpoint(path, *arguments, **options)
         except UnpicklingError as error:
+            said = str(error).splitlines()
+            why = next((line.strip() for line in said if "GLOBAL" in line or "Unsupported" in line), said[0])
             raise ValueError(
-                f"`ckpt_path` must be a checkpoint that `marble-lightning fit` wrote. Found another program's, {path}: "
-                f"{str(error).partition('.')[0]}."
+                "`ckpt_path` must be a checkpoint that `marble-lightning fit` wrote. Found another program's, or one in "
+                f"which a callback of yours keeps what torch will not load, {path}: {why.partition('. Please')[0]}."
             ) from error
         except RuntimeError as error:  # a flaw in the directory of records that only torch minds
             raise _refused(Path(path), str(error)) from error
@@ -158,15 +160,10 @@ def _refused(file: Path, wrong: str) -> ValueError:
     return ValueError(f"`ckpt_path` must be a whole checkpoint. Found {file}: {wrong}; {remedy}")
 
 
-def not_as_asked(optimizer: Optimizer) -> list[str]:
-    """Options that a checkpoint has brought an optimizer and that differ from those it was made with."""
-    group = optimizer.param_groups[0]
-    kept = group | {"lr": group.get("initial_lr", group.get("lr"))}  # which a schedule has moved
-    return [
-        f"{name} {kept[name]} instead of {asked}"
-        for name, asked in optimizer.defaults.items()
-        if name in kept and kept[name] != asked
-    ]
+def options_of(optimizer: Optimizer) -> dict[str, Any]:
+    """What an optimizer was made with, as far as that is plain; neither its steps nor a schedule change it."""
+    plain = {name: list(value) if isinstance(value, tuple) else value for name, value in optimizer.defaults.items()}
+    return {name: value for name, value in plain.items() if isinstance(value, bool | int | float | str | list)}
 
 
 class RoundCheckpoint(ModelCheckpoint):
@@ -192,10 +189,19 @@ class RoundCheckpoint(ModelCheckpoint):
         )  # fmt: skip
         self.resumed: tuple[int, str] | None = None
         """Optimizer step and path of the checkpoint that the run goes on from."""
+        self.options: dict[str, Any] = {}
+        """What the optimizer was made with, where the run began."""
 
     @property
     def state_key(self) -> str:
         return "RoundCheckpoint"  # another `every_n_rounds` may go on from it
+
+    def state_dict(self) -> dict[str, Any]:
+        return super().state_dict() | {"options": self.options}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.options = state_dict.get("options", {})
+        super().load_state_dict(state_dict)
 
     @staticmethod
     def _link_checkpoint(trainer: Trainer, filepath: str, linkpath: str) -> None:
@@ -207,11 +213,15 @@ class RoundCheckpoint(ModelCheckpoint):
         super().on_train_start(trainer, pl_module)
         if trainer.ckpt_path:
             self.resumed = (trainer.global_step, str(trainer.ckpt_path))
-            if odd := not_as_asked(trainer.optimizers[0]):
-                warn(
-                    f"The optimizer goes on as in {trainer.ckpt_path}: {', '.join(odd)}. For a run of its own with these "
-                    "adapters export them and begin with `policy.init_lora`."
-                )
+        asked = options_of(trainer.optimizers[0])
+        self.options = self.options or asked
+        if odd := [
+            f"{name} {kept} instead of {asked.get(name)}" for name, kept in self.options.items() if kept != asked.get(name)
+        ]:
+            warn(
+                f"The optimizer goes on as in {trainer.ckpt_path}: {', '.join(odd)}. For a run of its own with these "
+                "adapters export them and begin with `policy.init_lora`."
+            )
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not self._should_skip_saving_checkpoint(trainer):

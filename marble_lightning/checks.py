@@ -84,7 +84,7 @@ def the_plan(trainer: Trainer, sampling: Sampling, micro_batch_size: int, optimi
 def every_reward_applies(rewards: Mapping[str, Reward], data: PromptDataModule) -> None:
     """Each reward judges at least one training prompt."""
     for name, reward in rewards.items():
-        if not any(map(reward.applies_to, data.training)):
+        if not any(map(reward.judges, data.training)):
             raise ValueError(
                 f"`rewards.{name}` must apply to at least one training prompt. Found none in {', '.join(data.shares)}; "
                 "add a source of prompts it judges, or leave it out."
@@ -95,7 +95,7 @@ def every_prompt_can_be_judged(judges: Mapping[str, Reward], prompts: Iterable[P
     """No reward or metric rejects a prompt it applies to."""
     for prompt in prompts:
         for name, judge in judges.items():
-            if not judge.applies_to(prompt):
+            if not judge.judges(prompt):
                 continue
             try:
                 judge.check_prompt(prompt)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 import warnings
 from collections.abc import Sequence
@@ -90,9 +91,10 @@ class MarbleCLI(LightningCLI):
             options.return_predictions = False
 
     def after_instantiate_classes(self) -> None:
-        """Let checkpoints hold the configuration, whole, as config.yaml in the run's folder does."""
+        """Let checkpoints hold the configuration as config.yaml in the run's folder does, but for keys: they travel."""
         config = self.config.get(str(self.subcommand), self.config)
-        self.model.run_config = self._parser(self.subcommand).dump(config, skip_none=False)
+        text = self._parser(self.subcommand).dump(config, skip_none=False)
+        self.model.run_config = re.sub(r"(?m)^( *(?:\S*_)?(?:key|token|password):) .*$", r"\1 null", text)
 
     def instantiate_trainer(self, **options: Any) -> Trainer:
         """Have checkpoints written whole, unless a plugin of the user's writes them."""

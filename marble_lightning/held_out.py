@@ -114,7 +114,7 @@ class HeldOutEvaluation(LightningModule):
         if stage != "predict":
             return self.judges
         wanted = self.judges if self.scores_predictions else {}
-        return {name: judge for name, judge in wanted.items() if any(map(judge.applies_to, prompts))}
+        return {name: judge for name, judge in wanted.items() if any(map(judge.judges, prompts))}
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -134,7 +134,8 @@ class HeldOutEvaluation(LightningModule):
         """What the base's scores on held-out prompts depend on; a checkpoint's are taken over only where it is the same."""
         model = self.policy.identity | {"init_lora": self.policy.init_lora}
         judges = {name: judge.identity for name, judge in self.judges.items()}
-        return repr((model, self.settings, judges, derived_seed(*map(repr, the_data(self.trainer).held_out))))
+        prompts = derived_seed(*map(repr, the_data(self.trainer).held_out))
+        return repr((model, self.trainer.precision, self.settings, judges, prompts))
 
     def predict_step(self, batch: HeldOut, batch_idx: int) -> dict[str, Tensor]:
         """Sample prompts with the policy's adapter, each with noise of its own; score the pictures, (image, judge asked)."""
@@ -233,7 +234,7 @@ class HeldOutEvaluation(LightningModule):
             name = odd[0][0]
             raise ValueError(
                 f"The checkpoint must hold the adapters of {self.policy.path}. Found another model's, of "
-                f"{checkpoint['base_model']['model']}: {name} is {theirs.get(name, 'missing')} instead of "
+                f"{checkpoint['base_model'].get('model')}: {name} is {theirs.get(name, 'missing')} instead of "
                 f"{own.get(name, 'missing')}; use the `policy.path` it was trained with."
             )
         if checkpoint["base_model"] != self.policy.identity:

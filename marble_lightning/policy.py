@@ -87,7 +87,7 @@ class SD3Policy(FlowPolicy):
             raise ValueError(f"`policy.init_lora` must be null where `policy.adapter` is none. Found {init_lora!r}.")
         self.adapter = None if adapter == "none" else adapter
         self.resolution, self.text_length = resolution, text_length
-        self.t5 = text_encoder_3
+        self.text_encoder_3_from = text_encoder_3
         self.gradient_checkpointing, self.compiled, self.init_lora = gradient_checkpointing, compile, init_lora
         self.offload_text_encoders, self.prompt_cache = offload_text_encoders, prompt_cache
         self.vae_slicing, self.vae_tiling = vae_slicing, vae_tiling
@@ -95,9 +95,9 @@ class SD3Policy(FlowPolicy):
 
     @property
     def identity(self) -> dict[str, str | int | None]:
-        """Model, revision, and how prompts and weights are read."""
-        read = {"text_length": self.text_length, "text_encoder_3": self.t5, "dtype": str(self.dtype)[6:]}
-        return super().identity | read
+        """Model, revision, how prompts and weights are read, and whether pictures have seams."""
+        read = {"text_length": self.text_length, "text_encoder_3": self.text_encoder_3_from, "dtype": str(self.dtype)[6:]}
+        return super().identity | read | {"vae_tiling": self.vae_tiling}
 
     def check_resolution(self, name: str, resolution: int) -> None:
         """Whole patches, no more than the transformer has positions for; reads configurations only."""
@@ -113,7 +113,7 @@ class SD3Policy(FlowPolicy):
             must_be_a_folder("policy.prompt_cache", Path(self.prompt_cache).expanduser())
         index = pipeline_index(self.path, self.revision)
         start = read_lora(self.init_lora, rank=self.rank, alpha=self.alpha) if self.init_lora is not None else None
-        without_t5 = self.t5 is None or index.get("text_encoder_3", [None])[0] is None
+        without_t5 = self.text_encoder_3_from is None or index.get("text_encoder_3", [None])[0] is None
         absent = {name: None for name in ("text_encoder_3", "tokenizer_3") if without_t5}
         pipeline = StableDiffusion3Pipeline.from_pretrained(self.path, dtype=self.dtype, revision=self.revision, **absent)
         self.pipeline, self.flow_scheduler = pipeline, pipeline.scheduler

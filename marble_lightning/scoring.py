@@ -125,7 +125,7 @@ class Scorer:
             columns[job.name].append(outcome.scores.to(job.images.device))
             self.seconds[job.name] += outcome.seconds
             self.skipped[job.name] += len(outcome.failures)
-            self.applied[job.name] += sum(map(self.rewards[job.name].applies_to, job.prompts))
+            self.applied[job.name] += sum(map(self.rewards[job.name].judges, job.prompts))
             if outcome.failures and self.failure is None:
                 self._tell(job, outcome.failures)
         return torch.stack([torch.cat(columns[name]) for name in names], dim=1)
@@ -270,7 +270,7 @@ def failed(
 ) -> Judged:
     """No score for any picture of a batch, and the same reason for all that the reward applies to."""
     missing = torch.full((len(prompts),), torch.nan, device=images.device)
-    return missing, {index: error for index, prompt in enumerate(prompts) if reward.applies_to(prompt)}
+    return missing, {index: error for index, prompt in enumerate(prompts) if reward.judges(prompt)}
 
 
 def _one_by_one(

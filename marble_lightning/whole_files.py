@@ -38,9 +38,9 @@ def must_be_a_folder(name: str, folder: Path) -> None:
     Raises:
         ValueError: With the file.
     """
-    there = next(place for place in (folder, *folder.absolute().parents) if place.exists())
+    there = next(place for place in (folder, *folder.absolute().parents) if place.exists() or place.is_symlink())
     if not there.is_dir():
-        raise ValueError(f"`{name}` must be a folder. Found a file, {there}.")
+        raise ValueError(f"`{name}` must be a folder. Found a file, or a link that leads nowhere, {there}.")
 
 
 def folder_to_disk(folder: Path) -> None:

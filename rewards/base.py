@@ -39,9 +39,9 @@ def identity_of(judge: object, scored_by: Sequence[str]) -> dict[str, str]:
 class Reward(nn.Module, ABC):
     """A frozen judge of (image, prompt) pairs. Subclass it, override `score`, and it is ready to be named in a config.
 
-    Calling the reward scores a batch: `reward(images=images, prompts=prompts)`. Only samples whose prompt passes
-    `applies_to` reach `score`, at most `batch_size` at a time; all others are NaN. Arguments are keyword-only because
-    scorers called as (prompts, images) go wrong silently.
+    Calling the reward scores a batch: `reward(images=images, prompts=prompts)`. Only samples whose prompt is of its
+    `sources` and passes `applies_to` reach `score`, at most `batch_size` at a time; all others are NaN. Arguments are
+    keyword-only because scorers called as (prompts, images) go wrong silently.
 
     Args:
         batch_size: samples handed to `score` at once, >= 1. None keeps the class's own `batch_size`.
@@ -52,14 +52,16 @@ class Reward(nn.Module, ABC):
     """
 
     batch_size: int = 32
-    scored_by: tuple[str, ...] = ("path", "revision", "file", "dtype")
+    scored_by: tuple[str, ...] = ("path", "revision", "file", "dtype", "sources")
     """Attributes that its scores depend on, those of them that it has; results of runs that differ in one are told apart."""
     _missing: int = 0
 
     def __init__(self, batch_size: int | None = None, sources: Sequence[str] | None = None) -> None:
         super().__init__()
-        if sources is not None and not sources:
-            raise ValueError(f"{self._name}: `sources` must name a prompt set, or be None for all. Found an empty list.")
+        if sources is not None and (isinstance(sources, str) or not sources):
+            raise ValueError(
+                f"{self._name}: `sources` must be a list that names a prompt set, or None for all. Found {sources!r}."
+            )
         self.sources = sources
         if batch_size is not None:
             if batch_size < 1:
@@ -72,8 +74,12 @@ class Reward(nn.Module, ABC):
         """Load weights. Safe to call twice; the base has nothing to load."""
 
     def applies_to(self, prompt: Prompt) -> bool:
-        """Whether this reward can judge images of `prompt`. Default: every prompt of its sources."""
-        return self.sources is None or prompt.source in self.sources
+        """Whether this reward can judge images of `prompt`. Default: every prompt."""
+        return True
+
+    def judges(self, prompt: Prompt) -> bool:
+        """Whether this reward does: `prompt` is of one of its sources, and it applies to it. Not to be overridden."""
+        return (self.sources is None or prompt.source in self.sources) and self.applies_to(prompt)
 
     def check_prompt(self, prompt: Prompt) -> None:
         """Reject a prompt this reward applies to but could never judge, before any weight loads. Default: nothing.
@@ -92,7 +98,7 @@ class Reward(nn.Module, ABC):
 
         Args:
             images: float32 pixels in [0, 1].
-            prompts: one per image; `applies_to` holds for each.
+            prompts: one per image; `judges` holds for each.
 
         Returns:
             One score per pair. NaN marks a score that could not be had; infinities are rejected.
@@ -116,7 +122,7 @@ class Reward(nn.Module, ABC):
         """
         self._check_inputs(images, prompts)
         scores = torch.full((len(prompts),), torch.nan, dtype=torch.float32, device=images.device)
-        applicable = [index for index, prompt in enumerate(prompts) if self.applies_to(prompt)]
+        applicable = [index for index, prompt in enumerate(prompts) if self.judges(prompt)]
         # A mixed-precision trainer must not change what a reward says, so scoring leaves autocast.
         with torch.autocast(device_type=images.device.type, enabled=False):
             for start in range(0, len(applicable), self.batch_size):

@@ -99,7 +99,7 @@ class GenEval(Reward):
 
         Args:
             images: float32 pixels in [0, 1].
-            prompts: one per image; `applies_to` holds for each.
+            prompts: one per image; `judges` holds for each.
 
         Raises:
             ValueError: if the detector does not know a class a prompt names, or returns another number of lists than there

@@ -77,7 +77,7 @@ class OCR(Reward):
         ValueError: if an argument is out of range.
     """
 
-    scored_by = (*Reward.scored_by, "upscale_to", "detect", "sources")
+    scored_by = (*Reward.scored_by, "upscale_to", "detect")
 
     def __init__(
         self,
@@ -112,8 +112,8 @@ class OCR(Reward):
             self._engine = Engine(self.detect, self.threads)
 
     def applies_to(self, prompt: Prompt) -> bool:
-        """Only prompts of its sources with text in double quotes."""
-        return super().applies_to(prompt) and quoted_text(prompt.text) is not None
+        """Only prompts with text in double quotes."""
+        return quoted_text(prompt.text) is not None
 
     def read(self, images: Float[Tensor, "b 3 h w"]) -> list[str | None]:
         """The text in each image, or None where the engine failed.

@@ -58,7 +58,7 @@ class UnifiedReward(Reward):
         base_url: of the server's OpenAI-compatible interface, with its /v1.
         model: name under which the server has the model.
         api_key: the server's key. None: the environment variable OPENAI_API_KEY, or "none" where that is not set. A run's
-            saved config holds what is given here, but not the environment.
+            config.yaml holds what is given here; its checkpoints, and what is exported from them, do not.
         question: what is asked about the image, with {caption} where the prompt goes. None: rate alignment and quality.
         size: side in pixels of the square the image is resized to, >= 1.
         max_tokens: longest answer, >= 1. One that is cut before its rating is missing.

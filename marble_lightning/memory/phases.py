@@ -175,7 +175,7 @@ class Phases:
 
     def _score(self, name: str, images: int) -> int:
         reward = self.judges[name]
-        prompts = [prompt for prompt in the_data(self.trainer).training if reward.applies_to(prompt)]
+        prompts = [prompt for prompt in the_data(self.trainer).training if reward.judges(prompt)]
         if not prompts or not tensors_of(reward):  # whoever has no weights does not compute with torch, or next to nothing
             return 0
         chosen, pictures = (prompts * images)[:images], self.pictures(images)

@@ -134,7 +134,10 @@ def test_validate_without_a_checkpoint_judges_the_base(small, capsys):
         (["--model.objective.kl_weight", ".inf"], "`objective.kl_weight` must be >= 0 and finite. Found inf"),
         (["--model.objective.beta", ".inf"], "`objective.beta` must be > 0 and finite. Found inf"),
         (["--model.evaluation.steps", "0"], "`evaluation.steps` must be >= 1. Found 0"),
-        (["--model.policy.prompt_cache", __file__], f"`policy.prompt_cache` must be a folder. Found a file, {__file__}"),
+        (
+            ["--model.policy.prompt_cache", __file__],
+            f"`policy.prompt_cache` must be a folder. Found a file, or a link that leads nowhere, {__file__}",
+        ),
         (["--trainer.accumulate_grad_batches", "4"], "`accumulate_grad_batches` follows from"),
         (["--trainer.max_epochs", "3"], "`max_epochs` must be a multiple"),
         (["--model.policy.adapter", "none"], "`policy.adapter` must be ema or trained for `fit`"),

@@ -24,7 +24,7 @@ from rewards import PickScore
 ROOT = Path(__file__).parents[2]
 FACTS = (
     "prompt", "index", "steps", "solver", "guidance", "resolution", "seed", "adapter",
-    "model", "revision", "text_length", "text_encoder_3", "dtype", "checkpoint",
+    "model", "revision", "text_length", "text_encoder_3", "dtype", "vae_tiling", "checkpoint",
 )  # fmt: skip
 
 pytestmark = [pytest.mark.filterwarnings(f"ignore:{known}") for known in QUIET]
@@ -118,7 +118,7 @@ def test_the_averaged_adapter_the_live_one_or_the_base(small, trained, tmp_path,
 
     end = str(Path(trained).resolve())
     told = {"model": str(small[small.index("--model.policy.path") + 1]), "revision": None, "checkpoint": end}
-    told |= {"text_length": 4, "text_encoder_3": "checkpoint", "dtype": "float32"}
+    told |= {"text_length": 4, "text_encoder_3": "checkpoint", "dtype": "float32", "vae_tiling": False}
     assert fitted["judged"] == {**told, "command": "fit", "adapter": "ema", "optimizer_step": 2}
     assert live["judged"] == {**told, "command": "validate", "adapter": "trained", "optimizer_step": 2}
     assert base["judged"] == {**told, "command": "test", "adapter": "none", "checkpoint": None, "optimizer_step": None}
@@ -177,22 +177,8 @@ def test_predict_draws_the_users_prompts_and_says_how(small, tmp_path):
     assert all(pixels(tmp_path / "out" / line["file"]).shape == (32, 32, 3) for line in lines)
     assert (pixels(tmp_path / "out/00000.png") != pixels(tmp_path / "out/00001.png")).any()
     path = str(small[small.index("--model.policy.path") + 1])
-    told = (
-        "ein Kreis, größer als 5 €",
-        "3",
-        "2",
-        "euler",
-        "3.0",
-        "32",
-        "7",
-        "none",
-        path,
-        "None",
-        "4",
-        "checkpoint",
-        "float32",
-        "none",
-    )
+    sampled = ("ein Kreis, größer als 5 €", "3", "2", "euler", "3.0", "32", "7", "none")
+    told = (*sampled, path, "None", "4", "checkpoint", "float32", "False", "none")
     assert told_by(tmp_path / "out/00003.png") == dict(zip(FACTS, told, strict=True))
 
 

@@ -170,7 +170,7 @@ def test_fit_export_load_and_start_from_it(small, checkpoints, tmp_path, capsys)
     assert about == {
         "version": version("marble-lightning"), "adapter": "ema", "alpha": "32.0", "round": "1", "optimizer_step": "2",
         "base_model": str(checkpoints / "sd3"), "base_text_length": "4", "base_text_encoder_3": "checkpoint",
-        "base_dtype": "float32",
+        "base_dtype": "float32", "base_vae_tiling": "False",
         "rewards": '["pickscore", "hpsv2", "clipscore", "ocr", "geneval"]',
     }  # fmt: skip
     assert json.loads(header["lora_adapter_metadata"])["transformer.r"] == 2

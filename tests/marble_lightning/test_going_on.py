@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from diffusers import SD3Transformer2DModel
+from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-from marble_lightning.cli import QUIET, main
+from marble_lightning.cli import QUIET, command_line, main
 from marble_lightning.export import export
 from marble_lightning.results import read
 from marble_lightning.tinyworld import ColourBlobs
@@ -94,7 +97,35 @@ def test_settings_of_the_optimizer_that_are_the_checkpoints_are_told(checkpoints
     assert told in caplog.text
     caplog.clear()
     main(["fit", *options(checkpoints, tmp_path, **TWO), "--ckpt_path", str(first)])
+    main(["fit", *options(checkpoints, tmp_path, **TWO), "--ckpt_path", str(last(tmp_path, 1))])
     assert "The optimizer goes on" not in caplog.text
+
+
+def test_options_that_a_schedule_moves_are_those_asked_for(checkpoints, tmp_path, caplog):
+    cycle = {"model.lr_scheduler": "torch.optim.lr_scheduler.OneCycleLR", "model.lr_scheduler.max_lr": 0.01}
+    cycle |= {"model.lr_scheduler.total_steps": 9}
+    run = [part for part in options(checkpoints, tmp_path, **TWO | cycle) if part != "--model.lr_scheduler.gamma"]
+    run = [part for part in run if part != "0.8"]
+    main(["fit", *run, "--trainer.max_epochs", "1", "--trainer.check_val_every_n_epoch", "1"])
+    main(["fit", *run, "--ckpt_path", str(last(tmp_path))])
+    assert "The optimizer goes on" not in caplog.text
+
+
+def test_keys_do_not_travel_with_checkpoints(checkpoints, tmp_path):
+    unified = {"class_path": "rewards.UnifiedReward", "init_args": {"api_key": "sk-secret", "max_tokens": 7}}
+    run = options(checkpoints, tmp_path, **ONE | {"model.metrics": "{}"})
+    cli = command_line([*run, "--model.rewards.unified", json.dumps(unified)], run=False)
+    assert cli.model.rewards["unified"].api_key == "sk-secret"
+    assert "sk-secret" not in cli.model.run_config
+    kept = yaml.safe_load(cli.model.run_config)["model"]["rewards"]["unified"]["init_args"]
+    assert (kept["api_key"], kept["max_tokens"]) == (None, 7)
+
+
+def test_what_torch_will_not_load_is_named(checkpoints, first, tmp_path):
+    content = torch.load(first, weights_only=True)
+    torch.save(content | {"callbacks": {"mine": Path("here")}}, tmp_path / "mine.ckpt")
+    with pytest.raises(ValueError, match=r"a callback of yours keeps what torch will not load, .*mine\.ckpt: .*[pP]ath"):
+        main(["validate", *options(checkpoints, tmp_path, **ONE), "--ckpt_path", str(tmp_path / "mine.ckpt")])
 
 
 def test_a_run_from_a_lora_has_no_base_once_it_goes_on(checkpoints, first, tmp_path, caplog):
@@ -113,6 +144,16 @@ def test_nothing_left_to_train(checkpoints, first, tmp_path, capsys):
     main(["fit", *options(checkpoints, tmp_path, **ONE), "--ckpt_path", "last"])
     shown = capsys.readouterr().out
     assert f"Nothing was left to train: {first} is after 1 rounds" in shown and "Judge it again" not in shown
+
+
+def test_a_finished_run_says_so_whatever_logs_it(checkpoints, tmp_path, capsys):
+    """Loggers such as W&B's have no folder for the run."""
+    logger = ["--trainer.logger.class_path", "lightning.pytorch.loggers.CSVLogger", "--trainer.logger.name", "tiny"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Trainer, "log_dir", str(tmp_path / "elsewhere"))
+        main(["fit", *options(checkpoints, tmp_path, **ONE), *logger])
+    shown = " ".join(capsys.readouterr().out.split())
+    assert f"--ckpt_path {last(tmp_path)}" in shown and "Nothing was left" not in shown
 
 
 def test_results_name_the_rounds_checkpoint_beside_a_users_best(checkpoints, tmp_path):

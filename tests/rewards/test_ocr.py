@@ -82,11 +82,13 @@ def ocr(request: pytest.FixtureRequest) -> OCR:
 
 def test_quotes_of_other_sources_are_not_read() -> None:
     quoted, elsewhere = Prompt('"HELLO"', "ocr"), Prompt('a still of "The Handshake"', "pickscore")
-    assert [OCR().applies_to(prompt) for prompt in (quoted, elsewhere)] == [True, True]
-    assert [OCR(sources=["ocr"]).applies_to(prompt) for prompt in (quoted, elsewhere)] == [True, False]
-    assert not OCR(sources=["ocr"]).applies_to(Prompt("a sign", "ocr"))
-    with pytest.raises(ValueError, match="OCR: `sources` must name a prompt set"):
-        OCR(sources=[])
+    assert [OCR().judges(prompt) for prompt in (quoted, elsewhere)] == [True, True]
+    assert [OCR(sources=["ocr"]).judges(prompt) for prompt in (quoted, elsewhere)] == [True, False]
+    assert not OCR(sources=["ocr"]).judges(Prompt("a sign", "ocr"))
+    for wrong in ([], "ocr_hard"):
+        with pytest.raises(ValueError, match="OCR: `sources` must be a list that names a prompt set"):
+            OCR(sources=wrong)
+    assert OCR().identity != OCR(sources=["ocr"]).identity
 
 
 def test_rendered_words(ocr: OCR, picture: Picture) -> None:

@@ -32,6 +32,13 @@ def test_own_reward_needs_nothing_else() -> None:
     assert reward.missing == 0  # the dark night is no missing score: the reward does not apply to it
 
 
+def test_sources_hold_whatever_it_applies_to() -> None:
+    """Brightness overrides `applies_to` and knows nothing of them."""
+    scores = Brightness(sources=["b"])(images=IMAGES, prompts=PROMPTS)
+    assert torch.equal(scores.nan_to_num(-1), torch.tensor([-1, -1, 0.75]))
+    assert Brightness(sources=["b"]).identity != Brightness().identity
+
+
 def test_batch_size_from_class_or_argument() -> None:
     sizes = []
 

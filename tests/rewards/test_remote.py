@@ -247,7 +247,7 @@ def test_metadata_must_be_json() -> None:
     ("arguments", "message"),
     [
         ({"url": "localhost:8000"}, "`url` must begin with http:// or https://. Found 'localhost:8000'"),
-        ({"sources": []}, "`sources` must name a prompt set"),
+        ({"sources": []}, "`sources` must be a list that names a prompt set"),
         ({"request_size": 0}, "`request_size` must be >= 1. Found 0"),
         ({"concurrency": 0}, "`concurrency` must be >= 1. Found 0"),
         ({"timeout": 0}, "`timeout` must be > 0 seconds. Found 0"),

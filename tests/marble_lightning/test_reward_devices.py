@@ -1,0 +1,48 @@
+"""Where rewards run, and when they leave."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from marble_lightning.scoring import Scorer
+from marble_lightning.settings import Scoring
+from tests.marble_lightning.test_scoring import Brightness
+
+
+def test_rewards_that_share_a_model_stay_together():
+    one, other = Brightness(), Brightness()
+    one.tower = other.tower = torch.nn.Linear(1, 1)
+    with pytest.raises(
+        ValueError, match="must put rewards that share a model in one place. Found one on cpu and other on meta"
+    ):
+        Scorer({"one": one, "other": other}, Scoring(devices={"other": "meta"}))._place(torch.device("cpu"))
+
+
+def test_devices_and_offloading(tmp_path):
+    class Weighty(Brightness):
+        def __init__(self):
+            super().__init__()
+            self.moves = []
+
+        def to(self, device):
+            self.moves.append(str(device))
+            return self
+
+    one, other = Weighty(), Weighty()
+    scorer = Scorer({"one": one, "other": other}, Scoring(devices={"other": "meta"}, offload=True))
+    scorer._place(torch.device("cpu"))
+    scorer._place(torch.device("cpu"))
+    scorer.release()
+    assert one.moves == ["cpu", "cpu"] and other.moves == ["meta", "cpu"]
+
+
+def test_a_device_without_a_number_is_the_policys_own():
+    """Were it the first one, all processes of a machine would share it."""
+    bright = Brightness()
+    scorer = Scorer({"same": bright, "third": bright, "host": bright}, Scoring(devices={"third": "cuda:3", "host": "cpu"}))
+    places = [str(scorer._place_of(name, torch.device("cuda", 5))) for name in ("same", "third", "host")]
+    assert places == ["cuda:5", "cuda:3", "cpu"]
+    unnumbered = Scorer({"same": bright}, Scoring(devices={"same": "cuda"}))
+    assert unnumbered._place_of("same", torch.device("cuda", 5)) == torch.device("cuda", 5)
+    assert unnumbered._place_of("same", torch.device("cpu")) == torch.device("cuda")
