@@ -94,7 +94,7 @@ class MarbleCLI(LightningCLI):
         """Let checkpoints hold the configuration as config.yaml in the run's folder does, but for keys: they travel."""
         config = self.config.get(str(self.subcommand), self.config)
         text = self._parser(self.subcommand).dump(config, skip_none=False)
-        self.model.run_config = re.sub(r"(?m)^( *(?:\S*_)?(?:key|token|password):) .*$", r"\1 null", text)
+        self.model.run_config = re.sub(r"(?m)^( *(?:\S*_(?:key|token)|password):) .*$", r"\1 null", text)
 
     def instantiate_trainer(self, **options: Any) -> Trainer:
         """Have checkpoints written whole, unless a plugin of the user's writes them."""
