@@ -71,6 +71,7 @@ MOMENTS: dict[str, Callable[[], None]] = {
     "SIGTERM in training": lambda: at_call(14, *TRAINING, send(signal.SIGTERM), lambda *_: True),
     "SIGTERM in sampling": lambda: at_call(3, SD3Policy, "sample", send(signal.SIGTERM), a_rollout),
     "SIGTERM in validation": lambda: at_call(1, *HELD_OUT, send(signal.SIGTERM), of_the_trained),
+    "never": lambda: None,
     "SIGTERM before": lambda: at_call(1, *HELD_OUT, send(signal.SIGTERM), lambda *_: True),
     "SIGINT": lambda: at_call(14, *TRAINING, send(signal.SIGINT), lambda *_: True),
     "SIGUSR1": lambda: slurm(at_call(14, *TRAINING, send(signal.SIGUSR1), lambda *_: True)),

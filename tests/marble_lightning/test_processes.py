@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import socket
@@ -17,7 +18,7 @@ from marble_lightning.alarms import measured
 from marble_lightning.cli import QUIET
 from marble_lightning.policy import SD3Policy
 from marble_lightning.results import read
-from tests.marble_lightning import two_processes
+from tests.marble_lightning import stopped, two_processes
 from tests.marble_lightning.test_resume import differences, last, options, state
 from tests.marble_lightning.two_processes import Replay, method, train
 
@@ -80,8 +81,13 @@ def test_two_processes_train_from_the_command_line(small, tmp_path, balancer):
     assert max(tensor.abs().max() for name, tensor in saved.items() if ".lora_B.trained" in name) > 0
 
 
-def ranks(arguments: list[str], said: Path, slurm: dict[str, str] | None = None) -> list[subprocess.Popen[bytes]]:
-    """The command line as two ranks, started from outside as a cluster does; by SLURM with variables of its own."""
+def ranks(
+    arguments: list[str], said: Path, slurm: dict[str, str] | None = None, moments: list[str] | None = None
+) -> list[subprocess.Popen[bytes]]:
+    """The command line as two ranks, started from outside as a cluster does; by SLURM with variables of its own.
+
+    With `moments` each rank's is a child process, stopped then, whose exit status is what the rank says.
+    """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
@@ -96,6 +102,9 @@ def ranks(arguments: list[str], said: Path, slurm: dict[str, str] | None = None)
             environment |= {"SAID": str(said), "PATH": f"{Path(__file__).parent / 'slurm'}{os.pathsep}{os.environ['PATH']}"}
         with said.with_suffix(f".{rank}").open("w") as file:
             command = [sys.executable, "-m", "marble_lightning", "fit", *arguments]
+            if moments:
+                child = [moments[rank], ["fit", *arguments], str(said.with_suffix(f".child_{rank}"))]
+                command = [sys.executable, stopped.__file__, json.dumps([child])]
             started.append(subprocess.Popen(command, cwd=ROOT, env=os.environ | environment, stdout=file, stderr=file))
     return started
 
@@ -129,3 +138,17 @@ def test_two_ranks_that_were_ended_go_on_bit_for_bit(checkpoints, tmp_path, end)
     again = ranks(ended if job else [*ended, "--ckpt_path", "last"], said, job and job | {"RESTART_COUNT": "1"})
     assert [each.wait(100) for each in again] == [0, 0], said.with_suffix(".0").read_text()[-3000:]
     assert differences(state(last(folders[0])), state(last(folders[1], 1))) == []
+
+
+@pytest.mark.slow
+def test_a_signal_to_one_of_two_ranks_that_judge_ends_both(checkpoints, tmp_path):
+    """One has a batch of held-out prompts more than the other."""
+    more = {"trainer.devices": 2, "trainer.strategy": "ddp", "trainer.max_epochs": 2, "trainer.check_val_every_n_epoch": 2}
+    more |= {"data.held_out_per_source": 3, "data.held_out_batch_size": 2}
+    said = tmp_path / "said"
+    moments = ["never", "SIGTERM in validation"]
+    assert [each.wait(100) for each in ranks(options(checkpoints, tmp_path, **more), said, moments=moments)] == [0, 0]
+    assert [said.with_suffix(f".{rank}").read_text().splitlines()[-1] for rank in range(2)] == ["[143]", "[0]"]
+    assert (
+        state(last(tmp_path))["epoch"] == 0 and "Stopped after 1 whole round(s)" in said.with_suffix(".child_0").read_text()
+    )
