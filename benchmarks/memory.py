@@ -38,7 +38,7 @@ from transformers import (
 
 import rewards
 from balancers import MARBLE
-from benchmarks.random_sd35m import random_sd35m
+from benchmarks.random_sd35m import WHOLE, random_sd35m
 from marble_lightning.memory.estimate import Choices, Estimate, Estimator
 from marble_lightning.memory.report import CUDA_CONTEXT, FRAGMENTATION, GIB, Room, gib, memory_table
 from marble_lightning.module import DiffusionNFT
@@ -118,7 +118,7 @@ def module_on_a_gpu(folder: Path, options: argparse.Namespace) -> DiffusionNFT:
     (folder / "model_index.json").write_text(json.dumps(index))
     policy = SD3Policy(str(folder), resolution=512, rank=32, alpha=64, text_length=128, dtype="bfloat16")
     with torch.device("meta"):
-        pipeline = random_sd35m(tokenizer, clip_layers=(12, 32), t5_layers=24 if t5 else 0)
+        pipeline = random_sd35m(tokenizer, **WHOLE | ({} if t5 else {"t5_layers": 0}))
     loaded = patch.object(StableDiffusion3Pipeline, "from_pretrained", return_value=pipeline)
     with loaded, torch.device("meta"):
         policy.setup(seed=0)

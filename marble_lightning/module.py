@@ -49,7 +49,7 @@ class DiffusionNFT(HeldOutEvaluation):
             `per_reward`, the reference, which also knows trainable parameters outside linear layers.
         seed: Seed of everything random.
 
-    Source: DiffusionNFT, arXiv 2509.16117; MARBLE, arXiv 2605.06507. Defaults are the SD3.5-Medium run's.
+    Source: DiffusionNFT, arXiv 2509.16117; MARBLE, arXiv 2605.06507. Defaults are as in `settings`.
     """
 
     def __init__(

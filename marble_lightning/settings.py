@@ -1,4 +1,7 @@
-"""Groups of settings, each checked as soon as it is written down. Defaults are the SD3.5-Medium run's."""
+"""Groups of settings, each checked as soon as it is written down.
+
+Defaults are the SD3.5-Medium run's, but for `Sampling.times_per_image`, which goes with `steps`.
+"""
 
 from __future__ import annotations
 

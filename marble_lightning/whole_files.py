@@ -40,7 +40,7 @@ def must_be_a_folder(name: str, folder: Path) -> None:
     """
     there = next(place for place in (folder, *folder.absolute().parents) if place.exists() or place.is_symlink())
     if not there.is_dir():
-        raise ValueError(f"`{name}` must be a folder. Found a file, or a link that leads nowhere, {there}.")
+        raise ValueError(f"`{name}` must be a folder. Found a file, or a link that leads nowhere, {there}; choose another.")
 
 
 def folder_to_disk(folder: Path) -> None:
