@@ -59,7 +59,7 @@ class FlowPolicy(nn.Module, ABC):
         revision: Which version of it, or None.
         rank: LoRA rank, >= 1.
         alpha: LoRA alpha; the update is scaled by alpha / rank.
-        targets: Names of the linear layers of `transformer` that get a LoRA.
+        targets: Linear layers of `transformer` that get a LoRA: those whose name is, or ends with a dot and, one of these.
     """
 
     transformer: Any

@@ -192,12 +192,13 @@ class HeldOutEvaluation(LightningModule):
         else:
             self.trained_scores = scores
         columns = {**dict(zip(self.judges, scores.T, strict=True)), **by_tag(self.judges, prompts, scores)}
-        means = {f"held_out/{name}": column.nanmean() for name, column in columns.items() if not column.isnan().all()}
-        means |= {f"skipped/held_out/{name}": torch.tensor(count) for name, count in skipped.items() if count}
+        # numbers, not these tensors of the CPU: the log averages over ranks where a tensor lies, and NCCL knows GPUs only
+        means = {f"held_out/{name}": float(column.nanmean()) for name, column in columns.items() if not column.isnan().all()}
+        means |= {f"skipped/held_out/{name}": float(count) for name, count in skipped.items() if count}
         if not self.trainer.sanity_checking:
             self.log_dict(means, sync_dist=True)
         elif self.logger is not None:
-            self.logger.log_metrics({name: float(mean) for name, mean in means.items()}, step=0)
+            self.logger.log_metrics(means, step=0)
         self.round_start.judged(self.trainer)
 
     on_test_epoch_end = on_validation_epoch_end

@@ -88,6 +88,6 @@ def target_of(name: str) -> str:
     """What the layers of one kind have in common, as a policy's `targets` name them.
 
     >>> target_of("transformer_blocks.3.attn2.to_out.0.lora_A.weight")
-    'to_out.0'
+    'attn2.to_out.0'
     """
-    return re.sub(r"^transformer_blocks\.\d+\.(attn2?\.)?", "", layer_of(name))
+    return re.sub(r"^transformer_blocks\.\d+\.", "", layer_of(name))

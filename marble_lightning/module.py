@@ -262,7 +262,9 @@ class DiffusionNFT(HeldOutEvaluation):
         if self.balancer.needs_gradients:
             self.per_reward.expect(False)
         self.balancer.end_step()
-        self.policy.move("ema", towards="trained", by=1 - self.averaging.ema_decay)
+        keep = self.averaging.averaged_decay(self.global_step)
+        must(0 <= keep <= 1, f"`averaged_decay` of {type(self.averaging).__name__} must return 0 to 1", keep)
+        self.policy.move("ema", towards="trained", by=1 - keep)
         if batch_idx + 1 == self.plan.total:
             keep = self.averaging.old_decay(self.global_step)
             must(0 <= keep <= 1, f"`old_decay` of {type(self.averaging).__name__} must return 0 to 1", keep)

@@ -146,6 +146,8 @@ class Averaging:
         old_start: Optimizer step before which the old adapter is a plain copy.
         old_cap: The cap, in [0, 1).
         ema_decay: Decay per optimizer step of the averaged adapter, in [0, 1).
+        ema_warmup: Whether the decay after optimizer step s is at most (1 + s) / (10 + s), as in the release: the average
+            then forgets the adapter's start sooner.
 
     Source: DiffusionNFT, arXiv 2509.16117, and its released code; MARBLE, arXiv 2605.06507, and its.
     """
@@ -154,6 +156,7 @@ class Averaging:
     old_start: int = 0
     old_cap: float = 0.95
     ema_decay: float = 0.9
+    ema_warmup: bool = False
 
     def __post_init__(self) -> None:
         must(0 <= self.old_rate < inf, "`averaging.old_rate` must be >= 0 and finite", self.old_rate)
@@ -164,6 +167,14 @@ class Averaging:
     def old_decay(self, step: int) -> float:
         """What the old adapter keeps of itself after optimizer step `step`, in [0, 1]."""
         return min(self.old_rate * max(step - self.old_start, 0), self.old_cap)
+
+    def averaged_decay(self, step: int) -> float:
+        """What the averaged adapter keeps of itself after optimizer step `step`, in [0, 1].
+
+        >>> Averaging(ema_warmup=True).averaged_decay(1), Averaging(ema_warmup=True).averaged_decay(1000)
+        (0.18181818181818182, 0.9)
+        """
+        return min((1 + step) / (10 + step), self.ema_decay) if self.ema_warmup else self.ema_decay
 
 
 @dataclass(frozen=True)

@@ -183,20 +183,24 @@ class Fakes:
         self.mode = FakeTensorMode(allow_non_fake_inputs=True)
         self._weights: list[Tensor] = []
 
-    def copy(self, module: T, parts: Sequence[nn.Module] = (), dtype: torch.dtype | None = None) -> T:
+    def copy(
+        self, module: T, parts: Sequence[nn.Module] = (), dtype: torch.dtype | None = None, fixed: Sequence[nn.Module] = ()
+    ) -> T:
         """A copy on fake tensors, otherwise the same, hooks included. Nothing of the original is changed.
 
         Args:
             module: What to copy.
             parts: Modules that it holds, but not as modules of its own.
             dtype: What frozen weights are in; None leaves them as they are.
+            fixed: Modules of it whose weights stay in their precision anyway.
         """
         memo: dict[int, Any] = {}
         originals = tensors_of(module, *parts)
+        apart = {id(tensor) for tensor in tensors_of(*fixed)}
         with self.mode, torch.no_grad():
             for tensor in originals:
                 frozen = isinstance(tensor, nn.Parameter) and tensor.is_floating_point() and not tensor.requires_grad
-                kept = dtype if dtype is not None and frozen else tensor.dtype
+                kept = dtype if dtype is not None and frozen and id(tensor) not in apart else tensor.dtype
                 fake = torch.empty_strided(tensor.shape, tensor.stride(), dtype=kept)
                 memo[id(tensor)] = nn.Parameter(fake, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else fake
         self._weights += memo.values()

@@ -65,7 +65,9 @@ class Phases:
         self.device = self.trainer.strategy.root_device
         self.block = CUDA_BLOCK if self.device.type == "cuda" else 1
         self.fakes = Fakes(self.block, cuda=self.device.type == "cuda")
-        copied: Any = self.fakes.copy(module.policy, list(text_encoders(module.policy).values()), dtype)
+        policy: Any = module.policy
+        fixed = [policy.pipeline.vae] if policy.vae_dtype else []
+        copied: Any = self.fakes.copy(policy, list(text_encoders(policy).values()), dtype, fixed)
         self.policy = copied
         if dtype is not None:
             self.policy.dtype = dtype

@@ -23,9 +23,9 @@ def make(checkpoints: Path, **options) -> SD3Policy:
     return policy
 
 
-def three(checkpoints: Path) -> SD3Policy:
+def three(checkpoints: Path, **options) -> SD3Policy:
     """A policy with three adapters, all different."""
-    policy = make(checkpoints)
+    policy = make(checkpoints, **options)
     for adapter in ADAPTERS:
         shake(policy, adapter)
     return policy

@@ -95,12 +95,14 @@ def comfyui_updates(file: Path, blocks: int) -> tuple[dict[tuple[str, int], Tens
     return updates, read
 
 
-def test_comfyui_reads_every_key_and_gets_our_update(policy, exported):
-    updates, read = comfyui_updates(exported / FILE, blocks=2)
-    assert read == load_file(exported / FILE).keys()
-    assert ("joint_blocks.0.x_block.attn2.qkv", 2) in updates
-    places = {layer: matrix for matrices in WHERE.values() for matrix, layers in matrices.items() for layer in layers}
-    assert places.keys() == set(TARGETS)
+@pytest.mark.parametrize("prefix", ["attn.", ""], ids=["joint attention", "both attentions"])
+def test_comfyui_reads_every_key_and_gets_our_update(checkpoints, tmp_path, prefix):
+    policy = three(checkpoints, targets=[prefix + target.removeprefix("attn.") for target in TARGETS])
+    written = export(saved(policy, tmp_path), tmp_path / "lora")
+    updates, read = comfyui_updates(written, blocks=2)
+    assert read == load_file(written).keys()
+    assert (("joint_blocks.0.x_block.attn2.qkv", 2) in updates) == (prefix == "")
+    assert {f"attn.{layer}" for layers in WHERE["attn"].values() for layer in layers} == set(TARGETS)
     ours = {
         name: layer.get_delta_weight("ema") for name, layer in policy.transformer.named_modules() if hasattr(layer, "lora_A")
     }

@@ -70,13 +70,13 @@ def rewritten(folder: Path, change) -> Path:
     return folder / "other.safetensors"
 
 
-LAYER = "transformer.transformer_blocks.0.attn2.to_q"
+LAYER = "transformer.transformer_blocks.0.attn.to_q"
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda state: state.pop(f"{LAYER}.lora_A.weight"), r"Found 1 missing and 0 too many .*attn2\.to_q\.lora_A"),
+        (lambda state: state.pop(f"{LAYER}.lora_A.weight"), r"Found 1 missing and 0 too many .*attn\.to_q\.lora_A"),
         (lambda state: [state.pop(key) for key in list(state) if "add_out" in key], "`targets`, .*to_add_out.* Found "),
         (
             lambda state: state.update({"transformer.transformer_blocks.9.attn.to_q.lora_A.weight": torch.ones(2, 16)}),
@@ -86,8 +86,8 @@ LAYER = "transformer.transformer_blocks.0.attn2.to_q"
             lambda state: state.update({"text_encoder.layers.0.fc1.lora_A.weight": torch.ones(2, 16)}),
             "transformer's linear layers only. Found 'text_encoder",
         ),
-        (lambda state: state.update({f"{LAYER}.lora_A.weight": torch.ones(2, 8)}), r"attn2.*\(2, 16\). Found \(2, 8\)"),
-        (lambda state: state[f"{LAYER}.lora_A.weight"].fill_(torch.nan), "finite numbers. Found others in .*attn2"),
+        (lambda state: state.update({f"{LAYER}.lora_A.weight": torch.ones(2, 8)}), r"attn\.to_q.*\(2, 16\). Found \(2, 8\)"),
+        (lambda state: state[f"{LAYER}.lora_A.weight"].fill_(torch.nan), "finite numbers. Found others in .*attn.to_q"),
     ],
 )
 def test_a_start_that_does_not_fit_is_refused(checkpoints, exported, change, message):
@@ -113,8 +113,8 @@ def test_what_can_be_said_without_weights_is_said_before_they_load(checkpoints, 
 
 
 def test_other_targets_are_both_named(checkpoints, exported):
-    with pytest.raises(ValueError, match=r"`targets`, to_k, to_q\. Found add_k_proj, .*to_v"):
-        make(checkpoints, init_lora=str(exported), targets=["to_q", "to_k"])
+    with pytest.raises(ValueError, match=r"`targets`, attn2\.to_k, attn2\.to_q\. Found attn\.add_k_proj, .*attn\.to_v in"):
+        make(checkpoints, init_lora=str(exported), targets=["attn2.to_q", "attn2.to_k"])
 
 
 def test_files_that_are_no_plain_lora_are_refused(exported, tmp_path):

@@ -71,3 +71,9 @@ def test_a_gpus_autocast_normalises_in_float32_also_on_the_way_back(cuda, expect
             output = fakes.checkpoint(watched, torch.empty(4, 8))
         torch.autograd.grad(output.sum(), list(watched.parameters()))
     assert seen == [expected, expected]
+
+
+def test_a_part_may_keep_its_precision():
+    module = torch.nn.ModuleList([torch.nn.Linear(2, 2).requires_grad_(False) for _ in range(2)])
+    copied = Fakes().copy(module, dtype=torch.bfloat16, fixed=[module[0]])
+    assert [layer.weight.dtype for layer in copied] == [torch.float32, torch.bfloat16]

@@ -86,6 +86,7 @@ def run(
     ckpt_path: Path | None = None,
     inner_epochs: int = 1,
     clip: float | None = None,
+    ema_warmup: bool = False,
     optimizer: Any = lambda parameters: torch.optim.SGD(parameters, lr=0.1),
     **objective: Any,
 ):
@@ -103,7 +104,7 @@ def run(
         rewards={name: {"bright": Brightness, "red": Redness, "contrast": Contrast}[name]() for name in rewards},
         sampling=Sampling(steps=4, batch_size=12, times_per_image=2),
         objective=Objective(beta=0.5, **objective),
-        averaging=Averaging(old_rate=0.5, old_cap=0.5, ema_decay=0.75),
+        averaging=Averaging(old_rate=0.5, old_cap=0.5, ema_decay=0.75, ema_warmup=ema_warmup),
         evaluation=Evaluation(steps=2),
         micro_batch_size=micro_batch_size,
         optimizer=optimizer,
@@ -274,6 +275,28 @@ def test_the_base_never_changes(checkpoints, tmp_path):
     for name, tensor in fresh.transformer.state_dict().items():
         if ".lora_" not in name:
             assert torch.equal(tensor, trained[name]), name
+
+
+class Averages(Callback):
+    """Keeps the trained and the averaged adapter after every round, here of one optimizer step."""
+
+    def __init__(self) -> None:
+        self.steps: list[tuple[Tensor, Tensor]] = []
+
+    def on_train_epoch_end(self, trainer, pl_module):
+        self.steps.append(tuple(flat(pl_module.policy.parameters_of(name)).clone() for name in ("trained", "ema")))
+
+
+def test_the_average_warms_up_as_the_release_does(checkpoints, tmp_path):
+    after = Averages()
+    module, _ = run(checkpoints, tmp_path, WeightedSum(), rounds=3, ema_warmup=True, callbacks=[after])
+    first = SD3Policy(str(checkpoints / "sd3"), resolution=16, rank=2, alpha=4, dtype="float32")
+    first.setup(module.seed)
+    average = flat(first.parameters_of("ema"))
+    for step, (trained, found) in enumerate(after.steps, start=1):
+        decay = min((1 + step) / (10 + step), 0.75)
+        average = decay * average + (1 - decay) * trained
+        torch.testing.assert_close(found, average, rtol=1e-5, atol=1e-7)
 
 
 def test_reference_coefficients_are_the_published_ones():

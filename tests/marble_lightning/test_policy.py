@@ -8,8 +8,9 @@ import pytest
 import torch
 from diffusers import StableDiffusion3Pipeline
 
+from benchmarks.random_sd35m import networks
 from marble_lightning.flow_policy import ADAPTERS
-from marble_lightning.policy import SD3Policy
+from marble_lightning.policy import TARGETS, SD3Policy
 from marble_lightning.sd3_files import pipeline_index
 from marble_lightning.seeds import generator
 
@@ -105,12 +106,28 @@ def test_uses_do_not_nest(policy):
     assert outputs(policy, "old").isfinite().all()
 
 
-def test_every_attention_projection_has_a_lora(policy):
-    """Also the second attention of SD3.5 Medium's dual blocks, and to_out.0."""
-    names = {name.split(".lora_")[0] for name, _ in policy.transformer.named_parameters() if ".lora_A.trained" in name}
-    assert "transformer_blocks.0.attn.to_out.0" in names
-    assert "transformer_blocks.0.attn2.to_q" in names
-    assert "transformer_blocks.0.attn.add_k_proj" in names
+def test_the_joint_attention_has_a_lora_and_the_second_one_by_choice(checkpoints, policy):
+    """SD3.5 Medium's dual blocks have `attn2`, which the published run leaves alone."""
+
+    def adapted(policy: SD3Policy) -> set[str]:
+        return {name.split(".lora_")[0] for name, _ in policy.transformer.named_parameters() if ".lora_A.trained" in name}
+
+    joint = {f"transformer_blocks.0.{target}" for target in TARGETS}
+    assert {name for name in adapted(policy) if "blocks.0." in name} == joint
+    wide = SD3Policy(str(checkpoints / "sd3"), 16, rank=2, targets=[name.removeprefix("attn.") for name in TARGETS])
+    wide.setup(seed=0)
+    second = {f"transformer_blocks.0.attn2.{layer}" for layer in ("to_q", "to_k", "to_v", "to_out.0")}
+    assert {name for name in adapted(wide) if "blocks.0." in name} == joint | second
+
+
+@pytest.mark.parametrize(("prefix", "layers", "millions"), [("attn.", 191, 18.78), ("", 243, 23.89)])
+def test_the_published_run_adapts_191_layers(prefix, layers, millions):
+    policy = SD3Policy("stabilityai/stable-diffusion-3.5-medium", targets=[prefix + name[5:] for name in TARGETS])
+    with torch.device("meta"):
+        policy.transformer = networks()["transformer"]
+        policy.add_adapters(seed=0)
+    assert len(policy._lora_layers) == layers
+    assert round(sum(each.numel() for each in policy.parameters_of("trained")) / 1e6, 2) == millions
 
 
 def test_initial_adapters_depend_on_the_seed_only(checkpoints):
@@ -246,3 +263,17 @@ def test_decoding_in_slices_and_tiles(checkpoints, side):
     torch.testing.assert_close(pictures[1], pictures[0], rtol=0, atol=1e-6)
     away = (pictures[2] - pictures[0]).abs()
     assert away.max() < 1e-6 if side == 8 else 0 < away.mean() < 0.1
+
+
+@pytest.mark.parametrize("autocast", [True, False])
+def test_the_autoencoder_may_have_a_precision_of_its_own(checkpoints, autocast):
+    """As in the published run, whose autoencoder decodes in float32 whatever the rest runs in."""
+    latents = torch.randn(1, 4, 8, 8, generator=generator("decode"))
+    decoded = []
+    for dtype, vae_dtype in (("bfloat16", "float32"), ("float32", None), ("bfloat16", None)):
+        policy = SD3Policy(str(checkpoints / "sd3"), resolution=16, rank=2, dtype=dtype, vae_dtype=vae_dtype)
+        policy.setup(seed=0)
+        assert policy.transformer.dtype == getattr(torch, dtype) and policy.vae.dtype == getattr(torch, vae_dtype or dtype)
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast and vae_dtype is not None):
+            decoded.append(policy.decode(latents))
+    assert torch.equal(decoded[0], decoded[1]) and not torch.equal(decoded[0], decoded[2])

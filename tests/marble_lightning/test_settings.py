@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from marble_lightning.settings import Evaluation, Objective, Sampling
+from marble_lightning.settings import Averaging, Evaluation, Objective, Sampling
 
 
 @pytest.mark.parametrize(
@@ -23,3 +23,10 @@ from marble_lightning.settings import Evaluation, Objective, Sampling
 def test_a_choice_that_there_is_not(group, options, message):
     with pytest.raises(ValueError, match=message):
         group(**options)
+
+
+def test_the_average_is_quick_at_first():
+    """The release's decay min((1 + s) / (10 + s), 0.9) after optimizer step s, counted from 1."""
+    assert [Averaging().averaged_decay(step) for step in (1, 100)] == [0.9, 0.9]
+    warm = Averaging(ema_warmup=True)
+    assert [warm.averaged_decay(step) for step in (1, 2, 79, 80, 81, 500)] == [2 / 11, 3 / 12, 80 / 89, 0.9, 0.9, 0.9]
