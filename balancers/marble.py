@@ -30,7 +30,7 @@ class MARBLE(Balancer):
     weight: two that oppose each other are one voice, however short their mean.
 
     Source: MARBLE, arXiv 2605.06507, eq. 5 (unit gradients), 6 (program), 7 (length), 12 (smoothing), proposition 1
-    (amortisation). `amortize: raw` is the paper to the letter.
+    (amortisation).
 
     Args:
         floor: smallest weight of a reward or group in the program, before preference and smoothing, in

@@ -109,7 +109,7 @@ def test_scaled_and_raw_differ_on_cheap_steps_only():
 
 def test_norms_are_smoothed_between_refreshes_and_fresh_on_them():
     first, second = torch.eye(2), torch.diag(torch.tensor([1.0, 3.0]))  # norms (1, 1), then (1, 3): smoothed (1, 2)
-    balancer = bound(FixedWeights(weights=None, normalize=True, ema_decay=0.5, refresh_every=2), ("a", "b"))
+    balancer = bound(FixedWeights(normalize=True, ema_decay=0.5, refresh_every=2, amortize="scaled"), ("a", "b"))
     for gradients in (first, first, second):
         _, coefficients = step(balancer, gradients)
     torch.testing.assert_close(coefficients, torch.tensor([2.0, 2 / 3]) / 2)  # eq. 7 on the gradients at hand
@@ -119,7 +119,7 @@ def test_norms_are_smoothed_between_refreshes_and_fresh_on_them():
 
 def test_one_faint_gradient_does_not_outweigh_what_follows():
     """Smoothed ratios would remember 1 / 0.001; smoothed norms do not."""
-    balancer = bound(FixedWeights(weights=None, normalize=True, ema_decay=0.7, refresh_every=2), ("a", "b"))
+    balancer = bound(FixedWeights(normalize=True, ema_decay=0.7, refresh_every=2, amortize="scaled"), ("a", "b"))
     usual, faint = torch.eye(2), torch.diag(torch.tensor([1.0, 0.001]))
     for gradients in (usual, usual, faint, usual):
         _, coefficients = step(balancer, gradients)
@@ -243,7 +243,7 @@ def test_smoothing_is_per_reward():
     [
         ({"refresh_every": 0}, "`refresh_every` must be >= 1. Found 0."),
         ({"ema_decay": 1.0}, r"`ema_decay` must be in \[0, 1\). Found 1.0."),
-        ({"amortize": "no"}, "`amortize` must be 'scaled' or 'raw'. Found 'no'."),
+        ({"amortize": "no"}, "`amortize` must be 'raw' or 'scaled'. Found 'no'."),
         ({"estimate_share": 0.0}, r"`estimate_share` must be in \(0, 1\]. Found 0.0."),
         ({"uniform_after_step": -1}, "`uniform_after_step` must be >= 0 or null. Found -1."),
     ],

@@ -59,6 +59,7 @@ def test_weights_by_name_errors(method):
 def test_marble_is_min_norm_with_the_paper_s_options():
     balancer = bound(MARBLE())
     assert (balancer.refresh_every, balancer.ema_decay, balancer.normalize, balancer.floor) == (10, 0.7, True, 0.0)
+    assert balancer.amortize == "raw"
     gram = torch.tensor([[1.0, -0.5, 0.1], [-0.5, 1.0, 0.2], [0.1, 0.2, 1.0]], dtype=torch.float64)
     torch.testing.assert_close(balancer.weights(gram), min_norm_weights(gram))
     assert (bound(MARBLE(floor=0.3)).weights(gram) >= 0.3 - 1e-12).all()
