@@ -21,6 +21,17 @@ from balancers.solution import active_rows, merge_rows, narrowed, smooth, weigh
 
 log = logging.getLogger(__name__)
 
+CADENCE = (
+    "refresh_every",
+    "ema_decay",
+    "estimate_share",
+    "normalize",
+    "refresh_alpha",
+    "amortize",
+    "uniform_after_step",
+)
+"""Options of every gradient method: with others than its own, a method is not the published one."""
+
 
 class Balancer(Callback):
     r"""Merges several rewards into one update. A method overrides one of three levels, and nothing else:
@@ -183,9 +194,11 @@ class Balancer(Callback):
 
     @property
     def cadence(self) -> dict[str, Any]:
-        """How often the method solves, on how much, and what serves in between; empty where it looks at no gradients."""
-        names = ("refresh_every", "ema_decay", "estimate_share", "refresh_alpha", "amortize", "uniform_after_step")
-        return {name: getattr(self, name) for name in names} if self.needs_gradients else {}
+        """The options by which the method runs: how often it solves, on what, and what serves in between.
+
+        Empty where it never looks at gradients.
+        """
+        return {name: getattr(self, name) for name in CADENCE} if self.needs_gradients else {}
 
     @property
     def loss_weights(self) -> Float[Tensor, "reward"]:

@@ -9,10 +9,11 @@ import yaml
 from jsonargparse import ArgumentParser
 
 import balancers
-from balancers import MARBLE, Balancer, FixedWeights, WeightedSum, min_norm_weights
+from balancers import MARBLE, Balancer, FixedWeights, PCGrad, WeightedSum, min_norm_weights
 
 NAMES = ("clip", "ocr", "pick")
-CONFIGS = sorted((Path(__file__).parents[2] / "configs" / "balancers").glob("*.yaml"))
+CONFIGS = Path(__file__).parents[2] / "configs" / "balancers"
+METHOD_CONFIGS = sorted(set(CONFIGS.glob("*.yaml")) - {CONFIGS / "cadence_marble.yaml"})
 
 
 def bound(balancer, names=NAMES):
@@ -81,7 +82,7 @@ def command_line() -> ArgumentParser:
     return parser
 
 
-@pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.stem)
+@pytest.mark.parametrize("config", METHOD_CONFIGS, ids=lambda path: path.stem)
 def test_configs_name_a_balancer_that_binds(config):
     assert config.read_text().startswith("# ")
     settings = yaml.safe_load(config.read_text())
@@ -92,9 +93,50 @@ def test_configs_name_a_balancer_that_binds(config):
 
 
 def test_there_is_a_config_for_every_method():
-    named = {yaml.safe_load(path.read_text())["balancer"]["class_path"] for path in CONFIGS}
+    named = {yaml.safe_load(path.read_text())["balancer"]["class_path"] for path in METHOD_CONFIGS}
     methods = {name for name in balancers.__all__ if isinstance(getattr(balancers, name), type)} - {"Balancer"}
     assert named == {f"balancers.{name}" for name in methods}
+
+
+OTHERS = {"refresh_every": 7, "ema_decay": 0.5, "normalize": True, "amortize": "scaled", "refresh_alpha": "fresh"}
+OTHERS |= {"estimate_share": 0.05, "uniform_after_step": 3}
+
+
+@pytest.mark.parametrize("config", METHOD_CONFIGS, ids=lambda path: path.stem)
+def test_a_config_s_options_are_its_own_whatever_it_is_laid_over(config, tmp_path):
+    """Options that two classes share outlive a change of class, so a file has to say all of them."""
+    below, names = tmp_path / "below.yaml", ("a", "b", "c")
+    below.write_text(yaml.safe_dump({"balancer": {"class_path": "balancers.MARBLE", "init_args": {**OTHERS, "floor": 0.1}}}))
+    own = tmp_path / "own.yaml"
+    own.write_text(yaml.safe_dump({"balancer": yaml.safe_load(config.read_text())["balancer"]}))
+    parser = command_line()
+    found, alone = (
+        bound(parser.instantiate(parser.parse_args([part for file in files for part in ("-c", str(file))])).balancer, names)
+        for files in ((below, own), (own,))
+    )
+    assert found.cadence == alone.cadence
+    assert found.uniform_after_step is None
+    if config.stem in ("pcgrad", "cagrad", "mgda", "torchjd"):
+        assert found.cadence == bound(type(found)()).cadence
+        assert (found.refresh_every, found.ema_decay, found.estimate_share, found.normalize) == (1, 0, 1, False)
+
+
+def test_marble_s_cadence_for_another_method():
+    parser = command_line()
+    files = (CONFIGS / f"{name}.yaml" for name in ("pcgrad", "cadence_marble"))
+    balancer = bound(parser.instantiate(parser.parse_args([part for file in files for part in ("-c", str(file))])).balancer)
+    marble = bound(MARBLE()).cadence
+    assert isinstance(balancer, PCGrad)
+    assert balancer.cadence == {**marble, "normalize": False}
+    assert bound(FixedWeights()).cadence == bound(WeightedSum()).cadence == {}
+
+
+def test_the_paper_s_marble():
+    settings = yaml.safe_load((CONFIGS / "marble_paper.yaml").read_text())["balancer"]["init_args"]
+    balancer = bound(MARBLE(**settings))
+    assert balancer.cadence == {**bound(MARBLE()).cadence, "refresh_alpha": "fresh", "estimate_share": 0.0}
+    balancer.begin_step(192)
+    assert balancer._sum.wanted == 1
 
 
 def test_short_names_and_single_options_on_the_command_line():
