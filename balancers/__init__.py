@@ -9,7 +9,7 @@ overrides one method.
 """
 
 from balancers.advantage_sum import AdvantageSum
-from balancers.base import Balancer
+from balancers.base import CADENCE, Balancer
 from balancers.cagrad import CAGrad
 from balancers.fixed_weights import FixedWeights
 from balancers.harmony import cosines
@@ -21,6 +21,7 @@ from balancers.torchjd import TorchJD
 from balancers.weighted_sum import WeightedSum
 
 __all__ = [
+    "CADENCE",
     "MARBLE",
     "MGDA",
     "AdvantageSum",

@@ -15,17 +15,30 @@ from torch import Tensor
 
 from balancers.accumulation import GradientSum
 from balancers.harmony import compare, gram_matrix, in_conflict
+from balancers.levels import CHECKED
 from balancers.options import check_names, check_options
-from balancers.solution import active_rows, merge_rows, smooth, weigh
+from balancers.solution import active_rows, merge_rows, narrowed, smooth, weigh
 
 log = logging.getLogger(__name__)
+
+CADENCE = (
+    "refresh_every",
+    "ema_decay",
+    "estimate_share",
+    "normalize",
+    "refresh_alpha",
+    "amortize",
+    "uniform_after_step",
+)
+"""Options of every gradient method: with others than its own, a method is not the published one."""
 
 
 class Balancer(Callback):
     r"""Merges several rewards into one update. A method overrides one of three levels, and nothing else:
 
     - `merge_rewards`, before advantages exist, or `merge_advantages`; either sets `merged_name` to name its one column;
-    - `weights`, from the inner products of the per-reward gradients: $d = \sum_k \bar\alpha_k s_k g_k$.
+    - `weights`, from the inner products of the per-reward gradients: $d = \sum_k \bar\alpha_k s_k g_k$. It is given
+      float64 on the CPU whatever it is called with; a zero matrix gives uniform weights, and NaN is refused.
 
     A gradient method is asked every `refresh_every` optimizer steps. Its weights are smoothed reward by reward,
     $\bar\alpha_k \leftarrow \rho \bar\alpha_k + (1 - \rho) \alpha_k$, the first time $\bar\alpha_k = \alpha_k$. With
@@ -37,15 +50,28 @@ class Balancer(Callback):
     to make room for it, so the sum may pass 1 until the next solution: a reward holding all the weight would otherwise
     leave the rest with none on falling silent.
 
+    Between refreshes the loss of a reward is the mean over the samples that it applies to, as on a refresh. The authors'
+    code gives a missing advantage the value 0 there and divides by all samples: a reward of a third of the samples then
+    weighs a third of what it weighs on a refresh.
+
+    With a loss scaler (16-mixed) a gradient that is not finite has overflowed: the optimizer step is skipped, and nothing
+    is taken over from it.
+
     Source: MARBLE, arXiv 2605.06507, eq. 7 ($s_k$), 12 (smoothing), proposition 1 (reuse between refreshes).
 
     Args:
         refresh_every: optimizer steps between two solutions, >= 1.
         ema_decay: rho, how much of the old weights a solution keeps, in [0, 1).
         normalize: whether `weights` sees unit gradients, brought back to their mean norm afterwards.
-        amortize: between refreshes use weights times ratios of smoothed norms (scaled), which follows the direction solved
-            for, or the weights alone on raw gradients (raw), which is the paper.
-        estimate_share: share of a refresh step's micro-batches whose gradients are used, in (0, 1].
+        amortize: what multiplies the raw gradients between refreshes: the weights alone (raw), as the paper does, or the
+            weights times $s_k$ of smoothed norms (scaled). `scaled` follows the direction solved for, but is harmful where a
+            reward opposes the others: $|g_k|$ is mostly noise, so the one reward with a clean, short gradient gets far too
+            long a step. In a trial on the tiny world with such a sixth reward, all five others fell with `scaled` (two seeds
+            of two), while all six rose with `raw`.
+        refresh_alpha: what merges the gradients on a refresh: the smoothed weights, or those just found (fresh), as the
+            authors' code does. The steps in between use the smoothed ones either way.
+        estimate_share: share of a refresh step's micro-batches whose gradients are used, rounded up, in [0, 1]; 0 is a
+            single micro-batch, as in the authors' code.
         uniform_after_step: optimizer step from which all rewards weigh the same, without gradients. Null: never.
     """
 
@@ -58,13 +84,15 @@ class Balancer(Callback):
         refresh_every: int = 1,
         ema_decay: float = 0.0,
         normalize: bool = False,
-        amortize: Literal["scaled", "raw"] = "scaled",
+        amortize: Literal["raw", "scaled"] = "raw",
+        refresh_alpha: Literal["smoothed", "fresh"] = "smoothed",
         estimate_share: float = 1.0,
         uniform_after_step: int | None = None,
     ) -> None:
-        check_options(refresh_every, ema_decay, amortize, estimate_share, uniform_after_step)
+        check_options(refresh_every, ema_decay, amortize, refresh_alpha, estimate_share, uniform_after_step)
         self.refresh_every, self.ema_decay, self.normalize = refresh_every, ema_decay, normalize
-        self.amortize, self.estimate_share, self.uniform_after_step = amortize, estimate_share, uniform_after_step
+        self.amortize, self.refresh_alpha, self.estimate_share = amortize, refresh_alpha, estimate_share
+        self.uniform_after_step = uniform_after_step
 
         self.reward_names: tuple[str, ...] = ()
         self.names: tuple[str, ...] = ()
@@ -72,6 +100,14 @@ class Balancer(Callback):
         self.counts = {"refreshes": 0, "update_conflicts": 0, "mean_conflicts": 0}
         self.diagnostics: dict[str, Any] = {}
         self._sum, self._solved = GradientSum(), cast(Tensor | None, None)  # of this optimizer step
+        self.any_gradient_overflowed = False
+        """Whether the loss scale was too large for a gradient of this optimizer step, which is to be skipped."""
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        for level, check in CHECKED.items():
+            if level in vars(cls):
+                setattr(cls, level, check(vars(cls)[level]))
 
     # Names
 
@@ -157,9 +193,12 @@ class Balancer(Callback):
         return self._solved is not None
 
     @property
-    def solved_nothing(self) -> bool:
-        """Whether this optimizer step's gradients were all useless, and not all of them because they were zero."""
-        return not self.active.any() and "not finite" in self.diagnostics.get("left_out", {}).values()
+    def cadence(self) -> dict[str, Any]:
+        """The options by which the method runs: how often it solves, on what, and what serves in between.
+
+        Empty where it never looks at gradients.
+        """
+        return {name: getattr(self, name) for name in CADENCE} if self.needs_gradients else {}
 
     @property
     def loss_weights(self) -> Float[Tensor, "reward"]:
@@ -168,7 +207,7 @@ class Balancer(Callback):
             return torch.full((len(self.names),), 1 / len(self.names))
         if self._solved is not None:
             return self._solved
-        return (self._alpha * self.scale if self.amortize == "scaled" else self._alpha).float()
+        return narrowed(self._alpha * self.scale if self.amortize == "scaled" else self._alpha, self.names)
 
     @property
     def scale(self) -> Float[Tensor, "reward"]:
@@ -185,26 +224,33 @@ class Balancer(Callback):
         due = due and self.needs_gradients and not self.uniform
         share = math.ceil(round(self.estimate_share * n_micro_batches, 9))  # 0.7 * 10 is a hair above 7
         self._sum, self._solved = GradientSum(max(share, 1) if due else 0), None
+        self.any_gradient_overflowed = False
 
     def add_gradients(self, gradients: Float[Tensor, "reward parameter"]) -> None:
         """Add one micro-batch's per-reward gradients (K, P), normalised over the optimizer step so that they sum up."""
         self._sum.add(gradients, len(self.names))
 
-    def solve(self, reduce: Callable[[Tensor], Tensor]) -> Float[Tensor, "parameter"]:
+    def solve(self, reduce: Callable[[Tensor], Tensor], loss_scaled: bool = False) -> Float[Tensor, "parameter"]:
         """Turn the summed gradients into new coefficients and the merged gradient; free them.
 
         Args:
             reduce: average of a tensor over the ranks.
+            loss_scaled: whether a loss scaler skips optimizer steps. Then a gradient that is not finite sets
+                `any_gradient_overflowed`, the merged gradient is zero and all that is remembered stays as it was.
 
         Raises:
             RuntimeError: not all the gradients asked for have been added.
-            ValueError: `weights` returned something of another shape or not finite.
+            ValueError: `weights` returned something of another shape or not finite in float32.
         """
         gradients = reduce(self._sum.take())
         gram = gram_matrix(gradients)
         norms = gram.diagonal().sqrt()
         active = self.active = active_rows(norms)
         self.diagnostics = {"left_out": self._left_out(norms), "gradient_norms": norms, "gram": gram}
+        self.any_gradient_overflowed = loss_scaled and not bool(norms.isfinite().all())
+        if self.any_gradient_overflowed:
+            log.warning("A gradient overflowed at optimizer step %d: skipped, the loss is scaled less.", self.step)
+            return torch.zeros_like(gradients[0])
         if not active.any():
             log.warning("No reward has a finite, non-zero gradient at optimizer step %d: nothing merged.", self.step)
             return torch.zeros_like(gradients[0])
@@ -214,7 +260,8 @@ class Balancer(Callback):
         ratio = norms[active].mean() / norms if self.normalize else torch.ones_like(norms)
         self.alpha_smoothed = smooth(self.alpha_smoothed, alpha, active, self.ema_decay)
         self.norms = smooth(self.norms, norms, active, self.ema_decay)
-        self._solved = torch.where(active, self._alpha * ratio, self._alpha * self.scale).float()
+        applied = alpha if self.refresh_alpha == "fresh" else self._alpha
+        self._solved = narrowed(torch.where(active, applied * ratio, self._alpha * self.scale), self.names)
         self.solved_at[active] = self.step
 
         agreement = compare(block, self.loss_weights[active])
@@ -235,8 +282,8 @@ class Balancer(Callback):
         return left_out
 
     def end_step(self) -> None:
-        """End an optimizer step, after the optimizer has stepped."""
-        self.step += 1
+        """End an optimizer step, after the optimizer has stepped; one that was skipped is asked again."""
+        self.step += not self.any_gradient_overflowed
         self._sum, self._solved = GradientSum(), None
 
     # Checkpoints

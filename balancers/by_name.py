@@ -19,16 +19,17 @@ def weights_by_name(
         option: what the user calls it.
 
     Raises:
-        ValueError: a name is unknown, or a weight is not finite and > 0.
+        ValueError: a name is unknown, or a weight is not finite and > 0 in float32, in which it is used.
 
     >>> weights_by_name({"ocr": 2.0}, ["clip", "ocr"]).tolist()
     [1.0, 2.0]
     """
     weights = dict(weights or {})
     _known(weights, reward_names, option)
-    if wrong := {name: value for name, value in weights.items() if not (math.isfinite(value) and value > 0)}:
+    used = torch.tensor(list(weights.values()), dtype=torch.float32).tolist()
+    if wrong := {name: weights[name] for name, value in zip(weights, used, strict=True) if not 0 < value < math.inf}:
         raise ValueError(
-            f"`{option}` must be finite and > 0. Found {wrong}. To measure a reward without learning it, "
+            f"`{option}` must be finite and > 0 in float32. Found {wrong}. To measure a reward without learning it, "
             "move it from `rewards` to `metrics`."
         )
     return torch.tensor([weights.get(name, 1.0) for name in reward_names], dtype=torch.float64)

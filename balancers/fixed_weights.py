@@ -14,7 +14,7 @@ class FixedWeights(Balancer):
     r"""Merge the gradients with weights that never change, $d = \sum_k w_k g_k$ with $\sum_k w_k = 1$.
 
     Without `normalize` this costs no more than a single reward. With it, $g_k$ is brought to the mean norm first, and
-    the norms are measured every `refresh_every` steps.
+    the norms are taken every `refresh_every` steps. The steps in between only use them with `amortize: scaled`.
 
     Source: the fixed-coefficient ablation of MARBLE, arXiv 2605.06507.
 

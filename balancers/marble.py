@@ -1,4 +1,4 @@
-"""MARBLE: the direction on which no reward loses, solved for rarely and smoothed."""
+"""MARBLE: weights of the direction on which no reward loses, solved for rarely and smoothed."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -27,10 +27,12 @@ class MARBLE(Balancer):
 
     With a `preference` the program sees $\hat g_k / p_k$: the progress it guarantees along $\hat g_k$ is in proportion to
     $p_k$. With `groups` it sees the mean of each group, at unit length like a single gradient, and its rewards share the
-    weight: two that oppose each other are one voice, however short their mean.
+    weight: two that oppose each other are one voice, however short their mean. The update then goes against no group's mean
+    and no reward outside a group, while a member may oppose the rest of its group. As the weights still sum up to 1, the
+    shorter a mean is, the more of them its rewards take, and the shorter is the update.
 
     Source: MARBLE, arXiv 2605.06507, eq. 5 (unit gradients), 6 (program), 7 (length), 12 (smoothing), proposition 1
-    (amortisation). `amortize: raw` is the paper to the letter.
+    (amortisation).
 
     Args:
         floor: smallest weight of a reward or group in the program, before preference and smoothing, in
@@ -84,9 +86,10 @@ class MARBLE(Balancer):
         rows = means[told] / self.preference[self.active]
         seen = rows / lengths[told, None] if self.normalize else rows
         merged = seen @ gram @ seen.T
-        found = torch.zeros_like(self.prior).masked_scatter(self.active, sensitivity(merged, self.floor) @ rows)
+        applied = seen if self.groups else rows  # without groups lengths are 1, and dividing by them would only round
+        found = torch.zeros_like(self.prior).masked_scatter(self.active, sensitivity(merged, self.floor) @ applied)
         self.diagnostics["sensitivity"] = found
-        alpha = min_norm_weights(merged, self.floor) @ rows
+        alpha = min_norm_weights(merged, self.floor) @ applied
         return alpha / alpha.sum()
 
     def _kept(self) -> Bool[Tensor, "active"]:

@@ -7,6 +7,7 @@ def check_options(
     refresh_every: int,
     ema_decay: float,
     amortize: str,
+    refresh_alpha: str,
     estimate_share: float,
     uniform_after_step: int | None,
 ) -> None:
@@ -19,10 +20,12 @@ def check_options(
         raise ValueError(f"`refresh_every` must be >= 1. Found {refresh_every}.")
     if not 0 <= ema_decay < 1:
         raise ValueError(f"`ema_decay` must be in [0, 1). Found {ema_decay}.")
-    if amortize not in ("scaled", "raw"):
-        raise ValueError(f"`amortize` must be 'scaled' or 'raw'. Found {amortize!r}.")
-    if not 0 < estimate_share <= 1:
-        raise ValueError(f"`estimate_share` must be in (0, 1]. Found {estimate_share}.")
+    if amortize not in ("raw", "scaled"):
+        raise ValueError(f"`amortize` must be 'raw' or 'scaled'. Found {amortize!r}.")
+    if refresh_alpha not in ("smoothed", "fresh"):
+        raise ValueError(f"`refresh_alpha` must be 'smoothed' or 'fresh'. Found {refresh_alpha!r}.")
+    if not 0 <= estimate_share <= 1:
+        raise ValueError(f"`estimate_share` must be in [0, 1]. Found {estimate_share}.")
     if uniform_after_step is not None and uniform_after_step < 0:
         raise ValueError(f"`uniform_after_step` must be >= 0 or null. Found {uniform_after_step}.")
 

@@ -10,12 +10,14 @@ from balancers.base import Balancer
 
 
 class PCGrad(Balancer):
-    r"""Add up the gradients after projecting each off those it conflicts with, one after the other in random order.
+    r"""Average the gradients after projecting each off those it conflicts with, one after the other in random order.
 
     $$g_i^{PC} \leftarrow g_i^{PC} - \frac{\min(\langle g_i^{PC}, g_j \rangle, 0)}{\|g_j\|^2}\, g_j \quad (j \ne i),
-      \qquad d = \sum_i g_i^{PC}$$
+      \qquad d = \tfrac1K \sum_i g_i^{PC}$$
 
-    The projections are linear, so the inner products are all they need.
+    The projections are linear, so the inner products are all they need. The source adds the $g_i^{PC}$ up, and sets that
+    beside the gradient of the sum of the losses. Every method here stands beside the mean instead, so this is their mean:
+    where nothing conflicts it is the plain mean, at the same learning rate.
 
     Source: Yu et al., "Gradient Surgery for Multi-Task Learning", NeurIPS 2020, algorithm 1.
 
@@ -29,7 +31,7 @@ class PCGrad(Balancer):
 
     def weights(self, gram: Float[Tensor, "active active"]) -> Float[Tensor, "active"]:
         draws = torch.Generator().manual_seed(1_000_003 * self.seed + self.step)
-        return projected(gram, [torch.randperm(len(gram), generator=draws).tolist() for _ in gram])
+        return projected(gram, [torch.randperm(len(gram), generator=draws).tolist() for _ in gram]) / len(gram)
 
 
 def projected(gram: Float[Tensor, "reward reward"], orders: list[list[int]]) -> Float[Tensor, "reward"]:

@@ -1,6 +1,7 @@
 """The steps between per-reward gradients and one update, as pure functions: who takes part, smoothing, merging."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from itertools import compress
 
 import torch
 from jaxtyping import Bool, Float
@@ -26,24 +27,31 @@ def active_rows(norms: Float[Tensor, "reward"]) -> Bool[Tensor, "reward"]:
 def weigh(
     method: Callable[[Tensor], Tensor], gram: Float[Tensor, "active active"], normalize: bool
 ) -> Float[Tensor, "active"]:
-    r"""What a method's `weights` makes of $G_{jk}$, or with `normalize` of $G_{jk} / (|g_j| |g_k|)$; checked, float64.
+    r"""What a method's `weights` makes of $G_{jk}$, or with `normalize` of $G_{jk} / (|g_j| |g_k|)$, in float64.
 
     Source: MARBLE, arXiv 2605.06507, eq. 5 (unit gradients).
 
     Shape:
         gram (K, K) -> (K,).
-
-    Raises:
-        ValueError: the weights have another shape or are not finite.
     """
     norms = gram.diagonal().sqrt()
-    weights = method(gram / norms.outer(norms) if normalize else gram)
-    if not isinstance(weights, Tensor) or weights.shape != norms.shape or not weights.isfinite().all():
-        raise ValueError(
-            f"`{method.__qualname__}` must return a tensor of {len(gram)} finite numbers, one for each row of `gram`. "
-            f"Found {weights}."
-        )
-    return weights.detach().double()
+    return method(gram / norms.outer(norms) if normalize else gram).detach().double()
+
+
+def narrowed(weights: Float[Tensor, "reward"], names: Sequence[str]) -> Float[Tensor, "reward"]:
+    """Weights as they multiply losses and gradients, in float32.
+
+    Shape:
+        weights (K,) -> (K,).
+
+    Raises:
+        ValueError: one of them is not finite in float32.
+    """
+    found = weights.float()
+    if not found.isfinite().all():
+        wrong = dict(compress(zip(names, weights.tolist(), strict=True), ~found.isfinite()))
+        raise ValueError(f"Weights must be finite in float32 once the norms have been divided out. Found {wrong}.")
+    return found
 
 
 def smooth(

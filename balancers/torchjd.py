@@ -16,6 +16,10 @@ class TorchJD(Balancer):
     It is built afresh for every solution, since gradients may drop out and return; only the smoothing of `ema_decay`
     remembers. So aggregators that live by their own memory are refused.
 
+    Gradients are brought to a root mean square length of 1 first: below 0.01 UPGrad and DualProj take them for zero and
+    return the plain mean, and NashMTL returns nothing. An aggregator keeps the length it has in TorchJD, where PCGrad and
+    Sum add up K gradients and most others average them.
+
     Source: Quinton and Rey, "Jacobian Descent for Multi-Objective Optimization", 2024, and the papers TorchJD names.
 
     Args:
@@ -32,9 +36,10 @@ class TorchJD(Balancer):
         build(aggregator, self.arguments, 2)  # a wrong name or argument fails here
 
     def weights(self, gram: Float[Tensor, "active active"]) -> Float[Tensor, "active"]:
+        unit = gram / gram.diagonal().mean()
         with torch.random.fork_rng(devices=[]), torch.no_grad():
             torch.manual_seed(1_000_003 * self.seed + self.step)
-            return build(self.aggregator, self.arguments, len(gram)).weighting(root(gram)).to(gram)
+            return build(self.aggregator, self.arguments, len(gram)).weighting(root(unit)).to(gram)
 
 
 def root(gram: Float[Tensor, "reward reward"]) -> Float[Tensor, "reward reward"]:

@@ -200,7 +200,7 @@ class Results(Callback):
         return {**module.settings, "images_per_prompt": the_data(trainer).held_out_images}
 
     def _judged(self, trainer: Trainer, module: DiffusionNFT) -> dict[str, Any]:
-        """What was judged: the model, and the adapter of which checkpoint."""
+        """What was judged: the model, the adapter of which checkpoint, and after `fit` its balancer and cadence."""
         fitted = trainer.state.fn == "fit"
         written = [own.best_model_path for own in trainer.checkpoint_callbacks if isinstance(own, RoundCheckpoint)]
         path = next(iter(written), None) if fitted else trainer.ckpt_path
@@ -211,4 +211,5 @@ class Results(Callback):
             "adapter": module.judged_adapter,
             "checkpoint": str(Path(path).resolve()) if path else None,
             "optimizer_step": trainer.global_step if fitted else self.loaded_step,
+            **({"balancer": type(module.balancer).__name__, **module.balancer.cadence} if fitted else {}),
         }

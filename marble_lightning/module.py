@@ -219,9 +219,9 @@ class DiffusionNFT(HeldOutEvaluation):
             self.balancer.add_gradients(self.per_reward(plus, minus, batch.coefficients, self._scaler))
             overflow = False
             if not self.balancer.wants_gradients:
-                self.merged = self.balancer.solve(self.trainer.strategy.reduce)
-                # A scaler only sees this loss: where no gradient fitted half precision, it must skip the step and scale less
-                overflow = self._scaler is not None and self.balancer.solved_nothing
+                self.merged = self.balancer.solve(self.trainer.strategy.reduce, loss_scaled=self._scaler is not None)
+                # A scaler only sees this loss: where a gradient did not fit half precision, it must skip the step
+                overflow = self.balancer.any_gradient_overflowed
             return self.objective.kl_weight * kl * (torch.inf if overflow else 1.0)
         weights = self.balancer.loss_weights.to(losses, non_blocking=True)
         # Lightning divides by the micro-batches of a step; the coefficients already count over all of them

@@ -13,6 +13,7 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor
 
+from balancers import CADENCE
 from marble_lightning.results import JSON, read
 from marble_lightning.table import Summary, changes, summarise
 
@@ -58,6 +59,13 @@ class Run:
     def results(self) -> Mapping[str, Any]:
         """What results.json holds: settings, what was judged, means by set and reward, and the scores of each prompt."""
         return read(self.folder)
+
+    @property
+    def balancer(self) -> str:
+        """What merged the rewards, and the cadence that ran: `MARBLE, refresh_every 5, ema_decay 0.7, ...`."""
+        judged = self.results["judged"]
+        cadence = [f"{name} {judged[name]}" for name in CADENCE if judged.get(name) is not None]
+        return ", ".join([judged.get("balancer", "not said in its results.json"), *cadence])
 
     @property
     def judges(self) -> list[str]:

@@ -28,7 +28,7 @@ from rewards import Reward
 class _Asked:
     """What `training_step` asks of a balancer on a refresh, or on any other micro-batch, without looking at any number."""
 
-    solved_nothing = False
+    any_gradient_overflowed = False
 
     def __init__(self, columns: int, parameters: int, refresh: bool) -> None:
         self.loss_weights, self.needs_gradients = torch.ones(columns), refresh
@@ -46,7 +46,7 @@ class _Asked:
     def add_gradients(self, gradients: Tensor) -> None:
         self.sum.add(gradients, self.columns)
 
-    def solve(self, reduce: Any) -> Tensor:
+    def solve(self, reduce: Any, loss_scaled: bool = False) -> Tensor:
         gradients = self.sum.take()
         gram_matrix(gradients)
         return torch.zeros_like(gradients[0])

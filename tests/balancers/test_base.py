@@ -21,7 +21,7 @@ class Scripted(Balancer):
 
     def weights(self, gram):
         self.asked.append(gram)
-        return torch.tensor(self.answers[len(self.asked) - 1])
+        return torch.tensor(self.answers[len(self.asked) - 1], dtype=torch.float64)
 
 
 def bound(balancer, names=NAMES):
@@ -53,7 +53,9 @@ def test_refreshes_every_so_many_steps(every):
     assert refreshed == [s % every == 0 for s in range(11)]
 
 
-@pytest.mark.parametrize(("share", "n", "wanted"), [(1.0, 4, 4), (0.25, 4, 1), (0.3, 10, 3), (0.7, 10, 7), (0.01, 3, 1)])
+@pytest.mark.parametrize(
+    ("share", "n", "wanted"), [(1.0, 4, 4), (0.25, 4, 1), (0.3, 10, 3), (0.7, 10, 7), (0.01, 3, 1), (0.0, 192, 1)]
+)
 def test_estimate_share_counts_micro_batches(share, n, wanted):
     balancer = bound(MARBLE(estimate_share=share))
     balancer.begin_step(n)
@@ -74,6 +76,17 @@ def test_smoothing_by_hand():
     _, second = step(balancer, gradients_of(1))
     torch.testing.assert_close(first, torch.tensor([0.2, 0.3, 0.5]))
     torch.testing.assert_close(second, torch.tensor([0.44, 0.21, 0.35]))
+
+
+def test_fresh_weights_merge_a_refresh_and_smoothed_ones_serve_in_between():
+    answers = [0.2, 0.3, 0.5], [1.0, 0.0, 0.0]
+    balancer = bound(Scripted(*answers, ema_decay=0.7, refresh_every=2, refresh_alpha="fresh"))
+    step(balancer, torch.eye(3))
+    step(balancer, torch.eye(3))
+    merged, on_refresh = step(balancer, torch.eye(3))
+    torch.testing.assert_close(merged, torch.tensor([1.0, 0.0, 0.0]))
+    torch.testing.assert_close(on_refresh, torch.tensor([1.0, 0.0, 0.0]))
+    torch.testing.assert_close(step(balancer, torch.eye(3))[1], torch.tensor([0.44, 0.21, 0.35]))
 
 
 def test_merged_gradient_is_the_paper_s_formula():
@@ -109,7 +122,7 @@ def test_scaled_and_raw_differ_on_cheap_steps_only():
 
 def test_norms_are_smoothed_between_refreshes_and_fresh_on_them():
     first, second = torch.eye(2), torch.diag(torch.tensor([1.0, 3.0]))  # norms (1, 1), then (1, 3): smoothed (1, 2)
-    balancer = bound(FixedWeights(weights=None, normalize=True, ema_decay=0.5, refresh_every=2), ("a", "b"))
+    balancer = bound(FixedWeights(normalize=True, ema_decay=0.5, refresh_every=2, amortize="scaled"), ("a", "b"))
     for gradients in (first, first, second):
         _, coefficients = step(balancer, gradients)
     torch.testing.assert_close(coefficients, torch.tensor([2.0, 2 / 3]) / 2)  # eq. 7 on the gradients at hand
@@ -119,7 +132,7 @@ def test_norms_are_smoothed_between_refreshes_and_fresh_on_them():
 
 def test_one_faint_gradient_does_not_outweigh_what_follows():
     """Smoothed ratios would remember 1 / 0.001; smoothed norms do not."""
-    balancer = bound(FixedWeights(weights=None, normalize=True, ema_decay=0.7, refresh_every=2), ("a", "b"))
+    balancer = bound(FixedWeights(normalize=True, ema_decay=0.7, refresh_every=2, amortize="scaled"), ("a", "b"))
     usual, faint = torch.eye(2), torch.diag(torch.tensor([1.0, 0.001]))
     for gradients in (usual, usual, faint, usual):
         _, coefficients = step(balancer, gradients)
@@ -163,6 +176,65 @@ def test_no_active_reward_changes_nothing_and_is_asked_again(caplog):
     assert balancer.diagnostics["left_out"] == dict.fromkeys(NAMES, "zero")
     assert step(balancer, torch.eye(3))[0] is not None
     assert balancer.counts["refreshes"] == 1
+
+
+@pytest.mark.parametrize("broken", [torch.nan, torch.inf])
+def test_an_overflow_leaves_everything_remembered_as_it_was(broken):
+    """With a loss scaler, which skips the step: of one gradient of three, not only of all."""
+    balancer = bound(MARBLE(refresh_every=2))
+    step(balancer, gradients_of(0))
+    step(balancer, gradients_of(1))
+    before, coefficients = balancer.state_dict(), balancer._alpha.float()
+    gradients = gradients_of(2)
+    gradients[1] *= broken
+    balancer.begin_step(1)
+    balancer.add_gradients(gradients)
+    assert not balancer.solve(lambda x: x, loss_scaled=True).any()
+    assert balancer.any_gradient_overflowed and not balancer.solved
+    assert torch.equal(balancer.loss_weights, coefficients)
+    balancer.end_step()
+    after = balancer.state_dict()
+    assert all(torch.equal(after[name], before[name]) for name in ("alpha_smoothed", "norms", "solved_at"))
+    assert (after["step"], after["counts"]) == (before["step"], before["counts"])
+
+    merged, _ = step(balancer, gradients_of(2))  # the same step again, scaled less
+    assert merged is not None and not balancer.any_gradient_overflowed
+    assert balancer.step == before["step"] + 1
+
+
+def test_without_a_loss_scaler_a_broken_gradient_is_no_overflow():
+    balancer = bound(MARBLE())
+    balancer.begin_step(1)
+    balancer.add_gradients(torch.eye(3) * torch.tensor([[1.0], [torch.inf], [1.0]]))
+    assert balancer.solve(lambda x: x).norm() > 0
+    assert balancer.solved and not balancer.any_gradient_overflowed
+
+
+class Merging(Balancer):
+    """Merges at the level asked for into numbers that fit float64 only."""
+
+    merged_name = "sum"
+
+    def merge_rewards(self, rewards, applies):
+        return rewards.double().sum(1, keepdim=True) * 1e300
+
+
+class MergingAdvantages(Merging):
+    merge_rewards = Balancer.merge_rewards
+
+    def merge_advantages(self, advantages):
+        return advantages.double().sum(1, keepdim=True) * 1e300
+
+
+def test_what_a_level_returns_is_checked_in_the_precision_it_is_used_in():
+    """Numbers that fit float64 only would become infinite weights, or NaN advantages, in silence."""
+    with pytest.raises(ValueError, match=r"`Scripted.weights` must return .* finite in float32"):
+        step(bound(Scripted([0.1, 0.2, 1e300])), torch.eye(3))
+    with pytest.raises(ValueError, match=r"finite in float32 once the norms have been divided out. Found {'pick': "):
+        step(bound(Scripted([1.0, 1.0, 3e38], normalize=True)), torch.diag(torch.tensor([1.0, 1.0, 0.01])))
+    for balancer, level in ((Merging(), "merge_rewards"), (MergingAdvantages(), "merge_advantages")):
+        with pytest.raises(ValueError, match=rf"`\w+.{level}` must return numbers that are finite in torch.float32"):
+            bound(balancer).rehearse()
 
 
 def test_uniform_stage():
@@ -243,8 +315,9 @@ def test_smoothing_is_per_reward():
     [
         ({"refresh_every": 0}, "`refresh_every` must be >= 1. Found 0."),
         ({"ema_decay": 1.0}, r"`ema_decay` must be in \[0, 1\). Found 1.0."),
-        ({"amortize": "no"}, "`amortize` must be 'scaled' or 'raw'. Found 'no'."),
-        ({"estimate_share": 0.0}, r"`estimate_share` must be in \(0, 1\]. Found 0.0."),
+        ({"amortize": "no"}, "`amortize` must be 'raw' or 'scaled'. Found 'no'."),
+        ({"refresh_alpha": "old"}, "`refresh_alpha` must be 'smoothed' or 'fresh'. Found 'old'."),
+        ({"estimate_share": -0.1}, r"`estimate_share` must be in \[0, 1\]. Found -0.1."),
         ({"uniform_after_step": -1}, "`uniform_after_step` must be >= 0 or null. Found -1."),
     ],
 )
@@ -270,7 +343,7 @@ def test_errors_of_use():
     with pytest.raises(RuntimeError, match="`add_gradients` must be called while `wants_gradients`"):
         balancer.add_gradients(torch.ones(3, 4))
     for answer in ([1.0, 2.0], [1.0, 2.0, torch.nan]):
-        with pytest.raises(ValueError, match=r"`Scripted.weights` must return a tensor of 3 finite numbers"):
+        with pytest.raises(ValueError, match=r"`Scripted.weights` must return a tensor of 3 numbers, .* finite"):
             bound(Scripted(answer)).rehearse()
 
 

@@ -42,6 +42,7 @@ def test_pcgrad_draws_another_order_each_step_and_the_same_one_again():
     gram = gram_of(3, push=0.9)
     first, second = bound(PCGrad()), bound(PCGrad())
     assert torch.equal(first.weights(gram), second.weights(gram))
+    assert bound(PCGrad()).weights(torch.eye(5)).tolist() == [0.2] * 5  # nothing conflicts: the plain mean
     found = []
     for first.step in range(6):
         found.append(first.weights(gram))
@@ -129,6 +130,37 @@ def test_permutation_of_the_rewards_permutes_the_weights(method, seed):
 
 
 @pytest.mark.parametrize("method", METHODS)
+def test_one_rule_for_the_gram_matrix_of_any_method(method):
+    """Float64 inside, whatever the precision given; zero is uniform; what is not finite is refused by name."""
+    balancer = bound(method())
+    for seed in range(2):
+        gram = gram_of(seed, push=0.3)
+        gram[3] = gram[:, 3] = gram[3] * (seed % 2)  # a zero row in every other one
+        expected = balancer.weights(gram)
+        assert expected.dtype == torch.float64 and expected.isfinite().all()
+        torch.testing.assert_close(balancer.weights(gram.float()), expected, rtol=1e-3, atol=1e-3)
+        if seed % 2:
+            for scale in (1e-12, 1e12):  # gradients from 1e-6 to 1e6
+                torch.testing.assert_close(balancer.weights(gram * scale), expected, rtol=1e-4, atol=1e-5)
+    for dtype in (torch.float32, torch.float64, torch.bfloat16):
+        torch.testing.assert_close(balancer.weights(torch.zeros(5, 5, dtype=dtype)), torch.full((5,), 0.2).double())
+    for broken in (torch.nan, torch.inf, -torch.inf):
+        gram = gram_of(0)
+        gram[1] = gram[:, 1] = broken
+        with pytest.raises(ValueError, match=r"`gram` must be finite. Found NaN or infinity in the inner products of b\."):
+            balancer.weights(gram)
+    with pytest.raises(ValueError, match=r"`gram` must have shape \(K, K\) with K >= 1. Found \(5, 4\)"):
+        balancer.weights(torch.ones(5, 4))
+
+
+@pytest.mark.parametrize("method", [MGDA, PCGrad, CAGrad, TorchJD])
+def test_weights_of_a_method_that_knows_no_names(method):
+    torch.testing.assert_close(method().weights(gram_of(0).float()), bound(method()).weights(gram_of(0).float()))
+    with pytest.raises(ValueError, match=r"inner products of row 0, row 1\."):
+        method().weights(torch.full((2, 2), torch.nan))
+
+
+@pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("value", [0.0, torch.nan, torch.inf])
 def test_a_silent_gradient_never_silences_the_others(method, value):
     balancer = bound(method(normalize=True))
@@ -157,19 +189,22 @@ def test_preference_shares_out_guaranteed_progress():
     gram = torch.eye(3, dtype=torch.float64)
     balancer = bound(MARBLE(preference={"b": 2.0}), ("a", "b", "c"))
     torch.testing.assert_close(gram @ balancer.weights(gram), torch.tensor([0.25, 0.5, 0.25], dtype=torch.float64))
-    with pytest.raises(ValueError, match=r"`preference` must be finite and > 0. Found {'b': 0.0}"):
+    with pytest.raises(ValueError, match=r"`preference` must be finite and > 0 in float32. Found {'b': 0.0}"):
         bound(MARBLE(preference={"b": 0.0}))
 
 
 def test_groups_share_one_weight():
     gram = torch.eye(3, dtype=torch.float64)
     balancer = bound(MARBLE(groups={"people": ["a", "c"]}), ("a", "b", "c"))
-    weights = balancer.weights(gram)
-    torch.testing.assert_close(weights, torch.tensor([0.25, 0.5, 0.25], dtype=torch.float64))
-    opposed = torch.tensor([[1.0, 0.0, -0.99], [0.0, 1.0, 0.0], [-0.99, 0.0, 1.0]], dtype=torch.float64)
+    voice = 0.5**0.5  # of b beside the mean of a and c, whose length is sqrt(1/2)
+    torch.testing.assert_close(balancer.weights(gram), torch.tensor([0.5, voice, 0.5], dtype=torch.float64) / (1 + voice))
+    opposed = torch.tensor([[1.0, 0.0, -0.92], [0.0, 1.0, 0.0], [-0.92, 0.0, 1.0]], dtype=torch.float64)
     alone = bound(MARBLE(), ("a", "b", "c")).weights(opposed)
-    assert alone[1] < 0.01  # the opposed pair takes all
-    torch.testing.assert_close(balancer.weights(opposed), torch.tensor([0.25, 0.5, 0.25], dtype=torch.float64))
+    assert alone[1] < 0.05  # the opposed pair takes all
+    found = balancer.weights(opposed)
+    mean = torch.tensor([0.5, 0.0, 0.5], dtype=torch.float64)
+    ours, theirs = found @ opposed @ mean / (mean @ opposed @ mean).sqrt(), (found @ opposed)[1]
+    assert float(ours) == pytest.approx(float(theirs))  # the pair's mean, of length 0.2, is served as b is
     opposed[0, 2] = opposed[2, 0] = -1.0  # nothing is left of the pair to follow
     torch.testing.assert_close(balancer.weights(opposed), torch.tensor([0.0, 1.0, 0.0], dtype=torch.float64))
     for wrong, message in (
@@ -179,6 +214,29 @@ def test_groups_share_one_weight():
     ):
         with pytest.raises(ValueError, match=message):
             bound(MARBLE(groups=wrong), ("a", "b", "c"))
+
+
+def served(balancer: MARBLE, gradients: torch.Tensor, voices: torch.Tensor) -> torch.Tensor:
+    """Cosines of the update of a whole refresh with combinations of the unit gradients, a row of `voices` each."""
+    balancer.begin_step(1)
+    balancer.add_gradients(gradients)
+    update = balancer.solve(lambda x: x).double()
+    units = gradients.double() / gradients.double().norm(dim=1, keepdim=True)
+    return torch.nn.functional.cosine_similarity(voices.double() @ units, update[None])
+
+
+def test_no_group_and_no_reward_outside_one_loses(monkeypatch):
+    monkeypatch.setattr("balancers.marble.sensitivity", lambda gram, floor: torch.zeros_like(gram[0]))  # only logged; slow
+    a, b, c = [0.5, 0.866, 0.0], [0.5, -0.866, 0.0], [-0.9, 0.0, 0.436]
+    balancer = bound(MARBLE(groups={"g": ["a", "b"]}), ("a", "b", "c"))
+    found = served(balancer, torch.tensor([a, b, c]), torch.tensor([[0.5, 0.5, 0.0], [0.0, 0.0, 1.0]]))
+    assert found.tolist() == pytest.approx([0.22, 0.22], abs=0.01)
+    voices = torch.tensor([[1, 1, 0, 0, 0], [0, 0, 1, 1, 0], [0, 0, 0, 0, 1]])
+    for seed in range(300):
+        draws = torch.Generator().manual_seed(seed)
+        gradients = torch.randn(5, 12, generator=draws) * 10 ** torch.rand(5, 1, generator=draws)
+        balancer = bound(MARBLE(groups={"g": ["a", "b"], "h": ["c", "d"]}))
+        assert served(balancer, gradients, voices).min() > -1e-5
 
 
 def test_floor_counts_groups():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,7 +18,7 @@ from torch import Tensor
 from balancers import MARBLE, Balancer, FixedWeights, WeightedSum, min_norm_weights
 from marble_lightning.cli import QUIET
 from marble_lightning.flow_policy import Conditions
-from marble_lightning.gradients import flat, gradients_by_passes
+from marble_lightning.gradients import RewardGradients, flat, gradients_by_passes
 from marble_lightning.module import DiffusionNFT
 from marble_lightning.objective import Coefficients, coefficients, nft_losses, noised
 from marble_lightning.policy import SD3Policy
@@ -265,6 +266,56 @@ def test_a_loss_scale_that_is_too_large_shrinks_until_training_goes_on(checkpoin
     first.setup(module.seed)
     moved = (flat(module.trainable) - flat(first.parameters_of("trained"))).norm()
     assert 0 < moved < torch.inf
+
+
+class Overflowing(DiffusionNFT):
+    """One reward's gradient does not fit half precision at a loss scale above 1024."""
+
+    @cached_property
+    def per_reward(self) -> Any:
+        found = RewardGradients(self.gradient_passes, self.policy.transformer, self.trainable)
+
+        class Overflows:
+            expect = found.expect
+
+            def __call__(self, *arguments: Any) -> Tensor:
+                gradients, scaler = found(*arguments), arguments[-1]
+                gradients[1] *= torch.inf if scaler.get_scale() > 1024 else 1
+                return gradients
+
+        return Overflows()
+
+
+def test_a_step_in_which_one_gradient_overflows_is_skipped_and_asked_again(checkpoints, tmp_path):
+    scaler = torch.amp.GradScaler("cpu", init_scale=4096.0)
+    balancer, states = MARBLE(), States()
+    run(
+        checkpoints, tmp_path, balancer, rounds=3, kind=Overflowing, callbacks=[states],
+        plugins=[MixedPrecision("16-mixed", "cpu", scaler=scaler)],
+    )  # fmt: skip
+    assert scaler.get_scale() == 1024.0
+    assert [balancer["step"] for balancer in states.balancer] == [0, 0, 1]
+    assert [balancer["counts"]["refreshes"] for balancer in states.balancer] == [0, 0, 1]
+    assert all(balancer["alpha_smoothed"].isnan().all() for balancer in states.balancer[:2])
+    assert balancer.alpha_smoothed.isfinite().all()
+    start, *after = states.adapters
+    assert torch.equal(start, after[0]) and torch.equal(start, after[1])
+    assert 0 < (after[2] - start).norm() < torch.inf
+
+
+class States(Callback):
+    """Keeps the adapter before the first and after every optimizer step, and what the balancer remembers after it."""
+
+    def __init__(self) -> None:
+        self.adapters: list[Tensor] = []
+        self.balancer: list[dict[str, Any]] = []
+
+    def on_train_start(self, trainer, pl_module):
+        self.adapters.append(flat(pl_module.trainable))
+
+    def on_train_epoch_end(self, trainer, pl_module):
+        self.adapters.append(flat(pl_module.trainable))
+        self.balancer.append(pl_module.balancer.state_dict())
 
 
 def test_the_base_never_changes(checkpoints, tmp_path):

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch.utils.tensorboard import SummaryWriter
 
+from balancers import PCGrad
 from marble_lightning.results import Measured, document, write
 from marble_lightning.runs import Run, compare
 from rewards import Prompt
@@ -16,7 +18,9 @@ from tests.marble_lightning.test_module import Brightness
 NAN = torch.nan
 
 
-def finished(folder: Path, base: list[list[float]] | None, trained: list[list[float]]) -> Run:
+def finished(
+    folder: Path, base: list[list[float]] | None, trained: list[list[float]], judged: dict[str, Any] | None = None
+) -> Run:
     with SummaryWriter(str(folder)) as writer:
         for step, value in ((3, 0.25), (5, 0.75)):
             writer.add_scalar("train/ocr", value, step)
@@ -24,8 +28,18 @@ def finished(folder: Path, base: list[list[float]] | None, trained: list[list[fl
     before = None if base is None else torch.tensor(base)
     prompts = {index: Prompt(f"prompt {index}", "x") for index in range(len(trained))}
     measured = Measured({"ocr": Brightness(), "geneval": Brightness()}, prompts, torch.tensor(trained), before)
-    write(folder, document(measured, judged={}, settings={}))
+    write(folder, document(measured, judged=judged or {}, settings={}))
     return Run(folder)
+
+
+def test_a_run_names_its_balancer_and_the_cadence_that_ran(tmp_path):
+    balancer = PCGrad(refresh_every=5, ema_decay=0.7)
+    balancer.bind(["ocr", "geneval"])
+    run = finished(tmp_path / "a", None, [[1.0, 2.0]], {"balancer": "PCGrad", **balancer.cadence})
+    assert run.balancer == (
+        "PCGrad, refresh_every 5, ema_decay 0.7, estimate_share 1.0, normalize False, refresh_alpha smoothed, amortize raw"
+    )
+    assert finished(tmp_path / "b", None, [[1.0, 2.0]]).balancer == "not said in its results.json"
 
 
 def test_curves_and_pictures(tmp_path):

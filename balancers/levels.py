@@ -1,0 +1,79 @@
+"""What a method's levels take and return, checked in one place for every method, a user's own included."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import wraps
+from itertools import compress
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+Level = Callable[..., Any]
+
+
+def checked_weights(method: Level) -> Level:
+    """`weights` of any method: float64 on the CPU inside, uniform for a zero Gram matrix, K finite numbers returned."""
+
+    @wraps(method)
+    def weights(self: Any, gram: Tensor) -> Tensor:
+        gram = checked_gram(gram, list(compress(self.names, self.active.tolist())) if self.names else [])
+        if not gram.any():
+            return torch.full_like(gram[0], 1 / len(gram))  # no gradient says anything
+        found = method(self, gram)
+        if not isinstance(found, Tensor) or found.shape != gram.shape[:1] or not found.float().isfinite().all():
+            raise ValueError(
+                f"`{method.__qualname__}` must return a tensor of {len(gram)} numbers, one for each row of `gram`, that are "
+                f"finite in float32. Found {found}."
+            )
+        return found
+
+    return weights
+
+
+def checked_columns(method: Level) -> Level:
+    """`merge_rewards` or `merge_advantages` of any method: the precision it was given is returned, without infinity."""
+
+    @wraps(method)
+    def merge(self: Any, values: Tensor, *arguments: Any) -> Tensor:
+        found = method(self, values, *arguments)
+        if not isinstance(found, Tensor):
+            raise ValueError(f"`{method.__qualname__}` must return a tensor. Found {type(found).__name__}.")
+        found = found.to(values.dtype)
+        if found.isinf().any():
+            raise ValueError(
+                f"`{method.__qualname__}` must return numbers that are finite in {values.dtype}, or NaN where "
+                "a sample has none. Found infinity; use smaller weights."
+            )
+        return found
+
+    return merge
+
+
+def checked_gram(gram: Float[Tensor, "row row"], names: Sequence[str] = ()) -> Float[Tensor, "row row"]:
+    """A Gram matrix in float64 on the CPU.
+
+    Args:
+        gram: inner products of the gradients.
+        names: the rows' rewards, for the error message; anything else than one per row is not used.
+
+    Raises:
+        ValueError: it is not square, or not finite.
+    """
+    if gram.ndim != 2 or gram.shape[0] != gram.shape[1] or len(gram) == 0:
+        raise ValueError(f"`gram` must have shape (K, K) with K >= 1. Found {tuple(gram.shape)}.")
+    if not gram.isfinite().all():
+        broken = ~gram.diagonal().isfinite()
+        broken = broken if broken.any() else ~gram.isfinite().all(1)
+        rows = names if len(names) == len(gram) else [f"row {row}" for row in range(len(gram))]
+        raise ValueError(
+            f"`gram` must be finite. Found NaN or infinity in the inner products of {', '.join(compress(rows, broken))}. "
+            "Leave such gradients out before solving."
+        )
+    return gram.to("cpu", torch.float64)
+
+
+CHECKED = {"weights": checked_weights, "merge_rewards": checked_columns, "merge_advantages": checked_columns}
+"""What is put around a method's own levels."""
