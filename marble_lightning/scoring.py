@@ -14,12 +14,15 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from lightning.pytorch.strategies import Strategy
+from lightning.pytorch.utilities import rank_zero_only
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch import Tensor
 
 from marble_lightning.pictures import to_image
 from marble_lightning.settings import Scoring
 from marble_lightning.workers import Worker
 from rewards import Prompt, Reward
+from rewards.texts import excerpt, reason
 
 log = logging.getLogger(__name__)
 
@@ -36,7 +39,7 @@ class Outcome:
     """What a reward said of a batch: scores (image,), NaN where there is none; why, where it failed; seconds taken."""
 
     scores: Float[Tensor, " image"]
-    failures: dict[int, Exception]
+    failures: dict[int, BaseException]
     seconds: float
 
 
@@ -92,7 +95,7 @@ class Scorer:
 
     def _begin_count(self) -> None:
         self.failure: RewardError | None = None
-        self.skipped, self.applied = dict.fromkeys(self.rewards, 0), dict.fromkeys(self.rewards, 0)
+        self.skipped, self.applied, self.missing = (dict.fromkeys(self.rewards, 0) for _ in range(3))
 
     def __call__(
         self, images: Float[Tensor, "image 3 pixel pixel"], prompts: Sequence[Prompt]
@@ -125,7 +128,9 @@ class Scorer:
             columns[job.name].append(outcome.scores.to(job.images.device))
             self.seconds[job.name] += outcome.seconds
             self.skipped[job.name] += len(outcome.failures)
-            self.applied[job.name] += sum(map(self.rewards[job.name].judges, job.prompts))
+            applies = torch.tensor([self.rewards[job.name].judges(prompt) for prompt in job.prompts])
+            self.applied[job.name] += int(applies.sum())
+            self.missing[job.name] += int((applies & outcome.scores.isnan().cpu()).sum())
             if outcome.failures and self.failure is None:
                 self._tell(job, outcome.failures)
         return torch.stack([torch.cat(columns[name]) for name in names], dim=1)
@@ -133,12 +138,14 @@ class Scorer:
     def check(self, strategy: Strategy) -> dict[str, float]:
         """How many pictures each reward failed on, over all ranks, since the last check; all ranks must ask.
 
+        A reward without a single score, on any rank, has failed on all pictures that it applies to.
+
         Raises:
             RewardError: A reward failed on any rank and the settings do not say to skip, or it failed too often.
         """
-        failure, skipped, applied = self.failure, self.skipped, self.applied
-        own = [float(failure is not None), *skipped.values(), *applied.values()]
-        failed, *counts = strategy.reduce(torch.tensor(own, device=strategy.root_device), reduce_op="sum").tolist()
+        failure, counts = self.failure, (self.skipped, self.applied, self.missing)
+        own = [float(failure is not None), *(count for each in counts for count in each.values())]
+        failed, *totals = strategy.reduce(torch.tensor(own, device=strategy.root_device), reduce_op="sum").tolist()
         self._begin_count()
         if failure is not None or failed:
             self._stop()
@@ -146,15 +153,22 @@ class Scorer:
             raise failure
         if failed:
             raise RewardError("A reward failed on another process, whose message says which one and why.")
-        totals = dict(zip(skipped, counts, strict=False))
-        for (name, count), of in zip(totals.items(), counts[len(totals) :], strict=True):
-            if count > self.settings.max_skipped * of:
+        number = len(self.rewards)
+        skipped, applied, missing = (dict(zip(self.rewards, totals[i * number :], strict=False)) for i in range(3))
+        for name, of in applied.items():
+            if 0 < of == missing[name]:
+                skipped[name] = of
+                rank_zero_only(log.warning)(
+                    f"`rewards.{name}` must score some of the pictures that it applies to. Found NaN for all {of:.0f} of them; "
+                    "they count as pictures that it failed on."
+                )
+            if skipped[name] > self.settings.max_skipped * of:
                 raise RewardError(
                     f"`rewards.{name}` may fail on a share of {self.settings.max_skipped} of the pictures "
-                    f"(`scoring.max_skipped`). Found {count:.0f} of {of:.0f}; the log above says why, and {self.folder} has "
-                    "a picture."
+                    f"(`scoring.max_skipped`). Found {skipped[name]:.0f} of {of:.0f}; the log above says why, and "
+                    f"{self.folder} has a picture where it raised an error."
                 )
-        return totals
+        return skipped
 
     def release(self) -> None:
         """Let go of the device between rounds, where the settings say so."""
@@ -214,7 +228,7 @@ class Scorer:
             time.sleep(min(POLL, limit))
         return job.future.result()
 
-    def _tell(self, job: _Job, failures: Mapping[int, Exception]) -> None:
+    def _tell(self, job: _Job, failures: Mapping[int, BaseException]) -> None:
         """Save the first picture that failed, and keep an error for `check`, or log what happened."""
         index, error = next(iter(failures.items()))
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -222,7 +236,7 @@ class Scorer:
         to_image(job.images[index]).save(file)
         what = (
             f"`rewards.{job.name}` must score every picture. Found {type(error).__name__} on {len(failures)} of "
-            f"{len(job.prompts)} pictures, first on the prompt {job.prompts[index].text!r} (picture in {file}): {error}"
+            f"{len(job.prompts)} pictures, first on the prompt {excerpt(job.prompts[index].text)} (picture in {file}): {reason(error)}"
         ).rstrip(".")
         if self.settings.on_error == "skip":
             log.warning("%s. Their scores are left out.", what)
@@ -233,7 +247,7 @@ class Scorer:
         self.failure.__cause__ = error
 
 
-Judged = tuple[Float[Tensor, " image"], dict[int, Exception]]
+Judged = tuple[Float[Tensor, " image"], dict[int, BaseException]]
 """Scores, NaN where there is none, and why, for the pictures that the reward failed on."""
 
 
@@ -243,6 +257,9 @@ def judged(reward: Reward, images: Float[Tensor, "image 3 pixel pixel"], prompts
     Failures of the world outside (OSError: connections, time-outs, files) are tried again after 1, 2, 4, ... seconds.
     They say nothing of a single picture, so that the whole batch counts as failed. A reward with `retries` of its own has
     used them, and is not asked again.
+
+    A reward that ends the program (SystemExit and the like) has failed as one that raises an error has; what the user or the
+    system ends a run with goes on its way.
 
     Args:
         reward: Who scores.
@@ -254,11 +271,13 @@ def judged(reward: Reward, images: Float[Tensor, "image 3 pixel pixel"], prompts
     for attempt in range(retries + 1):
         try:
             return reward(images=images, prompts=prompts), {}
+        except (KeyboardInterrupt, SIGTERMException):
+            raise
         except OSError as error:
             if attempt == retries:
                 return failed(reward, images, prompts, error)
             time.sleep(2**attempt)
-        except Exception as error:  # noqa: BLE001 - whatever a reward trips over is told with its name and picture
+        except BaseException as error:  # noqa: BLE001 - whatever a reward trips over is told with its name and picture
             if len(prompts) == 1:
                 return failed(reward, images, prompts, error)
             return _one_by_one(reward, images, prompts, error)
@@ -266,7 +285,7 @@ def judged(reward: Reward, images: Float[Tensor, "image 3 pixel pixel"], prompts
 
 
 def failed(
-    reward: Reward, images: Float[Tensor, "image 3 pixel pixel"], prompts: Sequence[Prompt], error: Exception
+    reward: Reward, images: Float[Tensor, "image 3 pixel pixel"], prompts: Sequence[Prompt], error: BaseException
 ) -> Judged:
     """No score for any picture of a batch, and the same reason for all that the reward applies to."""
     missing = torch.full((len(prompts),), torch.nan, device=images.device)
@@ -274,7 +293,7 @@ def failed(
 
 
 def _one_by_one(
-    reward: Reward, images: Float[Tensor, "image 3 pixel pixel"], prompts: Sequence[Prompt], error: Exception
+    reward: Reward, images: Float[Tensor, "image 3 pixel pixel"], prompts: Sequence[Prompt], error: BaseException
 ) -> Judged:
     parts = [judged(reward, images[i : i + 1], prompts[i : i + 1], retries=0) for i in range(len(prompts))]
     failures = {i: own[0] for i, (_, own) in enumerate(parts) if own}
