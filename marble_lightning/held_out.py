@@ -23,6 +23,7 @@ from marble_lightning.seeds import derived_seed, generator
 from marble_lightning.settings import Evaluation, Scoring
 from marble_lightning.table import by_tag, per_prompt
 from rewards import Prompt, Reward
+from rewards.texts import excerpt
 
 log = logging.getLogger(__name__)
 
@@ -101,7 +102,7 @@ class HeldOutEvaluation(LightningModule):
         if cut := self.policy.too_long(dict.fromkeys(texts)):
             log.warning(
                 f"The CLIP text encoders do not read the end of {len(cut)} of {len(set(texts))} prompts, which have more "
-                f"than {self.policy.most_tokens} tokens. For example {cut[0]!r}."
+                f"than {self.policy.most_tokens} tokens. For example {excerpt(cut[0])}."
             )
 
     @property

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from rewards.clip import Preprocess
 from rewards.files import below
+from rewards.texts import beginning
 
 HEAD = 64
 """Width of an attention head, in both towers."""
@@ -50,8 +51,9 @@ class BLIPTower(nn.Module):
         """What the first token of each text makes of its own picture, float32."""
         pixels = self.preprocess(images.to(self.vision.device)).to(self.vision.dtype)
         patches = self.vision(pixel_values=pixels).last_hidden_state
+        begun = [beginning(text, max_length) for text in texts]
         tokens = self.tokenizer(
-            list(texts), padding="max_length", truncation=True, max_length=max_length, return_tensors="pt"
+            begun, padding="max_length", truncation=True, max_length=max_length, return_tensors="pt"
         ).to(patches.device)
         output = self.text(
             input_ids=tokens.input_ids,

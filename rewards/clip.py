@@ -8,6 +8,8 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from rewards.texts import beginning
+
 BICUBIC = 3
 """PIL's number for bicubic resampling, as preprocessor_config.json spells it."""
 
@@ -101,11 +103,12 @@ class CLIPTower(nn.Module):
 
     def embed_texts(self, texts: Sequence[str]) -> Float[Tensor, "b d"]:
         """L2-normalised text embeddings, float32; texts are cut to the positions the model has."""
+        positions = self.model.config.text_config.max_position_embeddings
         tokens = self.tokenizer(
-            list(texts),
+            [beginning(text, positions) for text in texts],
             padding="max_length",
             truncation=True,
-            max_length=self.model.config.text_config.max_position_embeddings,
+            max_length=positions,
             return_tensors="pt",
         ).to(self.model.device)
         features = self.model.get_text_features(input_ids=tokens.input_ids, attention_mask=tokens.attention_mask)
