@@ -64,7 +64,8 @@ class PromptCache:
             return Conditions(found["embeds"], found["pooled"])
         except (SafetensorError, KeyError) as error:
             raise ValueError(
-                f"`prompt_cache` must hold whole files. Found a damaged one, {file}, for {excerpt(text)}: {error}; delete it."
+                f"`prompt_cache` must hold whole files. Found a damaged one, {file}, for {excerpt(text)}: {error}; "
+                "delete it."
             ) from error
 
     def put(self, text: str, encoded: Conditions) -> None:

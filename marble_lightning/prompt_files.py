@@ -33,8 +33,8 @@ def read_prompts(folder: Path, source: str, split: Split) -> list[Prompt]:
         split: `train` or `test`.
 
     Raises:
-        ValueError: An unknown source, an empty file, or a line that is not UTF-8, not a JSON object that can be written again
-            as JSON in UTF-8, or without a text where there must be one; names file and line.
+        ValueError: An unknown source, an empty file, or a line that is not UTF-8, not a JSON object that can be written
+            again as JSON in UTF-8, or without a text where there must be one; names file and line.
     """
     file = prompt_file(folder, source, split)
     if file.suffix == ".txt":
@@ -132,12 +132,11 @@ def _records(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
             json.dumps(record, ensure_ascii=False, allow_nan=False).encode()
         except (ValueError, RecursionError) as error:  # ValueError: also a number of thousands of digits
             raise ValueError(
-                f"{place} must be a JSON object in UTF-8, with finite numbers. Found {excerpt(line, SHOWN)}: {reason(error)}."
+                f"{place} must be a JSON object in UTF-8, with finite numbers. Found {excerpt(line, SHOWN)}: "
+                f"{reason(error)}."
             ) from error
         if not isinstance(record, dict):
-            raise ValueError(
-                f"{place} must be a JSON object with a text under `prompt`. Found {excerpt(line, SHOWN)}."
-            )
+            raise ValueError(f"{place} must be a JSON object with a text under `prompt`. Found {excerpt(line, SHOWN)}.")
         yield place, record
 
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -159,8 +159,8 @@ class Scorer:
             if 0 < of == missing[name]:
                 skipped[name] = of
                 rank_zero_only(log.warning)(
-                    f"`rewards.{name}` must score some of the pictures that it applies to. Found NaN for all {of:.0f} of them; "
-                    "they count as pictures that it failed on."
+                    f"`rewards.{name}` must score some of the pictures that it applies to. Found NaN for all {of:.0f} of "
+                    "them; they count as pictures that it failed on."
                 )
             if skipped[name] > self.settings.max_skipped * of:
                 raise RewardError(
@@ -236,7 +236,8 @@ class Scorer:
         to_image(job.images[index]).save(file)
         what = (
             f"`rewards.{job.name}` must score every picture. Found {type(error).__name__} on {len(failures)} of "
-            f"{len(job.prompts)} pictures, first on the prompt {excerpt(job.prompts[index].text)} (picture in {file}): {reason(error)}"
+            f"{len(job.prompts)} pictures, first on the prompt {excerpt(job.prompts[index].text)} "
+            f"(picture in {file}): {reason(error)}"
         ).rstrip(".")
         if self.settings.on_error == "skip":
             log.warning("%s. Their scores are left out.", what)
@@ -245,6 +246,56 @@ class Scorer:
             f"{what}. Mend it and go on from the last checkpoint, or leave such scores out: `scoring.on_error: skip`."
         )
         self.failure.__cause__ = error
+
+
+@contextmanager
+def exit_is_failure(name: str) -> Iterator[None]:
+    """A reward or metric that ends the program before it scores has failed; the program would end as if all were well.
+
+    Raises:
+        RewardError: SystemExit was raised within.
+    """
+    try:
+        yield
+    except SIGTERMException:
+        raise
+    except SystemExit as error:
+        raise RewardError(
+            f"`{name}` must not end the program. Found {excerpt(error)}; raise another error where it cannot go on."
+        ) from error
+
+
+def only_finite(
+    values: Float[Tensor, "sample column"], scores: Float[Tensor, "sample reward"], names: Sequence[str], settings: Scoring
+) -> Float[Tensor, "sample column"]:
+    """What a balancer merged, with NaN, no value, in place of infinities, which count as pictures that a reward failed on.
+
+    A column of NaN alone counts as a failure on all pictures that have a score.
+
+    Args:
+        values: Merged rewards or advantages of all ranks, the same on each, so that all of them raise or none does.
+        scores: What they were merged from.
+        names: Of the columns.
+        settings: What happens on failure.
+
+    Raises:
+        RewardError: There are infinities and the settings do not say to skip, or there are too many.
+    """
+    share = settings.max_skipped if settings.on_error == "skip" else 0.0
+    scored = ~scores.isnan() if scores.shape == values.shape else ~scores.isnan().all(1, keepdim=True)
+    wrong = values.isinf() | (values.isnan().all(0) & scored)
+    counts, applied = wrong.sum(0).tolist(), (wrong | ~values.isnan()).sum(0).tolist()
+    for name, count, of in zip(names, counts, applied, strict=True):
+        if not count:
+            continue
+        message = (
+            f"The balancer must merge scores to finite rewards and advantages. Found {count} of {of} of `{name}` that are "
+            "not; scale weights and rewards down, or correct its `merge_rewards` or `merge_advantages`"
+        )
+        rank_zero_only(log.warning)(f"{message}. They are left out.")
+        if count > share * of:
+            raise RewardError(f"{message}. `scoring` (`on_error`, `max_skipped`) allows a share of {share}.")
+    return values.masked_fill(values.isinf(), torch.nan)
 
 
 Judged = tuple[Float[Tensor, " image"], dict[int, BaseException]]

@@ -110,8 +110,8 @@ class Reward(nn.Module, ABC):
             prompts: one per image; `judges` holds for each.
 
         Returns:
-            One score per pair, which becomes float32. NaN marks a score that could not be had; what is infinite in float32 is
-            rejected.
+            One score per pair, which becomes float32. NaN marks a score that could not be had; what is infinite in float32
+            is rejected.
         """
 
     @torch.no_grad()
@@ -129,8 +129,8 @@ class Reward(nn.Module, ABC):
         Raises:
             TypeError: if `images` is not a floating point tensor, `prompts` holds something else than `Prompt`, or `score`
                 returns something else than a tensor of real numbers.
-            ValueError: if shapes, lengths or values are not as above, or `score` returns a wrong shape or what is infinite in
-                float32.
+            ValueError: if shapes, lengths or values are not as above, or `score` returns a wrong shape or what is infinite
+                in float32.
         """
         self._check_inputs(images, prompts)
         scores = torch.full((len(prompts),), torch.nan, dtype=torch.float32, device=images.device)

@@ -52,9 +52,9 @@ class BLIPTower(nn.Module):
         pixels = self.preprocess(images.to(self.vision.device)).to(self.vision.dtype)
         patches = self.vision(pixel_values=pixels).last_hidden_state
         begun = [beginning(text, max_length) for text in texts]
-        tokens = self.tokenizer(
-            begun, padding="max_length", truncation=True, max_length=max_length, return_tensors="pt"
-        ).to(patches.device)
+        tokens = self.tokenizer(begun, padding="max_length", truncation=True, max_length=max_length, return_tensors="pt").to(
+            patches.device
+        )
         output = self.text(
             input_ids=tokens.input_ids,
             attention_mask=tokens.attention_mask,

@@ -1,4 +1,4 @@
-"""Mappings and lists that cannot be changed, and are otherwise like those they were made of: equal, printed and written alike."""
+"""Mappings and lists that refuse to change, and are otherwise as those they were made of: equal, printed alike."""
 
 from collections.abc import Mapping
 from typing import Any, NoReturn

@@ -74,9 +74,9 @@ def spelling_score(target: str, read: str) -> float:
 class OCR(Reward):
     """Text rendering: `spelling_score` between the prompt's first quoted text and what PP-OCR reads in the image, 0 to 1.
 
-    Applies only to prompts with text in double quotes, none of which opens straight after a digit. Pieces of text are read from top to bottom and left to right and
-    joined. An image with no text scores 0; one the engine fails on is missing. The engine runs on the CPU and needs no
-    download.
+    Applies only to prompts with text in double quotes, none of which opens straight after a digit. Pieces of text are read
+    from top to bottom and left to right and joined. An image with no text scores 0; one the engine fails on is missing. The
+    engine runs on the CPU and needs no download.
 
     Source: the text-rendering reward of Flow-GRPO, Liu et al., 2025, after TextDiffuser, Chen et al., 2023.
 

@@ -66,7 +66,10 @@ def test_distinct_looks_at_the_metadata_too():
         (b'{"prompt": " ", "source": "c"}', "text under `prompt`. Found ' '"),
         (b'{"prompt": "\xff"}', "must be UTF-8. Found .*invalid start byte"),
         (rb'{"prompt": "\ud83d", "source": "c"}', "must be a JSON object in UTF-8.*surrogates not allowed"),
-        (rb'{"prompt": "x", "source": "c", "tag": [{"\udc00": 1}]}', "must be a JSON object in UTF-8.*surrogates not allowed"),
+        (
+            rb'{"prompt": "x", "source": "c", "tag": [{"\udc00": 1}]}',
+            "must be a JSON object in UTF-8.*surrogates not allowed",
+        ),
         (b'{"prompt": "x", "source": "c", "n": ' + b"9" * 5000 + b"}", "must be a JSON object.*5000 digits"),
         (b'{"prompt": "x", "source": "c", "n": 1e999}', "with finite numbers.*not JSON compliant"),
         (b'{"prompt": "x", "source": "c", "n": ' + b"[" * 10**5 + b"]" * 10**5 + b"}", "must be a JSON object.*recursion"),

@@ -5,14 +5,16 @@ from __future__ import annotations
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from PIL import Image
 
+from marble_lightning.checks import every_prompt_can_be_judged, every_reward_applies, prompts_without_a_score
 from marble_lightning.scoring import RewardError, Scorer
 from marble_lightning.settings import Scoring
-from rewards import Prompt, Reward
+from rewards import OCR, Prompt, Reward
 
 PROMPTS = [Prompt(f"picture {index}", "even" if index % 2 == 0 else "odd") for index in range(6)]
 IMAGES = torch.linspace(0, 1, 6).view(6, 1, 1, 1).expand(6, 3, 4, 4).contiguous()
@@ -288,6 +290,20 @@ def test_whatever_a_reward_raises_is_its_failure(tmp_path, overlap, error, said)
     assert "'picture 0'" in str(caught.value) and len(str(caught.value)) < 3000
 
 
+def test_a_reward_that_ends_the_program_before_it_scores_has_failed():
+    class Impatient(Brightness):
+        def applies_to(self, prompt):
+            raise SystemExit(0)
+
+    data = SimpleNamespace(training=PROMPTS, shares={"even": 1})
+    for check in (
+        lambda rewards: every_reward_applies(rewards, data),
+        lambda rewards: every_prompt_can_be_judged(rewards, PROMPTS),
+    ):
+        with pytest.raises(RewardError, match=r"`hasty` must not end the program. Found SystemExit\(0\)"):
+            check({"hasty": Impatient()})
+
+
 @pytest.mark.parametrize("overlap", [True, False])
 def test_an_interrupt_is_no_failure_of_a_reward(tmp_path, overlap):
     with pytest.raises(KeyboardInterrupt):
@@ -301,6 +317,16 @@ def test_a_long_prompt_is_not_quoted_whole(tmp_path):
     with pytest.raises(RewardError, match=r"prompt 'a+'\.\.\. \(1000000 characters\)") as caught:
         scorer.check(Ranks())
     assert len(str(caught.value)) < 1000
+
+
+def test_prompts_that_a_reward_cannot_score_are_counted():
+    """Of sources that it names, and of those with some that it can: an OCR prompt without quotes has no target."""
+    signs = [Prompt('a sign "A"', "ocr"), Prompt("a sign", "ocr"), Prompt("a" * 10**6, "ocr")]
+    prompts = [*signs, Prompt("a cat", "plain"), Prompt('a "cat"', "quoted"), Prompt("a dog", "plain")]
+    (found,) = prompts_without_a_score({"spelling": OCR(), "bright": Brightness()}, prompts)
+    assert found.startswith("`spelling` does not apply to 2 of 3 prompts of the source 'ocr'") and "'a sign'" in found
+    assert len(prompts_without_a_score({"spelling": OCR(sources=["ocr", "plain"])}, prompts)) == 2
+    assert not prompts_without_a_score({"spelling": OCR(sources=["quoted"])}, prompts)
 
 
 def test_nothing_is_scored_after_a_failure_that_stops_the_run(tmp_path):
