@@ -106,7 +106,7 @@ def build_tower(owner: str, weights: Mapping[str, Tensor], tokenizer: Any, dtype
         )
     size = vision_config.image_size
     mean, std = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
-    return BLIPTower(picture, reader, tokenizer, Preprocess(size, size, mean, std))
+    return BLIPTower(picture, reader, tokenizer, Preprocess(size, size, mean, std, centre="even"))
 
 
 def _renamed(name: str) -> str:
