@@ -14,8 +14,10 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 from balancers import Balancer
 from marble_lightning.prompts import PromptDataModule
 from marble_lightning.rollouts import Plan
+from marble_lightning.scoring import exit_is_failure
 from marble_lightning.settings import Sampling
 from rewards import Prompt, Reward
+from rewards.texts import excerpt, reason
 
 WHOLE_ROUNDS = {
     "limit_train_batches": (1.0, None),
@@ -84,7 +86,9 @@ def the_plan(trainer: Trainer, sampling: Sampling, micro_batch_size: int, optimi
 def every_reward_applies(rewards: Mapping[str, Reward], data: PromptDataModule) -> None:
     """Each reward judges at least one training prompt."""
     for name, reward in rewards.items():
-        if not any(map(reward.judges, data.training)):
+        with exit_is_failure(name):
+            applies = any(map(reward.judges, data.training))
+        if not applies:
             raise ValueError(
                 f"`rewards.{name}` must apply to at least one training prompt. Found none in {', '.join(data.shares)}; "
                 "add a source of prompts it judges, or leave it out."
@@ -95,15 +99,36 @@ def every_prompt_can_be_judged(judges: Mapping[str, Reward], prompts: Iterable[P
     """No reward or metric rejects a prompt it applies to."""
     for prompt in prompts:
         for name, judge in judges.items():
-            if not judge.judges(prompt):
-                continue
             try:
-                judge.check_prompt(prompt)
+                with exit_is_failure(name):
+                    if judge.judges(prompt):
+                        judge.check_prompt(prompt)
             except ValueError as error:
                 raise ValueError(
-                    f"`{name}` must be able to judge every prompt that it applies to. Found {prompt.text!r} of source "
-                    f"{prompt.source!r}, of which it says: {error}"
+                    f"`{name}` must be able to judge every prompt that it applies to. Found {excerpt(prompt.text)} of "
+                    f"source {excerpt(prompt.source)}, of which it says: {reason(error)}"
                 ) from error
+
+
+def prompts_without_a_score(judges: Mapping[str, Reward], prompts: Iterable[Prompt]) -> list[str]:
+    """A sentence for each reward or metric that does not apply to all prompts of a source of its own.
+
+    Its own sources are those it names, or else those with a prompt that it applies to: an OCR reward's have texts in quotes.
+    """
+    by_source: dict[str, list[Prompt]] = {}
+    for prompt in prompts:
+        by_source.setdefault(prompt.source, []).append(prompt)
+    sentences = []
+    for name, judge in judges.items():
+        for source, own in by_source.items():
+            missing = [prompt for prompt in own if not judge.judges(prompt)]
+            named = judge.sources is not None and source in judge.sources
+            if missing and (named or len(missing) < len(own)):
+                sentences.append(
+                    f"`{name}` does not apply to {len(missing)} of {len(own)} prompts of the source {excerpt(source)}, "
+                    f"which get no score from it. For example {excerpt(missing[0].text)}."
+                )
+    return sentences
 
 
 def enough_held_out_prompts(trainer: Trainer) -> None:

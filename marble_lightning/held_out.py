@@ -15,14 +15,21 @@ from torch.nn.parallel import DistributedDataParallel
 from torchmetrics import CatMetric
 
 from marble_lightning.checkpoints import must_be_of_fit, warn
-from marble_lightning.checks import enough_held_out_prompts, every_prompt_can_be_judged, the_data, the_precision
+from marble_lightning.checks import (
+    enough_held_out_prompts,
+    every_prompt_can_be_judged,
+    prompts_without_a_score,
+    the_data,
+    the_precision,
+)
 from marble_lightning.flow_policy import Conditions, FlowPolicy, is_adapter, joined
 from marble_lightning.round_start import RoundStart
-from marble_lightning.scoring import Scorer
+from marble_lightning.scoring import Scorer, exit_is_failure
 from marble_lightning.seeds import derived_seed, generator
 from marble_lightning.settings import Evaluation, Scoring
 from marble_lightning.table import by_tag, per_prompt
 from rewards import Prompt, Reward
+from rewards.texts import excerpt
 
 log = logging.getLogger(__name__)
 
@@ -86,8 +93,9 @@ class HeldOutEvaluation(LightningModule):
         if self.evaluation.resolution is None or stage == "fit":
             self.policy.check_resolution("model.policy.resolution", self.policy.resolution)
         self.policy.setup(self.seed)
-        for judge in self.asked.values():
-            judge.setup()
+        for name, judge in self.asked.items():
+            with exit_is_failure(name):
+                judge.setup()
             judge.requires_grad_(False)
         folder = Path(self.trainer.log_dir or self.trainer.default_root_dir)  # asked on every rank: it is a broadcast
         self.scorer.setup(folder, f"_{self.trainer.global_rank}" if self.trainer.world_size > 1 else "")
@@ -95,13 +103,16 @@ class HeldOutEvaluation(LightningModule):
         constant = [name for name, _ in self.named_buffers()]
         DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(self, constant)
         if self.trainer.is_global_zero:
-            self._tell_of_cut_prompts([prompt.text for prompt in data.training + data.held_out])
+            prompts = list({id(prompt): prompt for prompt in data.training + data.held_out}.values())  # each once
+            self._tell_of_cut_prompts([prompt.text for prompt in prompts])
+            for sentence in prompts_without_a_score(self.asked, prompts):
+                log.warning(sentence)
 
     def _tell_of_cut_prompts(self, texts: list[str]) -> None:
         if cut := self.policy.too_long(dict.fromkeys(texts)):
             log.warning(
                 f"The CLIP text encoders do not read the end of {len(cut)} of {len(set(texts))} prompts, which have more "
-                f"than {self.policy.most_tokens} tokens. For example {cut[0]!r}."
+                f"than {self.policy.most_tokens} tokens. For example {excerpt(cut[0])}."
             )
 
     @property

@@ -177,7 +177,8 @@ class DiffusionNFT(HeldOutEvaluation):
 
     def _weighed(self, rollout: Rollout, scores: Tensor, seed: int, balancer: Balancer | None) -> list[Coefficients]:
         keys = self._inner_epochs(seed)
-        return weigh_round(scores, rollout.groups, balancer, self.objective, self.plan, keys, self.trainer)
+        settings = self.scorer.settings
+        return weigh_round(scores, rollout.groups, balancer, self.objective, self.plan, keys, self.trainer, settings)
 
     def _inner_epochs(self, seed: int) -> list[tuple[int | str, ...]]:
         return [self._key(seed, f"train {index}" if index else "train") for index in range(self.plan.inner_epochs)]

@@ -12,10 +12,14 @@ from jaxtyping import Float
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
+from rewards.texts import cut
+
 SIDE = 160
 """Side of a picture in a grid, in pixels; smaller ones are enlarged."""
 LINE = 13
 """Height of a line of text in pixels."""
+CAPTION = 1000
+"""Characters written of a text: a prompt of a megabyte would make a picture of gigabytes."""
 
 
 def to_image(picture: Float[Tensor, "3 pixel pixel"]) -> Image.Image:
@@ -40,7 +44,9 @@ def grid(pictures: Sequence[Tensor], texts: Sequence[str], columns: int = 4) -> 
     Returns:
         One picture in [0, 1], for TensorBoard's `add_image`.
     """
-    wrapped = [[part for line in text.split("\n") for part in textwrap.wrap(line, 26) or [""]] for text in texts]
+    wrapped = [
+        [part for line in text.split("\n") for part in textwrap.wrap(cut(line, CAPTION), 26) or [""]] for text in texts
+    ]
     height = SIDE + LINE * max(map(len, wrapped)) + 6
     columns = min(columns, len(pictures))
     rows = math.ceil(len(pictures) / columns)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -18,6 +19,7 @@ from marble_lightning.prompt_cache import PromptCache, fingerprint
 from marble_lightning.sd3_files import pipeline_index, the_resolution_fits
 from marble_lightning.solvers import Solver, flow_sigmas, scheduler_for
 from marble_lightning.whole_files import must_be_a_folder
+from rewards.texts import beginning
 
 TARGETS = tuple(
     f"attn.{layer}" for layer in ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
@@ -163,7 +165,8 @@ class SD3Policy(FlowPolicy):
         """Those texts whose end the CLIP text encoders do not read: more than `most_tokens` of either tokenizer."""
         texts = list(texts)
         tokenizers = (self.pipeline.tokenizer, self.pipeline.tokenizer_2)
-        tokens = [tokenizer(texts, verbose=False).input_ids if texts else [] for tokenizer in tokenizers]
+        begun = [beginning(text, self.most_tokens) for text in texts]
+        tokens = [tokenizer(begun, verbose=False).input_ids if texts else [] for tokenizer in tokenizers]
         return [text for text, *each in zip(texts, *tokens, strict=True) if max(map(len, each)) > self.most_tokens]
 
     @torch.no_grad()
@@ -182,14 +185,16 @@ class SD3Policy(FlowPolicy):
         return joined([kept[text] for text in texts], self.device)
 
     def _encode(self, texts: Sequence[str]) -> Conditions:
-        embeds, _, pooled, _ = self.pipeline.encode_prompt(
-            prompt=list(texts),
-            prompt_2=None,
-            prompt_3=None,
-            device=self.device,
-            do_classifier_free_guidance=False,
-            max_sequence_length=self.text_length,
-        )
+        read = max(self.most_tokens, self.text_length)
+        with _cut_prompts_unquoted(type(self.pipeline).__module__):
+            embeds, _, pooled, _ = self.pipeline.encode_prompt(
+                prompt=[beginning(text, read) for text in texts],
+                prompt_2=None,
+                prompt_3=None,
+                device=self.device,
+                do_classifier_free_guidance=False,
+                max_sequence_length=self.text_length,
+            )
         return Conditions(embeds, pooled)
 
     @contextmanager
@@ -270,3 +275,18 @@ def compile_blocks(transformer: SD3Transformer2DModel) -> None:
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)  # type: ignore[attr-defined]
     for block in transformer.transformer_blocks:
         block.compile()
+
+
+@contextmanager
+def _cut_prompts_unquoted(module: str) -> Iterator[None]:
+    """Keep a pipeline from printing the unread end of every prompt: `too_long` says which ones have one."""
+
+    def keep(record: logging.LogRecord) -> bool:
+        return "truncated" not in record.msg
+
+    logger = logging.getLogger(module)
+    logger.addFilter(keep)
+    try:
+        yield
+    finally:
+        logger.removeFilter(keep)

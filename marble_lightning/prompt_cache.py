@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from marble_lightning.flow_policy import Conditions
 from marble_lightning.whole_files import written_whole
+from rewards.texts import excerpt
 
 ENDS = 256
 """Elements from either end of every tensor that tell one set of weights from another."""
@@ -63,7 +64,8 @@ class PromptCache:
             return Conditions(found["embeds"], found["pooled"])
         except (SafetensorError, KeyError) as error:
             raise ValueError(
-                f"`prompt_cache` must hold whole files. Found a damaged one, {file}, for {text!r}: {error}; delete it."
+                f"`prompt_cache` must hold whole files. Found a damaged one, {file}, for {excerpt(text)}: {error}; "
+                "delete it."
             ) from error
 
     def put(self, text: str, encoded: Conditions) -> None:

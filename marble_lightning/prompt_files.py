@@ -8,8 +8,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 from rewards import Prompt
+from rewards.texts import cut, excerpt, reason
 
 Split = Literal["train", "test"]
+
+SHOWN = 60
+"""Characters of a wrong line that an error shows."""
 
 
 def read_prompts(folder: Path, source: str, split: Split) -> list[Prompt]:
@@ -29,8 +33,8 @@ def read_prompts(folder: Path, source: str, split: Split) -> list[Prompt]:
         split: `train` or `test`.
 
     Raises:
-        ValueError: An unknown source, an empty file, or a line that is not UTF-8, not a JSON object, or without a text
-            where there must be one; names file and line.
+        ValueError: An unknown source, an empty file, or a line that is not UTF-8, not a JSON object that can be written
+            again as JSON in UTF-8, or without a text where there must be one; names file and line.
     """
     file = prompt_file(folder, source, split)
     if file.suffix == ".txt":
@@ -41,7 +45,7 @@ def read_prompts(folder: Path, source: str, split: Split) -> list[Prompt]:
         if everything and not prompts:
             known = ", ".join(sorted({prompt.source for prompt in everything}))
             raise ValueError(
-                f"`sources` must name values of `source` in {file.resolve()}. Found {source!r}; known: {known}."
+                f"`sources` must name values of `source` in {file.resolve()}. Found {source!r}; known: {cut(known)}."
             )
     else:
         prompts = [_prompt(record, source, place) for place, record in _records(file)]
@@ -115,7 +119,7 @@ def _lines(file: Path) -> Iterator[tuple[str, str]]:
         try:
             text = line.decode("utf-8-sig").strip()
         except UnicodeDecodeError as error:
-            raise ValueError(f"{file}:{number} must be UTF-8. Found {line[:60]!r}: {error.reason}.") from error
+            raise ValueError(f"{file}:{number} must be UTF-8. Found {excerpt(line, SHOWN)}: {error.reason}.") from error
         if text:
             yield f"{file}:{number}", text
 
@@ -124,21 +128,30 @@ def _records(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     for place, line in _lines(file):
         try:
             record = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{place} must be a JSON object. Found {line[:60]!r}: {error.msg}.") from error
+            # Python reads more than it can write as UTF-8 (half of a surrogate pair) or others read as JSON (NaN, 1e999).
+            json.dumps(record, ensure_ascii=False, allow_nan=False).encode()
+        except (ValueError, RecursionError) as error:  # ValueError: also a number of thousands of digits
+            raise ValueError(
+                f"{place} must be a JSON object in UTF-8, with finite numbers. Found {excerpt(line, SHOWN)}: "
+                f"{reason(error)}."
+            ) from error
         if not isinstance(record, dict):
-            raise ValueError(f"{place} must be a JSON object with a text under `prompt`. Found {line[:60]!r}.")
+            raise ValueError(f"{place} must be a JSON object with a text under `prompt`. Found {excerpt(line, SHOWN)}.")
         yield place, record
 
 
 def _text(record: dict[str, Any], key: str, place: str) -> str:
     text = record.get(key)
     if not isinstance(text, str) or not text.strip():
-        found = repr(text)[:60] if key in record else f"no `{key}` in {json.dumps(record)[:60]}"
+        found = excerpt(text, SHOWN) if key in record else f"no `{key}` in {excerpt(record, SHOWN)}"
         raise ValueError(f"{place} must be a JSON object with a text under `{key}`. Found {found}.")
     return text
 
 
 def _prompt(record: dict[str, Any], source: str, place: str, *no_metadata: str) -> Prompt:
     text = _text(record, "prompt", place)
-    return Prompt(text, source, {key: value for key, value in record.items() if key not in ("prompt", *no_metadata)})
+    metadata = {key: value for key, value in record.items() if key not in ("prompt", *no_metadata)}
+    try:
+        return Prompt(text, source, metadata)
+    except ValueError as error:
+        raise ValueError(f"{place} must hold a prompt. Found {excerpt(text, SHOWN)}: {error}") from error

@@ -16,8 +16,9 @@ from balancers import Balancer
 from marble_lightning.advantages import group_advantages, only
 from marble_lightning.flow_policy import Conditions
 from marble_lightning.objective import Coefficients, coefficients, noised
+from marble_lightning.scoring import only_finite
 from marble_lightning.seeds import generator
-from marble_lightning.settings import Objective
+from marble_lightning.settings import Objective, Scoring
 
 
 @dataclass
@@ -109,6 +110,7 @@ def weigh_round(
     plan: Plan,
     keys: Sequence[Sequence[int | str]],
     trainer: Trainer,
+    scoring: Scoring = Scoring(),
 ) -> list[Coefficients]:
     """From this rank's scores to its pictures' coefficients in each inner epoch, with statistics over all ranks.
 
@@ -120,14 +122,22 @@ def weigh_round(
         plan: Which pictures fall into which optimizer step, with `keys`.
         keys: Seed of each inner epoch's order.
         trainer: Its strategy gathers and sums over ranks.
+        scoring: What happens where a balancer's merged rewards or advantages are infinite.
+
+    Raises:
+        RewardError: They are, and `scoring` does not allow it; on all ranks.
     """
     strategy, rank = trainer.strategy, trainer.global_rank
     groups = groups + rank * (int(groups.max()) + 1)
     everyone, all_groups = (strategy.all_gather(part).reshape(-1, *part.shape[1:]) for part in (scores, groups))
-    merged = balancer.merge_rewards(everyone, ~everyone.isnan()) if balancer else everyone
+    merged = everyone
+    if balancer:
+        merged = balancer.merge_rewards(everyone, ~everyone.isnan())
+        names = balancer.reward_names if merged.shape == everyone.shape else balancer.names
+        merged = only_finite(merged, everyone, names, scoring)
     advantages = group_advantages(merged, all_groups, objective.advantage_std)
     if balancer:
-        advantages = balancer.merge_advantages(advantages)
+        advantages = only_finite(balancer.merge_advantages(advantages), everyone, balancer.names, scoring)
     advantages = only(advantages[rank * len(scores) : (rank + 1) * len(scores)], objective.advantage_mode)
 
     weighed = []

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,12 +14,15 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from lightning.pytorch.strategies import Strategy
+from lightning.pytorch.utilities import rank_zero_only
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch import Tensor
 
 from marble_lightning.pictures import to_image
 from marble_lightning.settings import Scoring
 from marble_lightning.workers import Worker
 from rewards import Prompt, Reward
+from rewards.texts import excerpt, reason
 
 log = logging.getLogger(__name__)
 
@@ -36,7 +39,7 @@ class Outcome:
     """What a reward said of a batch: scores (image,), NaN where there is none; why, where it failed; seconds taken."""
 
     scores: Float[Tensor, " image"]
-    failures: dict[int, Exception]
+    failures: dict[int, BaseException]
     seconds: float
 
 
@@ -92,7 +95,7 @@ class Scorer:
 
     def _begin_count(self) -> None:
         self.failure: RewardError | None = None
-        self.skipped, self.applied = dict.fromkeys(self.rewards, 0), dict.fromkeys(self.rewards, 0)
+        self.skipped, self.applied, self.missing = (dict.fromkeys(self.rewards, 0) for _ in range(3))
 
     def __call__(
         self, images: Float[Tensor, "image 3 pixel pixel"], prompts: Sequence[Prompt]
@@ -125,7 +128,9 @@ class Scorer:
             columns[job.name].append(outcome.scores.to(job.images.device))
             self.seconds[job.name] += outcome.seconds
             self.skipped[job.name] += len(outcome.failures)
-            self.applied[job.name] += sum(map(self.rewards[job.name].judges, job.prompts))
+            applies = torch.tensor([self.rewards[job.name].judges(prompt) for prompt in job.prompts])
+            self.applied[job.name] += int(applies.sum())
+            self.missing[job.name] += int((applies & outcome.scores.isnan().cpu()).sum())
             if outcome.failures and self.failure is None:
                 self._tell(job, outcome.failures)
         return torch.stack([torch.cat(columns[name]) for name in names], dim=1)
@@ -133,12 +138,14 @@ class Scorer:
     def check(self, strategy: Strategy) -> dict[str, float]:
         """How many pictures each reward failed on, over all ranks, since the last check; all ranks must ask.
 
+        A reward without a single score, on any rank, has failed on all pictures that it applies to.
+
         Raises:
             RewardError: A reward failed on any rank and the settings do not say to skip, or it failed too often.
         """
-        failure, skipped, applied = self.failure, self.skipped, self.applied
-        own = [float(failure is not None), *skipped.values(), *applied.values()]
-        failed, *counts = strategy.reduce(torch.tensor(own, device=strategy.root_device), reduce_op="sum").tolist()
+        failure, counts = self.failure, (self.skipped, self.applied, self.missing)
+        own = [float(failure is not None), *(count for each in counts for count in each.values())]
+        failed, *totals = strategy.reduce(torch.tensor(own, device=strategy.root_device), reduce_op="sum").tolist()
         self._begin_count()
         if failure is not None or failed:
             self._stop()
@@ -146,15 +153,22 @@ class Scorer:
             raise failure
         if failed:
             raise RewardError("A reward failed on another process, whose message says which one and why.")
-        totals = dict(zip(skipped, counts, strict=False))
-        for (name, count), of in zip(totals.items(), counts[len(totals) :], strict=True):
-            if count > self.settings.max_skipped * of:
+        number = len(self.rewards)
+        skipped, applied, missing = (dict(zip(self.rewards, totals[i * number :], strict=False)) for i in range(3))
+        for name, of in applied.items():
+            if 0 < of == missing[name]:
+                skipped[name] = of
+                rank_zero_only(log.warning)(
+                    f"`rewards.{name}` must score some of the pictures that it applies to. Found NaN for all {of:.0f} of "
+                    "them; they count as pictures that it failed on."
+                )
+            if skipped[name] > self.settings.max_skipped * of:
                 raise RewardError(
                     f"`rewards.{name}` may fail on a share of {self.settings.max_skipped} of the pictures "
-                    f"(`scoring.max_skipped`). Found {count:.0f} of {of:.0f}; the log above says why, and {self.folder} has "
-                    "a picture."
+                    f"(`scoring.max_skipped`). Found {skipped[name]:.0f} of {of:.0f}; the log above says why, and "
+                    f"{self.folder} has a picture where it raised an error."
                 )
-        return totals
+        return skipped
 
     def release(self) -> None:
         """Let go of the device between rounds, where the settings say so."""
@@ -214,7 +228,7 @@ class Scorer:
             time.sleep(min(POLL, limit))
         return job.future.result()
 
-    def _tell(self, job: _Job, failures: Mapping[int, Exception]) -> None:
+    def _tell(self, job: _Job, failures: Mapping[int, BaseException]) -> None:
         """Save the first picture that failed, and keep an error for `check`, or log what happened."""
         index, error = next(iter(failures.items()))
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -222,7 +236,8 @@ class Scorer:
         to_image(job.images[index]).save(file)
         what = (
             f"`rewards.{job.name}` must score every picture. Found {type(error).__name__} on {len(failures)} of "
-            f"{len(job.prompts)} pictures, first on the prompt {job.prompts[index].text!r} (picture in {file}): {error}"
+            f"{len(job.prompts)} pictures, first on the prompt {excerpt(job.prompts[index].text)} "
+            f"(picture in {file}): {reason(error)}"
         ).rstrip(".")
         if self.settings.on_error == "skip":
             log.warning("%s. Their scores are left out.", what)
@@ -233,7 +248,57 @@ class Scorer:
         self.failure.__cause__ = error
 
 
-Judged = tuple[Float[Tensor, " image"], dict[int, Exception]]
+@contextmanager
+def exit_is_failure(name: str) -> Iterator[None]:
+    """A reward or metric that ends the program before it scores has failed; the program would end as if all were well.
+
+    Raises:
+        RewardError: SystemExit was raised within.
+    """
+    try:
+        yield
+    except SIGTERMException:
+        raise
+    except SystemExit as error:
+        raise RewardError(
+            f"`{name}` must not end the program. Found {excerpt(error)}; raise another error where it cannot go on."
+        ) from error
+
+
+def only_finite(
+    values: Float[Tensor, "sample column"], scores: Float[Tensor, "sample reward"], names: Sequence[str], settings: Scoring
+) -> Float[Tensor, "sample column"]:
+    """What a balancer merged, with NaN, no value, in place of infinities, which count as pictures that a reward failed on.
+
+    A column of NaN alone counts as a failure on all pictures that have a score.
+
+    Args:
+        values: Merged rewards or advantages of all ranks, the same on each, so that all of them raise or none does.
+        scores: What they were merged from.
+        names: Of the columns.
+        settings: What happens on failure.
+
+    Raises:
+        RewardError: There are infinities and the settings do not say to skip, or there are too many.
+    """
+    share = settings.max_skipped if settings.on_error == "skip" else 0.0
+    scored = ~scores.isnan() if scores.shape == values.shape else ~scores.isnan().all(1, keepdim=True)
+    wrong = values.isinf() | (values.isnan().all(0) & scored)
+    counts, applied = wrong.sum(0).tolist(), (wrong | ~values.isnan()).sum(0).tolist()
+    for name, count, of in zip(names, counts, applied, strict=True):
+        if not count:
+            continue
+        message = (
+            f"The balancer must merge scores to finite rewards and advantages. Found {count} of {of} of `{name}` that are "
+            "not; scale weights and rewards down, or correct its `merge_rewards` or `merge_advantages`"
+        )
+        rank_zero_only(log.warning)(f"{message}. They are left out.")
+        if count > share * of:
+            raise RewardError(f"{message}. `scoring` (`on_error`, `max_skipped`) allows a share of {share}.")
+    return values.masked_fill(values.isinf(), torch.nan)
+
+
+Judged = tuple[Float[Tensor, " image"], dict[int, BaseException]]
 """Scores, NaN where there is none, and why, for the pictures that the reward failed on."""
 
 
@@ -243,6 +308,9 @@ def judged(reward: Reward, images: Float[Tensor, "image 3 pixel pixel"], prompts
     Failures of the world outside (OSError: connections, time-outs, files) are tried again after 1, 2, 4, ... seconds.
     They say nothing of a single picture, so that the whole batch counts as failed. A reward with `retries` of its own has
     used them, and is not asked again.
+
+    A reward that ends the program (SystemExit and the like) has failed as one that raises an error has; what the user or the
+    system ends a run with goes on its way.
 
     Args:
         reward: Who scores.
@@ -254,11 +322,13 @@ def judged(reward: Reward, images: Float[Tensor, "image 3 pixel pixel"], prompts
     for attempt in range(retries + 1):
         try:
             return reward(images=images, prompts=prompts), {}
+        except (KeyboardInterrupt, SIGTERMException):
+            raise
         except OSError as error:
             if attempt == retries:
                 return failed(reward, images, prompts, error)
             time.sleep(2**attempt)
-        except Exception as error:  # noqa: BLE001 - whatever a reward trips over is told with its name and picture
+        except BaseException as error:  # noqa: BLE001 - whatever a reward trips over is told with its name and picture
             if len(prompts) == 1:
                 return failed(reward, images, prompts, error)
             return _one_by_one(reward, images, prompts, error)
@@ -266,7 +336,7 @@ def judged(reward: Reward, images: Float[Tensor, "image 3 pixel pixel"], prompts
 
 
 def failed(
-    reward: Reward, images: Float[Tensor, "image 3 pixel pixel"], prompts: Sequence[Prompt], error: Exception
+    reward: Reward, images: Float[Tensor, "image 3 pixel pixel"], prompts: Sequence[Prompt], error: BaseException
 ) -> Judged:
     """No score for any picture of a batch, and the same reason for all that the reward applies to."""
     missing = torch.full((len(prompts),), torch.nan, device=images.device)
@@ -274,7 +344,7 @@ def failed(
 
 
 def _one_by_one(
-    reward: Reward, images: Float[Tensor, "image 3 pixel pixel"], prompts: Sequence[Prompt], error: Exception
+    reward: Reward, images: Float[Tensor, "image 3 pixel pixel"], prompts: Sequence[Prompt], error: BaseException
 ) -> Judged:
     parts = [judged(reward, images[i : i + 1], prompts[i : i + 1], retries=0) for i in range(len(prompts))]
     failures = {i: own[0] for i, (_, own) in enumerate(parts) if own}

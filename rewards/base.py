@@ -9,6 +9,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from rewards.frozen import frozen
+
 RANGE_TOLERANCE = 1e-3
 """How far outside [0, 1] a pixel may lie: room for a half-precision decoder's rounding, not for images in [-1, 1]."""
 
@@ -17,17 +19,24 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Prompt:
-    """A caption with where it came from and what is known about it.
+    """A caption with where it came from and what is known about it. Rewards share it, so nothing in it can be changed.
 
     Args:
         text: the caption the image was made from.
         source: name of the prompt set, for rewards that judge only some sets and for logging per set.
-        metadata: what a reward needs to know beyond the caption, for instance the objects `GenEval` should find.
+        metadata: what a reward needs to know beyond the caption, for instance the objects `GenEval` should find. Kept as a
+            copy whose mappings and lists refuse to change.
+
+    Raises:
+        ValueError: if more than 100 mappings and lists of `metadata` are within each other.
     """
 
     text: str
     source: str
     metadata: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "metadata", frozen(self.metadata))
 
 
 def identity_of(judge: object, scored_by: Sequence[str]) -> dict[str, str]:
@@ -101,7 +110,8 @@ class Reward(nn.Module, ABC):
             prompts: one per image; `judges` holds for each.
 
         Returns:
-            One score per pair. NaN marks a score that could not be had; infinities are rejected.
+            One score per pair, which becomes float32. NaN marks a score that could not be had; what is infinite in float32
+            is rejected.
         """
 
     @torch.no_grad()
@@ -117,8 +127,10 @@ class Reward(nn.Module, ABC):
             - result: (B,), float32, on the device of `images`
 
         Raises:
-            TypeError: if `images` is not a floating point tensor or `prompts` holds something else than `Prompt`.
-            ValueError: if shapes, lengths or values are not as above, or `score` returns a wrong shape or an infinity.
+            TypeError: if `images` is not a floating point tensor, `prompts` holds something else than `Prompt`, or `score`
+                returns something else than a tensor of real numbers.
+            ValueError: if shapes, lengths or values are not as above, or `score` returns a wrong shape or what is infinite
+                in float32.
         """
         self._check_inputs(images, prompts)
         scores = torch.full((len(prompts),), torch.nan, dtype=torch.float32, device=images.device)
@@ -129,9 +141,8 @@ class Reward(nn.Module, ABC):
                 chosen = applicable[start : start + self.batch_size]
                 batch = images[chosen].float().clamp(0, 1)
                 result = self.score(images=batch, prompts=[prompts[index] for index in chosen])
-                self._check_scores(result, len(chosen))
-                self._missing += int(result.isnan().sum())
-                scores[chosen] = result.to(scores)
+                scores[chosen] = narrowed = self._narrowed(result, len(chosen)).to(scores.device)
+                self._missing += int(narrowed.isnan().sum())
         return scores
 
     @property
@@ -191,15 +202,25 @@ class Reward(nn.Module, ABC):
                 "Map decoder output x in [-1, 1] to x / 2 + 0.5 and clamp it."
             )
 
-    def _check_scores(self, result: Any, expected: int) -> None:
-        if not isinstance(result, Tensor) or result.shape != (expected,):
-            found = tuple(result.shape) if isinstance(result, Tensor) else type(result).__name__
-            raise ValueError(
-                f"{self._name}: `score` must return a tensor of shape ({expected},), one score an image. Found {found}. "
-                "Reduce over every dimension but the first."
+    def _narrowed(self, result: Any, expected: int) -> Float[Tensor, "b"]:
+        """Scores in float32, once they are known to be scores in float32 too."""
+        if not isinstance(result, Tensor) or result.is_complex():
+            kind = type(result)
+            found = f"a tensor of {result.dtype}" if isinstance(result, Tensor) else f"{kind.__module__}.{kind.__qualname__}"
+            raise TypeError(
+                f"{self._name}: `score` must return a tensor of {expected} real numbers, one an image. Found "
+                f"{found.removeprefix('builtins.')}. Convert it: torch.as_tensor(scores)."
             )
-        if result.isinf().any():
+        if result.shape != (expected,):
             raise ValueError(
-                f"{self._name}: `score` must be finite, or NaN where a score is missing. Found an infinity. "
-                "Return NaN for samples that cannot be judged."
+                f"{self._name}: `score` must return a tensor of shape ({expected},), one score an image. Found "
+                f"{tuple(result.shape)}. Reduce over every dimension but the first."
             )
+        narrowed = result.float()
+        if narrowed.isinf().any():
+            raise ValueError(
+                f"{self._name}: `score` must return numbers that are finite in float32, or NaN where a score is missing. "
+                f"Found {result[narrowed.isinf()][0].item()}. Scale scores down, and return NaN for samples that cannot be "
+                "judged."
+            )
+        return narrowed

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from rewards.clip import Preprocess
 from rewards.files import below
+from rewards.texts import beginning
 
 HEAD = 64
 """Width of an attention head, in both towers."""
@@ -50,9 +51,10 @@ class BLIPTower(nn.Module):
         """What the first token of each text makes of its own picture, float32."""
         pixels = self.preprocess(images.to(self.vision.device)).to(self.vision.dtype)
         patches = self.vision(pixel_values=pixels).last_hidden_state
-        tokens = self.tokenizer(
-            list(texts), padding="max_length", truncation=True, max_length=max_length, return_tensors="pt"
-        ).to(patches.device)
+        begun = [beginning(text, max_length) for text in texts]
+        tokens = self.tokenizer(begun, padding="max_length", truncation=True, max_length=max_length, return_tensors="pt").to(
+            patches.device
+        )
         output = self.text(
             input_ids=tokens.input_ids,
             attention_mask=tokens.attention_mask,
@@ -104,7 +106,7 @@ def build_tower(owner: str, weights: Mapping[str, Tensor], tokenizer: Any, dtype
         )
     size = vision_config.image_size
     mean, std = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
-    return BLIPTower(picture, reader, tokenizer, Preprocess(size, size, mean, std))
+    return BLIPTower(picture, reader, tokenizer, Preprocess(size, size, mean, std, centre="even"))
 
 
 def _renamed(name: str) -> str:

@@ -1,6 +1,6 @@
 """CLIP towers as rewards use them: image preprocessing on tensors, embeddings, cosines."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -8,13 +8,20 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from rewards.texts import beginning
+
 BICUBIC = 3
 """PIL's number for bicubic resampling, as preprocessor_config.json spells it."""
+
+Resize = Literal["bicubic", "bilinear"]
+Centre = Literal["floor", "even"]
+"""Where a crop begins that leaves an odd number of pixels over: half of it rounded down, as in transformers, or to the even
+number, as in torchvision. They differ where 3, 7, 11, ... pixels are left over."""
 
 
 @dataclass(frozen=True)
 class Preprocess:
-    """Resize bicubically, make square, normalise.
+    """Resize without aliases, make square, normalise.
 
     Args:
         size: pixels of the side that is resized, the shorter one for "crop", the longer one for "pad".
@@ -22,6 +29,8 @@ class Preprocess:
         mean: per channel, subtracted from pixels in [0, 1].
         std: per channel, divided by.
         fit: "crop" keeps the centre, as CLIP was trained; "pad" shows all of it between black bars, as HPSv2 was.
+        resize: "bicubic" or "bilinear".
+        centre: how the beginning of a crop is rounded: "floor" or "even".
 
     Shape:
         - images: (B, 3, H, W), result: (B, 3, crop, crop)
@@ -32,6 +41,8 @@ class Preprocess:
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
     fit: Literal["crop", "pad"] = "crop"
+    resize: Resize = "bicubic"
+    centre: Centre = "floor"
 
     def __call__(self, images: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b 3 s s"]:
         height, width = images.shape[-2:]
@@ -42,11 +53,11 @@ class Preprocess:
             long = max(height, width)
             shape = (max(1, round(self.size * height / long)), max(1, round(self.size * width / long)))
         if shape != (height, width):
-            # antialias=True also makes torch's bicubic kernel the one of PIL. It overshoots, PIL clips: so do we.
-            images = F.interpolate(images, size=shape, mode="bicubic", antialias=True).clamp(0, 1)
+            # antialias=True also makes torch's kernels those of PIL. The bicubic one overshoots, PIL clips: so do we.
+            images = F.interpolate(images, size=shape, mode=self.resize, antialias=True).clamp(0, 1)
         spare_y, spare_x = self.crop - shape[0], self.crop - shape[1]
         if self.fit == "crop":
-            top, left = -spare_y // 2, -spare_x // 2
+            top, left = (round(-spare / 2) if self.centre == "even" else -spare // 2 for spare in (spare_y, spare_x))
             images = images[..., top : top + self.crop, left : left + self.crop]
         else:  # black before normalising
             images = F.pad(images, (spare_x // 2, spare_x - spare_x // 2, spare_y // 2, spare_y - spare_y // 2))
@@ -80,10 +91,12 @@ class CLIPTower(nn.Module):
         model: transformers `CLIPModel`, with exp(logit_scale) in float32 as a buffer `scale`.
         tokenizer: its tokenizer.
         preprocess: what turns pixels into its input.
+        clean: what becomes of a text before it is tokenised.
     """
 
-    def __init__(self, model: Any, tokenizer: Any, preprocess: Preprocess) -> None:
+    def __init__(self, model: Any, tokenizer: Any, preprocess: Preprocess, clean: Callable[[str], str] = str) -> None:
         super().__init__()
+        self.clean = clean
         self.model = model.requires_grad_(False).eval()
         self.tokenizer = tokenizer
         self.preprocess = preprocess
@@ -101,11 +114,12 @@ class CLIPTower(nn.Module):
 
     def embed_texts(self, texts: Sequence[str]) -> Float[Tensor, "b d"]:
         """L2-normalised text embeddings, float32; texts are cut to the positions the model has."""
+        positions = self.model.config.text_config.max_position_embeddings
         tokens = self.tokenizer(
-            list(texts),
+            [self.clean(beginning(text, positions)) for text in texts],
             padding="max_length",
             truncation=True,
-            max_length=self.model.config.text_config.max_position_embeddings,
+            max_length=positions,
             return_tensors="pt",
         ).to(self.model.device)
         features = self.model.get_text_features(input_ids=tokens.input_ids, attention_mask=tokens.attention_mask)

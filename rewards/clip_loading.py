@@ -1,14 +1,15 @@
 """Loading CLIP towers from local folders or the hub, in transformers' format or open_clip's; each model once a process."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any, Literal
 from weakref import WeakValueDictionary
 
 import torch
 
-from rewards.clip import CLIPTower, Preprocess
+from rewards.clip import Centre, CLIPTower, Preprocess, Resize
 from rewards.files import find_file, load_weights, pinned
 from rewards.open_clip import VIT_H_14, architecture, renamed
 
@@ -25,6 +26,9 @@ def load_tower(
     revision: str | None = None,
     dtype: str = "float32",
     fit: Literal["crop", "pad"] = "crop",
+    resize: Resize = "bicubic",
+    centre: Centre = "floor",
+    clean: Callable[[str], str] = str,
 ) -> CLIPTower:
     """Load a CLIP model, its tokenizer and its preprocessing from a local folder or a hub id.
 
@@ -39,6 +43,9 @@ def load_tower(
         revision: branch, tag or commit of `path`. None: the pinned commit, see `rewards.files`.
         dtype: "float32", "bfloat16" or "float16".
         fit: how images become square, see `Preprocess`.
+        resize: how they are resized, see `Preprocess`.
+        centre: where they are cropped, see `Preprocess`.
+        clean: what becomes of a text before it is tokenised.
 
     Raises:
         FileNotFoundError: if a file is missing or the hub cannot be reached.
@@ -63,14 +70,14 @@ def load_tower(
             f"{owner}: the tokenizer in '{source}' must have the {vocabulary} tokens of the model in '{path}'. "
             f"Found {len(tokenizer)}. Put vocab.json and merges.txt, or tokenizer.json, of that model there."
         )
-    preprocess = Preprocess.from_config(numbers, fit)
+    preprocess = replace(Preprocess.from_config(numbers, fit), resize=resize, centre=centre)
     if preprocess.crop != image_size:
         raise ValueError(
             f"{owner}: preprocessor_config.json in '{source}' must crop to the {image_size} pixels of the model in "
             f"'{path}'. Found {preprocess.crop}. Use the preprocessor of that model."
         )
     _models[key] = model
-    return CLIPTower(model, tokenizer, preprocess)
+    return CLIPTower(model, tokenizer, preprocess, clean)
 
 
 def _load(owner: str, source: str, path: str, file: str | None, revision: str | None, dtype: torch.dtype) -> Any:

@@ -1,12 +1,13 @@
 """CLIPScore: how well an image fits its caption in the eyes of CLIP."""
 
 from collections.abc import Sequence
+from typing import get_args
 
 from jaxtyping import Float
 from torch import Tensor
 
 from rewards.base import Prompt, Reward
-from rewards.clip import CLIPTower
+from rewards.clip import CLIPTower, Resize
 from rewards.clip_loading import check_dtype, load_tower
 
 
@@ -24,6 +25,8 @@ class CLIPScore(Reward):
         revision: branch, tag or commit of `path`. None: the pinned commit, see `rewards.files`.
         dtype: number format of the weights: "float32", "bfloat16" or "float16". Scores are always float32.
         batch_size: images scored at once, >= 1.
+        resize: "bilinear" as in the published runs of DiffusionNFT and MARBLE, "bicubic" as CLIP was trained. Images of the
+            model's own size are not resized.
 
     Shape:
         - images: (B, 3, H, W), result: (B,)
@@ -32,14 +35,20 @@ class CLIPScore(Reward):
         ValueError: if an argument is out of range.
     """
 
+    scored_by = (*Reward.scored_by, "resize")
+
     def __init__(
         self,
         path: str = "openai/clip-vit-large-patch14",
         revision: str | None = None,
         dtype: str = "float32",
         batch_size: int = 32,
+        resize: Resize = "bilinear",
     ) -> None:
         super().__init__(batch_size)
+        if resize not in get_args(Resize):
+            raise ValueError(f"CLIPScore: `resize` must be 'bilinear' or 'bicubic'. Found {resize!r}. Choose one of them.")
+        self.resize: Resize = resize
         self.path = path
         self.revision = revision
         self.dtype = check_dtype("CLIPScore", dtype)
@@ -48,7 +57,14 @@ class CLIPScore(Reward):
     def setup(self) -> None:
         """Load the tower."""
         if self.tower is None:
-            self.tower = load_tower("CLIPScore", path=self.path, revision=self.revision, dtype=self.dtype)
+            self.tower = load_tower(
+                "CLIPScore",
+                path=self.path,
+                revision=self.revision,
+                dtype=self.dtype,
+                resize=self.resize,
+                centre="even",
+            )
 
     def score(self, *, images: Float[Tensor, "b 3 h w"], prompts: Sequence[Prompt]) -> Float[Tensor, "b"]:
         """exp(logit_scale) * cos(text, image) / 100."""

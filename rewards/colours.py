@@ -11,6 +11,7 @@ from rewards.clip import CLIPTower
 from rewards.clip_loading import check_dtype, load_tower
 from rewards.detectors import Detection
 from rewards.geneval_rules import COLOURS
+from rewards.open_clip import cleaned
 
 TEMPLATES = ("a photo of a {colour} {label}", "a photo of a {colour}-colored {label}", "a photo of a {colour} object")
 BACKGROUND = 0x99 / 255
@@ -25,7 +26,7 @@ class ColourClassifier(nn.Module):
         def colours(self, image, detections):
             return self.classifier.classify(image, detections)
 
-    A colour's text embedding is the normalised mean of those of its three texts.
+    A colour's text embedding is the normalised mean of those of its three texts, cleaned as open_clip does.
 
     Source: Ghosh, Hajishirzi, Schmidt, "GenEval", 2023, section 3.2, with CLIP ViT-L/14 and a grey background.
 
@@ -51,7 +52,14 @@ class ColourClassifier(nn.Module):
     def setup(self) -> None:
         """Load the tower."""
         if self.tower is None:
-            self.tower = load_tower("ColourClassifier", path=self.path, revision=self.revision, dtype=self.dtype)
+            self.tower = load_tower(
+                "ColourClassifier",
+                path=self.path,
+                revision=self.revision,
+                dtype=self.dtype,
+                centre="even",
+                clean=cleaned,
+            )
 
     @torch.no_grad()
     def classify(self, image: Float[Tensor, "3 h w"], detections: Sequence[Detection]) -> list[str]:

@@ -11,6 +11,7 @@ from torch import Tensor
 from rewards.base import Prompt, Reward, identity_of
 from rewards.detectors import Detector
 from rewards.geneval_rules import COUNTING_THRESHOLD, MAX_OBJECTS, THRESHOLD, Verdict, check, evaluate
+from rewards.texts import cut
 
 SCORES = ("partial", "strict", "accuracy")
 
@@ -131,8 +132,8 @@ class GenEval(Reward):
             asked = {clause[key] for clause in clauses if key in clause}
             if known is not None and (unknown := sorted(asked - known)):
                 raise ValueError(
-                    f"GenEval: `detector` must know every {kind} that prompts name. Found {', '.join(unknown[:5])}, which "
-                    f"{type(self.detector).__name__} does not: it knows {', '.join(sorted(known))}. "
+                    f"GenEval: `detector` must know every {kind} that prompts name. Found {cut(', '.join(unknown[:5]))}, "
+                    f"which {type(self.detector).__name__} does not: it knows {', '.join(sorted(known))}. "
                     f"Name a detector that knows them, or leave these prompts out."
                 )
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from rewards.detectors import Detection
+from rewards.texts import excerpt
 
 Box = tuple[float, float, float, float]
 
@@ -154,14 +155,16 @@ def check(metadata: Mapping[str, Any]) -> None:
     """
     if not metadata.get("include"):
         raise ValueError(
-            f"GenEval: metadata must list at least one object under `include`. Found {dict(metadata)}. "
+            f"GenEval: metadata must list at least one object under `include`. Found {excerpt(dict(metadata))}. "
             "Add a clause such as {'class': 'cat', 'count': 1}."
         )
     if not isinstance(metadata.get("tag", ""), str):
-        raise ValueError(f"GenEval: `tag` must be a text. Found {metadata['tag']!r}. Correct the prompt file.")
+        raise ValueError(f"GenEval: `tag` must be a text. Found {excerpt(metadata['tag'])}. Correct the prompt file.")
     for name in ("include", "exclude"):
         if not isinstance(clauses := metadata.get(name, []), Sequence) or isinstance(clauses, str):
-            raise ValueError(f"GenEval: `{name}` must be a list of clauses. Found {clauses!r}. Correct the prompt file.")
+            raise ValueError(
+                f"GenEval: `{name}` must be a list of clauses. Found {excerpt(clauses)}. Correct the prompt file."
+            )
         for clause in clauses:
             _check_clause(clause)
     for index, clause in enumerate(metadata["include"]):
@@ -172,12 +175,12 @@ def check(metadata: Mapping[str, Any]) -> None:
                 if not 0 <= target < index:
                     raise ValueError(
                         f"GenEval: the position of clause {index} must refer to an earlier clause. "
-                        f"Found {clause['position']}. List the object it is relative to first."
+                        f"Found {excerpt(clause['position'])}. List the object it is relative to first."
                     )
             case position:
                 raise ValueError(
                     f"GenEval: the position of clause {index} must be a pair of one of {', '.join(RELATIONS)} and the index "
-                    f"of an earlier clause. Found {position!r}. Correct the prompt file."
+                    f"of an earlier clause. Found {excerpt(position)}. Correct the prompt file."
                 )
 
 
@@ -185,10 +188,10 @@ def _check_clause(clause: Any) -> None:
     known = isinstance(clause, Mapping) and isinstance(clause.get("class"), str)
     if not known or not isinstance(clause.get("count"), int) or clause["count"] < 1:
         raise ValueError(
-            f"GenEval: each clause must have a `class` and a `count` >= 1. Found {clause!r}. Correct the prompt file."
+            f"GenEval: each clause must have a `class` and a `count` >= 1. Found {excerpt(clause)}. Correct the prompt file."
         )
     if not isinstance(clause.get("color", ""), str):
         raise ValueError(
-            f"GenEval: `color` must be the name of a colour. Found {clause['color']!r} in {dict(clause)}. "
+            f"GenEval: `color` must be the name of a colour. Found {excerpt(clause['color'])} in {excerpt(clause)}. "
             "Correct the prompt file."
         )

@@ -8,12 +8,14 @@ from torch import Tensor
 from rewards.base import Prompt, Reward
 from rewards.clip import CLIPTower
 from rewards.clip_loading import check_dtype, load_tower
+from rewards.open_clip import cleaned
 
 
 class HPSv2(Reward):
     """Human preference: cos(text, image), without the logit scale, in [-1, 1].
 
-    The image's longer side is resized to the model's size and the rest filled with black bars, so nothing is cropped.
+    The image's longer side is resized to the model's size and the rest filled with black bars, so nothing is cropped. The
+    text is cleaned as open_clip does, see `rewards.open_clip.cleaned`.
 
     The default is version 2.1, whose published file is read as it is.
 
@@ -64,6 +66,7 @@ class HPSv2(Reward):
                 revision=self.revision,
                 dtype=self.dtype,
                 fit="pad",
+                clean=cleaned,
             )
 
     def score(self, *, images: Float[Tensor, "b 3 h w"], prompts: Sequence[Prompt]) -> Float[Tensor, "b"]:

@@ -2,31 +2,55 @@
 
 import re
 from collections.abc import Sequence
-from typing import cast
+from typing import Literal, cast
+from unicodedata import normalize
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
+from rapidfuzz.distance import Levenshtein
 from torch import Tensor
 
 from rewards.base import Prompt, Reward
 from rewards.ocr_engine import Engine, EnginePool, Kind
 
-QUOTED = re.compile('"([^"]*)"|“([^”]*)”')
+Quotes = Literal["straight", "all"]
+"""Which double quotes hold a text to write; see `quoted_text`."""
+
+STRAIGHT = r'(?<!\d)"([^"]*)"'
+QUOTED = {"straight": re.compile(STRAIGHT), "all": re.compile(rf"{STRAIGHT}|(?<!\d)“([^“”]*)”")}
+"""A mark straight after a digit means inches and opens nothing."""
 
 
-def quoted_text(text: str) -> str | None:
-    """The first text in double quotes, straight or curly, that is not blank; None if there is none.
+def quoted_text(text: str, quotes: Quotes = "straight") -> str | None:
+    """The first text in double quotes that is not blank; None if there is none.
 
-    >>> quoted_text('a sign that says "Open late" at night')
+    >>> quoted_text('a 24" monitor that says "Open late" at night')
     'Open late'
+
+    Args:
+        text: a prompt.
+        quotes: "straight", or "all" for curly ones too.
     """
-    found = (match[1] or match[2] or "" for match in QUOTED.finditer(text))
+    found = (next(filter(None, match.groups()), "") for match in QUOTED[quotes].finditer(text))
     return next((target for target in found if target.strip()), None)
 
 
+def comparable(text: str) -> str:
+    """A text without white space and without differences that are not spelling: case, and how characters are encoded.
+
+    NFKC makes one of composed and decomposed accents and of full-width and plain letters; case folding makes one of capital
+    and small letters, and of a sharp s and two s.
+
+    >>> comparable("Ｃafe\u0301 STRASSE") == comparable("CAFÉ straße")
+    True
+    """
+    folded = normalize("NFKC", normalize("NFKC", text).casefold())
+    return "".join(folded.split())
+
+
 def spelling_score(target: str, read: str) -> float:
-    """1 - d / len(target), with spaces dropped and letters lower-cased in both; in [0, 1].
+    """1 - d / len(target), with both as `comparable` makes them; in [0, 1].
 
     d = 0 if `target` is a part of `read`, else min(Levenshtein(target, read), len(target)).
 
@@ -36,25 +60,23 @@ def spelling_score(target: str, read: str) -> float:
     Raises:
         ValueError: if `target` is blank.
     """
-    target, read = ("".join(text.split()).lower() for text in (target, read))
+    target, read = comparable(target), comparable(read)
     if not target:
         raise ValueError(
             "`target` must hold at least one letter. Found blanks only. Skip prompts where `quoted_text` is None."
         )
     if target in read:
         return 1.0
-    from torchmetrics.functional.text import edit_distance  # here, because importing it takes a second
-
-    distance = min(int(edit_distance([read], [target], reduction="sum")), len(target))
+    distance = min(Levenshtein.distance(read, target), len(target))
     return 1 - distance / len(target)
 
 
 class OCR(Reward):
     """Text rendering: `spelling_score` between the prompt's first quoted text and what PP-OCR reads in the image, 0 to 1.
 
-    Applies only to prompts with text in double quotes. Pieces of text are read from top to bottom and left to right and
-    joined. An image with no text scores 0; one the engine fails on is missing. The engine runs on the CPU and needs no
-    download.
+    Applies only to prompts with text in double quotes, none of which opens straight after a digit. Pieces of text are read
+    from top to bottom and left to right and joined. An image with no text scores 0; one the engine fails on is missing. The
+    engine runs on the CPU and needs no download.
 
     Source: the text-rendering reward of Flow-GRPO, Liu et al., 2025, after TextDiffuser, Chen et al., 2023.
 
@@ -69,6 +91,7 @@ class OCR(Reward):
         workers: engines that share a batch, >= 1.
         worker_kind: with several, whether each has a "thread" or a "process" of its own. Processes never wait for each
             other, and take a few seconds and memory of their own to start.
+        quotes: "straight" reads text in straight double quotes only, as published; "all" in curly ones too.
 
     Shape:
         - images: (B, 3, H, W), result: (B,)
@@ -77,7 +100,7 @@ class OCR(Reward):
         ValueError: if an argument is out of range.
     """
 
-    scored_by = (*Reward.scored_by, "upscale_to", "detect")
+    scored_by = (*Reward.scored_by, "upscale_to", "detect", "quotes")
 
     def __init__(
         self,
@@ -88,6 +111,7 @@ class OCR(Reward):
         threads: int = 1,
         workers: int = 1,
         worker_kind: Kind = "process",
+        quotes: Quotes = "straight",
     ) -> None:
         super().__init__(batch_size, sources)
         if upscale_to is not None and upscale_to < 1:
@@ -98,6 +122,9 @@ class OCR(Reward):
             raise ValueError(f"OCR: `workers` must be >= 1. Found {workers}. Use no more than there are CPU cores to spare.")
         if worker_kind not in ("thread", "process"):
             raise ValueError(f"OCR: `worker_kind` must be 'thread' or 'process'. Found {worker_kind!r}.")
+        if quotes not in QUOTED:
+            raise ValueError(f"OCR: `quotes` must be 'straight' or 'all'. Found {quotes!r}.")
+        self.quotes = quotes
         self.upscale_to = upscale_to
         self.detect, self.threads = detect, threads
         self.workers, self.worker_kind = workers, worker_kind
@@ -113,7 +140,7 @@ class OCR(Reward):
 
     def applies_to(self, prompt: Prompt) -> bool:
         """Only prompts with text in double quotes."""
-        return quoted_text(prompt.text) is not None
+        return quoted_text(prompt.text, self.quotes) is not None
 
     def read(self, images: Float[Tensor, "b 3 h w"]) -> list[str | None]:
         """The text in each image, or None where the engine failed.
@@ -135,6 +162,6 @@ class OCR(Reward):
         self._loaded(self._engine)
         scores = []
         for prompt, read in zip(prompts, self.read(images), strict=True):
-            target = quoted_text(prompt.text)
+            target = quoted_text(prompt.text, self.quotes)
             scores.append(torch.nan if target is None or read is None else spelling_score(target, read))
         return torch.tensor(scores, device=images.device)

@@ -1,9 +1,11 @@
-"""open_clip's checkpoints as transformers models: the same network under other names."""
+"""open_clip's checkpoints as transformers models, the same network under other names; and how it cleans texts."""
 
+import html
 import re
 from collections.abc import Mapping
 from typing import Any
 
+import ftfy
 from torch import Tensor
 
 VIT_H_14: dict[str, Any] = {
@@ -82,3 +84,15 @@ def renamed(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         else:
             result[new] = tensor.T if name in ("visual.proj", "text_projection") else tensor
     return result
+
+
+def cleaned(text: str) -> str:
+    """A text as open_clip tokenises it: mended by ftfy, HTML entities resolved twice, blanks made one, lower case.
+
+    >>> cleaned("“It’s” &amp;amp; a  CafÃ©")
+    '"it\'s" & a café'
+
+    Source: open_clip's tokenizer, `basic_clean` and `whitespace_clean`.
+    """
+    text = html.unescape(html.unescape(ftfy.fix_text(text)))
+    return " ".join(text.split()).lower()

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import logging
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,6 +12,7 @@ from diffusers import StableDiffusion3Pipeline
 
 from benchmarks.random_sd35m import networks
 from marble_lightning.flow_policy import ADAPTERS
+from marble_lightning.held_out import HeldOutEvaluation
 from marble_lightning.policy import TARGETS, SD3Policy
 from marble_lightning.sd3_files import pipeline_index
 from marble_lightning.seeds import generator
@@ -155,6 +158,27 @@ def test_a_picture_depends_on_its_own_generator_only(policy, solver):
     assert images.shape == (3, 3, 16, 16)
     assert images.min() >= 0
     assert images.max() <= 1
+
+
+def test_a_prompt_of_a_megabyte(policy, caplog, monkeypatch):
+    """Only what can be read is tokenised, which took minutes for all of it, and no message quotes it whole."""
+    given, encode_prompt = [], policy.pipeline.encode_prompt
+
+    def spy(**options):
+        given.extend(options["prompt"])
+        return encode_prompt(**options)
+
+    monkeypatch.setattr(policy.pipeline, "encode_prompt", spy)
+    long, short = "red cat " * 125_000, "red cat " * 100
+    monkeypatch.setattr(logging.getLogger("diffusers"), "propagate", True)
+    embeds = policy.encode([long, short]).embeds
+    assert torch.equal(embeds[0], embeds[1])
+    assert max(map(len, given)) == 100 * policy.most_tokens and len(caplog.text) < 1000
+    assert policy.too_long([long]) == [long]
+    module = SimpleNamespace(policy=policy)
+    HeldOutEvaluation._tell_of_cut_prompts(module, [long])
+    assert "do not read the end of 1 of 1 prompts" in caplog.text and "... (1000000 characters)" in caplog.text
+    assert len(caplog.text) < 1000
 
 
 def test_texts_that_the_text_encoders_cut(policy):

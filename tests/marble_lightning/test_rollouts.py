@@ -12,7 +12,8 @@ from balancers import FixedWeights, WeightedSum
 from marble_lightning.flow_policy import Conditions
 from marble_lightning.objective import Coefficients
 from marble_lightning.rollouts import Plan, Rollout, image_order, micro_batches, weigh_round
-from marble_lightning.settings import Objective
+from marble_lightning.scoring import RewardError
+from marble_lightning.settings import Objective, Scoring
 
 KEY = (0, 1, 0, "train")
 
@@ -41,6 +42,36 @@ def weigh(
     trainer = SimpleNamespace(strategy=Ranks(rank, everyone or [scores]), global_rank=rank)
     (weighed,) = weigh_round(scores, groups, balancer, Objective(beta=1.0, **objective), plan, [KEY], trainer)
     return weighed
+
+
+@pytest.mark.parametrize("level", ["merge_rewards", "merge_advantages"])
+def test_what_a_balancer_merges_is_finite(level, caplog):
+    """An infinity is left out and counts as a failure; so does a column that is lost."""
+    scores, groups = torch.arange(8.0)[:, None].repeat(1, 2), torch.arange(2).repeat_interleave(4)
+    plan = Plan(images=8, times=1, batch_size=8, optimizer_steps=1)
+
+    def spoiled(value, rows):
+        balancer = FixedWeights()
+        setattr(
+            balancer, level, lambda values, *_: values.index_put((torch.arange(rows), torch.tensor(1)), torch.tensor(value))
+        )
+        return balancer
+
+    def weighed(balancer, **scoring):
+        balancer.bind(["a", "b"])
+        trainer = SimpleNamespace(strategy=Ranks(0, [scores]), global_rank=0)
+        return weigh_round(scores, groups, balancer, Objective(beta=1.0), plan, [KEY], trainer, Scoring(**scoring))[0]
+
+    with pytest.raises(RewardError, match="Found 1 of 8 of `b` that are not.* allows a share of 0.0"):
+        weighed(spoiled(torch.inf, 1))
+    with pytest.raises(RewardError, match="Found 2 of 8 of `b`.* allows a share of 0.2"):
+        weighed(spoiled(-torch.inf, 2), on_error="skip", max_skipped=0.2)
+    with pytest.raises(RewardError, match="Found 8 of 8 of `b`"):
+        weighed(spoiled(torch.nan, 8), on_error="skip", max_skipped=0.5)
+    caplog.clear()
+    plus, minus = weighed(spoiled(torch.inf, 1), on_error="skip", max_skipped=0.2)
+    assert plus.isfinite().all() and (plus + minus)[0, 1] == 0 and ((plus + minus)[1:, 1] > 0).all()
+    assert "Found 1 of 8 of `b`" in caplog.text
 
 
 def test_each_picture_is_used_at_distinct_times_exactly_once():
@@ -123,7 +154,9 @@ def test_every_inner_epoch_counts_over_its_own_steps():
     plan, keys = Plan(12, 1, 3, 2, inner_epochs=2), [KEY, (*KEY[:-1], "train 1")]
     trainer = SimpleNamespace(strategy=Ranks(0, [scores]), global_rank=0)
     groups = torch.arange(4).repeat_interleave(3)
-    epochs = weigh_round(scores, groups, FixedWeights(), Objective(beta=1.0), plan, keys, trainer)
+    balancer = FixedWeights()
+    balancer.bind(["a", "b"])
+    epochs = weigh_round(scores, groups, balancer, Objective(beta=1.0), plan, keys, trainer)
     assert plan.total == 2 * 2 * 2
     orders = [image_order(plan, key) for key in keys]
     assert not torch.equal(*orders)

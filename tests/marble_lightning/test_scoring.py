@@ -5,14 +5,16 @@ from __future__ import annotations
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from PIL import Image
 
+from marble_lightning.checks import every_prompt_can_be_judged, every_reward_applies, prompts_without_a_score
 from marble_lightning.scoring import RewardError, Scorer
 from marble_lightning.settings import Scoring
-from rewards import Prompt, Reward
+from rewards import OCR, Prompt, Reward
 
 PROMPTS = [Prompt(f"picture {index}", "even" if index % 2 == 0 else "odd") for index in range(6)]
 IMAGES = torch.linspace(0, 1, 6).view(6, 1, 1, 1).expand(6, 3, 4, 4).contiguous()
@@ -138,10 +140,10 @@ def test_a_reward_keeps_its_thread():
 def test_a_failing_reward_is_named_with_prompt_and_picture(tmp_path, infinite, overlap):
     rewards = {"bright": Brightness(), "spelling": Broken(["picture 3"], infinite)}
     with pytest.raises(
-        RewardError, match=r"`rewards\.spelling` .*'picture 3' .*(ZeroDivisionError|infinity)?.*on_error: skip"
+        RewardError, match=r"`rewards\.spelling` .*'picture 3' .*(ZeroDivisionError|Found inf)?.*on_error: skip"
     ) as caught:
         scores(rewards, tmp_path, overlap=overlap)
-    assert ("infinity" if infinite else "no letters") in str(caught.value)
+    assert ("Found inf" if infinite else "no letters") in str(caught.value)
     saved = Image.open(tmp_path / "failed_spelling.png")
     assert saved.size == (4, 4) and saved.getpixel((0, 0)) == (153, 153, 153)  # 3 / 5 of white
 
@@ -216,7 +218,7 @@ def test_a_failure_on_one_rank_stops_all_of_them(tmp_path):
     scorer(IMAGES, PROMPTS)
     before = threading.active_count()
     with pytest.raises(RewardError, match="on another process"):
-        scorer.check(Ranks([1.0, 0.0, 0.0]))  # failed, skipped, applied
+        scorer.check(Ranks([1.0, 0.0, 0.0, 0.0]))  # failed, skipped, applied, missing
     deadline = time.monotonic() + 5
     while threading.active_count() == before and time.monotonic() < deadline:
         time.sleep(0.001)
@@ -228,10 +230,103 @@ def test_the_share_is_counted_over_ranks_and_batches(tmp_path):
     scorer.setup(tmp_path, "_0")
     for _ in range(2):
         scorer(IMAGES, PROMPTS)
-    assert scorer.check(Ranks([0.0, 0.0, 8.0])) == {"spelling": 2}  # of 20
+    assert scorer.check(Ranks([0.0, 0.0, 8.0, 0.0])) == {"spelling": 2}  # of 20
     scorer(IMAGES, PROMPTS)
     with pytest.raises(RewardError, match="Found 1 of 9"):  # counted anew
-        scorer.check(Ranks([0.0, 0.0, 3.0]))
+        scorer.check(Ranks([0.0, 0.0, 3.0, 0.0]))
+
+
+@pytest.mark.parametrize("on_error", ["raise", "skip"])
+def test_a_reward_without_a_single_score_has_failed(tmp_path, caplog, on_error):
+    """Where it applies, on all ranks: another rank's score is enough."""
+
+    class Silent(Even):
+        def score(self, *, images, prompts):
+            return torch.full((len(prompts),), torch.nan)
+
+    scorer = Scorer({"bright": Brightness(), "silent": Silent()}, Scoring(on_error=on_error))
+    scorer.setup(tmp_path, "_0")
+    scorer(IMAGES, PROMPTS)
+    assert scorer.check(Ranks([0, 0, 0, 0, 1, 0, 0])) == {"bright": 0, "silent": 0} and not caplog.text
+    scorer(IMAGES, PROMPTS)
+    with pytest.raises(RewardError, match=r"`rewards\.silent` may fail on a share of 0\.1 .* Found 5 of 5"):
+        scorer.check(Ranks([0, 0, 0, 0, 2, 0, 2]))
+    assert "`rewards.silent` must score some of the pictures that it applies to. Found NaN for all 5" in caplog.text
+
+
+def test_a_reward_that_applies_to_nothing_has_not_failed(tmp_path):
+    class Never(Brightness):
+        def applies_to(self, prompt):
+            return False
+
+    assert scores({"never": Never()}, tmp_path)[1] == {"never": 0}
+
+
+def raising(error):
+    """A reward that raises it."""
+    reward = Brightness()
+    reward.score = lambda **_: (_ for _ in ()).throw(error)
+    return {"rude": reward}
+
+
+class Unspeakable(Exception):
+    def __str__(self):
+        raise AttributeError("no text")
+
+
+@pytest.mark.parametrize("overlap", [True, False])
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (SystemExit(0), "Found SystemExit on"),
+        (GeneratorExit(), "Found GeneratorExit on"),
+        (Unspeakable(), r"Found Unspeakable on .*its `__str__` raises AttributeError"),
+        (ValueError("no" * 10**6), "Found ValueError on"),
+    ],
+)
+def test_whatever_a_reward_raises_is_its_failure(tmp_path, overlap, error, said):
+    with pytest.raises(RewardError, match=rf"`rewards\.rude` .*{said}") as caught:
+        scores(raising(error), tmp_path, overlap=overlap)
+    assert "'picture 0'" in str(caught.value) and len(str(caught.value)) < 3000
+
+
+def test_a_reward_that_ends_the_program_before_it_scores_has_failed():
+    class Impatient(Brightness):
+        def applies_to(self, prompt):
+            raise SystemExit(0)
+
+    data = SimpleNamespace(training=PROMPTS, shares={"even": 1})
+    for check in (
+        lambda rewards: every_reward_applies(rewards, data),
+        lambda rewards: every_prompt_can_be_judged(rewards, PROMPTS),
+    ):
+        with pytest.raises(RewardError, match=r"`hasty` must not end the program. Found SystemExit\(0\)"):
+            check({"hasty": Impatient()})
+
+
+@pytest.mark.parametrize("overlap", [True, False])
+def test_an_interrupt_is_no_failure_of_a_reward(tmp_path, overlap):
+    with pytest.raises(KeyboardInterrupt):
+        scores(raising(KeyboardInterrupt()), tmp_path, overlap=overlap)
+
+
+def test_a_long_prompt_is_not_quoted_whole(tmp_path):
+    scorer = Scorer({"spelling": Broken(["a" * 10**6])}, Scoring())
+    scorer.setup(tmp_path, "")
+    scorer(IMAGES[:1], [Prompt("a" * 10**6, "even")])
+    with pytest.raises(RewardError, match=r"prompt 'a+'\.\.\. \(1000000 characters\)") as caught:
+        scorer.check(Ranks())
+    assert len(str(caught.value)) < 1000
+
+
+def test_prompts_that_a_reward_cannot_score_are_counted():
+    """Of sources that it names, and of those with some that it can: an OCR prompt without quotes has no target."""
+    signs = [Prompt('a sign "A"', "ocr"), Prompt("a sign", "ocr"), Prompt("a" * 10**6, "ocr")]
+    prompts = [*signs, Prompt("a cat", "plain"), Prompt('a "cat"', "quoted"), Prompt("a dog", "plain")]
+    (found,) = prompts_without_a_score({"spelling": OCR(), "bright": Brightness()}, prompts)
+    assert found.startswith("`spelling` does not apply to 2 of 3 prompts of the source 'ocr'") and "'a sign'" in found
+    assert len(prompts_without_a_score({"spelling": OCR(sources=["ocr", "plain"])}, prompts)) == 2
+    assert not prompts_without_a_score({"spelling": OCR(sources=["quoted"])}, prompts)
 
 
 def test_nothing_is_scored_after_a_failure_that_stops_the_run(tmp_path):

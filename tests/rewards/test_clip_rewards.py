@@ -11,9 +11,10 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from rewards import CLIPScore, HPSv2, PickScore, Prompt, Reward
+from rewards import Aesthetic, CLIPScore, HPSv2, ImageReward, PickScore, Prompt, Reward
 from rewards.clip import Preprocess
 from rewards.clip_loading import load_tower
+from rewards.colours import ColourClassifier
 
 IMAGE_SIZE, POSITIONS = 32, 12  # of the fixture's checkpoint
 TEXTS = ["a cat", "a dog", "a cat and " + "a dog and " * POSITIONS, "a cat"]
@@ -103,6 +104,50 @@ def test_crop_is_what_pil_does(clip_folder: Path, shape: tuple[int, int]) -> Non
     found = Preprocess(IMAGE_SIZE, IMAGE_SIZE, MEAN, STD)(image[None])
     # PIL rounds to 8 bits after each of its two passes; one step is 1 / 255 / 0.26 after normalising.
     torch.testing.assert_close(found, expected, rtol=0, atol=1.5 / 255 / 0.26)
+
+
+@pytest.mark.parametrize("spare", range(12))
+def test_where_a_crop_begins(spare: int) -> None:
+    """`int(round(spare / 2.0))` in torchvision, `spare // 2` in transformers; told apart by 3, 7 and 11."""
+    columns = torch.arange(32.0 + spare).expand(1, 3, 32, 32 + spare)
+    for centre, begin in (("even", round(spare / 2.0)), ("floor", spare // 2)):
+        for image in (columns, columns.mT):
+            assert Preprocess(32, 32, (0, 0, 0), (1, 1, 1), centre=centre)(image).min() == begin
+
+
+def test_bilinear_resize_is_what_pil_does() -> None:
+    generator = torch.Generator().manual_seed(3)
+    image = torch.randint(256, (3, 80, 64), generator=generator) / 255
+    expected = np.asarray(pil(image).resize((32, 40), Image.Resampling.BILINEAR))[4:36]
+    found = Preprocess(32, 32, (0, 0, 0), (1, 1, 1), resize="bilinear")(image[None])[0]
+    torch.testing.assert_close(found.permute(1, 2, 0), torch.tensor(expected) / 255, rtol=0, atol=1.5 / 255)
+
+
+def test_each_reward_prepares_images_as_its_published_scorer(clip_folder: Path, imagereward_folder: Path) -> None:
+    """torchvision for CLIPScore (which resizes bilinearly), GenEval's colours and ImageReward; else transformers."""
+    path, blip = str(clip_folder), str(imagereward_folder)
+    published = [
+        (CLIPScore(path), "bilinear", "even"),
+        (CLIPScore(path, resize="bicubic"), "bicubic", "even"),
+        (ColourClassifier(path), "bicubic", "even"),
+        (ImageReward(blip, tokenizer_path=blip), "bicubic", "even"),
+        (PickScore(path, None), "bicubic", "floor"),
+        (Aesthetic(path, path, "head.safetensors"), "bicubic", "floor"),
+    ]
+    for reward, resize, centre in published:
+        reward.setup()
+        assert (reward.tower.preprocess.resize, reward.tower.preprocess.centre) == (resize, centre), reward
+
+
+def test_how_clipscore_resizes(clip_folder: Path, exact_images: torch.Tensor) -> None:
+    path = str(clip_folder)
+    bilinear, bicubic = CLIPScore(path), CLIPScore(path, resize="bicubic")
+    assert bilinear.identity != bicubic.identity
+    assert torch.equal(scores(bilinear, exact_images), scores(bicubic, exact_images))  # of the model's own size
+    large = torch.rand(4, 3, 48, 48, generator=torch.Generator().manual_seed(0))
+    assert not torch.equal(scores(bilinear, large), scores(bicubic, large))
+    with pytest.raises(ValueError, match="`resize` must be 'bilinear' or 'bicubic'. Found 'nearest'"):
+        CLIPScore(path, resize="nearest")
 
 
 @pytest.mark.parametrize(("height", "width"), [(40, 80), (80, 40)])

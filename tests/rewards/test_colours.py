@@ -12,6 +12,8 @@ from rewards import CLIPScore, Detection
 from rewards.colours import ColourClassifier, cut_out
 from rewards.geneval_rules import COLOURS
 
+SIZE = 32  # of the small checkpoint
+MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 LABELS = ("cat", "dog", "bird", "tie", "stop sign", "vase")
 POSITIONS = 48  # the small vocabulary spells words by letters, and a text cut short loses its colour
 
@@ -32,13 +34,21 @@ def eight_bit(image: torch.Tensor) -> Image.Image:
     return Image.fromarray((image * 255).round().byte().permute(1, 2, 0).numpy())
 
 
+def prepared(picture: Image.Image) -> torch.Tensor:
+    """Pixels as by torchvision's Resize, CenterCrop, ToTensor and Normalize."""
+    short = min(picture.size)
+    picture = picture.resize([int(SIZE * side / short) for side in picture.size], Image.Resampling.BICUBIC)
+    left, top = (round((side - SIZE) / 2.0) for side in picture.size)
+    pixels = torch.from_numpy(np.array(picture.crop((left, top, left + SIZE, top + SIZE)))).permute(2, 0, 1).float() / 255
+    return ((pixels - torch.tensor(MEAN).view(3, 1, 1)) / torch.tensor(STD).view(3, 1, 1))[None]
+
+
 @torch.no_grad()
 def similarities(folder: Path, image: torch.Tensor, detections: list[Detection]) -> np.ndarray:
     """Cosines of objects with each of the ten colours, by the benchmark's steps."""
-    from transformers import CLIPImageProcessorPil, CLIPModel, CLIPTokenizer
+    from transformers import CLIPModel, CLIPTokenizer
 
     model, tokenizer = CLIPModel.from_pretrained(folder).eval(), CLIPTokenizer.from_pretrained(folder)
-    processor = CLIPImageProcessorPil.from_pretrained(folder)
 
     def unit(vectors: torch.Tensor | np.ndarray) -> np.ndarray:
         return np.asarray(vectors) / np.linalg.norm(vectors, axis=-1, keepdims=True)
@@ -49,7 +59,7 @@ def similarities(folder: Path, image: torch.Tensor, detections: list[Detection])
         if detection.mask is not None:
             grey = Image.new("RGB", picture.size, "#999")
             picture = Image.composite(picture, grey, Image.fromarray(detection.mask.numpy()))
-        pixels = processor(picture.crop(detection.box), return_tensors="pt").pixel_values
+        pixels = prepared(picture.crop(detection.box))
         feature = unit(model.get_image_features(pixel_values=pixels).pooler_output[0])
         rows.append([])
         for colour in COLOURS:

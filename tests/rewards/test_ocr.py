@@ -1,6 +1,7 @@
 """OCR with the real engine on rendered text, and its spelling score."""
 
 import random
+import time
 from collections.abc import Callable
 
 import pytest
@@ -15,8 +16,12 @@ from rewards.ocr import quoted_text, spelling_score
     [
         ('a sign that says "Open late"', "Open late"),
         ('"first" and "second"', "first"),
-        ("a “curly” sign", "curly"),
-        ('“curly” before "straight"', "curly"),
+        ("a “curly” sign", None),  # as published
+        ('“curly” before "straight"', "straight"),
+        ('a 24" monitor showing "HELLO"', "HELLO"),
+        ('5" by 7"', None),
+        ('a frame of 5" by 7" that says "HELLO"', "HELLO"),
+        ('a sign that says "Route 66" and "67"', "Route 66"),  # a mark after a digit may close
         ('an empty "" then a "full" one', "full"),
         ('blanks "  " only', None),
         ('5" wide', None),  # one quote opens nothing
@@ -29,11 +34,44 @@ def test_quoted_text(text: str, expected: str | None) -> None:
 
 
 @pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("a “curly” sign", "curly"),
+        ('“curly” before "straight"', "curly"),
+        ('"straight" before “curly”', "straight"),
+        ("“unclosed “curly”", "curly"),
+        ("a 24” monitor showing “HELLO”", "HELLO"),
+        ("“ ” and “full”", "full"),
+        ("nothing", None),
+    ],
+)
+def test_curly_quotes_count_where_all_do(text: str, expected: str | None) -> None:
+    assert quoted_text(text, "all") == expected
+    assert OCR(quotes="all").judges(Prompt(text, "ocr")) == (expected is not None)
+    assert OCR(quotes="all").identity != OCR().identity
+
+
+def test_long_texts_take_no_time() -> None:
+    """A megabyte of opened quotes; a megabyte to write."""
+    begin = time.perf_counter()
+    assert quoted_text("“" * 10**6, "all") is quoted_text('1"' * 10**6, "all") is None
+    assert spelling_score("a" * 10**6, "Hello" * 20) == 0
+    assert time.perf_counter() - begin < 5
+
+
+@pytest.mark.parametrize(
     ("target", "read", "expected"),
     [
         ("HELLO", "HELLO", 1.0),
         ("Hello", "hELLO", 1.0),  # case is dropped
         ("Open late", "open  LATE", 1.0),  # spaces are dropped
+        ("Café", "CAFE\u0301", 1.0),  # composed and decomposed
+        ("e\u0301te\u0301", "ÉTÉ", 1.0),
+        ("ＨＥＬＬＯ", "hello", 1.0),  # full-width
+        ("STRA\u1e9eE", "straße", 1.0),  # capital and small sharp s
+        ("Straße", "STRASSE", 1.0),
+        ("no\u00a0break", "nobreak", 1.0),
+        ("été", "ete", 1 / 3),  # an accent left out is an error
         ("cat", "concatenate", 1.0),  # part of what was read
         ("HELLO", "HELPO", 0.8),  # 1 of 5 replaced
         ("HELLO", "HELO", 0.8),  # 1 of 5 left out
@@ -57,10 +95,12 @@ def test_spelling_score_agrees_with_the_textbook() -> None:
                 row.append(min(above[j] + 1, row[-1] + 1, above[j - 1] + (x != y)))
         return row[-1]
 
-    source = random.Random(0)
-    for _ in range(200):
-        target = "".join(source.choices("abc", k=source.randint(1, 40)))
-        read = "".join(source.choices("abc", k=source.randint(0, 90)))
+    source, cases = random.Random(0), [(200, 150)]
+    for longest, number in ((40, 200), (400, 5)):
+        cases += [(source.randint(1, longest), source.randint(0, longest)) for _ in range(number)]
+    for length, read_length in cases:
+        target = "".join(source.choices("abc", k=length))
+        read = "".join(source.choices("abc", k=read_length))
         d = 0 if target in read else min(distance(target, read), len(target))
         assert spelling_score(target, read) == pytest.approx(1 - d / len(target))
 
@@ -211,6 +251,7 @@ def test_the_engine_is_silent(ocr: OCR, capfd: pytest.CaptureFixture[str], pictu
         ({"upscale_to": 0}, "`upscale_to` must be >= 1 or None. Found 0"),
         ({"threads": 0}, "`threads` must be >= 1"),
         ({"workers": 0}, "`workers` must be >= 1"),
+        ({"quotes": "curly"}, "`quotes` must be 'straight' or 'all'. Found 'curly'"),
         ({"worker_kind": "fibre"}, "`worker_kind` must be 'thread' or 'process'. Found 'fibre'"),
     ],
 )

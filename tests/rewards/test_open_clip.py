@@ -9,8 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rewards import HPSv2, Prompt
-from rewards.open_clip import VIT_H_14
+from rewards import HPSv2, PickScore, Prompt
+from rewards.colours import ColourClassifier
+from rewards.open_clip import VIT_H_14, cleaned
 
 EMBED, WIDTH, TEXT_WIDTH, PATCH, SIZE, LENGTH, VOCABULARY = 16, 24, 32, 8, 32, 12, 194
 DESCRIPTION = {
@@ -136,3 +137,43 @@ def test_a_missing_weight_and_another_architecture_are_named(
     (folder / "open_clip_config.json").unlink()
     with pytest.raises(ValueError, match="HPSv2: .*plain.pt must hold the weights of the model that"):
         HPSv2(str(folder), "plain.pt", str(clip_folder)).setup()
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("a cat, on a mat", "a cat, on a mat"),
+        ("A  Cat\n on\u00a0a mat ", "a cat on a mat"),
+        ("salt &amp;amp; pepper", "salt & pepper"),
+        ("&quot;HI&quot;", '"hi"'),
+        ("it’s “so”", 'it\'s "so"'),
+        ("cafÃ©", "café"),
+        ("ﬁne ＡＢ", "fine ab"),
+    ],
+)
+def test_texts_are_cleaned_as_open_clip_does(text: str, expected: str) -> None:
+    assert cleaned(text) == expected
+
+
+def test_which_scorers_clean_texts(clip_folder: Path) -> None:
+    """Those published on open_clip; those on transformers do not."""
+    path, image = str(clip_folder), torch.rand(1, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(0))
+    same = {}
+    for reward in (HPSv2(path, file=None, processor_path=None), PickScore(path, None)):
+        reward.setup()
+        dirty, clean = (reward(images=image, prompts=[Prompt(text, "a")]) for text in ("it’s &amp;", "it's &"))
+        same[type(reward)] = torch.equal(dirty, clean)
+    assert same == {HPSv2: True, PickScore: False}
+    classifier = ColourClassifier(path)
+    classifier.setup()
+    assert torch.equal(classifier.tower.embed_texts(["it’s &amp;"]), classifier.tower.embed_texts(["it's &"]))
+
+
+def test_a_text_of_a_megabyte_is_cut_before_it_is_read(clip_folder: Path) -> None:
+    reward = HPSv2(str(clip_folder), file=None, processor_path=None)
+    reward.setup()
+    seen = []
+    reward.tower.clean = lambda text: (seen.append(text), text)[1]
+    long, short = "cat dog " * 10**5, "cat dog " * 100
+    assert torch.equal(reward.tower.embed_texts([long]), reward.tower.embed_texts([short]))
+    assert max(map(len, seen)) <= 100 * LENGTH

@@ -3,6 +3,7 @@
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 
@@ -74,8 +75,12 @@ def test_missing_scores_are_counted_and_stay_missing() -> None:
         (torch.zeros(2, 1), r"shape \(2,\), one score an image. Found \(2, 1\)"),
         (torch.zeros(2, 2), r"Found \(2, 2\)"),  # every prompt against every image
         (torch.zeros(()), r"Found \(\)"),
-        ([0.0, 0.0], "Found list"),
-        (torch.tensor([0.0, torch.inf]), "Found an infinity"),
+        ([0.0, 0.0], r"Found list\. Convert it"),
+        (np.zeros(2), r"Found numpy\.ndarray\. Convert it"),
+        (None, "Found NoneType"),
+        (torch.zeros(2, dtype=torch.complex64), r"Found a tensor of torch\.complex64"),
+        (torch.tensor([0.0, torch.inf]), "finite in float32.* Found inf"),
+        (torch.tensor([0.0, -1e300], dtype=torch.float64), r"finite in float32.* Found -1e\+300"),
     ],
 )
 def test_bad_results_are_named(result: object, message: str) -> None:
@@ -83,7 +88,7 @@ def test_bad_results_are_named(result: object, message: str) -> None:
         def score(self, *, images, prompts):
             return result
 
-    with pytest.raises(ValueError, match=f"^Wrong: `score` must .*{message}"):
+    with pytest.raises((TypeError, ValueError), match=f"^Wrong: `score` must .*{message}"):
         Wrong()(images=IMAGES, prompts=PROMPTS)
 
 
