@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import sys
 import warnings
 from collections.abc import Sequence
@@ -18,7 +17,7 @@ from balancers import Balancer
 from marble_lightning.alarms import Alarms
 from marble_lightning.callbacks import Pictures, ProgressBar, Results
 from marble_lightning.checkpoints import LAST, RoundCheckpoint, WholeCheckpointIO, folder_of_runs, last_of, warn
-from marble_lightning.export import export
+from marble_lightning.export import export, redacted_yaml
 from marble_lightning.harmony import Harmony
 from marble_lightning.memory import Memory
 from marble_lightning.module import DiffusionNFT
@@ -91,10 +90,9 @@ class MarbleCLI(LightningCLI):
             options.return_predictions = False
 
     def after_instantiate_classes(self) -> None:
-        """Let checkpoints hold the configuration as config.yaml in the run's folder does, but for keys: they travel."""
+        """Let checkpoints hold the configuration as config.yaml in the run's folder does, but for secrets: they travel."""
         config = self.config.get(str(self.subcommand), self.config)
-        text = self._parser(self.subcommand).dump(config, skip_none=False)
-        self.model.run_config = re.sub(r"(?m)^( *(?:\S*_(?:key|token)|password):) .*$", r"\1 null", text)
+        self.model.run_config = redacted_yaml(self._parser(self.subcommand).dump(config, skip_none=False))
 
     def instantiate_trainer(self, **options: Any) -> Trainer:
         """Have checkpoints written whole, unless a plugin of the user's writes them."""

@@ -8,10 +8,13 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
+import yaml
+
 from marble_lightning.checkpoints import WholeCheckpointIO, must_be_of_fit
 from marble_lightning.lora import Lora
 from marble_lightning.lora_files import FILE, write_lora
 from marble_lightning.whole_files import must_be_a_folder
+from rewards.redaction import redacted
 
 Which = Literal["ema", "policy"]
 ADAPTER_OF = {"ema": "ema", "policy": "trained"}
@@ -100,5 +103,10 @@ def about(checkpoint: dict[str, Any], which: Which) -> dict[str, str]:
     if "rewards" in checkpoint:
         known["rewards"] = json.dumps(checkpoint["rewards"])
     if config := checkpoint.get("config"):
-        known["config"] = config
+        known["config"] = redacted_yaml(config)  # again: older checkpoints may hold secrets
     return known
+
+
+def redacted_yaml(text: str) -> str:
+    """A configuration as YAML without its secrets, see `rewards.redaction`."""
+    return yaml.safe_dump(redacted(yaml.safe_load(text)), sort_keys=False, allow_unicode=True)

@@ -10,6 +10,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from rewards.frozen import frozen
+from rewards.redaction import redacted
 
 RANGE_TOLERANCE = 1e-3
 """How far outside [0, 1] a pixel may lie: room for a half-precision decoder's rounding, not for images in [-1, 1]."""
@@ -40,9 +41,10 @@ class Prompt:
 
 
 def identity_of(judge: object, scored_by: Sequence[str]) -> dict[str, str]:
-    """The class of a judge and those of the attributes named that it has, as text."""
+    """The class of a judge and those of the attributes named that it has, as text without secrets."""
     kind = f"{type(judge).__module__}.{type(judge).__qualname__}"
-    return {"class": kind} | {name: str(getattr(judge, name)) for name in scored_by if hasattr(judge, name)}
+    own = {name: str(getattr(judge, name)) for name in scored_by if hasattr(judge, name)}
+    return {"class": kind} | redacted(own)  # results are shared
 
 
 class Reward(nn.Module, ABC):

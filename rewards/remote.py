@@ -18,7 +18,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from http.cookiejar import DefaultCookiePolicy
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -26,11 +27,11 @@ from jaxtyping import Float, UInt8
 from torch import Tensor
 
 from rewards.base import Prompt, Reward
-from rewards.transport import check_connection, eight_bit, encode_png, map_in_threads, quote
+from rewards.http_client import Answer, JsonClient, Request, check_url, read_token
+from rewards.transport import eight_bit, encode_png, quote
 
-TRY_AGAIN = (429, 500, 502, 503, 504)
-"""Statuses that may be over soon."""
 LARGEST = torch.finfo(torch.float32).max
+REMEDY = "See that `url` names a server that speaks the protocol in `rewards.remote`, for instance `marble-lightning-serve`."
 
 
 class RemoteReward(Reward):
@@ -43,9 +44,12 @@ class RemoteReward(Reward):
         sources: names of the prompt sets it judges. None: all. A score the server does not give counts as missing.
         request_size: images in one request, >= 1.
         concurrency: requests in flight at once, >= 1, of each process that trains.
-        timeout: seconds to wait for an answer, > 0.
+        timeout: seconds for one try, from connecting to the answer's last byte, > 0.
         retries: further tries where the server is gone, too slow, overloaded or answers an error, >= 0.
-        backoff: the second further try waits twice this many seconds, each next twice as long as the last, >= 0.
+        backoff: the second further try waits twice this many seconds, each next twice as long as the last, >= 0. Where the
+            server asks for a longer pause (Retry-After) it gets it, up to a minute.
+        deadline: seconds for a request with all its tries and pauses, > 0.
+        token_variable: name of an environment variable with the token that the server asks for. None: none is sent.
         batch_size: images handed to `concurrency` requests at once, >= 1.
 
     Shape:
@@ -67,21 +71,18 @@ class RemoteReward(Reward):
         retries: int = 5,
         backoff: float = 0.5,
         batch_size: int = 128,
+        deadline: float = 300.0,
+        token_variable: str | None = None,
     ) -> None:
         super().__init__(batch_size, sources)
-        self.url = check_connection(
-            "RemoteReward", url=url, url_name="url", concurrency=concurrency, timeout=timeout, retries=retries
-        )
+        self.url = check_url("RemoteReward", "url", url)
         if request_size < 1:
             raise ValueError(f"RemoteReward: `request_size` must be >= 1. Found {request_size}. It counts images.")
-        if not backoff >= 0:
-            raise ValueError(f"RemoteReward: `backoff` must be >= 0 seconds. Found {backoff}. 0.5 is gentle to a server.")
         self.request_size = request_size
-        self.concurrency = concurrency
-        self.timeout = timeout
         self.retries = retries
-        self.backoff = backoff
-        self._session: Any = None
+        self._client = JsonClient("RemoteReward", self.url, REMEDY, concurrency, timeout, deadline, retries, backoff)
+        self.token_variable = token_variable
+        self._ready: JsonClient | None = None
 
     def setup(self) -> None:
         """Connect, and see that a reward answers.
@@ -90,29 +91,13 @@ class RemoteReward(Reward):
             ConnectionError: if the server is gone or answers an error.
             ValueError: if it answers something else than the protocol says.
         """
-        if self._session is not None:
+        if self._ready is not None:
             return
-        import requests
-        from requests.adapters import HTTPAdapter
-        from urllib3 import Retry
-
-        retry = Retry(
-            total=self.retries,
-            backoff_factor=self.backoff,
-            backoff_jitter=self.backoff,  # requests that failed together come back apart
-            status_forcelist=TRY_AGAIN,
-            allowed_methods=None,  # all, so POST too: scoring twice does no harm
-            raise_on_status=False,  # the last answer says what is wrong
-        )
-        session = requests.Session()
-        session.cookies.set_policy(DefaultCookiePolicy(allowed_domains=[]))  # all that threads would share and change
-        adapter = HTTPAdapter(pool_connections=1, pool_maxsize=self.concurrency, max_retries=retry)
-        session.mount("http://", adapter)
-        session.mount("https://", adapter)
-        health = self._ask(session, "GET", "/health")
+        client = replace(self._client, token=read_token("RemoteReward", self.token_variable))
+        (health,) = client.ask([Request("/health", client.json_of)])
         if not isinstance(health, dict) or not isinstance(health.get("reward"), str):
-            raise self._garbage("/health", '{"reward": name}', health)
-        self._session = session
+            raise client.garbage("/health", '{"reward": name}', health)
+        self._ready = client
 
     def score(self, *, images: Float[Tensor, "b 3 h w"], prompts: Sequence[Prompt]) -> Float[Tensor, "b"]:
         """What the server says; NaN for its null.
@@ -122,70 +107,45 @@ class RemoteReward(Reward):
             TypeError: if a prompt's metadata is not JSON.
             ValueError: if the server refuses what it is asked, or answers something else than one number or null an image.
         """
-        session = self._loaded(self._session)
-        pixels = eight_bit(images)
-
-        def ask(part: slice) -> list[float]:
-            return self._scores(session, pixels[part], prompts[part])
-
+        client, pixels = self._loaded(self._ready), eight_bit(images)
         parts = [slice(start, start + self.request_size) for start in range(0, len(prompts), self.request_size)]
-        found = map_in_threads(ask, parts, self.concurrency)
+        requests = [
+            Request("/score", partial(self._scores, client, len(own)), partial(body_of, pixels[part], own))
+            for part in parts
+            for own in [prompts[part]]
+        ]
+        found = client.ask(requests)
         return torch.tensor([score for part in found for score in part], dtype=torch.float32, device=images.device)
 
-    def _scores(self, session: Any, pixels: UInt8[Tensor, "b 3 h w"], prompts: Sequence[Prompt]) -> list[float]:
-        told = [{"text": prompt.text, "source": prompt.source, "metadata": dict(prompt.metadata)} for prompt in prompts]
-        try:
-            body = json.dumps({"images": [encode_png(image) for image in pixels], "prompts": told}, allow_nan=False)
-        except (TypeError, ValueError) as error:
-            raise TypeError(
-                f"RemoteReward: a prompt's `metadata` must be JSON. Found something else: {quote(error)}. "
-                "Keep to texts, finite numbers, lists and mappings."
-            ) from error
-        answer = self._ask(session, "POST", "/score", body.encode())
-        scores = answer.get("scores") if isinstance(answer, dict) else None
+    def _scores(self, client: JsonClient, count: int, answer: Answer) -> list[float]:
+        if 400 <= answer.status < 500:
+            raise ValueError(
+                f"RemoteReward: {client.shown}/score must accept what it is asked. Found {answer}. "
+                "Mend the prompts, or send less at once: lower `request_size`."
+            )
+        found = client.json_of(answer)
+        scores = found.get("scores") if isinstance(found, dict) else None
         if not isinstance(scores, list) or not all(score is None or is_number(score) for score in scores):
-            raise self._garbage("/score", '{"scores": [finite number or null, ...]}', answer)
-        if len(scores) != len(prompts):
-            raise self._garbage("/score", f"{len(prompts)} scores for {len(prompts)} images", f"{len(scores)} scores")
+            raise client.garbage("/score", '{"scores": [finite number or null, ...]}', found)
+        if len(scores) != count:
+            raise client.garbage("/score", f"{count} scores for {count} images", f"{len(scores)} scores")
         return [torch.nan if score is None else score for score in scores]
 
-    def _ask(self, session: Any, method: str, path: str, body: bytes | None = None) -> Any:
-        from requests import RequestException
 
-        try:
-            response = session.request(
-                method,
-                self.url + path,
-                data=body,
-                headers={"Content-Type": "application/json"},
-                timeout=self.timeout,
-                allow_redirects=False,  # a redirected POST would turn into a GET
-            )
-        except RequestException as error:
-            raise self._failure(path, quote(error)) from error
-        if method == "POST" and 400 <= response.status_code < 500 and response.status_code not in TRY_AGAIN:
-            raise ValueError(
-                f"RemoteReward: {self.url}{path} must accept what it is asked. Found {response.status_code} "
-                f"{response.reason}: {quote(response.text)}. Mend the prompts, or send less at once: lower `request_size`."
-            )
-        if response.status_code != 200:
-            raise self._failure(path, f"{response.status_code} {response.reason}: {quote(response.text)}")
-        try:
-            return response.json()
-        except ValueError as error:  # its JSONDecodeError, or a number of too many digits
-            raise self._garbage(path, "JSON", response.text) from error
+def body_of(pixels: UInt8[Tensor, "b 3 h w"], prompts: Sequence[Prompt]) -> bytes:
+    """The body of a request.
 
-    def _failure(self, path: str, said: str) -> ConnectionError:
-        return ConnectionError(
-            f"RemoteReward: {self.url}{path} must answer. Found after {1 + self.retries} tries at most: {said}. See that "
-            "the server runs and what its log says; raise `timeout` if it is slow, `retries` if it restarts."
-        )
-
-    def _garbage(self, path: str, expected: str, found: Any) -> ValueError:
-        return ValueError(
-            f"RemoteReward: {self.url}{path} must answer {expected}. Found '{quote(found)}'. See that `url` names a server "
-            "that speaks the protocol in `rewards.remote`, for instance `marble-lightning-serve`."
-        )
+    Raises:
+        TypeError: if a prompt's metadata is not JSON.
+    """
+    told = [{"text": prompt.text, "source": prompt.source, "metadata": dict(prompt.metadata)} for prompt in prompts]
+    try:
+        return json.dumps({"images": [encode_png(image) for image in pixels], "prompts": told}, allow_nan=False).encode()
+    except (TypeError, ValueError, RecursionError) as error:
+        raise TypeError(
+            f"RemoteReward: a prompt's `metadata` must be JSON. Found something else: {quote(error)}. "
+            "Keep to texts, finite numbers, lists and mappings."
+        ) from error
 
 
 def is_number(value: Any) -> bool:

@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import re
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from dataclasses import replace
+from functools import partial
 
 import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
 from rewards.base import Prompt, Reward
-from rewards.transport import check_connection, eight_bit, encode_png, map_in_threads, quote
-
-if TYPE_CHECKING:
-    from openai import OpenAI
+from rewards.http_client import Answer, JsonClient, Request, check_url
+from rewards.transport import eight_bit, encode_png, quote
 
 logger = logging.getLogger(__name__)
 
@@ -28,6 +28,8 @@ Text caption: {caption}"""
 
 FINAL_SCORE = re.compile(r"Final Score:\s*([1-5](?:\.\d+)?)(?!\d)")
 HIGHEST = 5
+REMEDY = "See that `base_url` names an OpenAI-compatible server and ends as its interface does, mostly in /v1."
+EXPECTED = "as OpenAI's interface does"
 
 
 def final_score(answer: str) -> float:
@@ -50,22 +52,21 @@ class UnifiedReward(Reward):
 
         vllm serve CodeGoat24/UnifiedReward-7b-v1.5 --port 17140
 
-    Needs the extra `unified`.
-
     Source: Wang et al., "Unified Reward Model for Multimodal Understanding and Generation", 2025; asked as in Flow-GRPO.
 
     Args:
         base_url: of the server's OpenAI-compatible interface, with its /v1.
         model: name under which the server has the model.
-        api_key: the server's key. None: the environment variable OPENAI_API_KEY, or "none" where that is not set. A run's
-            config.yaml holds what is given here; its checkpoints, and what is exported from them, do not.
+        api_key: the server's key. None: the environment variable OPENAI_API_KEY, which is the better place, or no key where
+            that is not set. A run's config.yaml holds what is given here; checkpoints and exported files do not.
         question: what is asked about the image, with {caption} where the prompt goes. None: rate alignment and quality.
         size: side in pixels of the square the image is resized to, >= 1.
         max_tokens: longest answer, >= 1. One that is cut before its rating is missing.
         concurrency: requests in flight at once, >= 1, of each process that trains.
-        timeout: seconds to wait for an answer, > 0.
-        retries: further tries where the server is gone, too slow, overloaded or answers an error, >= 0; waits half a
-            second before the first and twice as long before each next, up to 8 seconds.
+        timeout: seconds for one try, from connecting to the answer's last byte, > 0.
+        retries: further tries where the server is gone, too slow, overloaded or answers an error, >= 0; waits a second
+            before the second and twice as long before each next, or what the server asks for (Retry-After), up to a minute.
+        deadline: seconds for a request with all its tries and pauses, > 0.
         batch_size: images handed to `concurrency` requests at once, >= 1.
 
     Shape:
@@ -89,11 +90,10 @@ class UnifiedReward(Reward):
         timeout: float = 120.0,
         retries: int = 5,
         batch_size: int = 128,
+        deadline: float = 300.0,
     ) -> None:
         super().__init__(batch_size)
-        self.base_url = check_connection(
-            "UnifiedReward", url=base_url, url_name="base_url", concurrency=concurrency, timeout=timeout, retries=retries
-        )
+        self.base_url = check_url("UnifiedReward", "base_url", base_url)
         if question is not None and "{caption}" not in question:
             raise ValueError(
                 f"UnifiedReward: `question` must hold {{caption}}. Found '{quote(question)}'. Say where it goes."
@@ -107,45 +107,31 @@ class UnifiedReward(Reward):
         self.question = QUESTION if question is None else question
         self.size = size
         self.max_tokens = max_tokens
-        self.concurrency = concurrency
-        self.timeout = timeout
         self.retries = retries
-        self._client: OpenAI | None = None
+        self._client = JsonClient("UnifiedReward", self.base_url, REMEDY, concurrency, timeout, deadline, retries)
+        self._ready: JsonClient | None = None
 
     def setup(self) -> None:
         """Connect, and see that the server answers and has the model.
 
         Raises:
-            ImportError: if the package `openai` is not there.
             ConnectionError: if the server is gone or answers an error.
             ValueError: if it does not have the model.
         """
-        if self._client is not None:
+        if self._ready is not None:
             return
+        client = replace(self._client, token=self.api_key or os.environ.get("OPENAI_API_KEY") or None)
+        (listing,) = client.ask([Request("/models", client.json_of)])
         try:
-            from openai import OpenAI
-        except ImportError as error:
-            raise ImportError(
-                "UnifiedReward: the package `openai` must be installed. Found none. "
-                "Install the extra: pip install 'marble-lightning[unified]'."
-            ) from error
-        client = OpenAI(
-            base_url=self.base_url,
-            api_key=self.api_key or os.environ.get("OPENAI_API_KEY") or "none",
-            timeout=self.timeout,
-            max_retries=self.retries,
-        )
-        listing = self._call("/models", client.models.list)
-        try:
-            served = [model.id for model in listing.data]
-        except (AttributeError, TypeError) as error:
-            raise self._garbage("/models", listing) from error
+            served = [str(model["id"]) for model in listing["data"]]
+        except (KeyError, TypeError) as error:
+            raise client.garbage("/models", EXPECTED, listing) from error
         if self.model not in served:
             raise ValueError(
-                f"UnifiedReward: `model` must be one that {self.base_url} serves. Found '{self.model}'; it has "
-                f"{', '.join(served) or 'none'}. Name one of those, or start the server with this one."
+                f"UnifiedReward: `model` must be one that {client.shown} serves. Found '{self.model}'; it has "
+                f"{quote(', '.join(served)) or 'none'}. Name one of those, or start the server with this one."
             )
-        self._client = client
+        self._ready = client
 
     def score(self, *, images: Float[Tensor, "b 3 h w"], prompts: Sequence[Prompt]) -> Float[Tensor, "b"]:
         """Rating / 5; NaN where the answer has none.
@@ -154,59 +140,30 @@ class UnifiedReward(Reward):
             ConnectionError: if the server is gone, or still answers errors after all retries.
             ValueError: if it answers something that is no chat completion.
         """
-        client = self._loaded(self._client)
+        client, pixels = self._loaded(self._ready), eight_bit(images)
+        read = partial(self._rating, client)
+        pairs = zip(pixels, prompts, strict=True)
+        ratings = client.ask([Request("/chat/completions", read, partial(self._question, *pair)) for pair in pairs])
+        return torch.tensor(ratings, device=images.device)
 
-        def rate(pair: tuple[UInt8[Tensor, "3 h w"], Prompt]) -> float:
-            answer = self._ask(client, *pair)
-            rating = final_score(answer)
-            if rating != rating:
-                logger.warning("UnifiedReward: no 'Final Score' from 1 to 5 in '%s'; it is missing", quote(answer))
-            return rating
-
-        pairs = list(zip(eight_bit(images), prompts, strict=True))
-        return torch.tensor(map_in_threads(rate, pairs, self.concurrency), device=images.device)
-
-    def _ask(self, client: OpenAI, pixels: UInt8[Tensor, "3 h w"], prompt: Prompt) -> str:
+    def _question(self, pixels: UInt8[Tensor, "3 h w"], prompt: Prompt) -> bytes:
         picture = {"url": f"data:image/png;base64,{encode_png(pixels, self.size)}"}
-        content: list[Any] = [
+        content = [
             {"type": "image_url", "image_url": picture},
             {"type": "text", "text": self.question.replace("{caption}", prompt.text)},
         ]
-        completion = self._call(
-            "/chat/completions",
-            client.chat.completions.create,
-            model=self.model,
-            messages=[{"role": "user", "content": content}],
-            temperature=0,
-            max_tokens=self.max_tokens,
-        )
+        asked = {"model": self.model, "messages": [{"role": "user", "content": content}], "temperature": 0}
+        return json.dumps(asked | {"max_tokens": self.max_tokens}).encode()
+
+    def _rating(self, client: JsonClient, answer: Answer) -> float:
+        completion = client.json_of(answer)
         try:
-            answer = completion.choices[0].message.content
-        except (AttributeError, IndexError, TypeError) as error:  # the package checks no answer's form
-            raise self._garbage("/chat/completions", completion) from error
-        if answer is not None and not isinstance(answer, str):
-            raise self._garbage("/chat/completions", completion)
-        return answer or ""
-
-    def _call(self, path: str, method: Any, **arguments: Any) -> Any:
-        from openai import APIStatusError, OpenAIError
-
-        try:
-            return method(**arguments)
-        except OpenAIError as error:
-            if isinstance(error, APIStatusError):
-                said = f"{error.status_code} {error.response.reason_phrase}: {quote(error.response.text)}"
-            else:
-                said = quote(f"{error} {error.__cause__ or ''}")
-            raise ConnectionError(
-                f"UnifiedReward: {self.base_url}{path} must answer. Found after {1 + self.retries} tries at most: {said}. "
-                "See that the server runs and what its log says; raise `timeout` if it is slow, `retries` if it restarts."
-            ) from error
-        except ValueError as error:  # JSON in name only
-            raise self._garbage(path, error) from error
-
-    def _garbage(self, path: str, found: Any) -> ValueError:
-        return ValueError(
-            f"UnifiedReward: {self.base_url}{path} must answer as OpenAI's interface does. Found '{quote(found)}'. "
-            "See that `base_url` names an OpenAI-compatible server and ends as its interface does, mostly in /v1."
-        )
+            text = completion["choices"][0]["message"]["content"]
+        except (KeyError, IndexError, TypeError) as error:
+            raise client.garbage(answer.path, EXPECTED, completion) from error
+        if text is not None and not isinstance(text, str):
+            raise client.garbage(answer.path, EXPECTED, completion)
+        rating = final_score(text or "")
+        if rating != rating:
+            logger.warning("UnifiedReward: no 'Final Score' from 1 to 5 in '%s'; it is missing", quote(text or ""))
+        return rating

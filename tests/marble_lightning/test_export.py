@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from marble_lightning.cli import main
-from marble_lightning.export import export
+from marble_lightning.export import about, export
 from marble_lightning.lora_files import FILE
 from marble_lightning.policy import TARGETS, SD3Policy
 from marble_lightning.seeds import generator
@@ -195,6 +195,12 @@ def test_fit_export_load_and_start_from_it(small, checkpoints, tmp_path, capsys)
 
     main(["fit", *small, "--model.policy.init_lora", str(folder)])
     assert column(capsys.readouterr().out, "base") == trained
+
+
+def test_secrets_of_older_checkpoints_stay_out_of_the_header():
+    old = "model:\n  token: sk-secret\n  max_tokens: 7\n  url: http://me:pass@host\n"
+    header = about({"global_step": 1, "epoch": 0, "config": old}, "ema")
+    assert yaml.safe_load(header["config"]) == {"model": {"token": None, "max_tokens": 7, "url": "http://host"}}
 
 
 def test_help_tells_of_export(capsys):

@@ -111,14 +111,19 @@ def test_options_that_a_schedule_moves_are_those_asked_for(checkpoints, tmp_path
     assert "The optimizer goes on" not in caplog.text
 
 
-def test_keys_do_not_travel_with_checkpoints(checkpoints, tmp_path):
-    unified = {"class_path": "rewards.UnifiedReward", "init_args": {"api_key": "sk-secret", "max_tokens": 7}}
+def test_secrets_do_not_travel_with_checkpoints(checkpoints, tmp_path):
+    unified = {"class_path": "rewards.UnifiedReward"}
+    unified["init_args"] = {
+        "api_key": "sk-secret\n\nover several\nlines",
+        "max_tokens": 7,
+        "base_url": "http://me:pa-ss@host/v1",
+    }
     run = options(checkpoints, tmp_path, **ONE | {"model.metrics": "{}"})
     cli = command_line([*run, "--model.rewards.unified", json.dumps(unified)], run=False)
-    assert cli.model.rewards["unified"].api_key == "sk-secret"
-    assert "sk-secret" not in cli.model.run_config
+    assert cli.model.rewards["unified"].api_key == unified["init_args"]["api_key"]
+    assert not any(part in cli.model.run_config for part in ("sk-secret", "over several", "lines", "pa-ss"))
     kept = yaml.safe_load(cli.model.run_config)["model"]["rewards"]["unified"]["init_args"]
-    assert (kept["api_key"], kept["max_tokens"]) == (None, 7)
+    assert (kept["api_key"], kept["max_tokens"], kept["base_url"]) == (None, 7, "http://host/v1")
 
 
 def test_what_torch_will_not_load_is_named(checkpoints, first, tmp_path):

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import base64
+import gzip
 import os
 import signal
+import socket
+import struct
 import subprocess
 import sys
 import threading
 import time
+import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,7 +24,8 @@ import requests
 import torch
 from aiohttp import web
 
-from marble_lightning.serve import RUNNING, main, make_app
+from marble_lightning.serve import RUNNING, Limits, main, make_app
+from marble_lightning.serve_access import guard, hosts_of
 from rewards import OCR, JPEGCompressibility, Prompt, RemoteReward, Reward
 from rewards.transport import encode_png
 
@@ -29,12 +35,12 @@ PNG = encode_png(torch.zeros(3, 4, 4, dtype=torch.uint8))
 
 
 @contextmanager
-def served(reward: Reward, **arguments: Any) -> Iterator[str]:
+def served(reward: Reward, access: Any = None, **limits: Any) -> Iterator[str]:
     """The URL of a server around `reward`, in a thread of this process."""
     loop, started, urls = asyncio.new_event_loop(), threading.Event(), []
 
     async def start() -> web.AppRunner:
-        runner = web.AppRunner(make_app(reward, **arguments), **RUNNING)
+        runner = web.AppRunner(make_app(reward, limits=Limits(**limits), access=access), **RUNNING)
         await runner.setup()
         site = web.TCPSite(runner, "127.0.0.1", 0)
         await site.start()
@@ -176,8 +182,7 @@ def test_health_is_answered_while_scoring_and_one_scores_at_a_time() -> None:
 def test_what_no_client_waits_for_is_not_scored() -> None:
     reward = Slow()
     with served(reward) as url:
-        client = remote(url, request_size=1, concurrency=4)
-        client.timeout = 0.3
+        client = remote(url, request_size=1, concurrency=4, timeout=0.3)
         with pytest.raises(ConnectionError, match="timed out"):
             client(images=pictures(4), prompts=[Prompt("a cat", "plain")] * 4)
         assert reward.begun.is_set()
@@ -222,6 +227,9 @@ OTHER_SIZE = encode_png(torch.zeros(3, 4, 5, dtype=torch.uint8))
         ({"images": [PNG], "prompts": [{**PROMPT, "text": 3}]}, "prompts[0] must be"),
         ({"images": [PNG], "prompts": [{**PROMPT, "metadata": []}]}, "prompts[0] must be"),
         ({"images": [PNG], "prompts": [{**PROMPT, "colour": "red"}]}, "prompts[0] must be"),
+        (b'{"images": ' + b"[" * 100_000, "the body must be JSON of a few levels"),
+        (b"[" + b"[]," * 340_000 + b"{}" * 330_000, "the body must hold at most 1000000 values. Found about 1010001"),
+        ({"images": [PNG] * 1025, "prompts": [PROMPT] * 1025}, "`images` must hold at most 1024. Found 1025"),
     ],
     ids=lambda value: repr(value)[:40],
 )
@@ -234,7 +242,7 @@ def test_bad_requests_are_named(plain_url: str, body: Any, message: str) -> None
 
 @pytest.fixture(scope="module")
 def plain_url() -> Iterator[str]:
-    with served(JPEGCompressibility(), max_body_mb=1) as url:
+    with served(JPEGCompressibility(), max_body_mb=2) as url:
         yield url
 
 
@@ -248,7 +256,7 @@ def test_other_pages_are_named_errors_too(plain_url: str) -> None:
 
 
 def test_a_body_beyond_the_limit(plain_url: str) -> None:
-    large = pictures(1, 700, 700)  # noise, so its PNG has about as many bytes as it has values
+    large = pictures(1, 1000, 1000)  # noise, so its PNG has about as many bytes as it has values
     with pytest.raises(ValueError, match="413 .*Send fewer images, or raise --max_body_mb"):
         remote(plain_url)(images=large, prompts=[Prompt("a cat", "plain")])
 
@@ -274,9 +282,127 @@ def test_mistakes_on_the_command_line(arguments: list[str], message: str, capsys
     assert message in capsys.readouterr().err
 
 
-def test_the_size_limit_is_checked() -> None:
-    with pytest.raises(ValueError, match="`max_body_mb` must be >= 1. Found 0"):
-        main(["--reward", "JPEGCompressibility", "--max_body_mb", "0"])
+@pytest.mark.parametrize(
+    ("side", "count", "found"), [(9000, 1, "1 of 9000 x 9000"), (1000, 34, "34 of 1000 x 1000"), (12000, 1, "1 of 12000")]
+)
+def test_pixels_are_counted_before_they_are_decoded(plain_url: str, side: int, count: int, found: str) -> None:
+    """Black PNGs are small. That of 9000 x 9000 took 46 seconds and 3.7 GB."""
+    png = black_png(side, side)
+    body = {"images": [png] * count, "prompts": [PROMPT] * count}
+    begun = time.monotonic()
+    answer = requests.post(f"{plain_url}/score", json=body, timeout=60)
+    assert time.monotonic() - begun < 1
+    assert answer.status_code == 400
+    assert "`images` must have at most 33554432 pixels together" in answer.json()["error"]
+    assert found in answer.json()["error"]
+
+
+def black_png(height: int, width: int) -> str:
+    """A PNG's header, and pixels that no test decodes."""
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    chunks = ((b"IHDR", header), (b"IDAT", zlib.compress(bytes(100))), (b"IEND", b""))
+    parts = [
+        struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data)) for name, data in chunks
+    ]
+    return base64.b64encode(b"\x89PNG\r\n\x1a\n" + b"".join(parts)).decode()
+
+
+def test_a_compressed_body_is_not_expanded(plain_url: str) -> None:
+    headers = {"Content-Encoding": "gzip"}
+    answer = requests.post(f"{plain_url}/score", data=gzip.compress(bytes(10**6)), headers=headers, timeout=10)
+    assert (answer.status_code, "must not be compressed" in answer.text) == (415, True)
+
+
+def test_a_body_without_a_length_has_the_same_limit(plain_url: str) -> None:
+    answer = requests.post(f"{plain_url}/score", data=iter([bytes(2**20)] * 3), timeout=10)
+    assert (answer.status_code, "raise --max_body_mb" in answer.text) == (413, True)
+
+
+def test_a_slow_body_ends_by_a_deadline_and_frees_its_place() -> None:
+    with served(JPEGCompressibility(), max_requests=1, body_timeout=0.4) as url:
+        host, port = url.removeprefix("http://").split(":")
+        with socket.create_connection((host, int(port)), timeout=10) as slow:
+            slow.sendall(b"POST /score HTTP/1.1\r\nHost: localhost\r\nContent-Length: 100\r\n\r\n{")
+            time.sleep(0.1)
+            assert len(remote(url)(images=pictures(1), prompts=[Prompt("a cat", "plain")])) == 1
+            said = slow.recv(1000)
+    assert said.startswith(b"HTTP/1.1 408 ")
+    assert b"The body must arrive within 0.4 seconds" in said
+
+
+def test_bodies_in_memory_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A third request is not read while two wait for their scores, even if these are given up."""
+    reward, read = Slow(), []
+
+    async def read_body(request: web.Request, max_bytes: int) -> bytes:
+        read.append(request)
+        return await request.read()
+
+    monkeypatch.setattr("marble_lightning.serve.read_body", read_body)
+    with served(reward, max_requests=2) as url:
+        with pytest.raises(ConnectionError, match="timed out"):
+            remote(url, request_size=1, concurrency=5, timeout=0.4)(
+                images=pictures(5), prompts=[Prompt("a cat", "plain")] * 5
+            )
+        assert len(read) == 2
+        reward.gate.set()
+        assert len(remote(url)(images=pictures(1), prompts=[Prompt("a cat", "plain")])) == 1
+
+
+OK = {"Host": "localhost"}
+
+
+@pytest.mark.parametrize(
+    ("address", "allowed", "headers", "status"),
+    [
+        ("127.0.0.1", [], {"Host": "localhost:80"}, 200),
+        ("127.0.0.1", [], {"Host": "[::1]:80"}, 200),
+        ("127.0.0.1", [], {"Host": "evil.org:80"}, 403),
+        ("127.0.0.1", [], {"Host": "["}, 403),
+        ("127.0.0.1", ["gpu1"], {"Host": "GPU1:80"}, 200),
+        ("0.0.0.0", [], {"Host": "gpu1.lab"}, 200),
+        ("0.0.0.0", ["gpu1"], {"Host": "gpu1.lab"}, 403),
+        ("127.0.0.1", [], OK | {"Origin": "http://localhost"}, 200),
+        ("127.0.0.1", [], OK | {"Origin": "http://localhost:3000"}, 403),
+        ("0.0.0.0", [], OK | {"Origin": "https://evil.org"}, 403),
+        ("127.0.0.1", [], OK | {"Origin": "null"}, 403),
+        ("127.0.0.1", [], OK | {"Origin": "http://["}, 403),
+        ("127.0.0.1", ["mine.org"], OK | {"Origin": "https://mine.org:1"}, 200),
+    ],
+)
+def test_hosts_and_origins(address: str, allowed: list[str], headers: dict[str, str], status: int) -> None:
+    body = {"images": [PNG], "prompts": [PROMPT]}
+    with served(JPEGCompressibility(), guard(hosts_of(address, allowed), allowed)) as url:
+        answers = [requests.get(f"{url}/health", headers=headers, timeout=10)]
+        answers.append(requests.post(f"{url}/score", headers=headers, json=body, timeout=10))
+    assert [answer.status_code for answer in answers] == [status] * 2
+    assert status == 200 or "--allow_host" in answers[0].json()["error"]
+
+
+def test_a_token(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MINE", "s3cret")
+    with served(JPEGCompressibility(), guard(None, token="s3cret")) as url:
+        assert len(remote(url, token_variable="MINE")(images=pictures(1), prompts=[Prompt("a cat", "plain")])) == 1
+        for headers in ({}, {"Authorization": "Bearer other"}, {"Authorization": "s3cret"}):
+            answer = requests.get(f"{url}/health", headers=headers, timeout=10)
+            assert (answer.status_code, answer.headers["WWW-Authenticate"]) == (401, "Bearer")
+        with pytest.raises(ConnectionError, match="401 .*must bring this server's token.*Set `token_variable`"):
+            remote(url)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--max_body_mb", "0"], "`max_body_mb` must be >= 1. Found 0"),
+        (["--max_pixels", "0"], "`max_pixels` must be >= 1. Found 0"),
+        (["--max_requests", "0"], "`max_requests` must be >= 1. Found 0"),
+        (["--body_timeout", "0"], "`body_timeout` must be > 0 seconds. Found 0"),
+        (["--token_variable", "NOBODY_SETS_THIS"], "Found nothing in NOBODY_SETS_THIS"),
+    ],
+)
+def test_limits_are_checked(arguments: list[str], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        main(["--reward", "JPEGCompressibility", *arguments])
 
 
 def test_help(capsys: pytest.CaptureFixture[str]) -> None:

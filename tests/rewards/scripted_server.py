@@ -7,7 +7,8 @@ import io
 import json
 import socket
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
@@ -23,7 +24,8 @@ Answer = Callable[[str, Any], Any]
 
 
 class ScriptedServer:
-    """Answers `answer(path, body)`: a mapping (200, JSON), bytes (200), (status, either), `DROP` or `CUT`.
+    """Answers `answer(path, body)`: a mapping (200, JSON), bytes (200), (status, either), `DROP`, `CUT`, or an iterator of
+    what is sent as it is.
 
     `asked` and `headers` are those of POST requests, `most_in_flight` how many requests were being answered at once.
     """
@@ -68,6 +70,11 @@ class ScriptedServer:
                 self._send(reply)
 
             def _send(self, reply: Any) -> None:
+                if isinstance(reply, Iterator):
+                    self.close_connection = True
+                    for part in reply:
+                        self.wfile.write(part)
+                    return
                 if reply is DROP or reply is CUT:
                     if reply is CUT:
                         self.wfile.write(b'HTTP/1.1 200 OK\r\nContent-Length: 1000\r\n\r\n{"scores": [')
@@ -78,7 +85,6 @@ class ScriptedServer:
                 self.send_response(status)
                 self.send_header("Content-Type", "application/json")
                 self.send_header("Content-Length", str(len(raw)))
-                self.send_header("Retry-After-Ms", "5")  # OpenAI's client waits this long instead of half a second
                 self.end_headers()
                 self.wfile.write(raw)
 
@@ -106,7 +112,8 @@ class ScriptedServer:
         self._server.shutdown()
         self._server.server_close()
         for connection in list(self._open):
-            connection.shutdown(socket.SHUT_RDWR)
+            with suppress(OSError):  # the client was quicker
+                connection.shutdown(socket.SHUT_RDWR)
 
 
 def judge(png: str, text: str) -> float:

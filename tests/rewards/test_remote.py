@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
+import base64
+import gzip
+import itertools
+import os
+import signal
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -145,7 +151,7 @@ def test_trouble_that_stays_is_reported_as_the_server_tells_it() -> None:
         asked.append(1)
         return 500, {"error": "PickScore: CUDA is out of memory."}
 
-    with pytest.raises(ConnectionError, match=r"after 3 tries at most: 500 Internal Server Error.*CUDA is out of memory"):
+    with pytest.raises(ConnectionError, match=r"after 3 of 3 tries, .*: 500 Internal Server Error.*CUDA is out of memory"):
         scored(answer)
     assert len(asked) == 3
 
@@ -168,6 +174,8 @@ def test_what_will_not_pass_is_not_tried_again(status: int, error: type[Exceptio
     [
         (b"<html>It works!</html>", r"must answer JSON\. Found '<html>It works!</html>'"),
         (b"", r"must answer JSON\. Found ''"),
+        (b'{"scores": ' + b"[" * 100_000, r"must answer JSON\. Found '.\"scores\": \[\[\["),
+        (b'{"scores": [' + b"1" * 5000 + b", 2]}", r"must answer JSON\."),
         ([0.1, 0.2], r'must answer \{"scores": .*Found .\[0.1, 0.2\]'),
         ({"score": [0.1, 0.2]}, r'must answer \{"scores": '),
         ({"scores": 0.1}, r'must answer \{"scores": '),
@@ -230,6 +238,117 @@ def test_setup_notices_another_kind_of_server(reply: Any, error: type[Exception]
         ready(server)
 
 
+HEAD = b"HTTP/1.1 200 OK\r\nContent-Length: 100000000\r\n\r\n"
+
+
+def slowly(text: bytes) -> Iterator[bytes]:
+    """A byte at a time, each sooner than a time-out for one read would notice."""
+    for byte in text:
+        yield bytes([byte])
+        time.sleep(0.05)
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        lambda: slowly(HEAD + b" " * 1000),
+        lambda: itertools.chain([HEAD], slowly(b" " * 1000)),
+        lambda: itertools.chain([b"HTTP/1.1 200 OK\r\n"], (b"X: y\r\n" for _ in slowly(b" " * 1000))),
+        lambda: slowly(b"HTTP/1.1 100 Continue\r\n\r\n" * 100),
+        lambda: (503, b""),
+    ],
+    ids=["headers", "body", "more and more headers", "not yet", "busy"],
+)
+def test_one_deadline_for_headers_body_and_tries(answer: Callable[[], Any]) -> None:
+    begun = time.monotonic()
+    with pytest.raises(ConnectionError, match="within `deadline`, 0.6 s: (timed out|503 Service)"):
+        scored(lambda body: answer(), timeout=0.4, deadline=0.6, retries=100)
+    assert time.monotonic() - begun < 1.5
+
+
+@pytest.mark.parametrize("wait", ["3600", "Thu, 01 Jan 2093 00:00:00 GMT"])
+def test_a_server_cannot_ask_for_any_pause(wait: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    busy = f"HTTP/1.1 503 Busy\r\nRetry-After: {wait}\r\nContent-Length: 0\r\nConnection: close\r\n\r\n".encode()
+    replies = iter([iter([busy])])
+    begun = time.monotonic()
+    with pytest.raises(ConnectionError, match="after 1 of 3 tries, within `deadline`, 1 s: 503 Busy"):
+        scored(lambda body: iter([busy]), deadline=1)
+    assert time.monotonic() - begun < 1
+    monkeypatch.setattr("rewards.http_client.LONGEST_PAUSE", 0.3)
+    torch.testing.assert_close(scored(lambda body: next(replies, None) or remote_reward("/score", body)), expected(2))
+    assert 0.3 < time.monotonic() - begun < 2
+
+
+def test_a_server_is_given_the_pause_it_asks_for() -> None:
+    replies = iter([iter([b"HTTP/1.1 429 Busy\r\nRetry-After: 1\r\nContent-Length: 0\r\nConnection: close\r\n\r\n"])])
+    begun = time.monotonic()
+    torch.testing.assert_close(scored(lambda body: next(replies, None) or remote_reward("/score", body)), expected(2))
+    assert time.monotonic() - begun > 1
+
+
+@pytest.mark.parametrize("head", [HEAD, b"HTTP/1.1 500 No\r\n\r\n"], ids=["declared", "without a length"])
+def test_an_answer_is_not_read_beyond_what_scores_take(head: bytes) -> None:
+    sent = []
+
+    def endless() -> Iterator[bytes]:
+        yield head
+        for _ in range(100):
+            sent.append(1)
+            yield b" " * 2**20
+
+    with pytest.raises(ValueError, match="/score must answer at most 4194304 bytes. Found 'more'"):
+        scored(lambda body: endless())
+    assert len(sent) < 50  # and what the sockets hold
+
+
+def test_a_compressed_answer_is_not_expanded() -> None:
+    bomb = gzip.compress(b" " * 10**6)
+    reply = b"HTTP/1.1 200 OK\r\nContent-Encoding: gzip\r\nContent-Length: %d\r\n\r\n" % len(bomb) + bomb
+    with pytest.raises(ValueError, match="/score must answer JSON"):
+        scored(lambda body: iter([reply]))
+
+
+def test_whoever_waits_can_be_interrupted() -> None:
+    """Python runs a signal's handler in the main thread, which must not be deaf while a server is slow."""
+
+    def handler(*_: Any) -> None:
+        raise InterruptedError
+
+    old = signal.signal(signal.SIGUSR1, handler)
+    begun = time.monotonic()
+    try:
+        with pytest.raises(InterruptedError):
+            scored(lambda body: os.kill(os.getpid(), signal.SIGUSR1) or slowly(HEAD + b" " * 100))
+    finally:
+        signal.signal(signal.SIGUSR1, old)
+    assert time.monotonic() - begun < 2
+
+
+def test_where_a_loop_is_running_already() -> None:
+    """As in a notebook."""
+
+    async def cell() -> torch.Tensor:
+        return scored(lambda body: remote_reward("/score", body))
+
+    torch.testing.assert_close(asyncio.run(cell()), expected(2))
+
+
+def test_a_password_in_the_url_is_used_and_not_shown() -> None:
+    with ScriptedServer(remote_reward) as server:
+        reward = RemoteReward(server.url.replace("://", "://me:pass@"), retries=0)
+        reward.setup()
+        reward(images=shades(1), prompts=[PROMPT])
+        assert server.headers[-1]["Authorization"] == "Basic " + base64.b64encode(b"me:pass").decode()
+        server.stop()
+        with pytest.raises(ConnectionError, match=r"RemoteReward: http://127") as error:
+            reward(images=shades(1), prompts=[PROMPT])
+    assert "pass" not in str(error.value)
+    for url in ("me:pass@host", "ftp://me:pass@host", "http://me:pass@host:port"):
+        with pytest.raises(ValueError, match="Found '.*host") as error:
+            RemoteReward(url)
+        assert "pass" not in str(error.value)
+
+
 def test_setup_notices_that_nobody_is_there() -> None:
     with ScriptedServer(remote_reward) as server:
         server.stop()
@@ -246,10 +365,11 @@ def test_metadata_must_be_json() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"url": "localhost:8000"}, "`url` must begin with http:// or https://. Found 'localhost:8000'"),
+        ({"url": "localhost:8000"}, "`url` must begin with http:// or https:// and name a host. Found 'localhost:8000'"),
         ({"sources": []}, "`sources` must be a list that names a prompt set"),
         ({"request_size": 0}, "`request_size` must be >= 1. Found 0"),
         ({"concurrency": 0}, "`concurrency` must be >= 1. Found 0"),
+        ({"deadline": 0}, "`deadline` must be > 0 seconds. Found 0"),
         ({"timeout": 0}, "`timeout` must be > 0 seconds. Found 0"),
         ({"retries": -1}, "`retries` must be >= 0. Found -1"),
         ({"backoff": -0.1}, "`backoff` must be >= 0 seconds"),

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import random
-import threading
 
-import pytest
 import torch
 
-from rewards.transport import decode_png, eight_bit, encode_png, map_in_threads
+from rewards.transport import decode, eight_bit, encode_png, open_png
 
 
 def pictures(count: int, height: int = 24, width: int = 32) -> torch.Tensor:
@@ -26,7 +24,7 @@ def test_damaged_pictures_are_refused_or_read_but_nothing_else() -> None:
         for _ in range(source.randint(1, 4)):
             letters[source.randrange(len(letters))] = source.choice(text)
         try:
-            decode_png("".join(letters))
+            decode(open_png("".join(letters)))
         except ValueError as error:
             refused += "an image must be" in str(error)
         else:
@@ -37,27 +35,9 @@ def test_damaged_pictures_are_refused_or_read_but_nothing_else() -> None:
 
 def test_any_8_bit_picture_comes_back_as_it_was() -> None:
     image = pictures(1)
-    assert torch.equal(decode_png(encode_png(eight_bit(image)[0])), image[0])
+    assert torch.equal(decode(open_png(encode_png(eight_bit(image)[0]))), eight_bit(image)[0])
 
 
 def test_pixels_are_rounded_not_cut() -> None:
     levels = torch.tensor([0.0, 0.4, 0.6, 254.4, 254.6, 255.0]).div(255).view(1, 1, 1, -1).expand(1, 3, 1, -1)
     assert eight_bit(levels)[0, 0, 0].tolist() == [0, 0, 1, 254, 255, 255]
-
-
-def test_nothing_new_begins_after_an_error() -> None:
-    begun: list[int] = []
-    first_two = threading.Barrier(2, timeout=5)
-
-    def work(item: int) -> int:
-        begun.append(item)
-        if item < 2:
-            first_two.wait()
-        if item == 0:
-            raise ArithmeticError("zero")
-        threading.Event().wait(0.05)  # longer than it takes to call the rest off
-        return item
-
-    with pytest.raises(ArithmeticError, match="zero"):
-        map_in_threads(work, range(100), threads=2)
-    assert len(begun) < 10

@@ -1,0 +1,58 @@
+"""What is taken for a secret, and what is not."""
+
+from __future__ import annotations
+
+import pytest
+
+from rewards import RemoteReward
+from rewards.redaction import redacted, strip_secrets
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["token", "secret", "apikey", "api_key", "key", "auth", "authorization", "Authorization", "password", "headers",
+     "credential", "credentials", "HF_TOKEN", "apiKey", "X-Api-Key", "access_token", "client_secret", "HFToken"],
+)  # fmt: skip
+def test_names_of_secrets(name: str) -> None:
+    assert redacted({name: "s3cret"}) == {name: None}
+    assert redacted({"init_args": [{name: "two\nlines"}]}) == {"init_args": [{name: None}]}
+    assert redacted({name: {"class_path": "Basic", "list": ["a", {"b": "c"}]}}) == {
+        name: {"class_path": None, "list": [None, {"b": None}]}
+    }
+
+
+@pytest.mark.parametrize(
+    "tree",
+    [
+        {"max_tokens": "7", "tokenizer_path": "a/b", "monkey": "x", "author": "me", "keyboard": "y", "heading": "z"},
+        {"pad_token": 3, "key": None, "use_auth": True},
+        {"scale": 1e-4, "names": ["a", "b"], "text": "a: b@c, see http://host/@me"},
+    ],
+)
+def test_all_else_stays(tree: dict[str, object]) -> None:
+    assert redacted(tree) == tree
+
+
+def test_a_password_may_be_a_number() -> None:
+    assert redacted({"password": 1234, "db_password": 1.5}) == {"password": None, "db_password": None}
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("http://me:pass@host:80/v1", "http://host:80/v1"),
+        ("http://token@host", "http://host"),
+        ("postgresql+psycopg://me:p@ss@host/db and s3://a:b@c", "postgresql+psycopg://host/db and s3://c"),
+        ("https://host/@me?q=a@b", "https://host/@me?q=a@b"),
+        ("https://host/x?model=m&access_token=abc&n=1", "https://host/x?model=m&access_token=***&n=1"),
+        ("me@host.org", "me@host.org"),
+    ],
+)
+def test_urls(text: str, shown: str) -> None:
+    assert strip_secrets(text) == shown
+    assert redacted({"url": text, "list": [text]}) == {"url": shown, "list": [shown]}
+
+
+def test_what_results_say_of_a_reward_has_no_secret() -> None:
+    reward = RemoteReward("http://me:pass@host/v1?key=abc")
+    assert reward.identity["url"] == "http://host/v1?key=***"
