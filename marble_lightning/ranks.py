@@ -10,6 +10,10 @@ from torch import distributed
 T = TypeVar("T")
 
 
+class OnAllRanks(Exception):
+    """Raised by every rank at the same place, so that all of them may wait for each other once more before they end."""
+
+
 def gathered(items: Sequence[T]) -> list[T]:
     """All ranks' items, rank by rank; all ranks must ask, and all get them.
 
