@@ -69,7 +69,7 @@ def load_checked(path: str | Path, content: Content, **options: Any) -> dict[str
     try:
         return _checked(file, content, **options)
     except Refused as refused:
-        other = newest_usable(file)
+        other = newest_usable(file, content if content is TO_EXPORT else TO_FIT)  # Lightning does not say which it is for
         remedy = f"give the newest whole one: --ckpt_path {other}" if other else "there is no whole one beside it"
         raise ValueError(f"{refused}; {remedy}") from refused
 
@@ -97,21 +97,21 @@ def must_be_of_fit(found: Any, content: Content, file: str | Path | None) -> Non
         )
 
 
-def newest_usable(refused: Path) -> Path | None:
+def newest_usable(refused: Path, content: Content = TO_FIT) -> Path | None:
     """The newest checkpoint of `fit`, whole and finite, beside one that is not, or else of the other runs of its name."""
     folder = refused.parent
     for found in (folder.glob("*.ckpt"), folder.parent.parent.glob(f"*/{folder.name}/*.ckpt")):
         others = {file.resolve() for file in found if file.exists()} - {refused.resolve()}
         for file in sorted(others, key=time_of, reverse=True):
-            if is_usable(file):
+            if is_usable(file, content):
                 return file
     return None
 
 
-def is_usable(file: Path) -> bool:
-    """Whether `fit` can go on from a file."""
+def is_usable(file: Path, content: Content = TO_FIT) -> bool:
+    """Whether a file is a checkpoint of `fit` that is whole, finite, and holds what is needed."""
     try:
-        _checked(file, TO_FIT, map_location="cpu", weights_only=True)
+        _checked(file, content, map_location="cpu", weights_only=True)
     except ValueError:
         return False
     return True

@@ -272,8 +272,8 @@ class DiffusionNFT(HeldOutEvaluation):
             keep = self.averaging.old_decay(self.global_step)
             must(0 <= keep <= 1, f"`old_decay` of {type(self.averaging).__name__} must return 0 to 1", keep)
             self.policy.move("old", towards="trained", by=1 - keep)
-            with torch.no_grad(), self.policy.using("old"):  # no loss follows the last step: try what samples next
-                self.finite.note(self.policy.velocity(batch.noisy, batch.t, batch.conditions))
+            with self.trainer.precision_plugin.forward_context():  # no loss follows the last step: try what samples next
+                self.finite.note(self._velocity(batch, "old"))
             self.log("time/training", time.perf_counter() - self.trained_since, sync_dist=True)
         self.finite.note(*self.trainable)
         self.finite.check_step(self.trainer.strategy, self.global_step, self._scaler)

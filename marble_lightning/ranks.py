@@ -10,8 +10,8 @@ from torch import distributed
 T = TypeVar("T")
 
 
-class OnAllRanks(Exception):
-    """Raised by every rank at the same place, so that all of them may wait for each other once more before they end."""
+class OnAllRanks:
+    """An exception that every rank raises at the same place, so that they may wait for each other before they end."""
 
 
 def gathered(items: Sequence[T]) -> list[T]:

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import threading
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -84,8 +85,10 @@ class Stops(Callback):
             self.asked = max(self.asked, number + how)
             if number == signal.SIGINT:
                 signal.signal(signal.SIGINT, signal.SIG_DFL)  # which also ends a process that waits for another one
-                # neither print nor logging may be called within a call of its own, where a signal may come
-                os.write(2, b"\nCtrl-C: the run ends in good order, which may take some seconds. Again ends it at once.\n")
+                with suppress(OSError):  # neither print nor logging may be called within a call of its own, as here
+                    os.write(
+                        2, b"\nCtrl-C: the run ends in good order, which may take some seconds. Again ends it at once.\n"
+                    )
 
         return handler
 

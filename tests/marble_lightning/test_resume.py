@@ -83,12 +83,10 @@ def uninterrupted(checkpoints, tmp_path_factory):
     return state(last(folder))
 
 
-def stop(moments: list[str], runs: list[list[str]], folder: Path, command: str = "fit") -> list[tuple[int, str]]:
-    """Fit in processes that are stopped at these moments; returns the exit status of each and what it said."""
+def stop(moments: list[str], runs: list[list[str]], folder: Path) -> list[tuple[int, str]]:
+    """Run in processes that are stopped at these moments; returns the exit status of each and what it said."""
     said = [folder / f"said_{index}.txt" for index in range(len(runs))]
-    wanted = json.dumps(
-        [(moment, [command, *run], str(file)) for moment, run, file in zip(moments, runs, said, strict=True)]
-    )
+    wanted = json.dumps([(moment, run, str(file)) for moment, run, file in zip(moments, runs, said, strict=True)])
     ended = subprocess.run(
         [sys.executable, stopped.__file__, wanted], cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)},
         capture_output=True, text=True, timeout=280, check=False,
@@ -111,12 +109,16 @@ SIGNALS = {
 @pytest.fixture(scope="module")
 def stops(checkpoints, tmp_path_factory):
     """By moment: the folder of a run that was stopped then, its exit status and what it said."""
-    alone = ["SIGTERM before", "SIGINT twice", "SIGUSR1"]
+    alone = ["SIGTERM before", "SIGINT twice", "SIGINT while judging", "SIGUSR1"]
     folders = {moment: tmp_path_factory.mktemp("stopped") for moment in [*KILLS, *SIGNALS, *alone]}
     folders["queued again"] = folders["another job"] = folders["SIGUSR1"]
     rarely, one = {"checkpoints.every_n_rounds": 10}, {"trainer.max_epochs": 1, "trainer.check_val_every_n_epoch": 1}
     more = dict.fromkeys([*SIGNALS, "SIGUSR1"], rarely) | {"another job": one}
-    runs = [options(checkpoints, folder, **more.get(moment, {})) for moment, folder in folders.items()]
+    commands = {"SIGINT while judging": "validate"}
+    runs = [
+        [commands.get(moment, "fit"), *options(checkpoints, folder, **more.get(moment, {}))]
+        for moment, folder in folders.items()
+    ]
     ended = stop(list(folders), runs, tmp_path_factory.mktemp("said"))
     return {moment: (folder, *each) for (moment, folder), each in zip(folders.items(), ended, strict=True)}
 
@@ -154,10 +156,10 @@ def test_a_second_ctrl_c_ends_the_run_at_once(stops):
     assert last(folder).resolve().name == "round_0000.ckpt"
 
 
-def test_what_is_not_fit_stops_too(checkpoints, tmp_path):
-    ((status, said),) = stop(["SIGINT while judging"], [options(checkpoints, tmp_path)], tmp_path, "validate")
+def test_what_is_not_fit_stops_too(stops):
+    folder, status, said = stops["SIGINT while judging"]
     assert status == 130 and "Stopped by SIGINT before the end: no scores were written." in said
-    assert not list(tmp_path.rglob("results.json"))
+    assert not list(folder.rglob("results.json"))
 
 
 def test_a_job_that_slurm_queues_again_goes_on_bit_for_bit(uninterrupted, stops):

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 from types import SimpleNamespace
 
 import pytest
 import torch
 
+from marble_lightning import cli
 from marble_lightning.stops import MICRO_BATCHES, Stopped, Stops, status
 
 
@@ -102,3 +104,18 @@ def test_signals_that_are_ignored_stay_so(handlers):
         signal.signal(number, signal.SIG_IGN)
     Stops().on_train_start(trainer(1, 1, Strategy()), None)
     assert {signal.getsignal(number) for number in (signal.SIGHUP, signal.SIGINT)} == {signal.SIG_IGN}
+
+
+def test_ctrl_c_before_a_run_begins_has_its_status_too(monkeypatch):
+    """Lightning makes a 1 of it."""
+
+    def interrupted(_):
+        try:
+            raise KeyboardInterrupt
+        except KeyboardInterrupt:
+            sys.exit(1)
+
+    monkeypatch.setattr(cli, "command_line", interrupted)
+    with pytest.raises(SystemExit) as end:
+        cli.main(["fit"])
+    assert end.value.code == 130
