@@ -21,6 +21,7 @@ from marble_lightning.pictures import grid, scores_text, to_image
 from marble_lightning.ranks import gathered
 from marble_lightning.results import JSON, Measured, document, read, write
 from marble_lightning.table import held_out_table, tags_table
+from marble_lightning.whole_files import written_whole
 
 
 class ProgressBar(TQDMProgressBar):
@@ -73,9 +74,9 @@ class Pictures(Callback):
         if not shown or not trainer.is_global_zero:
             return
         sheet = grid([image for image, _ in shown.values()], [text for _, text in shown.values()])
-        folder.mkdir(parents=True, exist_ok=True)
         step = f"_{trainer.global_step:06d}" if trainer.state.fn == "fit" else ""
-        to_image(sheet).save(folder / f"held_out{step}.png")
+        with written_whole(folder / f"held_out{step}.png") as beside:
+            to_image(sheet).save(beside)
         if isinstance(trainer.logger, TensorBoardLogger):
             trainer.logger.experiment.add_image("held_out", sheet, trainer.global_step)
 

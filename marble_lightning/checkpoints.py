@@ -6,9 +6,7 @@ import logging
 import os
 import shutil
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any
-from zipfile import BadZipFile, ZipFile, is_zipfile
 
 import torch
 from lightning.fabric.plugins import TorchCheckpointIO
@@ -17,61 +15,13 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_only
 from torch.optim import Optimizer
 
-from marble_lightning.stops import Stopped, job, link_of_job
-from marble_lightning.whole_files import folder_to_disk, written_whole
+from marble_lightning.checkpoint_content import LAST, TO_EVALUATE, load_checked, time_of
+from marble_lightning.ranks import OnAllRanks
+from marble_lightning.stops import job, link_of_job
+from marble_lightning.whole_files import folder_to_disk, remove_unfinished, scratch_for, written_whole
 
 log = logging.getLogger(__name__)
 warn = rank_zero_only(log.warning)
-
-LAST = "last.ckpt"
-
-
-def damage(path: str | Path) -> str | None:
-    """What is wrong with a checkpoint file, or None where it is whole: every record is there and matches its checksum.
-
-    torch.load itself compares no checksums.
-    """
-    file = Path(path)
-    if not file.exists():
-        return f"it points to {os.readlink(file)}, which is gone" if file.is_symlink() else f"no such file from {Path.cwd()}"
-    try:
-        if not is_zipfile(file):
-            return f"its end is missing, or it is no checkpoint ({file.stat().st_size} bytes)"
-        with ZipFile(file) as archive:
-            if any(record.compress_size != record.file_size or record.external_attr for record in archive.infolist()):
-                return "its directory of records is wrong"  # torch compresses nothing and sets no attribute
-            broken = archive.testzip()
-    except (BadZipFile, OSError, EOFError, NotImplementedError, RuntimeError, ValueError) as error:
-        return f"it cannot be read: {error}"
-    return f"its record {broken} does not match its checksum" if broken else None
-
-
-def must_be_of_fit(found: Any, file: str | Path | None) -> None:
-    """Refuse what another program has written.
-
-    Args:
-        found: What a checkpoint holds.
-        file: Which it is.
-
-    Raises:
-        ValueError: It lacks what `fit` writes.
-    """
-    if not isinstance(found, dict) or not {"lora", "state_dict", "epoch", "global_step"} <= found.keys():
-        raise ValueError(
-            "`ckpt_path` must be a checkpoint that `marble-lightning fit` wrote. Found another program's, "
-            f"{file}, without the adapters' settings."
-        )
-
-
-def newest_whole(damaged: Path) -> Path | None:
-    """The newest whole checkpoint beside a damaged one, or else of the other runs of its name."""
-    folder = damaged.parent
-    for found in (folder.glob("*.ckpt"), folder.parent.parent.glob(f"*/{folder.name}/*.ckpt")):
-        others = {file.resolve() for file in found if file.exists()} - {damaged.resolve()}
-        for file in sorted(others, key=lambda file: file.stat().st_mtime_ns, reverse=True):
-            if damage(file) is None:
-                return file
-    return None
 
 
 def folder_of_runs(trainer: Trainer) -> Path:
@@ -85,22 +35,17 @@ def last_of(trainer: Trainer) -> Path | None:
     """The newest `last.ckpt` of the trainer's runs of one name, if there is one."""
     version = "." if trainer.logger is None else "*"  # ModelCheckpoint's own choice
     found = folder_of_runs(trainer).glob(f"{version}/checkpoints/{LAST}")
-    return max(found, key=_time, default=None)  # also a link that leads nowhere: loading says so
-
-
-def _time(file: Path) -> int:
-    return (file.stat() if file.exists() else file.lstat()).st_mtime_ns
+    return max(found, key=time_of, default=None)  # also a link that leads nowhere: loading says so
 
 
 def point(link: Path, to: Path) -> None:
     """Make a symbolic link lead elsewhere in one step, so that it leads somewhere at any moment."""
-    temporary = link.with_name(f".{link.name}.tmp")
-    temporary.unlink(missing_ok=True)
-    try:
-        os.symlink(os.path.relpath(to, link.parent), temporary)
-    except OSError:  # on Windows a privilege of few
-        shutil.copy(to, temporary)
-    os.replace(temporary, link)
+    with scratch_for(link) as beside:
+        try:
+            os.symlink(os.path.relpath(to, link.parent), beside)
+        except OSError:  # on Windows a privilege of few
+            shutil.copy(to, beside)
+        os.replace(beside, link)
     folder_to_disk(link.parent)
 
 
@@ -111,53 +56,42 @@ def _is_newest(trainer: Trainer, file: Path, link: Path) -> None:
         point(link_of_job(folder_of_runs(trainer), name), file)
 
 
+class NotWritten(OSError):
+    """A checkpoint file could not be written."""
+
+
 class WholeCheckpointIO(TorchCheckpointIO):
     """Lightning's checkpoint files, whole on disk before they get their name, and checked before they are loaded.
 
     Lightning writes to the system's temporary folder and moves the file from there. Between two file systems that is a copy,
-    which a kill cuts short under the final name; and nothing makes sure that the disk has it. Files that are not local are
-    left to Lightning. The command line uses it; in Python: `Trainer(plugins=[WholeCheckpointIO()])`.
+    which a kill cuts short under the final name; and nothing makes sure that the disk has it. `DiffusionNFT` uses it unless
+    the trainer was given another plugin.
     """
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any | None = None) -> None:
-        """Write it as `written_whole` does."""
+        """Write it as `written_whole` does; files that are not local are left to Lightning.
+
+        Raises:
+            NotWritten: With the file, which is not there or as it was before.
+        """
         if storage_options is not None or "://" in str(path):
             super().save_checkpoint(checkpoint, path, storage_options)
             return
-        with written_whole(Path(path)) as beside, beside.open("wb") as stream:
-            torch.save(checkpoint, stream)
+        try:
+            with written_whole(Path(path)) as beside, beside.open("wb") as stream:
+                torch.save(checkpoint, stream)
+        except (OSError, RuntimeError) as error:  # torch says RuntimeError where a stream takes no more
+            raise NotWritten(f"The checkpoint {path} must be written to a disk with room for it. Found {error}.") from error
 
     def load_checkpoint(self, path: str | Path, *arguments: Any, **options: Any) -> dict[str, Any]:
-        """Load a checkpoint that is whole.
+        """Load a checkpoint of `fit` from this machine.
 
         Raises:
-            ValueError: It is not, or another program's; says what is wrong and which one to give instead.
+            ValueError: It is elsewhere, damaged, incomplete, another program's, or not finite.
         """
-        if "://" not in str(path):
-            if Path(path).is_dir():
-                inside = max(Path(path).rglob(LAST), key=_time, default=None)
-                raise ValueError(
-                    f"`ckpt_path` must be a file. Found the folder {path}" + (f"; give {inside}" if inside else "")
-                )
-            if wrong := damage(path):
-                raise _refused(Path(path), wrong)
-        try:
-            return super().load_checkpoint(path, *arguments, **options)
-        except UnpicklingError as error:
-            said = str(error).splitlines()
-            why = next((line.strip() for line in said if "GLOBAL" in line or "Unsupported" in line), said[0])
-            raise ValueError(
-                "`ckpt_path` must be a checkpoint that `marble-lightning fit` wrote. Found another program's, or one in "
-                f"which a callback of yours keeps what torch will not load, {path}: {why.partition('. Please')[0]}."
-            ) from error
-        except RuntimeError as error:  # a flaw in the directory of records that only torch minds
-            raise _refused(Path(path), str(error)) from error
-
-
-def _refused(file: Path, wrong: str) -> ValueError:
-    other = newest_whole(file)
-    remedy = f"give the newest whole one: --ckpt_path {other}" if other else "there is no whole one beside it"
-    return ValueError(f"`ckpt_path` must be a whole checkpoint. Found {file}: {wrong}; {remedy}")
+        names = ("map_location", "weights_only")
+        on_cpu = {"map_location": lambda storage, location: storage}
+        return load_checked(path, TO_EVALUATE, **{**on_cpu, **dict(zip(names, arguments, strict=False)), **options})
 
 
 def options_of(optimizer: Optimizer) -> dict[str, Any]:
@@ -209,6 +143,12 @@ class RoundCheckpoint(ModelCheckpoint):
             _is_newest(trainer, Path(filepath), Path(linkpath))
         trainer.strategy.barrier()
 
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        super().setup(trainer, pl_module, stage)
+        if trainer.is_global_zero:  # what kills have left in any run of this name
+            runs = folder_of_runs(trainer)
+            remove_unfinished([runs, *runs.glob("*/"), *runs.glob("*/*/")])
+
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_train_start(trainer, pl_module)
         if trainer.ckpt_path:
@@ -236,19 +176,23 @@ class RoundCheckpoint(ModelCheckpoint):
             if trainer.state.fn == "fit" and not trainer.sanity_checking and begun and trainer.is_global_zero:
                 self._keep_beginning(trainer)
         finally:
-            if isinstance(exception, Stopped):  # on all ranks; none may end, and have its launcher end the others, before
+            if isinstance(exception, OnAllRanks):  # none may end, and have its launcher end the others, before
                 trainer.strategy.barrier()
 
     def _keep_beginning(self, trainer: Trainer) -> None:
         # no hook of ours may wait for other ranks here, as Trainer.save_checkpoint would: they may not come
         state = trainer._checkpoint_connector.dump_checkpoint(weights_only=False)
         rounds = state["loops"]["fit_loop"]["epoch_progress"]["current"]["processed"]
-        there = [self.resumed] if self.resumed else []
-        if self.best_model_score is not None:
-            there.append((int(self.best_model_score), self.best_model_path))
+        written = [(int(step), path) for path, step in self.best_k_models.items()]  # or not, where a write has failed
+        there = [each for each in [*written, *([self.resumed] if self.resumed else [])] if Path(each[1]).exists()]
         step, path = max(there, default=(-1, ""))
         if step < state["global_step"]:
-            path = str(Path(self.dirpath or ".") / f"before_round_{rounds:04d}.ckpt")
-            trainer.strategy.save_checkpoint(state, path)
-            _is_newest(trainer, Path(path), Path(path).with_name(LAST))
-        warn(f"Stopped after {rounds} whole round(s). Go on from there: --ckpt_path {path}")
+            beginning = Path(self.dirpath or ".") / f"before_round_{rounds:04d}.ckpt"
+            try:
+                trainer.strategy.save_checkpoint(state, beginning)
+                path = str(beginning)
+                _is_newest(trainer, beginning, beginning.with_name(LAST))
+            except OSError as error:
+                warn(f"The run's state after {rounds} whole round(s) is lost. {error}")
+        remedy = f"Go on from there: --ckpt_path {path}" if path else "There is no checkpoint to go on from."
+        warn(f"Stopped after {rounds} whole round(s). {remedy}")

@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 import warnings
 from collections.abc import Sequence
 from typing import Any
 
 from jsonargparse import auto_cli, set_parsing_settings
-from lightning.fabric.plugins import TorchCheckpointIO
-from lightning.pytorch import Callback, Trainer
+from lightning.pytorch import Callback
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from balancers import Balancer
 from marble_lightning.alarms import Alarms
 from marble_lightning.callbacks import Pictures, ProgressBar, Results
-from marble_lightning.checkpoints import LAST, RoundCheckpoint, WholeCheckpointIO, folder_of_runs, last_of, warn
+from marble_lightning.checkpoints import LAST, RoundCheckpoint, folder_of_runs, last_of, warn
 from marble_lightning.export import export, redacted_yaml
 from marble_lightning.harmony import Harmony
 from marble_lightning.memory import Memory
@@ -25,6 +25,7 @@ from marble_lightning.predictions import PictureWriter
 from marble_lightning.prompts import PromptDataModule
 from marble_lightning.settings import Averaging
 from marble_lightning.stops import Stops, left_by_this_job, status
+from marble_lightning.whole_files import local_path
 
 ABOUT = "Fine-tune Stable Diffusion 3 by reinforcement learning on several rewards at once."
 EXPORT = "export: Write a checkpoint's adapter as a LoRA for diffusers and ComfyUI; see `marble-lightning export --help`."
@@ -94,13 +95,6 @@ class MarbleCLI(LightningCLI):
         config = self.config.get(str(self.subcommand), self.config)
         self.model.run_config = redacted_yaml(self._parser(self.subcommand).dump(config, skip_none=False))
 
-    def instantiate_trainer(self, **options: Any) -> Trainer:
-        """Have checkpoints written whole, unless a plugin of the user's writes them."""
-        trainer = super().instantiate_trainer(**options)
-        if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
-            trainer.strategy.checkpoint_io = WholeCheckpointIO()
-        return trainer
-
     def before_fit(self) -> None:
         """Find the checkpoint to go on from: that of a job which SLURM has queued again, or what `--ckpt_path last` means.
 
@@ -113,6 +107,7 @@ class MarbleCLI(LightningCLI):
             warn(f"SLURM has queued this job again; it goes on from {found}.")
             options.ckpt_path = str(found)
         if options.ckpt_path != "last":
+            options.ckpt_path = options.ckpt_path and str(local_path("ckpt_path", options.ckpt_path))
             return
         found = last_of(self.trainer)
         if found is None and self.subcommand != "fit":
@@ -134,6 +129,10 @@ def main(args: Sequence[str] | None = None) -> None:
         command_line(args)
     except SIGTERMException as end:
         sys.exit(status(end))
+    except SystemExit as end:
+        if isinstance(end.__context__, KeyboardInterrupt):  # where `Stops` does not look, Lightning makes a 1 of it
+            end.code = 128 + signal.SIGINT
+        raise
 
 
 def command_line(args: Sequence[str] | None = None, run: bool = True) -> MarbleCLI:

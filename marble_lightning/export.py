@@ -10,10 +10,10 @@ from typing import Any, Literal
 
 import yaml
 
-from marble_lightning.checkpoints import WholeCheckpointIO, must_be_of_fit
+from marble_lightning.checkpoint_content import TO_EXPORT, load_checked
 from marble_lightning.lora import Lora
 from marble_lightning.lora_files import FILE, write_lora
-from marble_lightning.whole_files import must_be_a_folder
+from marble_lightning.whole_files import local_path, must_be_a_folder, remove_unfinished
 from rewards.redaction import redacted
 
 Which = Literal["ema", "policy"]
@@ -35,13 +35,14 @@ def export(ckpt_path: str | Path, to: str | Path, which: Which = "ema", overwrit
     Raises:
         ValueError: The checkpoint is damaged or not from `fit`, or there is such a file already.
     """
-    file, folder = Path(ckpt_path).expanduser(), Path(to).expanduser()
+    file, folder = local_path("ckpt_path", ckpt_path), Path(to).expanduser()
     must_be_a_folder("to", folder)
+    remove_unfinished([folder])
     if (folder / FILE).exists() and not overwrite:
         raise ValueError(
             f"`to` must be a folder without {FILE}. Found one in {folder}; choose another, or add --overwrite true."
         )
-    checkpoint = load_checkpoint(file)
+    checkpoint = load_checked(file, TO_EXPORT, map_location="cpu", weights_only=True)
     written = write_lora(
         adapter_of(checkpoint, which, file), folder, checkpoint["lora"]["targets"], about(checkpoint, which)
     )
@@ -54,22 +55,11 @@ def export(ckpt_path: str | Path, to: str | Path, which: Which = "ema", overwrit
     return written
 
 
-def load_checkpoint(file: Path) -> dict[str, Any]:
-    """A checkpoint of `fit`, on the CPU.
-
-    Raises:
-        ValueError: There is none, it is damaged, or another program wrote it.
-    """
-    found = WholeCheckpointIO().load_checkpoint(file, map_location="cpu", weights_only=True)
-    must_be_of_fit(found, file)
-    return found
-
-
 def adapter_of(checkpoint: dict[str, Any], which: Which, file: Path) -> Lora:
     """One adapter of a checkpoint.
 
     Raises:
-        ValueError: A layer lacks a tensor or has one of another rank, or numbers are not finite.
+        ValueError: A layer lacks a tensor or has one of another rank.
     """
     rank, alpha = checkpoint["lora"]["rank"], checkpoint["lora"]["alpha"]
     pattern = re.compile(rf"policy\.transformer\.(.+\.lora_[AB])\.{ADAPTER_OF[which]}\.weight")
@@ -81,11 +71,6 @@ def adapter_of(checkpoint: dict[str, Any], which: Which, file: Path) -> Lora:
         raise ValueError(
             f"`ckpt_path` must hold two tensors of rank {rank} for every layer of the adapter {ADAPTER_OF[which]!r}. "
             f"Found {len(tensors)} of ranks {sorted(ranks)} for {len(lora.layers)} layers in {file}."
-        )
-    if broken := [name for name, tensor in tensors.items() if not tensor.isfinite().all()]:
-        raise ValueError(
-            f"`ckpt_path` must hold finite numbers. Found others in {len(broken)} of {len(tensors)} tensors of {file}; "
-            "the run went astray, an earlier checkpoint may do."
         )
     return lora
 

@@ -9,12 +9,14 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torchmetrics import CatMetric
 
-from marble_lightning.checkpoints import must_be_of_fit, warn
+from marble_lightning.checkpoint_content import TO_EVALUATE, TO_FIT, must_be_of_fit
+from marble_lightning.checkpoints import WholeCheckpointIO, warn
 from marble_lightning.checks import (
     enough_held_out_prompts,
     every_prompt_can_be_judged,
@@ -22,6 +24,7 @@ from marble_lightning.checks import (
     the_data,
     the_precision,
 )
+from marble_lightning.divergence import Finite
 from marble_lightning.flow_policy import Conditions, FlowPolicy, is_adapter, joined
 from marble_lightning.round_start import RoundStart
 from marble_lightning.scoring import Scorer, exit_is_failure
@@ -79,11 +82,14 @@ class HeldOutEvaluation(LightningModule):
         self.run_config: str | None = None
         """The run's configuration as YAML, where there is one, to be kept in checkpoints."""
         self.round_start = RoundStart()
+        self.finite = Finite()
 
     def setup(self, stage: str) -> None:
         """Check settings and prompts, then load the weights of the policy and of those judges that are asked."""
         data = the_data(self.trainer)
         the_precision(self.trainer)
+        if type(self.trainer.strategy.checkpoint_io) is TorchCheckpointIO:  # not a plugin of the user's
+            self.trainer.strategy.checkpoint_io = WholeCheckpointIO()
         self.asked = self._asked(stage, data.held_out)
         if stage != "fit" or self.trainer.limit_val_batches:
             enough_held_out_prompts(self.trainer)
@@ -172,7 +178,13 @@ class HeldOutEvaluation(LightningModule):
         base = self.trainer.sanity_checking and self.policy.init_lora is None  # also where a run is resumed
         adapter = None if base else self.policy.adapter
         latents = self.policy.sample(conditions, noise, adapter, unconditional=empty, **options)
-        return self.policy.decode(latents)
+        images = self.policy.decode(latents)
+        self.finite.note(latents, images)
+        return images
+
+    def _check_pictures(self) -> None:
+        trained = not self.trainer.sanity_checking and self.judged_adapter != "none"
+        self.finite.check_pictures(self.trainer.strategy, trained)
 
     def _encoded(self, batch: HeldOut) -> tuple[Conditions, Conditions | None]:
         """The encoded prompts of a batch, and the empty one where guidance needs it.
@@ -196,6 +208,7 @@ class HeldOutEvaluation(LightningModule):
         prompts = data.held_out[:: data.held_out_images]
         scores = per_prompt(self.held_out_scores.compute().cpu(), len(prompts), data.held_out_images)
         self.held_out_scores.reset()
+        self._check_pictures()
         skipped = self.scorer.check(self.trainer.strategy)
         self.scorer.release()
         if self.trainer.sanity_checking:
@@ -215,6 +228,7 @@ class HeldOutEvaluation(LightningModule):
     on_test_epoch_end = on_validation_epoch_end
 
     def on_predict_epoch_end(self) -> None:
+        self._check_pictures()
         self.scorer.check(self.trainer.strategy)
 
     # Checkpoints ----------------------------------------------------------------------------------------------------
@@ -235,7 +249,7 @@ class HeldOutEvaluation(LightningModule):
                 "`ckpt_path` must be null where `policy.adapter` is none: a checkpoint holds adapters, and none is used. "
                 f"Found {self.trainer.ckpt_path}; choose the adapter ema or trained to judge it."
             )
-        must_be_of_fit(checkpoint, self.trainer.ckpt_path)
+        must_be_of_fit(checkpoint, TO_FIT if self.trainer.state.fn == "fit" else TO_EVALUATE, self.trainer.ckpt_path)
         if checkpoint["lora"] != self.policy.lora:
             raise ValueError(
                 f"The checkpoint must hold adapters like this policy's: {self.policy.lora}. Found {checkpoint['lora']}; "

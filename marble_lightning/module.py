@@ -148,6 +148,7 @@ class DiffusionNFT(HeldOutEvaluation):
             seed: Of prompts and noise: the run's for the round to train on, another for an independent one.
 
         Raises:
+            Diverged: Pictures are not finite; on all ranks.
             RewardError: A reward failed; on all ranks, whichever it was.
         """
         self.scorer.release()  # Lightning put them there, and text encoders need the room
@@ -167,10 +168,12 @@ class DiffusionNFT(HeldOutEvaluation):
                 )
             latents.append(sampled)
             drawn = images[chunk[0] : chunk[-1] + 1].copy_(self.policy.decode(sampled))
+            self.finite.note(sampled, drawn)
             self.scorer.submit(drawn, [prompts[group] for group in own.tolist()], self.rewards)
         sampled_all = time.perf_counter()
         scores = self.scorer.collect(lambda jobs: self._progress(jobs, "scoring"))
         waited = time.perf_counter() - sampled_all
+        self.finite.check_pictures(self.trainer.strategy, trained=self.global_step > 0)
         skipped = self.scorer.check(self.trainer.strategy)
         self.scorer.release()
         return Sampled(Rollout(conditions, groups.to(self.device), torch.cat(latents)), images, scores, skipped, waited)
@@ -258,6 +261,8 @@ class DiffusionNFT(HeldOutEvaluation):
 
     def on_train_batch_end(self, outputs: Any, batch: MicroBatch, batch_idx: int) -> None:
         """After an optimizer step the averaged adapter follows; after the round's last one the old adapter does."""
+        if self._scaler is None:  # it skips a step where a loss is infinite
+            self.finite.note(outputs["loss"])
         if (batch_idx + 1) % self.plan.per_step:
             return
         if self.balancer.needs_gradients:
@@ -270,7 +275,11 @@ class DiffusionNFT(HeldOutEvaluation):
             keep = self.averaging.old_decay(self.global_step)
             must(0 <= keep <= 1, f"`old_decay` of {type(self.averaging).__name__} must return 0 to 1", keep)
             self.policy.move("old", towards="trained", by=1 - keep)
+            with self.trainer.precision_plugin.forward_context():  # no loss follows the last step: try what samples next
+                self.finite.note(self._velocity(batch, "old"))
             self.log("time/training", time.perf_counter() - self.trained_since, sync_dist=True)
+        self.finite.note(*self.trainable)
+        self.finite.check_step(self.trainer.strategy, self.global_step, self._scaler)
 
     # For those who look on ------------------------------------------------------------------------------------------
 

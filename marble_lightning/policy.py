@@ -18,7 +18,7 @@ from marble_lightning.lora_files import read_lora
 from marble_lightning.prompt_cache import PromptCache, fingerprint
 from marble_lightning.sd3_files import pipeline_index, the_resolution_fits
 from marble_lightning.solvers import Solver, flow_sigmas, scheduler_for
-from marble_lightning.whole_files import must_be_a_folder
+from marble_lightning.whole_files import local_path, must_be_a_folder
 from rewards.texts import beginning
 
 TARGETS = tuple(
@@ -97,7 +97,8 @@ class SD3Policy(FlowPolicy):
         self.adapter = None if adapter == "none" else adapter
         self.resolution, self.text_length = resolution, text_length
         self.text_encoder_3_from = text_encoder_3
-        self.gradient_checkpointing, self.compiled, self.init_lora = gradient_checkpointing, compile, init_lora
+        self.gradient_checkpointing, self.compiled = gradient_checkpointing, compile
+        self.init_lora = None if init_lora is None else str(local_path("policy.init_lora", init_lora))
         self.offload_text_encoders, self.prompt_cache = offload_text_encoders, prompt_cache
         self.vae_slicing, self.vae_tiling = vae_slicing, vae_tiling
         self.dtype: torch.dtype = getattr(torch, dtype)

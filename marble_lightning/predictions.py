@@ -16,7 +16,7 @@ from marble_lightning.checks import the_data
 from marble_lightning.held_out import HeldOut, HeldOutEvaluation
 from marble_lightning.pictures import to_image
 from marble_lightning.ranks import gathered
-from marble_lightning.whole_files import must_be_a_folder
+from marble_lightning.whole_files import must_be_a_folder, remove_unfinished, written_whole
 
 
 class PictureWriter(Callback):
@@ -43,6 +43,8 @@ class PictureWriter(Callback):
         pl_module.scores_predictions = self.scores
         self.place = Path(self.folder or Path(trainer.log_dir or ".") / "predictions")  # here, as `log_dir` is a broadcast
         must_be_a_folder("predictions.folder", self.place)
+        if trainer.is_global_zero:
+            remove_unfinished([self.place])
         self._keep_others(trainer, pl_module, {"adapter", "checkpoint"})  # which are known once it is loaded
 
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -59,13 +61,15 @@ class PictureWriter(Callback):
     ) -> None:
         if not isinstance(pl_module, HeldOutEvaluation):
             return
-        self.place.mkdir(parents=True, exist_ok=True)
         for (index, prompt), image, scores in zip(batch, outputs["images"], outputs["scores"], strict=True):
+            if not image.isfinite().all():  # `predict` ends with an error that says so
+                continue
             text = PngInfo()
             for name, value in (self._facts(trainer, pl_module, index) or {}).items():
                 text.add_text(name, value)
             file = self.place / f"{index:05d}.png"
-            to_image(image).save(file, pnginfo=text)
+            with written_whole(file) as beside:
+                to_image(image).save(beside, pnginfo=text)
             there = {name: score for name, score in zip(pl_module.asked, scores.tolist(), strict=True) if score == score}
             self.records.append(
                 {"file": file.name, "index": index, "prompt": prompt.text, "source": prompt.source, "scores": there}
@@ -76,7 +80,8 @@ class PictureWriter(Callback):
         records = sorted(gathered(self.records), key=lambda record: record["index"])
         if trainer.is_global_zero and records:
             lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in records]
-            (self.place / "pictures.jsonl").write_text("".join(lines), encoding="utf-8")
+            with written_whole(self.place / "pictures.jsonl") as beside:
+                beside.write_text("".join(lines), encoding="utf-8")
             print(f"\nPictures: {self.place}")
 
     @staticmethod
@@ -100,11 +105,17 @@ class PictureWriter(Callback):
 def _must_be_the_same(file: Path, facts: Mapping[str, str] | None, unknown: set[str]) -> None:
     """A picture that is there was made as the one that would take its place, as far as its facts are not `unknown`.
 
+    One that cannot be read, which a full disk may have left, is not there.
+
     Raises:
         ValueError: With what differs.
     """
-    with Image.open(file) as image:
-        found = image.info
+    try:
+        with Image.open(file) as image:
+            found = image.info
+            image.verify()
+    except (OSError, SyntaxError):  # as Pillow calls a chunk that does not match its checksum
+        return
     if facts is None:
         difference = f"of the prompt {found.get('prompt', 'unknown')!r}, beyond the prompts asked for"
     else:

@@ -10,6 +10,10 @@ from torch import distributed
 T = TypeVar("T")
 
 
+class OnAllRanks:
+    """An exception that every rank raises at the same place, so that they may wait for each other before they end."""
+
+
 def gathered(items: Sequence[T]) -> list[T]:
     """All ranks' items, rank by rank; all ranks must ask, and all get them.
 

@@ -19,7 +19,9 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch import Tensor
 
 from marble_lightning.pictures import to_image
+from marble_lightning.ranks import OnAllRanks
 from marble_lightning.settings import Scoring
+from marble_lightning.whole_files import written_whole
 from marble_lightning.workers import Worker
 from rewards import Prompt, Reward
 from rewards.texts import excerpt, reason
@@ -30,7 +32,7 @@ POLL = 0.05
 """Seconds between two looks at work that has a time limit."""
 
 
-class RewardError(RuntimeError):
+class RewardError(OnAllRanks, RuntimeError):
     """A reward failed on a picture, and the run was not told to go on without its score."""
 
 
@@ -231,9 +233,9 @@ class Scorer:
     def _tell(self, job: _Job, failures: Mapping[int, BaseException]) -> None:
         """Save the first picture that failed, and keep an error for `check`, or log what happened."""
         index, error = next(iter(failures.items()))
-        self.folder.mkdir(parents=True, exist_ok=True)
         file = self.folder / f"failed_{job.name}{self.rank}.png"
-        to_image(job.images[index]).save(file)
+        with written_whole(file) as beside:
+            to_image(job.images[index]).save(beside)
         what = (
             f"`rewards.{job.name}` must score every picture. Found {type(error).__name__} on {len(failures)} of "
             f"{len(job.prompts)} pictures, first on the prompt {excerpt(job.prompts[index].text)} "

@@ -34,6 +34,11 @@ def send(what: signal.Signals) -> Callable[..., None]:
     return lambda *arguments, **options: os.kill(os.getpid(), what)
 
 
+def twice(*_: Any, **__: Any) -> None:
+    for _number in range(2):
+        os.kill(os.getpid(), signal.SIGINT)
+
+
 def half(state: Any, stream: Any) -> None:
     """The first half of a checkpoint's bytes reaches the file, then the process is gone."""
     whole = io.BytesIO()
@@ -74,6 +79,9 @@ MOMENTS: dict[str, Callable[[], None]] = {
     "never": lambda: None,
     "SIGTERM before": lambda: at_call(1, *HELD_OUT, send(signal.SIGTERM), lambda *_: True),
     "SIGINT": lambda: at_call(14, *TRAINING, send(signal.SIGINT), lambda *_: True),
+    "SIGINT twice": lambda: at_call(14, *TRAINING, twice, lambda *_: True),
+    "SIGINT while judging": lambda: at_call(1, *HELD_OUT, send(signal.SIGINT), lambda *_: True),
+    "SIGHUP": lambda: at_call(14, *TRAINING, send(signal.SIGHUP), lambda *_: True),
     "SIGUSR1": lambda: slurm(at_call(14, *TRAINING, send(signal.SIGUSR1), lambda *_: True)),
     "queued again": lambda: slurm(os.environ.update(SLURM_RESTART_COUNT="1")),
     "another job": slurm,
@@ -89,6 +97,7 @@ def child(moment: str, arguments: list[str], said: Path) -> int:
         status: Any = 1
         os.environ["SAID"] = str(said)
         signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in a shell's background is given it as ignored
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)  # and one under nohup this
         try:
             MOMENTS[moment]()
             main(arguments)

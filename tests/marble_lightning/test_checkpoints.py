@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,24 +13,25 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.loggers import CSVLogger
 
 from marble_lightning import checkpoints
-from marble_lightning.checkpoints import (
-    RoundCheckpoint,
-    WholeCheckpointIO,
-    damage,
-    folder_of_runs,
-    last_of,
-    newest_whole,
-    point,
-)
-from marble_lightning.cli import main
+from marble_lightning.checkpoint_content import TO_EVALUATE, TO_EXPORT, TO_FIT, damage, load_checked, newest_usable
+from marble_lightning.checkpoints import RoundCheckpoint, WholeCheckpointIO, folder_of_runs, last_of, point
+from marble_lightning.cli import QUIET, command_line, main
+from marble_lightning.policy import SD3Policy
 from tests.marble_lightning.test_resume import differences, last, options, state
 
-STATE = {"step": 3, "weights": torch.arange(8.0)}
+WEIGHTS = torch.arange(8.0)
+STATE = {
+    "epoch": 1, "global_step": 3, "pytorch-lightning_version": "2.6.6", "state_dict": {"weights": WEIGHTS},
+    "loops": {"fit_loop": {}}, "lora": {"rank": 1, "alpha": 1.0, "targets": []}, "base_model": {}, "base_measured": "",
+    "base_scores": None, "callbacks": {}, "optimizer_states": [{"state": {0: {"step": torch.ones(())}}}],
+    "lr_schedulers": [],
+}  # fmt: skip
+"""As little as `fit` could write."""
 
 
-def written(path: Path, age: int = 0) -> Path:
+def written(path: Path, age: int = 0, state: Any = STATE) -> Path:
     """A checkpoint that was written so many seconds ago."""
-    WholeCheckpointIO().save_checkpoint(STATE, path)
+    WholeCheckpointIO().save_checkpoint(state, path)
     time = path.stat().st_mtime - age
     os.utime(path, (time, time))
     return path
@@ -65,10 +68,10 @@ def test_a_write_that_is_cut_short_leaves_what_was_there(tmp_path, monkeypatch):
         raise OSError("no space left on device")
 
     monkeypatch.setattr(checkpoints.torch, "save", half)
-    with pytest.raises(OSError, match="no space"):
+    with pytest.raises(OSError, match=f"The checkpoint {file} must be written to a disk with room for it. Found no space"):
         WholeCheckpointIO().save_checkpoint({}, file)
     assert damage(file) is None and differences(STATE, torch.load(file)) == []
-    assert newest_whole(tmp_path / "other.ckpt") == file
+    assert newest_usable(tmp_path / "other.ckpt") == file
 
 
 def test_a_link_leads_somewhere_at_any_moment(tmp_path, monkeypatch):
@@ -94,7 +97,7 @@ def cut(file: Path) -> str:
 
 def flipped(file: Path) -> str:
     content = file.read_bytes()
-    at = content.index(STATE["weights"].numpy().tobytes())
+    at = content.index(WEIGHTS.numpy().tobytes())
     file.write_bytes(content[: at + 9] + b"\xff" + content[at + 10 :])
     return r"its record \S+data/0 does not match its checksum"
 
@@ -140,11 +143,92 @@ def test_what_is_no_checkpoint(small, tmp_path):
         WholeCheckpointIO().load_checkpoint(file, weights_only=True)
 
 
+@pytest.mark.parametrize("content", [TO_EXPORT, TO_EVALUATE, TO_FIT], ids=["export", "validate", "fit"])
+def test_each_command_says_what_a_checkpoint_lacks(tmp_path, content):
+    """By one rule; a checkpoint of weights only may be evaluated and exported."""
+    for name in content:
+        file = written(tmp_path / "less.ckpt", state={key: value for key, value in STATE.items() if key != name})
+        with pytest.raises(ValueError, match=rf"Found another program's, {file}: without {name}\."):
+            load_checked(file, content)
+        file = written(tmp_path / "odd.ckpt", state=STATE | {name: {1, 2}})
+        with pytest.raises(ValueError, match=rf"Found another program's, {file}: its {name} is a set\."):
+            load_checked(file, content)
+    weights = written(tmp_path / "weights.ckpt", state={name: STATE[name] for name in TO_EVALUATE})
+    if content is TO_FIT:
+        with pytest.raises(ValueError, match="without callbacks, optimizer_states, lr_schedulers"):
+            load_checked(weights, content)
+    else:
+        assert load_checked(weights, content)["global_step"] == 3
+
+
+@pytest.mark.parametrize(
+    ("state", "wrong"),
+    [
+        ([1, 2], "a list instead of a dictionary"),
+        (torch.ones(2), "a Tensor instead of a dictionary"),
+        ({"layer.weight": torch.ones(2)}, "without lora, state_dict, epoch"),
+        (STATE | {"lora": {"rank": 1}}, "its lora is without alpha, targets"),
+        (STATE | {"loops": {}}, "its loops are without fit_loop"),
+        (STATE | {"state_dict": {"one": 1}}, "its state_dict holds a int under 'one'"),
+    ],
+)
+@pytest.mark.parametrize("command", ["fit", "validate"])
+def test_what_fit_did_not_write_is_refused_on_the_command_line(small, tmp_path, command, state, wrong):
+    file = written(tmp_path / "theirs.ckpt", state=state)
+    with pytest.raises(ValueError, match=rf"Found another program's, {file}: {wrong}"):
+        main([command, *small, "--ckpt_path", str(file)])
+
+
+@pytest.mark.parametrize(
+    "hurt", [{"state_dict": {"weights": WEIGHTS / 0}}, {"optimizer_states": [{"state": {0: {"exp_avg": WEIGHTS / 0}}}]}]
+)
+def test_a_diverged_checkpoint_is_refused_and_an_earlier_one_offered(tmp_path, hurt):
+    before = written(tmp_path / "before.ckpt", age=2)
+    written(tmp_path / "theirs.ckpt", age=1, state={"state_dict": {}})  # newer, but not one to go on from
+    file = written(tmp_path / "diverged.ckpt", state=STATE | hurt)
+    with pytest.raises(ValueError, match=rf"Found others in 1 of 2 tensors of {file}.* diverged; .*--ckpt_path {before}$"):
+        WholeCheckpointIO().load_checkpoint(file)
+
+
+def no_download(*arguments: Any, **options: Any) -> None:
+    pytest.fail("a file of elsewhere was loaded")
+
+
+@pytest.mark.parametrize("url", ["http://elsewhere/a.ckpt", "s3://elsewhere/a.ckpt"])
+def test_a_url_is_not_loaded(small, tmp_path, monkeypatch, url):
+    """Lightning runs the code in such a file: it has torch load more than weights."""
+    monkeypatch.setattr(torch.hub, "load_state_dict_from_url", no_download)
+    for command in ("fit", "validate"):
+        with pytest.raises(ValueError, match=f"`ckpt_path` must be a file on this machine.* Found the URL {url}"):
+            main([command, *small, "--ckpt_path", url])
+    with pytest.raises(ValueError, match="Found the URL"):
+        main(["export", "--ckpt_path", url, "--to", str(tmp_path / "lora")])
+    with pytest.raises(ValueError, match="`policy.init_lora` must be a file on this machine"):
+        SD3Policy("x", init_lora=url)
+
+
+@pytest.mark.filterwarnings(*(f"ignore:{known}" for known in QUIET))
+def test_a_url_is_not_loaded_in_python_either(small, tmp_path, monkeypatch):
+    """By a trainer that was given no plugin."""
+    monkeypatch.setattr(torch.hub, "load_state_dict_from_url", no_download)
+    cli = command_line(small, run=False)
+    with pytest.raises(ValueError, match="Found the URL http://elsewhere/a.ckpt"):
+        cli.trainer.validate(cli.model, cli.datamodule, ckpt_path="http://elsewhere/a.ckpt")
+
+
+def test_a_file_url_is_checked(tmp_path):
+    file = written(tmp_path / "one two.ckpt")
+    assert differences(STATE, WholeCheckpointIO().load_checkpoint(file.as_uri())) == []
+    cut(file)
+    with pytest.raises(ValueError, match="its end is missing"):
+        WholeCheckpointIO().load_checkpoint(file.as_uri())
+
+
 def test_one_of_another_run_is_offered_where_its_own_has_no_other(tmp_path):
     before = written(tmp_path / "version_0/checkpoints/round_0003.ckpt", age=9)
     damaged = written(tmp_path / "version_1/checkpoints/round_0004.ckpt")
     cut(damaged)
-    assert newest_whole(damaged) == before
+    assert newest_usable(damaged) == before
     before.unlink()
     with pytest.raises(ValueError, match="there is no whole one beside it"):
         WholeCheckpointIO().load_checkpoint(damaged)
@@ -192,6 +276,33 @@ def test_last_from_the_command_line(checkpoints, tmp_path, caplog, capsys):
     main(["fit", *run[:-1], str(error.value).split()[-1]])
     newest = max(tmp_path.glob("tiny/*/checkpoints/last.ckpt"), key=lambda file: file.stat().st_mtime)
     assert differences(whole, state(newest)) == []
+
+
+@pytest.mark.parametrize("room_for", [1, 0])
+def test_a_full_disk(checkpoints, tmp_path, monkeypatch, caplog, room_for):
+    """The file that could not be written is named, and the newest one that is there."""
+    save, written_files = torch.save, []
+
+    def full(state: Any, stream: Any) -> None:
+        if not isinstance(stream, io.BytesIO):
+            if len(written_files) == room_for:
+                raise OSError(28, "No space left on device")
+            written_files.append(stream)
+        save(state, stream)
+
+    monkeypatch.setattr(torch, "save", full)
+    folder = last(tmp_path).parent
+    with pytest.raises(
+        OSError, match=rf"The checkpoint {folder}/round_000{room_for}\.ckpt must be written to a disk with room"
+    ):
+        main(["fit", *options(checkpoints, tmp_path)])
+    if room_for:
+        assert f"Stopped after 1 whole round(s). Go on from there: --ckpt_path {folder}/round_0000.ckpt" in caplog.text
+        assert damage(last(tmp_path)) is None
+    else:
+        assert f"is lost. The checkpoint {folder}/before_round_0000.ckpt must be written" in caplog.text
+        assert "There is no checkpoint to go on from." in caplog.text
+    assert all(file.suffix == ".ckpt" for file in folder.glob("*"))
 
 
 def test_the_last_round_has_a_checkpoint_whatever_the_interval(checkpoints, tmp_path):

@@ -226,8 +226,12 @@ def test_pictures_are_only_replaced_by_themselves(small, tmp_path, monkeypatch):
     options += ["--data.predict_file", str(tmp_path / "mine.txt")]
     main(["predict", *options])
     before = pixels(tmp_path / "out/00001.png")
+    whole = (tmp_path / "out/00001.png").read_bytes()
+    (tmp_path / "out/00000.png").write_bytes(b"")  # as a full disk leaves them
+    (tmp_path / "out/00001.png").write_bytes(whole[:-20])
     main(["predict", *options])
     assert (pixels(tmp_path / "out/00001.png") == before).all()
+    assert sorted(file.name for file in (tmp_path / "out").iterdir()) == ["00000.png", "00001.png", "pictures.jsonl"]
 
     monkeypatch.setattr(StableDiffusion3Pipeline, "from_pretrained", lambda *_: pytest.fail("weights were loaded"))
     with pytest.raises(

@@ -131,7 +131,7 @@ def test_two_ranks_that_were_ended_go_on_bit_for_bit(checkpoints, tmp_path, end)
         for each in started:
             each.kill()
     # in good order: the first one, which leaves the checkpoint, says that it was ended
-    assert statuses == ([-9, -9] if end == signal.SIGKILL else [143, 0]), said.with_suffix(".0").read_text()[-3000:]
+    assert statuses == ([-9, -9] if end == signal.SIGKILL else [128 + end, 0]), said.with_suffix(".0").read_text()[-3000:]
     assert state(last(folders[1]))["epoch"] < 5, "too late to show anything"
     if job:
         assert said.read_text() == "scontrol requeue 7\n"

@@ -84,9 +84,9 @@ def uninterrupted(checkpoints, tmp_path_factory):
 
 
 def stop(moments: list[str], runs: list[list[str]], folder: Path) -> list[tuple[int, str]]:
-    """Fit in processes that are stopped at these moments; returns the exit status of each and what it said."""
+    """Run in processes that are stopped at these moments; returns the exit status of each and what it said."""
     said = [folder / f"said_{index}.txt" for index in range(len(runs))]
-    wanted = json.dumps([(moment, ["fit", *run], str(file)) for moment, run, file in zip(moments, runs, said, strict=True)])
+    wanted = json.dumps([(moment, run, str(file)) for moment, run, file in zip(moments, runs, said, strict=True)])
     ended = subprocess.run(
         [sys.executable, stopped.__file__, wanted], cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)},
         capture_output=True, text=True, timeout=280, check=False,
@@ -100,7 +100,8 @@ SIGNALS = {
     "SIGTERM in training": (143, 1),
     "SIGTERM in sampling": (143, 1),
     "SIGTERM in validation": (143, 2),
-    "SIGINT": (1, 1),
+    "SIGINT": (130, 1),
+    "SIGHUP": (129, 1),
 }
 """Stops that are handled, with the exit status they end with, and after how many whole rounds."""
 
@@ -108,11 +109,16 @@ SIGNALS = {
 @pytest.fixture(scope="module")
 def stops(checkpoints, tmp_path_factory):
     """By moment: the folder of a run that was stopped then, its exit status and what it said."""
-    folders = {moment: tmp_path_factory.mktemp("stopped") for moment in [*KILLS, *SIGNALS, "SIGTERM before", "SIGUSR1"]}
+    alone = ["SIGTERM before", "SIGINT twice", "SIGINT while judging", "SIGUSR1"]
+    folders = {moment: tmp_path_factory.mktemp("stopped") for moment in [*KILLS, *SIGNALS, *alone]}
     folders["queued again"] = folders["another job"] = folders["SIGUSR1"]
     rarely, one = {"checkpoints.every_n_rounds": 10}, {"trainer.max_epochs": 1, "trainer.check_val_every_n_epoch": 1}
     more = dict.fromkeys([*SIGNALS, "SIGUSR1"], rarely) | {"another job": one}
-    runs = [options(checkpoints, folder, **more.get(moment, {})) for moment, folder in folders.items()]
+    commands = {"SIGINT while judging": "validate"}
+    runs = [
+        [commands.get(moment, "fit"), *options(checkpoints, folder, **more.get(moment, {}))]
+        for moment, folder in folders.items()
+    ]
     ended = stop(list(folders), runs, tmp_path_factory.mktemp("said"))
     return {moment: (folder, *each) for (moment, folder), each in zip(folders.items(), ended, strict=True)}
 
@@ -144,10 +150,22 @@ def test_a_signal_while_the_base_is_measured_ends_the_run(stops):
     assert status == 143 and not list(folder.rglob("*.ckpt"))
 
 
+def test_a_second_ctrl_c_ends_the_run_at_once(stops):
+    folder, status, said = stops["SIGINT twice"]
+    assert status == -signal.SIGINT and "Again ends it at once" in said and "Stopped after" not in said
+    assert last(folder).resolve().name == "round_0000.ckpt"
+
+
+def test_what_is_not_fit_stops_too(stops):
+    folder, status, said = stops["SIGINT while judging"]
+    assert status == 130 and "Stopped by SIGINT before the end: no scores were written." in said
+    assert not list(folder.rglob("results.json"))
+
+
 def test_a_job_that_slurm_queues_again_goes_on_bit_for_bit(uninterrupted, stops):
     folder, status, said = stops["SIGUSR1"]
     left = folder / "tiny/version_0/checkpoints/before_round_0001.ckpt"
-    assert status == 143 and f"Go on from there: --ckpt_path {left}" in said and "scontrol requeue 1\n" in said
+    assert status == 138 and f"Go on from there: --ckpt_path {left}" in said and "scontrol requeue 1\n" in said
     _, status, said = stops["queued again"]
     assert status == 0 and f"SLURM has queued this job again; it goes on from {left}." in said
     assert differences(uninterrupted, state(last(folder, 1))) == []

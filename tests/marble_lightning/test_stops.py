@@ -1,0 +1,121 @@
+"""Signals: where processes agree to stop, which signals are heard, and what a stopped process says."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from marble_lightning import cli
+from marble_lightning.stops import MICRO_BATCHES, Stopped, Stops, status
+
+
+class Strategy:
+    """Reduces over this process and one other, and counts how often it is asked to."""
+
+    root_device = torch.device("cpu")
+
+    def __init__(self, other: int = 0) -> None:
+        self.other, self.calls = other, 0
+
+    def reduce(self, own, reduce_op):
+        self.calls += 1
+        assert reduce_op == "max"
+        return torch.maximum(own, torch.tensor(float(self.other)))
+
+
+def trainer(world_size: int, per_step: int, strategy: Strategy, fn: str = "fit"):
+    return SimpleNamespace(
+        world_size=world_size, accumulate_grad_batches=per_step, strategy=strategy, lightning_module=None,
+        state=SimpleNamespace(fn=fn), _accelerator_connector=SimpleNamespace(cluster_environment=None),
+    )  # fmt: skip
+
+
+@pytest.fixture
+def handlers():
+    """Puts the process's handlers of signals back."""
+    kept = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)}
+    yield
+    for number, handler in kept.items():
+        signal.signal(number, handler)
+
+
+@pytest.mark.parametrize(
+    ("world_size", "per_step", "collectives"), [(2, 4, 24 // 4), (2, 24, 24 // MICRO_BATCHES), (2, 1, 24), (1, 4, 0)]
+)
+def test_processes_agree_every_few_micro_batches(world_size, per_step, collectives):
+    """As an agreement makes the device wait; one process needs none."""
+    strategy = Strategy()
+    for index in range(24):
+        Stops().on_train_batch_start(trainer(world_size, per_step, strategy), None, None, index)
+    assert strategy.calls == collectives
+
+
+def test_all_processes_stop_at_the_same_micro_batch():
+    """Whichever was asked, and wherever it was."""
+    places = []
+    for asked, other in ((0, 1000 + signal.SIGTERM), (1000 + signal.SIGTERM, 0)):
+        stops, strategy = Stops(), Strategy()
+        for index in range(24):
+            if index == 9:
+                stops.asked, strategy.other = asked, other
+            try:
+                stops.on_train_batch_start(trainer(2, 24, strategy), None, None, index)
+            except Stopped as end:
+                places.append((index, status(end)))
+                break
+    assert places == [(16, 143), (16, 143)]
+
+
+def test_a_single_process_stops_before_the_next_micro_batch():
+    stops = Stops()
+    stops.asked = 1000 + signal.SIGHUP
+    with pytest.raises(Stopped) as end:
+        stops.on_train_batch_start(trainer(1, 24, Strategy()), None, None, 5)
+    assert status(end.value) == 129
+
+
+def test_a_signal_that_ends_counts_more_than_one_that_queues_again():
+    stops = Stops()
+    stops.asked = signal.SIGUSR1
+    with pytest.raises(Stopped) as end:
+        stops.end_if_asked(trainer(2, 1, Strategy(1000 + signal.SIGHUP)))
+    assert (end.value.signal, end.value.queue_again) == (signal.SIGHUP, False)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+def test_a_signal_is_only_taken_note_of(handlers, number):
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    stops = Stops()
+    stops.on_train_start(trainer(1, 1, Strategy()), None)
+    os.kill(os.getpid(), number)
+    assert stops.asked == 1000 + number
+    # the second Ctrl-C is the system's business, so that it ends a process that waits for another one
+    assert (signal.getsignal(signal.SIGINT) is signal.SIG_DFL) == (number == signal.SIGINT)
+
+
+def test_signals_that_are_ignored_stay_so(handlers):
+    """Under nohup, and in a shell's background."""
+    for number in (signal.SIGHUP, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
+    Stops().on_train_start(trainer(1, 1, Strategy()), None)
+    assert {signal.getsignal(number) for number in (signal.SIGHUP, signal.SIGINT)} == {signal.SIG_IGN}
+
+
+def test_ctrl_c_before_a_run_begins_has_its_status_too(monkeypatch):
+    """Lightning makes a 1 of it."""
+
+    def interrupted(_):
+        try:
+            raise KeyboardInterrupt
+        except KeyboardInterrupt:
+            sys.exit(1)
+
+    monkeypatch.setattr(cli, "command_line", interrupted)
+    with pytest.raises(SystemExit) as end:
+        cli.main(["fit"])
+    assert end.value.code == 130
