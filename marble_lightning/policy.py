@@ -18,6 +18,7 @@ from marble_lightning.prompt_cache import PromptCache, fingerprint
 from marble_lightning.sd3_files import pipeline_index, the_resolution_fits
 from marble_lightning.solvers import Solver, flow_sigmas, scheduler_for
 from marble_lightning.whole_files import must_be_a_folder
+from rewards.files import local_path
 
 TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
 """Linear layers of a joint attention block that get a LoRA, as in the published runs."""
@@ -30,7 +31,8 @@ class SD3Policy(FlowPolicy):
     """Stable Diffusion 3 with a frozen base and the LoRA adapters `trained`, `old` and `ema`.
 
     Args:
-        path: Folder in diffusers format, or hub id, of a StableDiffusion3Pipeline that was not distilled.
+        path: Folder in diffusers format, or hub id, of a StableDiffusion3Pipeline that was not distilled. `package:` stands
+            for the folder of the installed marble_lightning, which brings `package:tinyworld/weights/sd3`.
         resolution: Side of the pictures in pixels.
         rank: LoRA rank, >= 1.
         alpha: LoRA alpha; the update is scaled by alpha / rank.
@@ -115,7 +117,9 @@ class SD3Policy(FlowPolicy):
         start = read_lora(self.init_lora, rank=self.rank, alpha=self.alpha) if self.init_lora is not None else None
         without_t5 = self.text_encoder_3_from is None or index.get("text_encoder_3", [None])[0] is None
         absent = {name: None for name in ("text_encoder_3", "tokenizer_3") if without_t5}
-        pipeline = StableDiffusion3Pipeline.from_pretrained(self.path, dtype=self.dtype, revision=self.revision, **absent)
+        pipeline = StableDiffusion3Pipeline.from_pretrained(
+            local_path(self.path), dtype=self.dtype, revision=self.revision, **absent
+        )
         self.pipeline, self.flow_scheduler = pipeline, pipeline.scheduler
         for module in pipeline.components.values():
             if isinstance(module, nn.Module):

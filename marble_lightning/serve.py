@@ -19,6 +19,7 @@ from jaxtyping import Float
 from jsonargparse import auto_cli
 from torch import Tensor
 
+from marble_lightning.parsers import Parser
 from rewards import Prompt, Reward
 from rewards.transport import decode_png
 
@@ -164,7 +165,8 @@ def serve(reward: Reward, host: str = "127.0.0.1", port: int = 8000, device: str
 
 def main(args: Sequence[str] | None = None) -> None:
     """Run the command line; `args` replaces `sys.argv` where given."""
-    auto_cli(serve, args=args if args is None else list(args), as_positional=False, prog="marble-lightning-serve")
+    given = args if args is None else list(args)
+    auto_cli(serve, args=given, as_positional=False, prog="marble-lightning-serve", parser_class=Parser)
 
 
 if __name__ == "__main__":
