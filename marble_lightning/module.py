@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import cached_property
 from itertools import islice
 from typing import Any, Literal, cast
@@ -57,8 +57,8 @@ class DiffusionNFT(HeldOutEvaluation):
     def __init__(
         self,
         policy: FlowPolicy,
-        rewards: dict[str, Reward | None],
-        metrics: dict[str, Reward | None] | None = None,
+        rewards: Mapping[str, Reward | None],
+        metrics: Mapping[str, Reward | None] | None = None,
         sampling: Sampling = Sampling(),
         scoring: Scoring = Scoring(),
         objective: Objective = Objective(),

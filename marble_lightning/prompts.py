@@ -53,7 +53,8 @@ class PromptDataModule(LightningDataModule):
 
     Args:
         folder: Folder with `train.jsonl` and `test.jsonl`, or with one folder per source in the published formats; see
-            `read_prompts`; `package:tinyworld/prompts` is the bundled one. Training prompts that a source has twice count once.
+            `read_prompts`. `package:tinyworld/prompts` is the bundled one. Training prompts that a source has twice count
+            once.
         sources: Names of the sources, which share a round equally; or how many prompts of each are drawn in turn,
             {a: 1, b: 2} for twice as many of b.
         prompts_per_round: Distinct prompts of a round over all ranks.
