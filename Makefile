@@ -6,7 +6,7 @@ BIN := .venv/bin
 .PHONY: fit test lint clean
 
 fit: .venv/installed
-	$(BIN)/marble-lightning fit -c configs/tiny.yaml
+	$(BIN)/marble-lightning fit -c tiny
 
 test: lint
 	$(BIN)/pytest

@@ -1,8 +1,8 @@
 """One sheet of held-out pictures before and after a run: same prompts, same noise, evenly taken, none chosen by eye.
 
 ```
-marble-lightning predict -c configs/tiny.yaml --predictions.folder runs/before
-marble-lightning predict -c configs/tiny.yaml --ckpt_path ... --predictions.folder runs/after
+marble-lightning predict -c tiny --predictions.folder runs/before
+marble-lightning predict -c tiny --ckpt_path ... --predictions.folder runs/after
 python -m benchmarks.before_after runs/before runs/after --out docs/before_after.png
 ```
 """

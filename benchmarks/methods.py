@@ -29,8 +29,8 @@ def fit(method: str, seed: int, folder: Path, extra: Sequence[str]) -> Path:
     if not (place / "results.json").exists():
         options = ["--trainer.logger.save_dir", str(folder), "--trainer.logger.name", method]
         options += ["--trainer.logger.version", f"seed_{seed}", "--seed_everything", str(seed)]
-        overlay = [] if method == "default" else ["-c", f"configs/balancers/{method}.yaml"]
-        command = [sys.executable, "-m", "marble_lightning", "fit", "-c", "configs/tiny.yaml", *overlay, *options, *extra]
+        overlay = [] if method == "default" else ["-c", f"balancers/{method}"]
+        command = [sys.executable, "-m", "marble_lightning", "fit", "-c", "tiny", *overlay, *options, *extra]
         shutil.rmtree(place, ignore_errors=True)  # what an interrupted comparison left
         place.mkdir(parents=True)
         with (place / "output.txt").open("w") as output:

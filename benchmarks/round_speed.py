@@ -1,7 +1,7 @@
 """A round, phase by phase, beside DiffusionNFT's loop: `python -m benchmarks.round_speed`.
 
 Both train on the same prompts with the same sizes, solver and rewards, a round in turn within one process. Options go to
-`fit`, e.g. `--model.policy.compile true`, `-c configs/balancers/weighted_sum.yaml`, or `-c configs/sd35m.yaml` with a path.
+`fit`, e.g. `--model.policy.compile true`, `-c balancers/weighted_sum`, or `-c sd35m` with a path.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from marble_lightning.cli import command_line
 from marble_lightning.module import DiffusionNFT
 from marble_lightning.policy import SD3Policy
 
-DEFAULT = ("-c", "configs/tiny.yaml")
+DEFAULT = ("-c", "tiny")
 
 
 class InTurn(Callback):

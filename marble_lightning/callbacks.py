@@ -150,7 +150,7 @@ class Results(Callback):
             f"\nThis run:       {folder}\n"
             f"Judge it again: marble-lightning validate -c {config} --ckpt_path {checkpoint}\n"
             f"See it:         tensorboard --logdir {folder.parent}\n"
-            f"The plain sum:  marble-lightning fit -c {config} -c configs/balancers/weighted_sum.yaml --ckpt_path null"
+            f"The plain sum:  marble-lightning fit -c {config} -c balancers/weighted_sum --ckpt_path null"
         )
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -1,4 +1,4 @@
-"""The command line: `marble-lightning fit|validate|test|predict`, wired by LightningCLI, and `export`."""
+"""The command line: `marble-lightning fit|validate|test|predict`, wired by LightningCLI; `export` and `configs`."""
 
 from __future__ import annotations
 
@@ -17,18 +17,23 @@ from balancers import Balancer
 from marble_lightning.alarms import Alarms
 from marble_lightning.callbacks import Pictures, ProgressBar, Results
 from marble_lightning.checkpoints import LAST, RoundCheckpoint, folder_of_runs, last_of, warn
+from marble_lightning.config_files import configs
 from marble_lightning.export import export, redacted_yaml
 from marble_lightning.harmony import Harmony
 from marble_lightning.memory import Memory
 from marble_lightning.module import DiffusionNFT
+from marble_lightning.parsers import Parser, TrainingParser
 from marble_lightning.predictions import PictureWriter
 from marble_lightning.prompts import PromptDataModule
 from marble_lightning.settings import Averaging
 from marble_lightning.stops import Stops, left_by_this_job, status
-from marble_lightning.whole_files import local_path
+from marble_lightning.whole_files import local_file
 
 ABOUT = "Fine-tune Stable Diffusion 3 by reinforcement learning on several rewards at once."
-EXPORT = "export: Write a checkpoint's adapter as a LoRA for diffusers and ComfyUI; see `marble-lightning export --help`."
+OTHERS = (
+    "export: Write a checkpoint's adapter as a LoRA for diffusers and ComfyUI; see `marble-lightning export --help`. "
+    "configs: List the configurations that `-c` knows by name, or copy one; see `marble-lightning configs --help`."
+)
 
 CKPT_PATH = (
     "Checkpoint to go on from, or to judge: a file in a run's folder `checkpoints`, or `last`, the newest of the last run "
@@ -107,7 +112,7 @@ class MarbleCLI(LightningCLI):
             warn(f"SLURM has queued this job again; it goes on from {found}.")
             options.ckpt_path = str(found)
         if options.ckpt_path != "last":
-            options.ckpt_path = options.ckpt_path and str(local_path("ckpt_path", options.ckpt_path))
+            options.ckpt_path = options.ckpt_path and str(local_file("ckpt_path", options.ckpt_path))
             return
         found = last_of(self.trainer)
         if found is None and self.subcommand != "fit":
@@ -122,9 +127,10 @@ class MarbleCLI(LightningCLI):
 def main(args: Sequence[str] | None = None) -> None:
     """Run the command line; `args` replaces `sys.argv` where given."""
     given = list(sys.argv[1:] if args is None else args)
-    if given[:1] == ["export"]:  # LightningCLI's subcommands are the trainer's methods; this needs neither trainer nor model
-        auto_cli(export, args=given[1:], as_positional=False, prog="marble-lightning export")
-        return
+    for command in (export, configs):  # LightningCLI's subcommands are the trainer's methods; these need no trainer
+        if given[:1] == [name := command.__name__]:
+            auto_cli(command, args=given[1:], as_positional=False, prog=f"marble-lightning {name}", parser_class=Parser)
+            return
     try:
         command_line(args)
     except SIGTERMException as end:
@@ -147,6 +153,7 @@ def command_line(args: Sequence[str] | None = None, run: bool = True) -> MarbleC
         run=run,
         seed_everything_default=0,
         auto_configure_optimizers=False,
-        parser_kwargs={"description": ABOUT, "epilog": EXPORT},
+        parser_class=TrainingParser,
+        parser_kwargs={"prog": "marble-lightning", "description": ABOUT, "epilog": OTHERS},
         trainer_defaults={"callbacks": []},
     )

@@ -16,7 +16,8 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from marble_lightning.lora import Lora
-from marble_lightning.whole_files import local_path, written_whole
+from marble_lightning.whole_files import local_file, written_whole
+from rewards.files import local_path
 
 FILE = LORA_WEIGHT_NAME_SAFE
 """The name under which diffusers looks for a LoRA in a folder."""
@@ -68,7 +69,7 @@ def read_lora(path: str, *, rank: int, alpha: float) -> Lora:
     Raises:
         ValueError: There is no such file, it is damaged or not a plain LoRA, or its rank or alpha is another.
     """
-    file = _file(local_path("policy.init_lora", path))
+    file = _file(local_file("policy.init_lora", local_path(path)))
     try:
         state, metadata = StableDiffusion3Pipeline.lora_state_dict(
             str(file), return_lora_metadata=True, use_safetensors=True if file.suffix == ".safetensors" else None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import cached_property
 from itertools import islice
 from typing import Any, Literal, cast
@@ -21,6 +21,7 @@ from marble_lightning.flow_policy import Adapter, FlowPolicy
 from marble_lightning.gradients import RewardGradients, add_flat, flat
 from marble_lightning.held_out import HeldOutEvaluation
 from marble_lightning.objective import Coefficients, nft_losses
+from marble_lightning.reward_names import named_rewards
 from marble_lightning.rollouts import MicroBatch, MicroBatches, Rollout, Sampled, micro_batches, weigh_round
 from marble_lightning.seeds import generator
 from marble_lightning.settings import Averaging, Evaluation, Objective, Sampling, Scoring, adamw, must
@@ -33,8 +34,9 @@ class DiffusionNFT(HeldOutEvaluation):
 
     Args:
         policy: The model that learns.
-        rewards: Rewards to learn, by the name they are logged under.
-        metrics: Rewards that are only measured, on held-out prompts.
+        rewards: Rewards to learn, by the name they are logged under; null drops one that an earlier configuration names.
+            In a later file, a mapping to nulls drops these, and any other replaces all.
+        metrics: Rewards that are only measured, on held-out prompts; null as with rewards.
         sampling: How a round is sampled.
         scoring: Where pictures are scored, and what happens where a reward fails.
         objective: The NFT loss.
@@ -55,8 +57,8 @@ class DiffusionNFT(HeldOutEvaluation):
     def __init__(
         self,
         policy: FlowPolicy,
-        rewards: dict[str, Reward],
-        metrics: dict[str, Reward] | None = None,
+        rewards: Mapping[str, Reward | None],
+        metrics: Mapping[str, Reward | None] | None = None,
         sampling: Sampling = Sampling(),
         scoring: Scoring = Scoring(),
         objective: Objective = Objective(),
@@ -70,9 +72,10 @@ class DiffusionNFT(HeldOutEvaluation):
         gradient_passes: Literal["two", "per_reward"] = "two",
         seed: int = 0,
     ) -> None:
-        super().__init__(policy, rewards, metrics or {}, scoring, evaluation, seed)
-        must(bool(rewards), "`rewards` must name at least one reward", "none; configs/tiny.yaml has five")
-        if twice := set(rewards) & set(metrics or {}):
+        learned, measured = named_rewards("rewards", rewards), named_rewards("metrics", metrics or {})
+        super().__init__(policy, learned, measured, scoring, evaluation, seed)
+        must(bool(learned), "`rewards` must name at least one reward", "none; the configuration `tiny` has five")
+        if twice := set(learned) & set(measured):
             raise ValueError(f"`metrics` must not use the name of a reward. Found {', '.join(sorted(twice))} in both.")
         self.sampling, self.objective, self.averaging = sampling, objective, averaging
         self.optimizer, self.lr_scheduler = optimizer, lr_scheduler

@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader
 from marble_lightning.prompt_files import distinct, prompt_file, read_prompt_file, read_prompts
 from marble_lightning.seeds import generator
 from rewards import Prompt
+from rewards.files import local_path
 
 log = logging.getLogger(__name__)
 
@@ -52,7 +53,8 @@ class PromptDataModule(LightningDataModule):
 
     Args:
         folder: Folder with `train.jsonl` and `test.jsonl`, or with one folder per source in the published formats; see
-            `read_prompts`. Training prompts that a source has twice count once.
+            `read_prompts`. `package:tinyworld/prompts` is the bundled one. Training prompts that a source has twice count
+            once.
         sources: Names of the sources, which share a round equally; or how many prompts of each are drawn in turn,
             {a: 1, b: 2} for twice as many of b.
         prompts_per_round: Distinct prompts of a round over all ranks.
@@ -80,13 +82,13 @@ class PromptDataModule(LightningDataModule):
         predict_images: int | None = None,
     ) -> None:
         super().__init__()
-        self.folder = Path(folder)
+        self.folder = Path(local_path(folder))
         self.shares = sources if isinstance(sources, dict) else dict.fromkeys(sources, 1)
         self.prompts_per_round, self.images_per_prompt = prompts_per_round, images_per_prompt
         self.cap_per_source = cap_per_source
         self.held_out_per_source, self.held_out_images = held_out_per_source, held_out_images
         self.held_out_batch_size = held_out_batch_size
-        self.predict_file = None if predict_file is None else Path(predict_file)
+        self.predict_file = None if predict_file is None else Path(local_path(predict_file))
         self.predict_images = held_out_images if predict_images is None else predict_images
         if not self.shares or len(self.shares) != len(sources) or min(self.shares.values()) < 1:
             raise ValueError(f"`sources` must name at least one source, each once and with a share >= 1. Found {sources}.")

@@ -7,6 +7,8 @@ from typing import Any
 
 from diffusers import AutoencoderKL, SD3Transformer2DModel, StableDiffusion3Pipeline
 
+from rewards.files import local_path
+
 PARTS = {"transformer": "SD3Transformer2DModel", "scheduler": "FlowMatchEulerDiscreteScheduler", "vae": "AutoencoderKL"}
 """Parts of the pipeline that must be of these classes, since training relies on what they predict and on which grid."""
 
@@ -15,19 +17,20 @@ def pipeline_index(path: str, revision: str | None = None) -> dict[str, Any]:
     """The pipeline's model_index.json, from a folder or the hub; no weight is loaded.
 
     Args:
-        path: Folder in diffusers format, or hub id.
+        path: Folder in diffusers format, or hub id; see `local_path`.
         revision: Revision of a hub id.
 
     Raises:
         ValueError: There is none, it is no StableDiffusion3Pipeline's, or it is a distilled model's.
     """
-    folder = Path(path).expanduser()
+    path = local_path(path)
+    folder = Path(path)
     if folder.exists() and not (folder / "model_index.json").exists():
         raise ValueError(
             f"`policy.path` must hold a diffusers pipeline with a model_index.json. Found none in {folder}; "
             "save one with `pipeline.save_pretrained(folder)`."
         )
-    hub_id = path.count("/") == 1 and not path.startswith((".", "/", "~"))
+    hub_id = path.count("/") == 1 and not path.startswith((".", "/"))
     try:
         if not (folder.exists() or hub_id):
             raise OSError("there is no such folder")
@@ -72,6 +75,7 @@ def the_resolution_fits(path: str, revision: str | None, name: str, resolution: 
         ValueError: They are not, or there is no such pipeline.
     """
     pipeline_index(path, revision)
+    path = local_path(path)
     transformer = SD3Transformer2DModel.load_config(path, revision=revision, subfolder="transformer")
     autoencoder = AutoencoderKL.load_config(path, revision=revision, subfolder="vae")
     patch = transformer["patch_size"] * 2 ** (len(autoencoder["block_out_channels"]) - 1)

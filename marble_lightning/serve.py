@@ -18,6 +18,7 @@ from aiohttp import web
 from jsonargparse import auto_cli
 from torch import Tensor
 
+from marble_lightning.parsers import Parser
 from marble_lightning.serve_access import guard, hosts_of
 from marble_lightning.serve_body import BadRequest, parse, read_body
 from rewards import Prompt, Reward
@@ -203,7 +204,8 @@ def serve(
 
 def main(args: Sequence[str] | None = None) -> None:
     """Run the command line; `args` replaces `sys.argv` where given."""
-    auto_cli(serve, args=args if args is None else list(args), as_positional=False, prog="marble-lightning-serve")
+    given = args if args is None else list(args)
+    auto_cli(serve, args=given, as_positional=False, prog="marble-lightning-serve", parser_class=Parser)
 
 
 if __name__ == "__main__":

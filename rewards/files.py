@@ -1,6 +1,7 @@
-"""Files of weights, from a local folder or the hub."""
+"""Files of weights, from a local folder, the installed package or the hub."""
 
 from collections.abc import Mapping
+from importlib.util import find_spec
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -20,6 +21,32 @@ PINNED = {
 }
 """Commits of published weights, so that a score means the same next year; all else is read at its main branch."""
 
+BUNDLED = "package:"
+"""Prefix of paths in `PACKAGE`, wherever it is installed: settings and results name no folder of one machine."""
+
+PACKAGE = "marble_lightning"
+"""The package that brings weights and prompts. It is found by name, since this one imports nothing of it."""
+
+
+def local_path(path: str) -> str:
+    """A path as libraries take it: `package:` and `~` become folders of this machine, all else and hub ids stay.
+
+    Args:
+        path: folder, file or hub id, as a setting names it; `package:tinyworld/weights/sd3` is a folder of the package.
+
+    Raises:
+        FileNotFoundError: if the package is not installed.
+
+    >>> local_path("xswu/HPSv2")
+    'xswu/HPSv2'
+    """
+    if not path.startswith(BUNDLED):
+        return str(Path(path).expanduser()) if path.startswith("~") else path
+    spec = find_spec(PACKAGE)
+    if spec is None or not spec.submodule_search_locations:
+        raise FileNotFoundError(f"A path with `{BUNDLED}` must have {PACKAGE} installed. Found none, for '{path}'.")
+    return str(Path(spec.submodule_search_locations[0], path.removeprefix(BUNDLED)))
+
 
 def pinned(path: str, revision: str | None) -> str | None:
     """The revision to read a hub repository at: the one asked for, else the pinned one, else None, its main branch.
@@ -35,14 +62,15 @@ def find_file(owner: str, *, path: str, name: str, revision: str | None = None) 
 
     Args:
         owner: name of the reward, for error messages.
-        path: folder or hub id.
+        path: folder or hub id, see `local_path`.
         name: of the file there.
         revision: branch, tag or commit of a hub id. None: the pinned commit, see `rewards.files`.
 
     Raises:
         FileNotFoundError: if there is no such file, or the hub cannot be reached.
     """
-    folder = Path(path).expanduser()
+    path = local_path(path)
+    folder = Path(path)
     if (folder / name).is_file():
         return folder / name
     try:

@@ -13,6 +13,7 @@ from rewards.clip_loading import check_dtype
 from rewards.coco import COCO_CLASSES, coco_names
 from rewards.colours import ColourClassifier
 from rewards.detectors import Detection, Detector
+from rewards.files import local_path
 from rewards.geneval_rules import COLOURS, THRESHOLD
 from rewards.instances import DetectorPreprocess, find_instances
 
@@ -86,13 +87,14 @@ class Mask2Former(Detector):
         self.classifier.setup()
         if self.model is not None:
             return
-        config, numbers = _describe(self.path, self.revision)
-        self.names = coco_names("Mask2Former", config.get("id2label", {}), self.path)
+        path = local_path(self.path)
+        config, numbers = _describe(path, self.revision)
+        self.names = coco_names("Mask2Former", config.get("id2label", {}), path)
         self.preprocess = DetectorPreprocess.from_config(numbers, self.short_side, self.long_side)
-        key = (self.path, self.revision, self.dtype)
+        key = (path, self.revision, self.dtype)
         model = _models.get(key)
         if model is None:
-            model = _models[key] = _load(self.path, self.revision, getattr(torch, self.dtype))
+            model = _models[key] = _load(path, self.revision, getattr(torch, self.dtype))
         self.model = model.requires_grad_(False).eval()
 
     @torch.no_grad()

@@ -21,7 +21,7 @@ def test_outputs_are_stripped(file):
 def test_compare_balancers(small, tmp_path):
     notebook = nbformat.read(ROOT / "notebooks/compare_balancers.ipynb", as_version=4)
     (parameters,) = [cell for cell in notebook.cells if "parameters" in cell.metadata.get("tags", [])]
-    options = [*small[2:], "--harmony.probe_every", "1"]  # without `-c configs/tiny.yaml`, which the notebook names itself
+    options = [*small[2:], "--harmony.probe_every", "1"]  # without `-c ...tiny.yaml`, which the notebook names itself
     folder = options.index("--trainer.logger.save_dir")
     del options[folder : folder + 2]
     parameters.source = "\n".join(

@@ -1,0 +1,58 @@
+"""Parsers of the command line, which say what is wrong instead of all that could be right."""
+
+from __future__ import annotations
+
+import os
+from typing import Any, NoReturn
+
+from jsonargparse import ActionConfigFile, ArgumentParser
+from lightning.pytorch.cli import LightningArgumentParser
+
+from marble_lightning.config_files import located
+
+NULLABLE = ("model.rewards", "model.metrics")
+"""Mappings that another one replaces as a whole."""
+
+
+class Parser(ArgumentParser):
+    """jsonargparse's, whose errors come without the usage: it is 110 lines of `fit`, and `--help` prints it."""
+
+    hint = "All settings: {prog} --help"
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """Print what is wrong and where help is, and exit with status 2."""
+        if not self.exit_on_error or "JSONARGPARSE_DEBUG" in os.environ:
+            super().error(message, ex)
+        asked = getattr(ex, "subcommand_parser", None) or self
+        self.exit(2, f"error: {message}\n{self.hint.format(prog=asked.prog.replace(' [options]', ''))}\n")
+
+
+class ConfigByName(ActionConfigFile):
+    """`-c` with a file or a name. In a later one, rewards that are all null drop these from those before."""
+
+    def __call__(self, parser: Any, cfg: Any, values: Any, option_string: str | None = None) -> None:
+        try:
+            file = located(values)
+        except ValueError as error:
+            raise TypeError(str(error)) from error  # what the parser takes for a wrong argument
+        before = {name: cfg.get(name) for name in NULLABLE}
+        super().__call__(parser, cfg, file, option_string)
+        for name, rewards in before.items():
+            later = cfg.get(name)
+            if rewards and later and not any(later.values()):
+                cfg[name] = rewards | later
+
+
+class TrainingParser(Parser, LightningArgumentParser):
+    """LightningCLI's, which finds configurations by name."""
+
+    hint = f"{Parser.hint}. Configurations for -c: marble-lightning configs"
+
+    def add_argument(self, *args: Any, **options: Any) -> Any:
+        if options.get("action") is ActionConfigFile:
+            options |= {
+                "action": ConfigByName,
+                "help": "A YAML file, or the name of a configuration (`marble-lightning configs` lists them); "
+                "a later one overrides the one before.",
+            }
+        return super().add_argument(*args, **options)

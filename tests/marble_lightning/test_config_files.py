@@ -1,0 +1,87 @@
+"""Configurations by name, from any working folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from marble_lightning.cli import command_line, main
+from marble_lightning.config_files import known, located
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+
+
+@pytest.fixture(autouse=True)
+def _elsewhere(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+def test_every_file_has_a_name():
+    assert set(known().values()) == set(CONFIGS.rglob("*.yaml"))
+    assert {"tiny", "sd35m", "balancers/pcgrad"} <= known().keys()
+
+
+def test_a_file_of_that_name_comes_first(tmp_path):
+    assert located("tiny") == str(CONFIGS / "tiny.yaml")
+    (tmp_path / "tiny").mkdir()  # a folder is no configuration
+    assert located("tiny") == str(CONFIGS / "tiny.yaml")
+    (tmp_path / "tiny").rmdir()
+    (tmp_path / "tiny").write_text("{}")
+    assert located("tiny") == "tiny"
+
+
+def test_yaml_is_left_to_the_parser():
+    assert located("seed_everything: 1") == "seed_everything: 1"
+
+
+def test_an_unknown_name_lists_those_that_exist(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        main(["fit", "-c", "tinny"])
+    shown = capsys.readouterr().err
+    assert "tiny, balancers/advantage_sum, balancers/cagrad" in shown
+    assert f"Found 'tinny', and no such file from {tmp_path}." in shown
+
+
+def test_tiny_loads_its_weights_and_prompts_from_any_folder():
+    made = command_line(["-c", "tiny", "--trainer.logger", "false"], run=False)
+    made.datamodule.setup("fit")
+    made.model.policy.check_resolution("resolution", 32)
+    made.model.policy.setup(0)
+    assert made.model.policy.identity["model"] == "package:tinyworld/weights/sd3"
+    for name in ("pickscore", "hpsv2", "clipscore"):
+        made.model.judges[name].setup()
+    assert str(CONFIGS.parent) not in made.model.run_config  # it travels with checkpoints and exported adapters
+
+
+def test_configs_lists_names_with_what_they_are(capsys):
+    main(["configs"])
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines] == list(known())
+    assert all(len(line.split()) > 3 and "marble-lightning fit" not in line for line in lines)
+
+
+def test_a_copy_is_a_configuration_too(tmp_path, capsys):
+    main(["configs", "--copy", "tiny", "--to", "mine/my.yaml"])
+    assert (tmp_path / "mine/my.yaml").read_text() == (CONFIGS / "tiny.yaml").read_text()
+    main(["configs", "--copy", "balancers/pcgrad"])
+    capsys.readouterr()
+    with pytest.raises(SystemExit):
+        main(["fit", "-c", "mine/my.yaml", "-c", "pcgrad.yaml", "--print_config"])
+    assert yaml.safe_load(capsys.readouterr().out)["balancer"]["class_path"] == "balancers.PCGrad"
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--copy", "tinny"], "`copy` must be the name of a configuration: sd35l, .* Found 'tinny'"),
+        (["--copy", "tiny", "--to", "there.yaml"], "`to` must be a file that is not there yet. Found .*there.yaml"),
+        (["--to", "my.yaml"], "`to` must be null where nothing is copied. Found my.yaml"),
+    ],
+)
+def test_copies_that_are_refused(options, message, tmp_path):
+    (tmp_path / "there.yaml").write_text("kept")
+    with pytest.raises(ValueError, match=message):
+        main(["configs", *options])
+    assert (tmp_path / "there.yaml").read_text() == "kept"
