@@ -15,12 +15,12 @@ from marble_lightning.checkpoints import (
     RoundCheckpoint,
     WholeCheckpointIO,
     damage,
-    folder_of_runs,
     last_of,
     newest_whole,
     point,
 )
 from marble_lightning.cli import main
+from marble_lightning.run_folder import folder_of_runs
 from tests.marble_lightning.test_resume import differences, last, options, state
 
 STATE = {"step": 3, "weights": torch.arange(8.0)}
