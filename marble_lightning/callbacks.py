@@ -16,10 +16,12 @@ from marble_lightning.checkpoints import LAST, RoundCheckpoint, warn
 from marble_lightning.checks import the_data
 from marble_lightning.comparison import compared, comparison_table, judged_otherwise, must_be_comparable
 from marble_lightning.held_out import HeldOut
+from marble_lightning.loggers import log_image
 from marble_lightning.module import DiffusionNFT
 from marble_lightning.pictures import grid, scores_text, to_image
 from marble_lightning.ranks import gathered
 from marble_lightning.results import JSON, Measured, document, read, write
+from marble_lightning.run_folder import CONFIG, run_folder
 from marble_lightning.table import held_out_table, tags_table
 from marble_lightning.whole_files import written_whole
 
@@ -45,7 +47,7 @@ class ProgressBar(TQDMProgressBar):
 
 
 class Pictures(Callback):
-    """Held-out pictures in TensorBoard and as a PNG in the run's folder, the same prompts and noise each time.
+    """Held-out images in the loggers that show any and as a PNG in the run's folder, the same prompts and noise each time.
 
     Args:
         count: Pictures in the grid, spread over the held-out prompts, >= 1.
@@ -68,7 +70,7 @@ class Pictures(Callback):
                 self.shown[index] = (image.cpu(), f"{prompt.text}\n{scores_text(scores, names)}")
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        folder = Path(trainer.log_dir or trainer.default_root_dir)  # asked on every rank: it is a broadcast
+        folder = run_folder(trainer)
         shown = dict(sorted(gathered(list(self.shown.items())), key=lambda each: each[0]))
         self.shown = {}
         if not shown or not trainer.is_global_zero:
@@ -77,8 +79,7 @@ class Pictures(Callback):
         step = f"_{trainer.global_step:06d}" if trainer.state.fn == "fit" else ""
         with written_whole(folder / f"held_out{step}.png") as beside:
             to_image(sheet).save(beside)
-        if isinstance(trainer.logger, TensorBoardLogger):
-            trainer.logger.experiment.add_image("held_out", sheet, trainer.global_step)
+        log_image(trainer, "held_out", sheet, trainer.global_step)
 
     on_test_batch_end = on_validation_batch_end  # type: ignore[assignment] # named as the other hook's
     on_test_end = on_validation_end
@@ -136,26 +137,27 @@ class Results(Callback):
         self.loaded_step = checkpoint["global_step"]
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        folder = Path(trainer.log_dir or ".")  # asked on every rank: it is a broadcast
+        folder = run_folder(trainer)
         if not trainer.is_global_zero:
             return
         self._show(trainer, pl_module, folder)
         written = [own.dirpath for own in trainer.checkpoint_callbacks if isinstance(own, RoundCheckpoint)]
-        config, checkpoint = folder / "config.yaml", Path(next(iter(written), None) or folder / "checkpoints") / LAST
+        config, checkpoint = folder / CONFIG, Path(next(iter(written), None) or folder / "checkpoints") / LAST
         if not self.trained:
             begun = f"{trainer.ckpt_path} is after {trainer.current_epoch}" if trainer.ckpt_path else "`max_epochs` is 0"
             print(f"\nNothing was left to train: {begun} rounds.")
             return
+        curves = [logger.root_dir for logger in trainer.loggers if isinstance(logger, TensorBoardLogger)]
         print(
             f"\nThis run:       {folder}\n"
             f"Judge it again: marble-lightning validate -c {config} --ckpt_path {checkpoint}\n"
-            f"See it:         tensorboard --logdir {folder.parent}\n"
-            f"The plain sum:  marble-lightning fit -c {config} -c balancers/weighted_sum --ckpt_path null"
+            + "".join(f"See it:         tensorboard --logdir {Path(root)}\n" for root in curves)
+            + f"The plain sum:  marble-lightning fit -c {config} -c balancers/weighted_sum --ckpt_path null"
         )
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.state.fn != "fit":
-            folder = Path(trainer.log_dir or ".")  # asked on every rank: it is a broadcast
+            folder = run_folder(trainer)
             if trainer.is_global_zero:
                 self._show(trainer, pl_module, folder)
 

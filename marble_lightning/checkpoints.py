@@ -12,11 +12,13 @@ import torch
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.utilities import rank_zero_only
 from torch.optim import Optimizer
 
 from marble_lightning.checkpoint_content import LAST, TO_EVALUATE, load_checked, time_of
 from marble_lightning.ranks import OnAllRanks
+from marble_lightning.run_folder import folder_of_runs
 from marble_lightning.stops import job, link_of_job
 from marble_lightning.whole_files import folder_to_disk, remove_unfinished, scratch_for, written_whole
 
@@ -24,17 +26,12 @@ log = logging.getLogger(__name__)
 warn = rank_zero_only(log.warning)
 
 
-def folder_of_runs(trainer: Trainer) -> Path:
-    """The folder of the trainer's runs of one name."""
-    logger = trainer.logger
-    root = Path(trainer.default_root_dir)
-    return root if logger is None else Path(logger.save_dir or root) / str(logger.name)
-
-
 def last_of(trainer: Trainer) -> Path | None:
     """The newest `last.ckpt` of the trainer's runs of one name, if there is one."""
-    version = "." if trainer.logger is None else "*"  # ModelCheckpoint's own choice
-    found = folder_of_runs(trainer).glob(f"{version}/checkpoints/{LAST}")
+    root, logger = folder_of_runs(trainer), trainer.logger
+    found = [*root.glob(f"*/checkpoints/{LAST}"), *root.glob(f"checkpoints/{LAST}")]  # earlier runs without a logger
+    if isinstance(logger, WandbLogger):  # where Lightning keeps checkpoints
+        found += Path(logger.save_dir or root).glob(f"{logger.name}/*/checkpoints/{LAST}")
     return max(found, key=time_of, default=None)  # also a link that leads nowhere: loading says so
 
 

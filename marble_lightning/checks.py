@@ -19,13 +19,13 @@ from marble_lightning.settings import Sampling
 from rewards import Prompt, Reward
 from rewards.texts import excerpt, reason
 
-WHOLE_ROUNDS = {
-    "limit_train_batches": (1.0, None),
-    "overfit_batches": (0.0,),
-    "fast_dev_run": (False,),
-    "max_steps": (-1, None),
+WHOLE_ROUNDS: dict[str, tuple[object, ...]] = {
+    "limit_train_batches": (1.0,),  # 1 is one micro-batch
+    "overfit_batches": (0.0, 0),
+    "fast_dev_run": (False, 0),
+    "max_steps": (-1,),
 }
-"""Trainer options that would cut a round short, with their defaults."""
+"""Trainer options that would cut a round short, with the values that do not. Types count: 1 == 1.0 == True."""
 
 PRECISIONS = ("32-true", "bf16-mixed", "16-mixed")
 """Precisions of the trainer that leave the adapters and what they learn in float32."""
@@ -69,9 +69,10 @@ def the_plan(trainer: Trainer, sampling: Sampling, micro_batch_size: int, optimi
             f"Found {trainer.accumulate_grad_batches}; set `micro_batch_size` and `optimizer_steps_per_round`."
         )
     for name, defaults in WHOLE_ROUNDS.items():
-        if getattr(trainer, name) not in defaults:
+        found = getattr(trainer, name)
+        if not any(type(found) is type(default) and found == default for default in defaults):
             raise ValueError(
-                f"`{name}` must keep its default, since a round is trained on as a whole. Found {getattr(trainer, name)}; "
+                f"`{name}` must keep its default, {defaults[0]}, since a round is trained on as a whole. Found {found}; "
                 "use `max_epochs` for fewer rounds, and `prompts_per_round` or `images_per_prompt` for smaller ones."
             )
     if any(isinstance(callback, Timer) and callback._interval == Interval.step for callback in trainer.callbacks):  # type: ignore[attr-defined]

@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
+import logging
+import os
+import re
 import signal
 import sys
 import warnings
 from collections.abc import Sequence
 from typing import Any
 
-from jsonargparse import auto_cli, set_parsing_settings
-from lightning.pytorch import Callback
+from jsonargparse import Namespace, auto_cli, set_parsing_settings
+from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.callbacks import ProgressBar as BaseProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from balancers import Balancer
 from marble_lightning.alarms import Alarms
+from marble_lightning.callback_checks import check_trainer
 from marble_lightning.callbacks import Pictures, ProgressBar, Results
-from marble_lightning.checkpoints import LAST, RoundCheckpoint, folder_of_runs, last_of, warn
+from marble_lightning.checkpoint_content import TO_EVALUATE, TO_FIT, load_checked
+from marble_lightning.checkpoints import LAST, RoundCheckpoint, WholeCheckpointIO, last_of, warn
 from marble_lightning.config_files import configs
 from marble_lightning.export import export, redacted_yaml
 from marble_lightning.harmony import Harmony
@@ -25,6 +31,7 @@ from marble_lightning.module import DiffusionNFT
 from marble_lightning.parsers import Parser, TrainingParser
 from marble_lightning.predictions import PictureWriter
 from marble_lightning.prompts import PromptDataModule
+from marble_lightning.run_folder import RunFolder, folder_of_runs
 from marble_lightning.settings import Averaging
 from marble_lightning.stops import Stops, left_by_this_job, status
 from marble_lightning.whole_files import local_file
@@ -37,7 +44,7 @@ OTHERS = (
 
 CKPT_PATH = (
     "Checkpoint to go on from, or to judge: a file in a run's folder `checkpoints`, or `last`, the newest of the last run "
-    "of the logger's name."
+    "of the logger's name, or in `default_root_dir` for loggers without version folders."
 )
 
 QUIET = (
@@ -53,6 +60,17 @@ def a_seed(found: Any) -> int:
     if isinstance(found, bool) or not isinstance(found, int) or found < 0:
         raise ValueError(f"`seed_everything` must be a number >= 0, of which all randomness is made. Found {found}.")
     return found
+
+
+def with_home(value: Any) -> Any:
+    """A setting with the home folder in place of a leading `~`, in all that it holds."""
+    if isinstance(value, Namespace | dict):
+        for name, each in list(value.items()):
+            value[name] = with_home(each)
+        return value
+    if isinstance(value, list):
+        return [with_home(each) for each in value]
+    return os.path.expanduser(value) if isinstance(value, str) and re.match(r"~(/|$)", value) else value
 
 
 class MarbleCLI(LightningCLI):
@@ -81,15 +99,12 @@ class MarbleCLI(LightningCLI):
         """Nothing: Lightning reads the file here, unchecked, for hyper-parameters that no checkpoint of ours holds."""
 
     def before_instantiate_classes(self) -> None:
-        """Add our handlers of signals, and our progress bar unless bars are switched off.
+        """Expand `~`, and do without what Lightning shows or keeps.
 
         Results take the place of Lightning's table, and files that of pictures kept in memory.
         """
         options = self.config[self.subcommand] if self.subcommand else self.config
-        own: list[Callback] = [Stops()]
-        if options.trainer.enable_progress_bar is not False:
-            own.append(ProgressBar())
-        self.trainer_defaults["callbacks"] += own
+        with_home(options)
         if "verbose" in options:
             options.verbose = False
         if options.get("return_predictions", True) is None:
@@ -100,26 +115,60 @@ class MarbleCLI(LightningCLI):
         config = self.config.get(str(self.subcommand), self.config)
         self.model.run_config = redacted_yaml(self._parser(self.subcommand).dump(config, skip_none=False))
 
-    def before_fit(self) -> None:
-        """Find the checkpoint to go on from: that of a job which SLURM has queued again, or what `--ckpt_path last` means.
+    def instantiate_trainer(self, **options: Any) -> Trainer:
+        """Add the callbacks that no section sets."""
+        config, parser = self.config.get(str(self.subcommand), self.config), self._parser(self.subcommand)
+        settings = self._get(self.config_init, "trainer")
+        asked = settings.callbacks if isinstance(settings.callbacks, list) else [settings.callbacks]
+        sections = {name: self._get(self.config_init, name) for name in parser.callback_keys}
+        check_trainer(settings.enable_checkpointing, asked, sections)
+        own: list[Callback] = [RunFolder(parser.dump(config, skip_none=False)), Stops()]
+        if settings.enable_progress_bar is not False and not any(isinstance(each, BaseProgressBar) for each in asked):
+            own.append(ProgressBar())
+        self.trainer_defaults["callbacks"] += own
+        self.save_config_callback = None  # RunFolder's work
+        return super().instantiate_trainer(**options)
 
-        That is the last run of the logger's name; Lightning looks in the new run's empty folder.
+    def before_fit(self) -> None:
+        """Check the settings before a logger writes anything, then find the checkpoint to resume from.
+
+        It is that of a job which SLURM has queued again, or what `--ckpt_path last` means. That is the last run of the
+        logger's name; Lightning looks in the new run's empty folder.
         """
+        self._check_settings()
         options, folder = self.config_init[self.subcommand], folder_of_runs(self.trainer)
         if (options.ckpt_path or "").partition(":")[0] in ("best", "hpc", "registry"):  # words of Lightning's
             raise ValueError(f"`ckpt_path` must be a file, or last. Found {options.ckpt_path}.")
         if options.ckpt_path is None and self.subcommand == "fit" and (found := left_by_this_job(folder)):
             warn(f"SLURM has queued this job again; it goes on from {found}.")
             options.ckpt_path = str(found)
-        if options.ckpt_path != "last":
-            options.ckpt_path = options.ckpt_path and str(local_file("ckpt_path", options.ckpt_path))
-            return
-        found = last_of(self.trainer)
-        if found is None and self.subcommand != "fit":
-            raise ValueError(f"`ckpt_path` must be a checkpoint. Found `last`, and no run in {folder} has a {LAST}.")
-        if found is None:
-            warn(f"`--ckpt_path last`: no run in {folder} has a {LAST} yet, so this one begins with the first round.")
-        options.ckpt_path = None if found is None else str(found)
+        if options.ckpt_path == "last":
+            found = last_of(self.trainer)
+            if found is None and self.subcommand != "fit":
+                raise ValueError(f"`ckpt_path` must be a checkpoint. Found `last`, and no run in {folder} has a {LAST}.")
+            if found is None:
+                warn(f"`--ckpt_path last`: no run in {folder} has a {LAST} yet, so this one begins with the first round.")
+            options.ckpt_path = None if found is None else str(found)
+        if options.ckpt_path:
+            options.ckpt_path = str(local_file("ckpt_path", options.ckpt_path))
+            if isinstance(self.trainer.strategy.checkpoint_io, WholeCheckpointIO):
+                content = TO_FIT if self.subcommand == "fit" else TO_EVALUATE
+                load_checked(options.ckpt_path, content, map_location="cpu", weights_only=True)
+
+    def _check_settings(self) -> None:
+        """Let data, model and callbacks refuse settings as their `setup` will, which says again what is only a warning."""
+        stage, trainer = str(self.subcommand), self.trainer
+        trainer.datamodule, self.datamodule.trainer, self.model.trainer = self.datamodule, trainer, trainer
+        before = logging.root.manager.disable
+        logging.disable(logging.WARNING)
+        try:
+            self.datamodule.setup(stage)
+            for callback in trainer.callbacks:
+                if isinstance(callback, Results | PictureWriter):
+                    callback.setup(trainer, self.model, stage)
+            self.model.check(stage)
+        finally:
+            logging.disable(before)
 
     before_validate = before_test = before_predict = before_fit
 

@@ -93,6 +93,9 @@ class FlowPolicy(nn.Module, ABC):
             ValueError: The model is not one that this class can train.
         """
 
+    def check(self) -> None:
+        """Refuse settings that can be refused before any weight loads. Default: nothing."""
+
     @abstractmethod
     def check_resolution(self, name: str, resolution: int) -> None:
         """Refuse pictures of a size that the model cannot draw, before any weight loads.

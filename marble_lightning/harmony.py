@@ -6,7 +6,6 @@ from itertools import product
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
@@ -14,6 +13,7 @@ from balancers import Balancer
 from balancers.harmony import agreement, gram_matrix
 from balancers.solution import active_rows
 from marble_lightning.checks import the_balancer
+from marble_lightning.loggers import log_image, log_metrics
 from marble_lightning.module import DiffusionNFT
 from marble_lightning.pictures import heat
 from marble_lightning.seeds import derived_seed
@@ -57,24 +57,18 @@ class Harmony(Callback):
         if self.probe_every and trainer.global_step % self.probe_every == 0 and isinstance(pl_module, DiffusionNFT):
             kind = "solved" if the_balancer(trainer).solved else "reused"
             for place, figures in probe(pl_module, trainer.global_step).items():
-                self._log(trainer, {f"probe/{kind}/{place}/{name}": value for name, value in figures.items()})
+                shown = {f"probe/{kind}/{place}/{name}": value for name, value in figures.items()}
+                log_metrics(trainer, shown, trainer.global_step)
 
     def on_train_batch_end(self, trainer: Trainer, *arguments: Any) -> None:
         balancer = the_balancer(trainer)
         if balancer.diagnostics:
             gram = balancer.diagnostics.pop("gram")
-            self._log(trainer, refresh_figures(balancer))
-            if isinstance(trainer.logger, TensorBoardLogger) and trainer.is_global_zero:
+            log_metrics(trainer, refresh_figures(balancer), trainer.global_step)
+            if trainer.is_global_zero:
                 norms = gram.diagonal().sqrt()
-                picture = heat(gram / norms.outer(norms), balancer.names)
-                trainer.logger.experiment.add_image("cosines", picture, trainer.global_step)
+                log_image(trainer, "cosines", heat(gram / norms.outer(norms), balancer.names), trainer.global_step)
             balancer.diagnostics = {}
-
-    @staticmethod
-    def _log(trainer: Trainer, figures: dict[str, float]) -> None:
-        # straight to the logger, since Lightning would repeat the last values on the steps in between
-        if trainer.logger is not None:
-            trainer.logger.log_metrics(figures, step=trainer.global_step)
 
 
 def refresh_figures(balancer: Balancer) -> dict[str, float]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -15,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torchmetrics import CatMetric
 
+from marble_lightning.callback_checks import check_callbacks
 from marble_lightning.checkpoint_content import TO_EVALUATE, TO_FIT, must_be_of_fit
 from marble_lightning.checkpoints import WholeCheckpointIO, warn
 from marble_lightning.checks import (
@@ -26,7 +26,9 @@ from marble_lightning.checks import (
 )
 from marble_lightning.divergence import Finite
 from marble_lightning.flow_policy import Conditions, FlowPolicy, is_adapter, joined
+from marble_lightning.loggers import log_metrics
 from marble_lightning.round_start import RoundStart
+from marble_lightning.run_folder import run_folder
 from marble_lightning.scoring import Scorer, exit_is_failure
 from marble_lightning.seeds import derived_seed, generator
 from marble_lightning.settings import Evaluation, Scoring
@@ -84,27 +86,33 @@ class HeldOutEvaluation(LightningModule):
         self.round_start = RoundStart()
         self.finite = Finite()
 
-    def setup(self, stage: str) -> None:
-        """Check settings and prompts, then load the weights of the policy and of those judges that are asked."""
+    def check(self, stage: str) -> None:
+        """Check settings and prompts, of which the data module knows by now; loads and writes nothing."""
         data = the_data(self.trainer)
         the_precision(self.trainer)
         if type(self.trainer.strategy.checkpoint_io) is TorchCheckpointIO:  # not a plugin of the user's
             self.trainer.strategy.checkpoint_io = WholeCheckpointIO()
+        check_callbacks(self.trainer.callbacks)  # type: ignore[attr-defined]
         self.asked = self._asked(stage, data.held_out)
         if stage != "fit" or self.trainer.limit_val_batches:
             enough_held_out_prompts(self.trainer)
         every_prompt_can_be_judged(self.asked, data.held_out)
+        self.policy.check()
         if self.evaluation.resolution is not None:
             self.policy.check_resolution("model.evaluation.resolution", self.evaluation.resolution)
         if self.evaluation.resolution is None or stage == "fit":
             self.policy.check_resolution("model.policy.resolution", self.policy.resolution)
+
+    def setup(self, stage: str) -> None:
+        """Check, then load the weights of the policy and of those judges that are asked."""
+        self.check(stage)
+        data = the_data(self.trainer)
         self.policy.setup(self.seed)
         for name, judge in self.asked.items():
             with exit_is_failure(name):
                 judge.setup()
             judge.requires_grad_(False)
-        folder = Path(self.trainer.log_dir or self.trainer.default_root_dir)  # asked on every rank: it is a broadcast
-        self.scorer.setup(folder, f"_{self.trainer.global_rank}" if self.trainer.world_size > 1 else "")
+        self.scorer.setup(run_folder(self.trainer), f"_{self.trainer.global_rank}" if self.trainer.world_size > 1 else "")
         # Nothing here has buffers that change. Rewards may be elsewhere, where ranks cannot send each other theirs.
         constant = [name for name, _ in self.named_buffers()]
         DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(self, constant)
@@ -125,6 +133,13 @@ class HeldOutEvaluation(LightningModule):
     def judges(self) -> dict[str, Reward]:
         """Rewards and metrics: what held-out pictures are scored by."""
         return cast(dict[str, Reward], {**dict(self.rewards.items()), **dict(self.metrics.items())})
+
+    def metric_names(self) -> set[str]:
+        """Names of the metrics that every validation logs."""
+        prompts = the_data(self.trainer).held_out
+        scored = {name: judge for name, judge in self.judges.items() if any(map(judge.judges, prompts))}
+        tags = by_tag(scored, prompts, torch.zeros(len(prompts), len(scored)))
+        return {f"held_out/{name}" for name in (*scored, *tags)}
 
     def _asked(self, stage: str, prompts: list[Prompt]) -> dict[str, Reward]:
         """All judges; those that apply to any prompt for `predict`, none if it does not score."""
@@ -221,8 +236,8 @@ class HeldOutEvaluation(LightningModule):
         means |= {f"skipped/held_out/{name}": float(count) for name, count in skipped.items() if count}
         if not self.trainer.sanity_checking:
             self.log_dict(means, sync_dist=True)
-        elif self.logger is not None:
-            self.logger.log_metrics(means, step=0)
+        else:
+            log_metrics(self.trainer, means, step=0)
         self.round_start.judged(self.trainer)
 
     on_test_epoch_end = on_validation_epoch_end

@@ -17,9 +17,11 @@ from tqdm import tqdm
 
 from balancers import Balancer
 from marble_lightning import checks
+from marble_lightning.callback_checks import check_monitors
 from marble_lightning.flow_policy import Adapter, FlowPolicy
 from marble_lightning.gradients import RewardGradients, add_flat, flat
 from marble_lightning.held_out import HeldOutEvaluation
+from marble_lightning.image_statistics import NAMES
 from marble_lightning.objective import Coefficients, nft_losses
 from marble_lightning.reward_names import named_rewards
 from marble_lightning.rollouts import MicroBatch, MicroBatches, Rollout, Sampled, micro_batches, weigh_round
@@ -90,8 +92,8 @@ class DiffusionNFT(HeldOutEvaluation):
 
     # Setting up -----------------------------------------------------------------------------------------------------
 
-    def setup(self, stage: str) -> None:
-        """Check what can be checked, then load the weights."""
+    def check(self, stage: str) -> None:
+        """Check what can be checked before weights are loaded."""
         if stage == "fit":
             if self.policy.adapter is None:
                 raise ValueError("`policy.adapter` must be ema or trained for `fit`, which trains one. Found none.")
@@ -99,11 +101,25 @@ class DiffusionNFT(HeldOutEvaluation):
             self.plan = checks.the_plan(self.trainer, self.sampling, *self.sizes)
             checks.every_reward_applies(self._learned, checks.the_data(self.trainer))
             checks.every_prompt_can_be_judged(self._learned, checks.the_data(self.trainer).training)
-            self.trainer.accumulate_grad_batches = self.plan.per_step
+        super().check(stage)
+        if stage == "fit":
+            check_monitors(self.trainer.callbacks, self, self.metric_names())  # type: ignore[attr-defined]
+
+    def setup(self, stage: str) -> None:
+        """Check, then load the weights."""
         super().setup(stage)
+        if stage == "fit":
+            self.trainer.accumulate_grad_batches = self.plan.per_step
         self.trainable = self.policy.parameters_of("trained")
         if stage == "fit" and self.balancer.needs_gradients:
             self.per_reward.expect(False)  # raises now where they cannot be had
+
+    def metric_names(self) -> set[str]:
+        """Names of the metrics that every round logs, with those of validations where the trainer has any."""
+        per_reward = {f"{kind}/{name}" for kind in ("train", "missing", "skipped", "time/scoring") for name in self.rewards}
+        plain = {"kl", "loss", "time/sampling", "time/waiting_for_scores", "time/training"}
+        held_out = super().metric_names() if self.trainer.limit_val_batches else set[str]()
+        return per_reward | plain | held_out | {f"images/{name}" for name in NAMES}
 
     @cached_property
     def per_reward(self) -> RewardGradients:

@@ -119,12 +119,18 @@ class SD3Policy(FlowPolicy):
 
     # Setting up -----------------------------------------------------------------------------------------------------
 
+    def check(self) -> None:
+        """Refuse a folder for prompts that cannot be one, and a LoRA that the adapters cannot start from."""
+        if self.prompt_cache is not None:
+            must_be_a_folder("policy.prompt_cache", Path(self.prompt_cache).expanduser())
+        if self.init_lora is not None:
+            read_lora(self.init_lora, rank=self.rank, alpha=self.alpha)
+
     def setup(self, seed: int) -> None:
         """Load the pipeline, freeze it and add the adapters; the same seed gives the same initial adapters."""
         if hasattr(self, "pipeline"):
             return
-        if self.prompt_cache is not None:
-            must_be_a_folder("policy.prompt_cache", Path(self.prompt_cache).expanduser())
+        self.check()
         index = pipeline_index(self.path, self.revision)
         start = read_lora(self.init_lora, rank=self.rank, alpha=self.alpha) if self.init_lora is not None else None
         without_t5 = self.text_encoder_3_from is None or index.get("text_encoder_3", [None])[0] is None

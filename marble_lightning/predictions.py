@@ -16,6 +16,7 @@ from marble_lightning.checks import the_data
 from marble_lightning.held_out import HeldOut, HeldOutEvaluation
 from marble_lightning.pictures import to_image
 from marble_lightning.ranks import gathered
+from marble_lightning.run_folder import run_folder
 from marble_lightning.whole_files import must_be_a_folder, remove_unfinished, written_whole
 
 
@@ -41,13 +42,16 @@ class PictureWriter(Callback):
             return
         self.records = []
         pl_module.scores_predictions = self.scores
-        self.place = Path(self.folder or Path(trainer.log_dir or ".") / "predictions")  # here, as `log_dir` is a broadcast
-        must_be_a_folder("predictions.folder", self.place)
-        if trainer.is_global_zero:
-            remove_unfinished([self.place])
-        self._keep_others(trainer, pl_module, {"adapter", "checkpoint"})  # which are known once it is loaded
+        if self.folder is not None:
+            self.place = Path(self.folder)
+            must_be_a_folder("predictions.folder", self.place)
+            self._keep_others(trainer, pl_module, {"adapter", "checkpoint"})  # which are known once it is loaded
 
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self.folder is None:
+            self.place = run_folder(trainer) / "predictions"
+        if trainer.is_global_zero:
+            remove_unfinished([self.place])
         if isinstance(pl_module, HeldOutEvaluation):
             self._keep_others(trainer, pl_module, set())
 

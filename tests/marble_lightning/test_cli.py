@@ -9,7 +9,7 @@ import torch
 from diffusers import StableDiffusion3Pipeline
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from marble_lightning.cli import main
+from marble_lightning.cli import command_line, main
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 
@@ -151,19 +151,79 @@ def test_validate_without_a_checkpoint_judges_the_base(small, capsys):
         (["--results.compare_with", "[nowhere]"], "must be a results.json or a run's folder with one. Found no file"),
         (["--results.columns", "[beauty]"], "`results.columns` must name rewards or metrics: pickscore"),
         (["--trainer.limit_train_batches", "2"], "`limit_train_batches` must keep its default"),
+        (["--trainer.limit_train_batches", "1"], "`limit_train_batches` must keep its default, 1.0, "),
         (["--trainer.fast_dev_run", "true"], "must keep its default"),
+        (["--trainer.overfit_batches", "1.0"], "`overfit_batches` must keep its default, 0.0, "),
+        (["--trainer.enable_checkpointing", "false"], "`trainer.enable_checkpointing` must be true or null"),
         (["--trainer.max_steps", "3"], "`max_steps` must keep its default"),
         (["--trainer.max_time", "00:01:00:00"], "`max_time` must be null"),
         (["--trainer.precision", "bf16-true"], "`precision` must be one of 32-true, bf16-mixed, 16-mixed. Found bf16-true"),
+        (
+            ["--trainer.callbacks", "{class_path: GradientAccumulationScheduler, init_args: {scheduling: {0: 2}}}"],
+            "`trainer.callbacks` must not add a GradientAccumulationScheduler. Found one: accumulation follows from",
+        ),
+        (
+            ["--trainer.callbacks", "marble_lightning.callbacks.Results"],
+            "must not add a callback that has a section of settings. Found Results; use `results`",
+        ),
+        (
+            ["--trainer.callbacks", "{class_path: EarlyStopping, init_args: {monitor: held_out/orc}}"],
+            "`monitor` of EarlyStopping must be one of the metrics that the run logs. Found 'held_out/orc'; use e.g. ",
+        ),
+        (["--ckpt_path", "nowhere.ckpt"], "`ckpt_path` must be a whole checkpoint. Found nowhere.ckpt: no such file from"),
         (["--seed_everything", "true"], "`seed_everything` must be a number >= 0"),
         (["--data.sources", "[pickscore, geneval]"], "`rewards.ocr` must apply to at least one training prompt"),
     ],
 )
-def test_bad_settings_fail_before_any_weight_loads(small, options, message, monkeypatch, capsys):
+def test_bad_settings_fail_before_anything_is_loaded_or_written(small, options, message, tmp_path, monkeypatch, capsys):
     def loading(*arguments: object) -> None:
         raise AssertionError("weights were loaded")
 
+    before = sorted(tmp_path.iterdir())
     monkeypatch.setattr(StableDiffusion3Pipeline, "from_pretrained", loading)
     with pytest.raises((ValueError, SystemExit)) as error:
         main(["fit", *small, *options])
     assert message in str(error.value) + capsys.readouterr().err
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_run_from_elsewhere_leaves_nothing_behind(tmp_path, monkeypatch):
+    """Relative paths of the configuration lead nowhere there."""
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match="Found none"):
+        main(["fit", "-c", str(CONFIGS / "tiny.yaml")])
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_tilde_is_the_home_folder_in_every_path(small, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    paths = {
+        "trainer.default_root_dir": "~/runs",
+        "trainer.logger.save_dir": "~/runs",
+        "data.folder": "~/prompts",
+        "data.predict_file": "~/mine.txt",
+        "model.policy.path": "~/sd3",
+        "model.policy.prompt_cache": "~/cache",
+        "model.policy.init_lora": "~/lora",
+        "model.rewards.clipscore.path": "~/clip",
+        "predictions.folder": "~",
+        "results.compare_with": "[~/one, /two, three~/~four]",
+    }
+    cli = command_line([*small, *(part for name, path in paths.items() for part in (f"--{name}", path))], run=False)
+    kept = (
+        cli.model.rewards["clipscore"].path,
+        cli.model.policy.path,
+        cli.model.policy.prompt_cache,
+        cli.model.policy.init_lora,
+    )
+    assert kept == tuple(str(tmp_path / name) for name in ("clip", "sd3", "cache", "lora"))
+    assert (cli.datamodule.folder, cli.datamodule.predict_file) == (tmp_path / "prompts", tmp_path / "mine.txt")
+    assert cli.trainer.default_root_dir == cli.trainer.logger.save_dir == str(tmp_path / "runs")
+    assert cli.config_init["predictions"].folder == str(tmp_path)
+    assert cli.config_init["results"].compare_with == [str(tmp_path / "one"), "/two", "three~/~four"]
+
+
+def test_another_progress_bar_takes_the_place_of_ours(small):
+    bar = "lightning.pytorch.callbacks.RichProgressBar"
+    cli = command_line([*small, "--trainer.enable_progress_bar", "true", "--trainer.callbacks+", bar], run=False)
+    assert type(cli.trainer.progress_bar_callback).__name__ == "RichProgressBar"

@@ -10,7 +10,6 @@ import pytest
 import torch
 import yaml
 from diffusers import SD3Transformer2DModel
-from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from marble_lightning.cli import QUIET, command_line, main
@@ -149,16 +148,6 @@ def test_nothing_left_to_train(checkpoints, first, tmp_path, capsys):
     main(["fit", *options(checkpoints, tmp_path, **ONE), "--ckpt_path", "last"])
     shown = capsys.readouterr().out
     assert f"Nothing was left to train: {first} is after 1 rounds" in shown and "Judge it again" not in shown
-
-
-def test_a_finished_run_says_so_whatever_logs_it(checkpoints, tmp_path, capsys):
-    """Loggers such as W&B's have no folder for the run."""
-    logger = ["--trainer.logger.class_path", "lightning.pytorch.loggers.CSVLogger", "--trainer.logger.name", "tiny"]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Trainer, "log_dir", str(tmp_path / "elsewhere"))
-        main(["fit", *options(checkpoints, tmp_path, **ONE), *logger])
-    shown = " ".join(capsys.readouterr().out.split())
-    assert f"--ckpt_path {last(tmp_path)}" in shown and "Nothing was left" not in shown
 
 
 def test_results_name_the_rounds_checkpoint_beside_a_users_best(checkpoints, tmp_path):

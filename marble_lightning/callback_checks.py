@@ -1,0 +1,91 @@
+"""Which of Lightning's callbacks a run can have, and what they can monitor."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from difflib import get_close_matches
+
+from lightning.pytorch import Callback, LightningModule
+from lightning.pytorch.callbacks import (
+    BatchSizeFinder,
+    EarlyStopping,
+    GradientAccumulationScheduler,
+    LearningRateFinder,
+    LearningRateMonitor,
+    ModelCheckpoint,
+    ModelPruning,
+    StochasticWeightAveraging,
+    WeightAveraging,
+)
+
+from marble_lightning.checkpoints import warn
+
+UNUSABLE: dict[type[Callback], str] = {
+    GradientAccumulationScheduler: "accumulation follows from the size of a round; use `model.optimizer_steps_per_round`",
+    BatchSizeFinder: "it measures batches of another kind; use `model.micro_batch_size`, and `memory` to see what fits",
+    LearningRateFinder: "it trains on parts of a round; use `model.optimizer.lr`",
+    StochasticWeightAveraging: "it replaces all adapters at the end; use `model.averaging.ema_decay`",
+    WeightAveraging: "it replaces all adapters in validations and checkpoints; use `model.averaging.ema_decay`",
+    ModelPruning: "it renames the weights that checkpoints hold; use `model.policy.rank` for fewer parameters",
+}
+"""Callbacks that change how a round is cut or what an adapter is, each with the reason and the remedy."""
+
+KNOWN_PACKAGES = ("lightning", "balancers", "marble_lightning")
+"""Packages whose callbacks log no metric under a name unknown to `metric_names`, except `LearningRateMonitor`."""
+
+
+def check_trainer(enable_checkpointing: bool | None, added: Iterable[object], sections: Mapping[str, object]) -> None:
+    """Refuse settings of the trainer that collide with the callbacks of the command line.
+
+    Args:
+        enable_checkpointing: As in `trainer`.
+        added: The callbacks in `trainer`.
+        sections: The callbacks with a section of settings, by the name of the section.
+    """
+    if enable_checkpointing is False:
+        raise ValueError(
+            "`trainer.enable_checkpointing` must be true or null, since the result of a run is its checkpoint. Found false; "
+            "use `checkpoints.every_n_rounds` for fewer checkpoints."
+        )
+    for callback in added:
+        for section, ours in sections.items():
+            if type(callback) is type(ours):
+                raise ValueError(
+                    f"`trainer.callbacks` must not add a callback that has a section of settings. Found "
+                    f"{type(ours).__name__}; use `{section}`."
+                )
+
+
+def check_callbacks(callbacks: Iterable[Callback]) -> None:
+    """Refuse callbacks that change how a round is cut or what an adapter is."""
+    for callback in callbacks:
+        for kind, reason in UNUSABLE.items():
+            if isinstance(callback, kind):
+                raise ValueError(f"`trainer.callbacks` must not add a {kind.__name__}. Found one: {reason}.")
+
+
+def check_monitors(callbacks: Iterable[Callback], module: LightningModule, names: Iterable[str]) -> None:
+    """Refuse an EarlyStopping or ModelCheckpoint whose metric nothing logs; it would end the run after its first round.
+
+    Custom callbacks and modules may log metrics of their own. With one in the run, there is only a warning.
+
+    Args:
+        callbacks: All of the run.
+        module: What is trained.
+        names: The metrics that the run logs.
+    """
+    known = {*names, "epoch", "step"}
+    custom = [type(part).__name__ for part in (*callbacks, module) if _may_log(part)]
+    for callback in callbacks:
+        if not isinstance(callback, EarlyStopping | ModelCheckpoint) or callback.monitor in (None, *known):
+            continue
+        close = get_close_matches(callback.monitor, known, n=3) or sorted(known)
+        text = f"one of the metrics that the run logs. Found {callback.monitor!r}; use e.g. {', '.join(close)}."
+        if not custom:
+            raise ValueError(f"`monitor` of {type(callback).__name__} must be {text}")
+        warn(f"Unless {' or '.join(custom)} logs it, `monitor` of {type(callback).__name__} must be {text}")
+
+
+def _may_log(part: object) -> bool:
+    package = type(part).__module__.partition(".")[0]
+    return package not in KNOWN_PACKAGES or isinstance(part, LearningRateMonitor)

@@ -1,0 +1,36 @@
+"""What is given to every logger of a run, in the way that each takes it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from jaxtyping import Float
+from lightning.pytorch import Trainer
+from torch import Tensor
+
+from marble_lightning.pictures import to_image
+
+
+def log_metrics(trainer: Trainer, metrics: Mapping[str, float], step: int) -> None:
+    """Log to every logger at this step only; `LightningModule.log` would repeat the last values on the steps in between."""
+    for logger in trainer.loggers:
+        logger.log_metrics(dict(metrics), step=step)
+
+
+def log_image(trainer: Trainer, name: str, image: Float[Tensor, "3 height width"], step: int) -> None:
+    """Log an image to every logger that shows images: TensorBoard, W&B, MLflow and what has the same methods.
+
+    Args:
+        trainer: Its loggers; call this on the first process only.
+        name: What the image is called.
+        image: In [0, 1].
+        step: Optimizer step.
+    """
+    for logger in trainer.loggers:
+        experiment = getattr(logger, "experiment", None)
+        if hasattr(logger, "log_image"):  # W&B
+            logger.log_image(key=name, images=[to_image(image)], step=step)
+        elif hasattr(experiment, "add_image"):  # TensorBoard
+            experiment.add_image(name, image, step)
+        elif hasattr(logger, "run_id") and hasattr(experiment, "log_image"):  # MLflow, whose client serves many runs
+            experiment.log_image(logger.run_id, to_image(image), key=name, step=step)

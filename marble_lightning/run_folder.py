@@ -1,0 +1,92 @@
+"""The folder of a run: configuration, checkpoints, results and images of one command, and of no other."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator
+from itertools import chain, count
+from pathlib import Path
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+
+from marble_lightning.results import JSON
+
+CONFIG = "config.yaml"
+
+
+def folder_of_runs(trainer: Trainer) -> Path:
+    """The folder with the runs of one name, the same on every process before any logger has begun.
+
+    `save_dir/name` of a logger with a folder for each version (TensorBoard, CSV); `default_root_dir` for others, such as W&B
+    and MLflow, and without a logger.
+    """
+    logger = trainer.logger
+    if isinstance(logger, TensorBoardLogger | CSVLogger):
+        return Path(logger.save_dir) / (logger.name or "")
+    return Path(trainer.default_root_dir)
+
+
+def run_folder(trainer: Trainer) -> Path:
+    """Where a run's files go. Every process must ask, after `RunFolder` was set up; without it, Lightning's folder."""
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if isinstance(callback, RunFolder):
+            return callback.folder
+    return Path(trainer.log_dir or trainer.default_root_dir)
+
+
+class RunFolder(Callback):
+    """Gives every run a folder of its own, which has the whole configuration.
+
+    A logger's version folder is taken if no earlier run has used it. Otherwise, as with `version: mine`, the run gets the
+    next free `mine_1`, `mine_2` and so on beside it. Loggers without version folders, and runs without a logger, get
+    `version_0`, `version_1` and so on in `trainer.default_root_dir`.
+
+    Args:
+        config: The configuration as YAML. It may hold keys, so only its owner can read the file.
+    """
+
+    def __init__(self, config: str) -> None:
+        self.config = config
+        self.folder = Path()
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Choose the folder on the first process, and have checkpoints written there."""
+        chosen = claimed(candidates(trainer), self.config) if trainer.is_global_zero else None
+        self.folder = Path(trainer.strategy.broadcast(chosen))
+        for callback in trainer.checkpoint_callbacks:
+            if isinstance(callback, ModelCheckpoint) and callback.dirpath is None:
+                callback.dirpath = str(self.folder / "checkpoints")
+
+
+def candidates(trainer: Trainer) -> Iterator[Path]:
+    """Folders that a run may take, the first choice first."""
+    root, logger = folder_of_runs(trainer), trainer.logger
+    if isinstance(logger, TensorBoardLogger | CSVLogger):
+        version = logger.version if isinstance(logger.version, str) else f"version_{logger.version}"
+        return chain([root / version], (root / f"{version}_{index}" for index in count(1)))
+    taken = [int(found[1]) for folder in root.glob("version_*") if (found := re.fullmatch(r"version_(\d+)", folder.name))]
+    return (root / f"version_{index}" for index in count(max(taken, default=-1) + 1))
+
+
+def claimed(folders: Iterator[Path], config: str) -> Path:
+    """The first folder that no other run has used, which from now on has the configuration.
+
+    Args:
+        folders: Without end.
+        config: What the configuration file shall hold.
+    """
+    for folder in folders:
+        if (folder / "checkpoints").exists() or (folder / JSON).exists():  # of a run that was started in Python
+            continue
+        folder.mkdir(parents=True, exist_ok=True)
+        try:  # in one step, since another run may have begun at the same time
+            handle = os.open(folder / CONFIG, os.O_CREAT | os.O_EXCL | os.O_WRONLY, mode=0o600)
+        except FileExistsError:
+            continue
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(config)
+        return folder
+    raise AssertionError("`folders` must not end.")

@@ -1,0 +1,102 @@
+"""Callbacks of Lightning that a run cannot have are refused with the reason and the remedy."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.callbacks import (
+    BatchSizeFinder,
+    EarlyStopping,
+    EMAWeightAveraging,
+    GradientAccumulationScheduler,
+    LearningRateFinder,
+    LearningRateMonitor,
+    ModelCheckpoint,
+    ModelPruning,
+    StochasticWeightAveraging,
+    Timer,
+)
+
+from marble_lightning.callback_checks import check_callbacks, check_monitors, check_trainer
+from marble_lightning.callbacks import Results
+from marble_lightning.checks import WHOLE_ROUNDS
+from marble_lightning.module import DiffusionNFT
+from tests.marble_lightning.test_resume import fit_with, options
+
+
+class Custom(Callback):
+    """May log anything."""
+
+
+MODULE = DiffusionNFT.__new__(DiffusionNFT)
+NAMES = {"kl", "train/ocr", "held_out/ocr", "held_out/geneval"}
+
+
+@pytest.mark.parametrize(
+    "callback",
+    [
+        GradientAccumulationScheduler({0: 2}),
+        BatchSizeFinder(),
+        LearningRateFinder(),
+        StochasticWeightAveraging(0.1),
+        EMAWeightAveraging(),
+        ModelPruning("l1_unstructured"),
+    ],
+    ids=lambda callback: type(callback).__name__,
+)
+def test_callbacks_that_change_rounds_or_adapters_are_refused(callback):
+    check_callbacks([Timer(interval="epoch"), EarlyStopping("kl")])
+    with pytest.raises(ValueError, match=r"`trainer\.callbacks` must not add a .*; use `m.*`"):
+        check_callbacks([callback])
+
+
+def test_what_collides_with_the_command_lines_callbacks():
+    check_trainer(None, [Timer()], {"results": Results()})
+    with pytest.raises(
+        ValueError, match=r"`trainer\.enable_checkpointing` must be true or null.*`checkpoints\.every_n_rounds`"
+    ):
+        check_trainer(False, [], {})
+    with pytest.raises(ValueError, match="Found Results; use `results`"):
+        check_trainer(True, [Results()], {"results": Results()})
+
+
+@pytest.mark.parametrize(
+    "callback", [EarlyStopping("held_out/orc"), ModelCheckpoint(monitor="held_out/orc")], ids=["stopping", "checkpoint"]
+)
+def test_what_nothing_logs_cannot_be_monitored(callback, caplog):
+    with pytest.raises(ValueError, match=r"`monitor` of \w+ must be .* Found 'held_out/orc'; use e\.g\. held_out/ocr,"):
+        check_monitors([callback], MODULE, NAMES)
+    for other in (Custom(), LearningRateMonitor()):  # which log names of their own
+        caplog.clear()
+        with caplog.at_level(logging.WARNING):
+            check_monitors([callback, other], MODULE, NAMES)
+        assert f"Unless {type(other).__name__} logs it, `monitor` of" in caplog.text
+
+
+def test_what_is_logged_can_be_monitored():
+    known = [EarlyStopping(name) for name in NAMES] + [ModelCheckpoint(monitor=name) for name in (*NAMES, "step", None)]
+    check_monitors(known, MODULE, NAMES)
+
+
+def test_one_micro_batch_is_no_whole_round():
+    """Where a share and a number are meant, 1 is not 1.0."""
+    for name, allowed in WHOLE_ROUNDS.items():
+        for found, kinds in ((1, int), (True, bool)):
+            assert not any(type(each) is kinds and each == found for each in allowed), name
+
+
+class Metrics(Callback):
+    """Keeps the names of what a run can monitor."""
+
+    def on_train_end(self, trainer: Trainer, pl_module: DiffusionNFT) -> None:
+        self.logged, self.known = set(trainer.callback_metrics), pl_module.metric_names()
+
+
+@pytest.mark.filterwarnings("ignore:The '.*_dataloader' does not have many workers")
+@pytest.mark.filterwarnings("ignore:Found .* in eval mode at the start of training")
+def test_the_known_metrics_are_those_of_a_run(checkpoints, tmp_path):
+    kept = Metrics()
+    fit_with(options(checkpoints, tmp_path, **{"trainer.max_epochs": 1, "trainer.check_val_every_n_epoch": 1}), kept)
+    assert kept.logged == kept.known
