@@ -117,7 +117,8 @@ class DiffusionNFT(HeldOutEvaluation):
     def metric_names(self) -> set[str]:
         """Names of the metrics that every round logs, with those of validations where the trainer has any."""
         per_reward = {f"{kind}/{name}" for kind in ("train", "missing", "skipped", "time/scoring") for name in self.rewards}
-        plain = {"kl", "loss", "time/sampling", "time/waiting_for_scores", "time/training"}
+        plain = {"loss", "time/sampling", "time/waiting_for_scores", "time/training"}
+        plain |= {"kl"} if self.objective.kl_weight else set[str]()
         held_out = super().metric_names() if self.trainer.limit_val_batches else set[str]()
         return per_reward | plain | held_out | {f"images/{name}" for name in NAMES}
 
@@ -234,8 +235,11 @@ class DiffusionNFT(HeldOutEvaluation):
         velocity = self._velocity(batch, "trained")
         plus, minus = self._sample_losses(batch, velocity)
         losses = batch.coefficients.losses(plus, minus)
-        kl = (velocity - self._velocity(batch, None)).square().mean()
-        shown = {"kl": kl.detach(), "loss": losses.detach().sum() * self.plan.per_step}
+        shown = {"loss": losses.detach().sum() * self.plan.per_step}
+        weighted_kl = self._nothing()
+        if self.objective.kl_weight:
+            kl = (velocity - self._velocity(batch, None)).square().mean()
+            shown["kl"], weighted_kl = kl.detach(), self.objective.kl_weight * kl
         self.log_dict(shown, on_epoch=True, on_step=False, batch_size=1, sync_dist=True)
 
         if self.balancer.wants_gradients:
@@ -245,10 +249,14 @@ class DiffusionNFT(HeldOutEvaluation):
                 self.merged = self.balancer.solve(self.trainer.strategy.reduce, loss_scaled=self._scaler is not None)
                 # A scaler only sees this loss: where a gradient did not fit half precision, it must skip the step
                 overflow = self.balancer.any_gradient_overflowed
-            return self.objective.kl_weight * kl * (torch.inf if overflow else 1.0)
+            return weighted_kl * (torch.inf if overflow else 1.0)
         weights = self.balancer.loss_weights.to(losses, non_blocking=True)
         # Lightning divides by the micro-batches of a step; the coefficients already count over all of them
-        return (weights * losses).sum() * self.plan.per_step + self.objective.kl_weight * kl
+        return (weights * losses).sum() * self.plan.per_step + weighted_kl
+
+    def _nothing(self) -> Tensor:
+        """Zero, whose gradient is zero for every parameter: DistributedDataParallel waits for all of them."""
+        return torch.stack([(parameter * 0).sum() for parameter in self.trainable]).sum()
 
     def _velocity(self, batch: MicroBatch, adapter: Adapter | None) -> Tensor:
         with torch.set_grad_enabled(adapter == "trained"), self.policy.using(adapter):

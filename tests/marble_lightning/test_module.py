@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import cached_property
@@ -174,6 +175,34 @@ def test_rewards_merged_before_advantages_train_on_one_column(checkpoints, tmp_p
     gradients, _ = reference(module, kept, 0)
     assert gradients.shape[0] == 1
     torch.testing.assert_close(kept.gradients[0], gradients[0], rtol=1e-4, atol=1e-6)
+
+
+class Counted(DiffusionNFT):
+    """Counts forward passes by adapter, and backward passes through the trained one."""
+
+    def on_fit_start(self) -> None:
+        self.passes = Counter()
+
+    def _velocity(self, batch: MicroBatch, adapter: Any) -> Tensor:
+        self.passes[adapter] += 1
+        velocity = super()._velocity(batch, adapter)
+        if velocity.requires_grad:
+            velocity.register_hook(lambda _: self.passes.update(["backward"]))
+        return velocity
+
+
+@pytest.mark.parametrize(("balancer", "backward"), [(WeightedSum, 1), (MARBLE, 2)])
+def test_without_weight_the_kl_term_costs_nothing(checkpoints, tmp_path, balancer, backward):
+    """Neither the reference policy's forward pass, nor a third backward pass on a refresh."""
+    options = {} if balancer is WeightedSum else {"refresh_every": 1}
+    with_kl, kept = run(checkpoints, tmp_path, balancer(**options), rounds=2, kind=Counted, kl_weight=1e-9)
+    without, others = run(checkpoints, tmp_path, balancer(**options), rounds=2, kind=Counted, kl_weight=0.0)
+    n, old = without.passes["trained"], without.passes["trained"] + 2  # one to see that a round's end is finite
+    assert without.passes == {"trained": n, "old": old, "backward": backward * n}
+    assert with_kl.passes == {"trained": n, "old": old, None: n, "backward": (backward + (balancer is MARBLE)) * n}
+    assert "kl" not in without.trainer.callback_metrics
+    for ours, theirs in zip(others.gradients, kept.gradients, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-7)
 
 
 def test_coefficients_count_over_the_whole_step(checkpoints, tmp_path):
