@@ -17,7 +17,6 @@ from torch import Tensor
 
 from marble_lightning.lora import Lora
 from marble_lightning.whole_files import written_whole
-from rewards.files import local_path
 
 FILE = LORA_WEIGHT_NAME_SAFE
 """The name under which diffusers looks for a LoRA in a folder."""
@@ -69,7 +68,7 @@ def read_lora(path: str, *, rank: int, alpha: float) -> Lora:
     Raises:
         ValueError: There is no such file, it is damaged or not a plain LoRA, or its rank or alpha is another.
     """
-    file = _file(Path(local_path(path)))
+    file = _file(Path(path).expanduser())
     try:
         state, metadata = StableDiffusion3Pipeline.lora_state_dict(
             str(file), return_lora_metadata=True, use_safetensors=True if file.suffix == ".safetensors" else None

@@ -18,7 +18,7 @@ from marble_lightning.prompt_cache import PromptCache, fingerprint
 from marble_lightning.sd3_files import pipeline_index, the_resolution_fits
 from marble_lightning.solvers import Solver, flow_sigmas, scheduler_for
 from marble_lightning.whole_files import must_be_a_folder
-from rewards.files import local_path
+from rewards.files import resolve_path
 
 TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
 """Linear layers of a joint attention block that get a LoRA, as in the published runs."""
@@ -118,7 +118,7 @@ class SD3Policy(FlowPolicy):
         without_t5 = self.text_encoder_3_from is None or index.get("text_encoder_3", [None])[0] is None
         absent = {name: None for name in ("text_encoder_3", "tokenizer_3") if without_t5}
         pipeline = StableDiffusion3Pipeline.from_pretrained(
-            local_path(self.path), dtype=self.dtype, revision=self.revision, **absent
+            resolve_path(self.path), dtype=self.dtype, revision=self.revision, **absent
         )
         self.pipeline, self.flow_scheduler = pipeline, pipeline.scheduler
         for module in pipeline.components.values():
