@@ -23,7 +23,7 @@ from marble_lightning.module import DiffusionNFT
 from marble_lightning.policy import SD3Policy
 from marble_lightning.solvers import flow_sigmas, scheduler_for
 from rewards import Prompt, Reward
-from rewards.files import local_path
+from rewards.files import resolve_path
 
 
 class DiffusionNFTLoop:
@@ -52,7 +52,7 @@ class DiffusionNFTLoop:
         self.ours, self.policy, self.rewards, self.k = ours, policy, rewards, images_per_prompt
         self.device, self.half, self.phases = device, half, phases
         absent = {name: None for name in ("text_encoder_3", "tokenizer_3") if getattr(policy.pipeline, name) is None}
-        self.pipeline = StableDiffusion3Pipeline.from_pretrained(local_path(policy.path), dtype=torch.float32, **absent)
+        self.pipeline = StableDiffusion3Pipeline.from_pretrained(resolve_path(policy.path), dtype=torch.float32, **absent)
         self.pipeline.set_progress_bar_config(disable=True)
         self.pipeline.to(device)
         self.flow = self.pipeline.scheduler

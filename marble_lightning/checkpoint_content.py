@@ -12,7 +12,7 @@ from zipfile import BadZipFile, ZipFile, is_zipfile
 import torch
 from torch import Tensor
 
-from marble_lightning.whole_files import local_file
+from marble_lightning.whole_files import local_path
 
 LAST = "last.ckpt"
 
@@ -62,7 +62,7 @@ def load_checked(path: str | Path, content: Content, **options: Any) -> dict[str
     Raises:
         ValueError: It is damaged, another program's, incomplete or not finite; says which one to give instead.
     """
-    file = local_file("ckpt_path", path)
+    file = local_path("ckpt_path", path)
     if file.is_dir():
         inside = max(file.rglob(LAST), key=time_of, default=None)
         raise ValueError(f"`ckpt_path` must be a file. Found the folder {file}" + (f"; give {inside}" if inside else ""))

@@ -34,7 +34,7 @@ from marble_lightning.prompts import PromptDataModule
 from marble_lightning.run_folder import RunFolder, folder_of_runs
 from marble_lightning.settings import Averaging
 from marble_lightning.stops import Stops, left_by_this_job, status
-from marble_lightning.whole_files import local_file
+from marble_lightning.whole_files import local_path
 
 ABOUT = "Fine-tune Stable Diffusion 3 by reinforcement learning on several rewards at once."
 OTHERS = (
@@ -150,7 +150,7 @@ class MarbleCLI(LightningCLI):
                 warn(f"`--ckpt_path last`: no run in {folder} has a {LAST} yet, so this one begins with the first round.")
             options.ckpt_path = None if found is None else str(found)
         if options.ckpt_path:
-            options.ckpt_path = str(local_file("ckpt_path", options.ckpt_path))
+            options.ckpt_path = str(local_path("ckpt_path", options.ckpt_path))
             if isinstance(self.trainer.strategy.checkpoint_io, WholeCheckpointIO):
                 content = TO_FIT if self.subcommand == "fit" else TO_EVALUATE
                 load_checked(options.ckpt_path, content, map_location="cpu", weights_only=True)

@@ -16,8 +16,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from marble_lightning.lora import Lora
-from marble_lightning.whole_files import local_file, written_whole
-from rewards.files import local_path
+from marble_lightning.whole_files import local_path, written_whole
 
 FILE = LORA_WEIGHT_NAME_SAFE
 """The name under which diffusers looks for a LoRA in a folder."""
@@ -69,7 +68,7 @@ def read_lora(path: str, *, rank: int, alpha: float) -> Lora:
     Raises:
         ValueError: There is no such file, it is damaged or not a plain LoRA, or its rank or alpha is another.
     """
-    file = _file(local_file("policy.init_lora", local_path(path)))
+    file = _file(local_path("policy.init_lora", path))
     try:
         state, metadata = StableDiffusion3Pipeline.lora_state_dict(
             str(file), return_lora_metadata=True, use_safetensors=True if file.suffix == ".safetensors" else None

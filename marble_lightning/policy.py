@@ -18,8 +18,8 @@ from marble_lightning.lora_files import read_lora
 from marble_lightning.prompt_cache import PromptCache, fingerprint
 from marble_lightning.sd3_files import pipeline_index, the_resolution_fits
 from marble_lightning.solvers import Solver, flow_sigmas, scheduler_for
-from marble_lightning.whole_files import local_file, must_be_a_folder
-from rewards.files import local_path
+from marble_lightning.whole_files import local_path, must_be_a_folder
+from rewards.files import resolve_path
 from rewards.texts import beginning
 
 TARGETS = tuple(
@@ -100,7 +100,7 @@ class SD3Policy(FlowPolicy):
         self.resolution, self.text_length = resolution, text_length
         self.text_encoder_3_from = text_encoder_3
         self.gradient_checkpointing, self.compiled = gradient_checkpointing, compile
-        self.init_lora = None if init_lora is None else str(local_file("policy.init_lora", init_lora))
+        self.init_lora = None if init_lora is None else str(local_path("policy.init_lora", init_lora))
         self.offload_text_encoders, self.prompt_cache = offload_text_encoders, prompt_cache
         self.vae_slicing, self.vae_tiling = vae_slicing, vae_tiling
         self.dtype: torch.dtype = getattr(torch, dtype)
@@ -136,7 +136,7 @@ class SD3Policy(FlowPolicy):
         without_t5 = self.text_encoder_3_from is None or index.get("text_encoder_3", [None])[0] is None
         absent = {name: None for name in ("text_encoder_3", "tokenizer_3") if without_t5}
         dtypes = {"default": self.dtype, "vae": self.vae_dtype or self.dtype}
-        path = local_path(self.path)
+        path = resolve_path(self.path)
         pipeline = StableDiffusion3Pipeline.from_pretrained(path, dtype=dtypes, revision=self.revision, **absent)
         self.pipeline, self.flow_scheduler = pipeline, pipeline.scheduler
         for module in pipeline.components.values():

@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader
 from marble_lightning.prompt_files import distinct, prompt_file, read_prompt_file, read_prompts
 from marble_lightning.seeds import generator
 from rewards import Prompt
-from rewards.files import local_path
+from rewards.files import resolve_path
 
 log = logging.getLogger(__name__)
 
@@ -82,13 +82,13 @@ class PromptDataModule(LightningDataModule):
         predict_images: int | None = None,
     ) -> None:
         super().__init__()
-        self.folder = Path(local_path(folder))
+        self.folder = Path(resolve_path(folder))
         self.shares = sources if isinstance(sources, dict) else dict.fromkeys(sources, 1)
         self.prompts_per_round, self.images_per_prompt = prompts_per_round, images_per_prompt
         self.cap_per_source = cap_per_source
         self.held_out_per_source, self.held_out_images = held_out_per_source, held_out_images
         self.held_out_batch_size = held_out_batch_size
-        self.predict_file = None if predict_file is None else Path(local_path(predict_file))
+        self.predict_file = None if predict_file is None else Path(resolve_path(predict_file))
         self.predict_images = held_out_images if predict_images is None else predict_images
         if not self.shares or len(self.shares) != len(sources) or min(self.shares.values()) < 1:
             raise ValueError(f"`sources` must name at least one source, each once and with a share >= 1. Found {sources}.")

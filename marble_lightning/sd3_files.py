@@ -7,7 +7,7 @@ from typing import Any
 
 from diffusers import AutoencoderKL, SD3Transformer2DModel, StableDiffusion3Pipeline
 
-from rewards.files import local_path
+from rewards.files import resolve_path
 
 PARTS = {"transformer": "SD3Transformer2DModel", "scheduler": "FlowMatchEulerDiscreteScheduler", "vae": "AutoencoderKL"}
 """Parts of the pipeline that must be of these classes, since training relies on what they predict and on which grid."""
@@ -17,13 +17,13 @@ def pipeline_index(path: str, revision: str | None = None) -> dict[str, Any]:
     """The pipeline's model_index.json, from a folder or the hub; no weight is loaded.
 
     Args:
-        path: Folder in diffusers format, or hub id; see `local_path`.
+        path: Folder in diffusers format, or hub id; see `resolve_path`.
         revision: Revision of a hub id.
 
     Raises:
         ValueError: There is none, it is no StableDiffusion3Pipeline's, or it is a distilled model's.
     """
-    path = local_path(path)
+    path = resolve_path(path)
     folder = Path(path)
     if folder.exists() and not (folder / "model_index.json").exists():
         raise ValueError(
@@ -75,7 +75,7 @@ def the_resolution_fits(path: str, revision: str | None, name: str, resolution: 
         ValueError: They are not, or there is no such pipeline.
     """
     pipeline_index(path, revision)
-    path = local_path(path)
+    path = resolve_path(path)
     transformer = SD3Transformer2DModel.load_config(path, revision=revision, subfolder="transformer")
     autoencoder = AutoencoderKL.load_config(path, revision=revision, subfolder="vae")
     patch = transformer["patch_size"] * 2 ** (len(autoencoder["block_out_channels"]) - 1)

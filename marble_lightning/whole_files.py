@@ -89,7 +89,7 @@ def _lock(handle: int, wait: bool) -> bool:
     return True
 
 
-def local_file(name: str, path: str | Path) -> Path:
+def local_path(name: str, path: str | Path) -> Path:
     """The path of a file on this machine, also where it is given as a file:// URL.
 
     Args:

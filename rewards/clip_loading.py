@@ -10,7 +10,7 @@ from weakref import WeakValueDictionary
 import torch
 
 from rewards.clip import Centre, CLIPTower, Preprocess, Resize
-from rewards.files import find_file, load_weights, local_path, pinned
+from rewards.files import find_file, load_weights, pinned, resolve_path
 from rewards.open_clip import VIT_H_14, architecture, renamed
 
 _models: WeakValueDictionary[tuple[str | None, ...], Any] = WeakValueDictionary()
@@ -54,7 +54,7 @@ def load_tower(
     from transformers import CLIPTokenizer
     from transformers.image_processing_base import ImageProcessingMixin
 
-    path, source = local_path(path), local_path(processor_path or path)
+    path, source = resolve_path(path), resolve_path(processor_path or path)
     # A revision names a commit of one repository, so it must not be looked up in another.
     pin = _pin(source, revision if source == path else None)
     key = (path, file, revision, dtype)

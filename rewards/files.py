@@ -28,7 +28,7 @@ PACKAGE = "marble_lightning"
 """The package that brings weights and prompts. It is found by name, since this one imports nothing of it."""
 
 
-def local_path(path: str) -> str:
+def resolve_path(path: str) -> str:
     """A path as libraries take it: `package:` and `~` become folders of this machine, all else and hub ids stay.
 
     Args:
@@ -37,7 +37,7 @@ def local_path(path: str) -> str:
     Raises:
         FileNotFoundError: if the package is not installed.
 
-    >>> local_path("xswu/HPSv2")
+    >>> resolve_path("xswu/HPSv2")
     'xswu/HPSv2'
     """
     if not path.startswith(BUNDLED):
@@ -62,14 +62,14 @@ def find_file(owner: str, *, path: str, name: str, revision: str | None = None) 
 
     Args:
         owner: name of the reward, for error messages.
-        path: folder or hub id, see `local_path`.
+        path: folder or hub id, see `resolve_path`.
         name: of the file there.
         revision: branch, tag or commit of a hub id. None: the pinned commit, see `rewards.files`.
 
     Raises:
         FileNotFoundError: if there is no such file, or the hub cannot be reached.
     """
-    path = local_path(path)
+    path = resolve_path(path)
     folder = Path(path)
     if (folder / name).is_file():
         return folder / name

@@ -13,7 +13,7 @@ from rewards.clip_loading import check_dtype
 from rewards.coco import COCO_CLASSES, coco_names
 from rewards.colours import ColourClassifier
 from rewards.detectors import Detection, Detector
-from rewards.files import local_path
+from rewards.files import resolve_path
 from rewards.geneval_rules import COLOURS, THRESHOLD
 from rewards.instances import DetectorPreprocess, find_instances
 
@@ -87,7 +87,7 @@ class Mask2Former(Detector):
         self.classifier.setup()
         if self.model is not None:
             return
-        path = local_path(self.path)
+        path = resolve_path(self.path)
         config, numbers = _describe(path, self.revision)
         self.names = coco_names("Mask2Former", config.get("id2label", {}), path)
         self.preprocess = DetectorPreprocess.from_config(numbers, self.short_side, self.long_side)

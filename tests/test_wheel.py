@@ -15,9 +15,9 @@ ROOT = Path(__file__).parents[1]
 PACKAGES = ("balancers", "marble_lightning", "rewards")
 USE = """
 from marble_lightning.cli import main
-from rewards.files import local_path
+from rewards.files import resolve_path
 import marble_lightning, pathlib
-print(marble_lightning.__file__, pathlib.Path(local_path("package:tinyworld/weights/sd3/model_index.json")).is_file())
+print(marble_lightning.__file__, pathlib.Path(resolve_path("package:tinyworld/weights/sd3/model_index.json")).is_file())
 main(["fit", "-c", "tiny", "-c", "balancers/pcgrad", "--print_config"])
 """
 

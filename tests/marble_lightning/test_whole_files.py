@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from marble_lightning.whole_files import local_file, remove_unfinished, scratch_for, written_whole
+from marble_lightning.whole_files import local_path, remove_unfinished, scratch_for, written_whole
 
 
 def test_two_who_write_the_same_file_do_not_meet(tmp_path):
@@ -73,7 +73,7 @@ def test_what_others_keep_hidden_stays(tmp_path):
     ],
 )
 def test_paths_of_this_machine(path, local):
-    assert local_file("ckpt_path", path) == Path(local)
+    assert local_path("ckpt_path", path) == Path(local)
 
 
 @pytest.mark.parametrize(
@@ -82,4 +82,4 @@ def test_paths_of_this_machine(path, local):
 )
 def test_paths_of_elsewhere(path):
     with pytest.raises(ValueError, match=r"`ckpt_path` must be a file on this machine, .*Found the URL .*download it"):
-        local_file("ckpt_path", path)
+        local_path("ckpt_path", path)

@@ -5,24 +5,24 @@ from pathlib import Path
 import pytest
 
 from rewards import CLIPScore
-from rewards.files import local_path
+from rewards.files import resolve_path
 
 BUNDLED = Path(__file__).parents[2] / "marble_lightning/tinyworld"
 
 
 def test_a_path_in_the_package_is_found_from_any_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert Path(local_path("package:tinyworld")).samefile(BUNDLED)
+    assert Path(resolve_path("package:tinyworld")).samefile(BUNDLED)
 
 
 def test_a_path_at_home(monkeypatch):
     monkeypatch.setenv("HOME", "/home/someone")
-    assert local_path("~/weights") == "/home/someone/weights"
+    assert resolve_path("~/weights") == "/home/someone/weights"
 
 
 @pytest.mark.parametrize("path", ["prompts", "/prompts", "xswu/HPSv2", "./package:x"])
 def test_all_else_stays(path):
-    assert local_path(path) == path
+    assert resolve_path(path) == path
 
 
 def test_a_reward_keeps_the_name_of_its_weights(tmp_path, monkeypatch):
