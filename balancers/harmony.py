@@ -1,7 +1,10 @@
 """How well an update agrees with each reward's gradient, from inner products alone."""
 
+from collections.abc import Mapping
+
 import torch
 from jaxtyping import Float
+from scipy.stats import multivariate_normal
 from torch import Tensor
 
 CHUNK = 2**20
@@ -46,39 +49,58 @@ def cosines(gram: Float[Tensor, "reward reward"], coefficients: Float[Tensor, "r
 
 
 def compare(gram: Float[Tensor, "reward reward"], coefficients: Float[Tensor, "reward"]) -> dict[str, float]:
-    r"""Harmony of an update $\sum_k c_k g_k$ and of the plain mean $\tfrac1K \sum_k g_k$ of the same gradients.
+    r"""Harmony of an update $\sum_k c_k g_k$, of the mean $\tfrac1K \sum_k g_k$, and of the mean of unit gradients.
 
     The paper's three figures, least, mean and (population) variance over the rewards of `cosines`, under the keys
-    `update/cos_min`, `update/cos_mean`, `update/cos_var` and `mean/...`.
+    `update/cos_min`, `update/cos_mean`, `update/cos_var`, and the same for `mean/...` and `unit_mean/...`.
 
     Source: MARBLE, arXiv 2605.06507, gradient harmony table.
 
     Shape:
         gram (K, K), coefficients (K,).
     """
-    return _figures(cosines(gram, coefficients), cosines(gram, torch.ones_like(coefficients)))
+    norms = gram.diagonal().clamp(min=0).sqrt()
+    units = torch.where(norms > 0, 1 / norms, 0)
+    directions = {"update": coefficients, "mean": torch.ones_like(coefficients), "unit_mean": units}
+    return {name: value for title, c in directions.items() for name, value in _figures(title, cosines(gram, c)).items()}
 
 
 def agreement(
-    update: Float[Tensor, "parameter"], mean: Float[Tensor, "parameter"], gradients: Float[Tensor, "reward parameter"]
+    directions: Mapping[str, Float[Tensor, "parameter"]], gradients: Float[Tensor, "reward parameter"]
 ) -> dict[str, float]:
-    """What `compare` tells, of any update and plain mean, and gradients of any samples, not only those they come from.
+    """What `compare` tells, of any directions, and gradients of any samples, not only those they come from.
 
     Shape:
-        update (P,), mean (P,), gradients (K, P).
+        directions (P,) each, by the name their figures are to have; gradients (K, P).
     """
-    gram = gram_matrix(torch.cat([gradients, update[None], mean[None]]))
-    ours, theirs = torch.eye(len(gram), dtype=gram.dtype)[-2:]
-    return _figures(cosines(gram, ours)[:-2], cosines(gram, theirs)[:-2])
+    gram = gram_matrix(torch.cat([gradients, *(direction[None] for direction in directions.values())]))
+    rows = torch.eye(len(gram), dtype=gram.dtype)[len(gradients) :]
+    found = {title: cosines(gram, row)[: len(gradients)] for title, row in zip(directions, rows, strict=True)}
+    return {name: value for title, cos in found.items() for name, value in _figures(title, cos).items()}
 
 
-def _figures(update: Float[Tensor, "reward"], mean: Float[Tensor, "reward"]) -> dict[str, float]:
-    figures = {}
-    for name, cos in (("update", update), ("mean", mean)):
-        figures[f"{name}/cos_min"] = cos.min().item()
-        figures[f"{name}/cos_mean"] = cos.mean().item()
-        figures[f"{name}/cos_var"] = cos.var(correction=0).item()
-    return figures
+def conflict_by_chance(gram: Float[Tensor, "reward reward"]) -> float:
+    r"""How often a direction that knows nothing of the gradients goes against one of them.
+
+    Its cosines with them have the signs of $x \sim N(0, C)$, C the gradients' cosines with each other, so this is
+    $1 - P(x_1 > 0, \dots, x_K > 0)$: $1 - 2^{-K}$ where they are orthogonal, 97 % for five. A conflict rate near it says
+    that there is no signal, not that rewards conflict. To about 1e-4; by SciPy's integration, always with the same seed.
+
+    Shape:
+        gram (K, K), of gradients that are not zero.
+
+    >>> round(conflict_by_chance(torch.eye(5)), 3)
+    0.969
+    """
+    norms = gram.diagonal().sqrt()
+    correlations = (gram / norms.outer(norms)).double().numpy()
+    chance = multivariate_normal(cov=correlations, allow_singular=True, seed=0, abseps=1e-4, releps=1e-4, maxpts=100_000)
+    return 1 - float(chance.cdf([0.0] * len(gram)))
+
+
+def _figures(title: str, cos: Float[Tensor, "reward"]) -> dict[str, float]:
+    figures = {"cos_min": cos.min(), "cos_mean": cos.mean(), "cos_var": cos.var(correction=0)}
+    return {f"{title}/{name}": value.item() for name, value in figures.items()}
 
 
 def in_conflict(cos_min: float) -> bool:

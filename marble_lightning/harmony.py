@@ -5,31 +5,38 @@ from __future__ import annotations
 from itertools import product
 from typing import Any
 
+import torch
+from jaxtyping import Float
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from balancers import Balancer
-from balancers.harmony import agreement, gram_matrix
+from balancers.harmony import agreement, conflict_by_chance, gram_matrix
 from balancers.solution import active_rows
 from marble_lightning.checks import the_balancer
 from marble_lightning.loggers import log_image, log_metrics
 from marble_lightning.module import DiffusionNFT
 from marble_lightning.pictures import heat
-from marble_lightning.seeds import derived_seed
+from marble_lightning.seeds import derived_seed, generator
 
 
 class Harmony(Callback):
     r"""Logs the balancer's findings at each refresh, and probes of updates about to be applied.
 
-    At a refresh: coefficients, gradient norms, the rewards' cosines with each other (a picture), and under `harmony/` the
-    least, mean and variance over the rewards of $\cos(d, g_k)$, for the update $d$ and for the plain mean of the same
-    gradients. This is the paper's figure; a min-norm direction cannot score below zero there.
+    At a refresh: coefficients, gradient norms, the rewards' cosines with each other (an image), and under `harmony/` the
+    least, mean and variance over the rewards of $\cos(d, g_k)$, for the update $d$, for the plain mean of the same gradients
+    (`mean`) and for the mean of unit gradients (`unit_mean`). This is the paper's figure. The min-norm direction of weights
+    just solved for cannot score below zero there. Smoothed weights, which the update has by default, can.
 
     A probe asks the same of the update that the optimizer is about to take, the KL term included, and is logged as
     `probe/{solved|reused}/{own|fresh}/...`: `reused` on the steps between two refreshes; `own` against the gradients of the
-    pictures it came from, `fresh` against those of an independent round, the honest figure. The plain mean is that of the
-    pictures the update came from in both places. A probe needs no gradient method, and changes nothing in the run.
+    images it came from, `fresh` against those of an independent round, the honest figure. Beside it stand, all of the images
+    that the update came from, in both places: `mean` and `unit_mean`; `weighted_sum`, the paper's baseline, which is the
+    gradient for the advantage of the rewards' plain sum (the mean of gradients of normalised advantages is a much stronger
+    one); and `random`, a direction drawn at random. `chance` is how often a direction that knows nothing would go against
+    some reward (`balancers.harmony.conflict_by_chance`): 97 % for five orthogonal gradients. A probe needs no gradient
+    method, and changes nothing in the run.
 
     Source: MARBLE, arXiv 2605.06507, gradient harmony table.
 
@@ -89,29 +96,39 @@ def refresh_figures(balancer: Balancer) -> dict[str, float]:
 
 
 def probe(module: DiffusionNFT, step: int) -> dict[str, dict[str, float]]:
-    """Harmony of the update about to be applied, on its `own` pictures and on a `fresh` round of the same policy.
+    """Harmony of the update about to be applied, on its `own` images and on a `fresh` round of the same policy.
 
-    Beside it stands the plain mean of its own pictures' gradients, in both places. Rewards without a gradient in a place
-    are left out of its figures.
+    Beside it stand the baselines that `Harmony` names, in both places. Rewards without a gradient in a place are left out
+    of its figures. An update that is not finite, which a loss scaler skips, has none.
 
     Args:
         module: A module in training, all gradients of the step gathered.
         step: The optimizer step, which also seeds the fresh round.
     """
-    update, figures = module.update(), {}
-    seed = derived_seed(module.seed, "probe", step)
+    figures: dict[str, dict[str, float]] = {}
+    update, seed = module.update(), derived_seed(module.seed, "probe", step)
+    if not update.isfinite().all():
+        return figures
     fresh = module.sample_round(seed)
     places = {
         "own": (module.rollout, module.scores, module.seed, step % (module.plan.total // module.plan.per_step)),
         "fresh": (fresh.rollout, fresh.scores, seed, 0),
     }
     for place, (rollout, scores, of, part) in places.items():
-        gradients = module.reward_gradients(rollout, scores, of, part)
+        found = module.reward_gradients(rollout, scores, of, part)
+        gradients, summed = found[:-1], found[-1]
         active = active_rows(gram_matrix(gradients).diagonal().sqrt()).to(gradients.device)
         if not active.any():
             break
         gradients = gradients[active]
         if place == "own":
-            mean = gradients.mean(0)
-        figures[place] = agreement(update, mean, gradients)
+            directions = {"update": update, "weighted_sum": summed, **baselines(gradients, generator(seed, "random"))}
+        figures[place] = agreement(directions, gradients) | {"chance": conflict_by_chance(gram_matrix(gradients))}
     return figures
+
+
+def baselines(gradients: Float[Tensor, "reward parameter"], draws: torch.Generator) -> dict[str, Tensor]:
+    """Directions that any update is to be compared with: (parameter,) each."""
+    units = gradients / gradients.norm(dim=1, keepdim=True)
+    drawn = torch.randn(gradients.shape[1], generator=draws).to(gradients.device)
+    return {"mean": gradients.mean(0), "unit_mean": units.mean(0), "random": drawn}

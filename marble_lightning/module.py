@@ -15,7 +15,7 @@ from lightning.pytorch.utilities import GradClipAlgorithmType
 from torch import Tensor
 from tqdm import tqdm
 
-from balancers import Balancer
+from balancers import Balancer, WeightedSum
 from marble_lightning import checks
 from marble_lightning.callback_checks import check_monitors
 from marble_lightning.flow_policy import Adapter, FlowPolicy
@@ -317,9 +317,9 @@ class DiffusionNFT(HeldOutEvaluation):
 
     @torch.enable_grad()
     def reward_gradients(self, rollout: Rollout, scores: Tensor, seed: int, step: int) -> Tensor:
-        """Every reward's gradient over the micro-batches of one optimizer step of a round, (reward, parameter).
+        """Every reward's gradient over the micro-batches of one optimizer step of a round, then that of the rewards' sum.
 
-        The mean over ranks, all of which must ask. Training goes on as if nobody had looked.
+        (reward + 1, parameter), the mean over ranks, all of which must ask. Training goes on as if nobody had looked.
 
         Args:
             rollout: The round.
@@ -328,8 +328,12 @@ class DiffusionNFT(HeldOutEvaluation):
             step: Which of the round's optimizer steps.
         """
         self.per_reward.expect(True)
-        total = torch.zeros(len(self.rewards), sum(p.numel() for p in self.trainable), device=self.device)
-        batches = self._cut(rollout, self._weighed(rollout, scores, seed, balancer=None), seed)
+        total = torch.zeros(len(self.rewards) + 1, sum(p.numel() for p in self.trainable), device=self.device)
+        summed = WeightedSum()
+        summed.bind(tuple(self.rewards))
+        columns = (self._weighed(rollout, scores, seed, balancer) for balancer in (None, summed))
+        weighed = [each.beside(merged) for each, merged in zip(*columns, strict=True)]
+        batches = self._cut(rollout, weighed, seed)
         for batch in islice(batches, step * self.plan.per_step, (step + 1) * self.plan.per_step):
             with self.trainer.precision_plugin.forward_context():
                 losses = self._sample_losses(batch, self._velocity(batch, "trained"))

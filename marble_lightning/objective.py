@@ -27,6 +27,10 @@ class Coefficients(NamedTuple):
         """The loss of each reward: sum_i c+_ik L+_i + c-_ik L-_i; no matrix product, which autocast would round."""
         return (self.plus * plus[:, None] + self.minus * minus[:, None]).sum(0)
 
+    def beside(self, others: Coefficients) -> Coefficients:
+        """The same samples' coefficients under these rewards, then under others."""
+        return Coefficients(torch.cat([self.plus, others.plus], 1), torch.cat([self.minus, others.minus], 1))
+
 
 def noised(
     clean: Float[Tensor, "batch *latent"], noise: Float[Tensor, "batch *latent"], t: Float[Tensor, " batch"]

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from balancers import cosines, harmony
-from balancers.harmony import agreement, compare, gram_matrix, in_conflict
+from balancers.harmony import agreement, compare, conflict_by_chance, gram_matrix, in_conflict
 
 
 @pytest.mark.parametrize("rank", [1, 2, 5])
@@ -39,9 +39,27 @@ def test_a_broken_gradient_spoils_only_its_own_products():
     assert gram[0, 2] == 0
 
 
-def test_agreement_is_compare_for_any_update():
+def test_agreement_is_compare_for_any_directions():
     rows = torch.randn(3, 20, generator=torch.Generator().manual_seed(1))
-    weights = torch.tensor([0.2, 0.5, 0.3])
-    assert agreement(weights @ rows, rows.mean(0), rows) == pytest.approx(compare(gram_matrix(rows), weights), abs=1e-6)
-    one = agreement(-rows[0], rows[0], rows[:1])
-    assert one["update/cos_min"] == pytest.approx(-1) and one["mean/cos_min"] == pytest.approx(1)
+    weights, units = torch.tensor([0.2, 0.5, 0.3]), rows / rows.norm(dim=1, keepdim=True)
+    directions = {"update": weights @ rows, "mean": rows.mean(0), "unit_mean": units.mean(0)}
+    assert agreement(directions, rows) == pytest.approx(compare(gram_matrix(rows), weights), abs=1e-6)
+    one = agreement({"against": -rows[0], "along": rows[0]}, rows[:1])
+    assert one["against/cos_min"] == pytest.approx(-1) and one["along/cos_min"] == pytest.approx(1)
+
+
+@pytest.mark.parametrize("k", [1, 2, 5, 8])
+def test_chance_of_a_conflict_of_orthogonal_gradients(k):
+    lengths = torch.linspace(0.1, 10, k)
+    assert conflict_by_chance(torch.diag(lengths)) == pytest.approx(1 - 2.0**-k, abs=2e-4)
+
+
+def test_chance_of_a_conflict_is_that_of_random_directions():
+    half = torch.eye(5) / 2 + 0.5
+    assert conflict_by_chance(half) == pytest.approx(1 - 1 / 6, abs=2e-4)  # 1 / (K + 1) for correlations of 1/2
+    assert conflict_by_chance(torch.ones(4, 4)) == pytest.approx(0.5, abs=2e-4)
+    assert conflict_by_chance(torch.tensor([[1.0, -1.0], [-1.0, 1.0]])) == pytest.approx(1, abs=2e-4)
+    draws = torch.Generator().manual_seed(0)
+    rows = torch.randn(4, 6, generator=draws)
+    signs = torch.randn(200_000, 6, generator=draws) @ rows.T
+    assert conflict_by_chance(rows @ rows.T) == pytest.approx(float((signs.min(1).values < 0).double().mean()), abs=5e-3)

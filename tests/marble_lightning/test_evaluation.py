@@ -119,7 +119,9 @@ def test_the_averaged_adapter_the_live_one_or_the_base(small, trained, tmp_path,
     end = str(Path(trained).resolve())
     told = {"model": str(small[small.index("--model.policy.path") + 1]), "revision": None, "checkpoint": end}
     told |= {"text_length": 4, "text_encoder_3": "checkpoint", "dtype": "float32", "vae_tiling": False}
-    assert fitted["judged"] == {**told, "command": "fit", "adapter": "ema", "optimizer_step": 2}
+    ran = {"balancer": "MARBLE", "refresh_every": 5, "ema_decay": 0.7, "estimate_share": 1.0, "normalize": True}
+    ran |= {"refresh_alpha": "smoothed", "amortize": "raw", "uniform_after_step": None}
+    assert fitted["judged"] == {**told, **ran, "command": "fit", "adapter": "ema", "optimizer_step": 2}
     assert live["judged"] == {**told, "command": "validate", "adapter": "trained", "optimizer_step": 2}
     assert base["judged"] == {**told, "command": "test", "adapter": "none", "checkpoint": None, "optimizer_step": None}
     assert fitted["settings"] == base["settings"] == {

@@ -9,7 +9,7 @@ import torch
 from lightning.pytorch import Callback
 
 from balancers import MARBLE, FixedWeights, PCGrad, WeightedSum
-from balancers.harmony import agreement
+from balancers.harmony import agreement, conflict_by_chance, gram_matrix
 from marble_lightning.cli import QUIET
 from marble_lightning.gradients import flat
 from marble_lightning.harmony import Harmony, probe, refresh_figures
@@ -46,8 +46,13 @@ def test_a_probe_of_own_pictures_against_plain_autograd(checkpoints, tmp_path):
     for step in range(2):
         gradients, _ = reference(module, kept, step)
         torch.testing.assert_close(probes.updates[step], kept.gradients[step], rtol=1e-5, atol=1e-7)
-        expected = agreement(kept.gradients[step], gradients.mean(0), gradients)
-        assert probes.found[step]["own"] == pytest.approx(expected, abs=1e-3)
+        units = gradients / gradients.norm(dim=1, keepdim=True)
+        directions = {"update": kept.gradients[step], "mean": gradients.mean(0), "unit_mean": units.mean(0)}
+        found = probes.found[step]["own"]
+        for name, value in agreement(directions, gradients).items():
+            assert found[name] == pytest.approx(value, abs=1e-3)
+        assert found["chance"] == pytest.approx(conflict_by_chance(gram_matrix(gradients)), abs=1e-2)
+        assert -0.5 < found["random/cos_min"] < 0.5
 
 
 def test_the_update_of_a_refresh_is_what_the_optimizer_gets(checkpoints, tmp_path):
@@ -67,6 +72,24 @@ def test_update_and_plain_mean_are_judged_by_the_same_fresh_gradients(checkpoint
         for figures in found.values():
             for what in ("cos_min", "cos_mean", "cos_var"):
                 assert figures[f"update/{what}"] == pytest.approx(figures[f"mean/{what}"], abs=1e-5)
+
+
+def test_the_probed_sum_of_rewards_is_what_the_weighted_sum_trains_on(checkpoints, tmp_path):
+    """The paper's baseline: one advantage of the summed rewards, not the mean of each reward's gradient."""
+    probes = Probes()
+    run(checkpoints, tmp_path, WeightedSum(), rounds=2, kl_weight=0.0, callbacks=[probes])
+    differences = []
+    for figures in (figures for found in probes.found for figures in found.values()):
+        for what in ("cos_min", "cos_mean", "cos_var"):
+            assert figures[f"weighted_sum/{what}"] == pytest.approx(figures[f"update/{what}"], abs=1e-5)
+            differences.append(abs(figures[f"weighted_sum/{what}"] - figures[f"mean/{what}"]))
+    assert max(differences) > 1e-2
+
+
+def test_a_skipped_update_has_no_harmony(checkpoints, tmp_path):
+    module, _ = run(checkpoints, tmp_path, WeightedSum())
+    module.trainable[0].grad.fill_(torch.inf)
+    assert probe(module, 0) == {}
 
 
 def test_a_fresh_round_is_another_one(checkpoints, tmp_path):

@@ -39,5 +39,6 @@ def test_compare_balancers(small, tmp_path):
     assert sum("image/png" in each for each in data) >= 5  # three figures, a sheet of pictures per method
     table = next(each["text/markdown"] for each in data if "| weighted_sum |" in each.get("text/markdown", ""))
     assert "| base |" in table and "| marble |" in table
+    assert any("- marble: MARBLE, refresh_every 10, ema_decay 0.7" in each.get("text/markdown", "") for each in data)
     printed = "".join(output.text for output in shown if output.get("name") == "stdout")
     assert "probe/reused/fresh" in printed
