@@ -53,7 +53,7 @@ class Limits:
     """
 
     max_body_mb: int = 256
-    max_pixels: int = 2**25
+    max_pixels: int = 2**24
     max_requests: int = 4
     body_timeout: float = 60.0
 
@@ -153,10 +153,10 @@ def serve(
     port: int = 8000,
     device: str = "auto",
     max_body_mb: int = 256,
-    max_pixels: int = 2**25,
+    max_pixels: int = 2**24,
     max_requests: int = 4,
     body_timeout: float = 60.0,
-    allow_host: list[str] | None = None,
+    allow_host: list[str] | str | None = None,
     token_variable: str | None = None,
 ) -> None:
     """Load the reward, then answer requests until told to stop.
@@ -169,11 +169,11 @@ def serve(
         device: where to score, as "cuda:1" or "cpu". "auto": the accelerator if there is one.
         max_body_mb: largest request in MiB, >= 1.
         max_pixels: most pixels of all images of a request together, >= 1; counted before they are decoded, which takes up
-            to 20 bytes a pixel. The default is 32 images of 1024 x 1024.
+            to 20 bytes a pixel. The default is 16 images of 1024 x 1024.
         max_requests: requests that are read, decoded or wait for their scores at once, >= 1; others wait unread.
         body_timeout: seconds for a request to arrive, > 0.
-        allow_host: names by which this server may be asked for (the header Host), and sites whose pages a browser may ask
-            on behalf of (Origin). Pages of other sites are always refused; other names are refused at a loopback address
+        allow_host: one or more names by which this server may be asked for (the header Host), and sites for whose pages a
+            browser may ask (Origin). Pages of other sites are always refused; other names are refused at a loopback address
             and wherever this is given.
         token_variable: name of an environment variable with the token that requests must bring, as `RemoteReward` does with
             its `token_variable`. None: all may ask. Tokens travel as they are: use a network that is yours, or a proxy
@@ -184,7 +184,7 @@ def serve(
     """
     limits = Limits(max_body_mb, max_pixels, max_requests, body_timeout)
     token = read_token("marble-lightning-serve", token_variable)
-    allowed = [name.lower() for name in allow_host or []]
+    allowed = [name.lower() for name in ([allow_host] if isinstance(allow_host, str) else allow_host or [])]
     if device == "auto":
         device = str(torch.accelerator.current_accelerator()) if torch.accelerator.is_available() else "cpu"
     # Bound before weights load, so that a port in use is noticed at once; nobody can connect until it listens.
