@@ -187,11 +187,10 @@ def test_bad_settings_fail_before_anything_is_loaded_or_written(small, options, 
     assert sorted(tmp_path.iterdir()) == before
 
 
-def test_run_from_elsewhere_leaves_nothing_behind(tmp_path, monkeypatch):
-    """Relative paths of the configuration lead nowhere there."""
+def test_a_run_without_its_prompts_leaves_nothing_behind(small, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(ValueError, match="Found none"):
-        main(["fit", "-c", str(CONFIGS / "tiny.yaml")])
+    with pytest.raises(ValueError, match=r"`data\.folder` must be a folder with prompt files\. Found no folder"):
+        main(["fit", *small, "--trainer.logger.save_dir", "runs", "--data.folder", "prompts"])
     assert not list(tmp_path.iterdir())
 
 
@@ -206,7 +205,7 @@ def test_a_tilde_is_the_home_folder_in_every_path(small, tmp_path, monkeypatch):
         "model.policy.prompt_cache": "~/cache",
         "model.policy.init_lora": "~/lora",
         "model.rewards.clipscore.path": "~/clip",
-        "predictions.folder": "~",
+        "predictions.folder": "~/images",
         "results.compare_with": "[~/one, /two, three~/~four]",
     }
     cli = command_line([*small, *(part for name, path in paths.items() for part in (f"--{name}", path))], run=False)
@@ -219,7 +218,7 @@ def test_a_tilde_is_the_home_folder_in_every_path(small, tmp_path, monkeypatch):
     assert kept == tuple(str(tmp_path / name) for name in ("clip", "sd3", "cache", "lora"))
     assert (cli.datamodule.folder, cli.datamodule.predict_file) == (tmp_path / "prompts", tmp_path / "mine.txt")
     assert cli.trainer.default_root_dir == cli.trainer.logger.save_dir == str(tmp_path / "runs")
-    assert cli.config_init["predictions"].folder == str(tmp_path)
+    assert cli.config_init["predictions"].folder == str(tmp_path / "images")
     assert cli.config_init["results"].compare_with == [str(tmp_path / "one"), "/two", "three~/~four"]
 
 
