@@ -265,13 +265,16 @@ class HeldOutEvaluation(LightningModule):
                 f"Found {self.trainer.ckpt_path}; choose the adapter ema or trained to judge it."
             )
         must_be_of_fit(checkpoint, TO_FIT if self.trainer.state.fn == "fit" else TO_EVALUATE, self.trainer.ckpt_path)
-        if checkpoint["lora"] != self.policy.lora:
+        own, theirs = self._shapes(self.state_dict()), self._shapes(checkpoint["state_dict"])
+        odd = sorted(set(own.items()) ^ set(theirs.items()))
+        kept, asked = checkpoint["lora"], self.policy.lora
+        # targets written otherwise, as `to_q` and `attn.to_q`, may name the same layers
+        if any(kept[name] != asked[name] for name in ("rank", "alpha")) or (odd and kept["targets"] != asked["targets"]):
             raise ValueError(
                 f"The checkpoint must hold adapters like this policy's: {self.policy.lora}. Found {checkpoint['lora']}; "
                 "use the `policy` settings it was trained with (config.yaml in its run folder)."
             )
-        own, theirs = self._shapes(self.state_dict()), self._shapes(checkpoint["state_dict"])
-        if odd := sorted(set(own.items()) ^ set(theirs.items())):
+        if odd:
             name = odd[0][0]
             raise ValueError(
                 f"The checkpoint must hold the adapters of {self.policy.path}. Found another model's, of "

@@ -14,6 +14,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 
 from marble_lightning.cli import QUIET, command_line, main
 from marble_lightning.export import export
+from marble_lightning.policy import TARGETS
 from marble_lightning.results import read
 from marble_lightning.tinyworld import ColourBlobs
 from rewards import GenEval
@@ -43,14 +44,23 @@ def first(one_round, tmp_path) -> Path:
 
 
 def test_a_checkpoint_of_another_model_is_refused(checkpoints, first, tmp_path):
-    """Without the second attention, SD3.5's adapters would be left at their start, in silence."""
+    """Of one with fewer blocks, some adapters would be dropped in silence."""
     shutil.copytree(checkpoints / "sd3", tmp_path / "plain")
     own = SD3Transformer2DModel.load_config(checkpoints / "sd3", subfolder="transformer")
-    SD3Transformer2DModel.from_config({**own, "dual_attention_layers": ()}).save_pretrained(tmp_path / "plain/transformer")
+    SD3Transformer2DModel.from_config({**own, "num_layers": 1}).save_pretrained(tmp_path / "plain/transformer")
     other = options(checkpoints, tmp_path, **ONE | {"model.policy.path": tmp_path / "plain"})
     for command in ("validate", "fit"):
-        with pytest.raises(ValueError, match=rf"Found another model's, of {checkpoints}/sd3: .*attn2.* instead of missing"):
+        with pytest.raises(ValueError, match=rf"Found another model's, of {checkpoints}/sd3: .*attn\..* instead of missing"):
             main([command, *other, "--ckpt_path", str(first)])
+
+
+def test_targets_are_compared_by_the_layers_they_name(checkpoints, first, tmp_path):
+    """As an older checkpoint names them; on a model with a second attention they are more."""
+    other = options(checkpoints, tmp_path, **ONE)
+    main(["validate", *other, "--ckpt_path", str(first), "--model.policy.targets", f"[{', '.join(reversed(TARGETS))}]"])
+    wide = ", ".join(target.removeprefix("attn.") for target in TARGETS)
+    with pytest.raises(ValueError, match=r"must hold adapters like this policy's: .*'to_q', .*Found .*'attn\.to_q'"):
+        main(["validate", *other, "--ckpt_path", str(first), "--model.policy.targets", f"[{wide}]"])
 
 
 def test_a_checkpoint_of_the_same_architecture_from_elsewhere_is_told_of(checkpoints, first, tmp_path, caplog):
