@@ -282,7 +282,7 @@ class Balancer(Callback):
         return left_out
 
     def end_step(self) -> None:
-        """End an optimizer step, after the optimizer has stepped; one that was skipped is asked again."""
+        """End an optimizer step, after the optimizer has stepped; a skipped one is repeated."""
         self.step += not self.any_gradient_overflowed
         self._sum, self._solved = GradientSum(), None
 

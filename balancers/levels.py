@@ -1,4 +1,4 @@
-"""What a method's levels take and return, checked in one place for every method, a user's own included."""
+"""What a method's levels take and return, checked in one place for every method, custom ones included."""
 
 from __future__ import annotations
 

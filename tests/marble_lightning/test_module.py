@@ -315,7 +315,7 @@ class Overflowing(DiffusionNFT):
         return Overflows()
 
 
-def test_a_step_in_which_one_gradient_overflows_is_skipped_and_asked_again(checkpoints, tmp_path):
+def test_a_step_in_which_one_gradient_overflows_is_skipped_and_repeated(checkpoints, tmp_path):
     scaler = torch.amp.GradScaler("cpu", init_scale=4096.0)
     balancer, states = MARBLE(), States()
     run(
