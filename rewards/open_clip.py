@@ -87,10 +87,10 @@ def renamed(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def cleaned(text: str) -> str:
-    """A text as open_clip tokenises it: mended by ftfy, HTML entities resolved twice, blanks made one, lower case.
+    """A text as open_clip tokenises it: repaired by ftfy, HTML entities resolved twice, blanks made one, lower case.
 
-    >>> cleaned("“It’s” &amp;amp; a  CafÃ©")
-    '"it\'s" & a café'
+    >>> cleaned("Salt &amp;amp;  pepper in a CafÃ©")
+    'salt & pepper in a café'
 
     Source: open_clip's tokenizer, `basic_clean` and `whitespace_clean`.
     """
