@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import StableDiffusion3Pipeline
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from marble_lightning.cli import main
@@ -163,7 +162,7 @@ def test_bad_settings_fail_before_any_weight_loads(small, options, message, monk
     def loading(*arguments: object) -> None:
         raise AssertionError("weights were loaded")
 
-    monkeypatch.setattr(StableDiffusion3Pipeline, "from_pretrained", loading)
+    monkeypatch.setattr("marble_lightning.policy.load_pipeline", loading)
     with pytest.raises((ValueError, SystemExit)) as error:
         main(["fit", *small, *options])
     assert message in str(error.value) + capsys.readouterr().err
