@@ -19,7 +19,6 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
-from diffusers import StableDiffusion3Pipeline
 from lightning.pytorch.plugins import MixedPrecision
 from rich.console import Console
 from rich.table import Table
@@ -119,7 +118,7 @@ def module_on_a_gpu(folder: Path, options: argparse.Namespace) -> DiffusionNFT:
     policy = SD3Policy(str(folder), resolution=512, rank=32, alpha=64, text_length=128, dtype="bfloat16")
     with torch.device("meta"):
         pipeline = random_sd35m(tokenizer, **WHOLE | ({} if t5 else {"t5_layers": 0}))
-    loaded = patch.object(StableDiffusion3Pipeline, "from_pretrained", return_value=pipeline)
+    loaded = patch("marble_lightning.policy.load_pipeline", return_value=pipeline)
     with loaded, torch.device("meta"):
         policy.setup(seed=0)
     judges, metrics = the_rewards(tokenizer, options.reward_dtype)

@@ -17,6 +17,7 @@ from marble_lightning.flow_policy import Adapter, Conditions, FlowPolicy, joined
 from marble_lightning.lora_files import read_lora
 from marble_lightning.prompt_cache import PromptCache, fingerprint
 from marble_lightning.sd3_files import pipeline_index, the_resolution_fits
+from marble_lightning.sd3_loading import load_pipeline
 from marble_lightning.solvers import Solver, flow_sigmas, scheduler_for
 from marble_lightning.whole_files import local_path, must_be_a_folder
 from rewards.files import resolve_path
@@ -134,10 +135,9 @@ class SD3Policy(FlowPolicy):
         index = pipeline_index(self.path, self.revision)
         start = read_lora(self.init_lora, rank=self.rank, alpha=self.alpha) if self.init_lora is not None else None
         without_t5 = self.text_encoder_3_from is None or index.get("text_encoder_3", [None])[0] is None
-        absent = {name: None for name in ("text_encoder_3", "tokenizer_3") if without_t5}
-        dtypes = {"default": self.dtype, "vae": self.vae_dtype or self.dtype}
-        path = resolve_path(self.path)
-        pipeline = StableDiffusion3Pipeline.from_pretrained(path, dtype=dtypes, revision=self.revision, **absent)
+        absent = ("text_encoder_3", "tokenizer_3") if without_t5 else ()
+        path, dtypes = resolve_path(self.path), {"vae": self.vae_dtype} if self.vae_dtype else {}
+        pipeline = load_pipeline(path, index, self.dtype, self.revision, without=absent, dtypes=dtypes)
         self.pipeline, self.flow_scheduler = pipeline, pipeline.scheduler
         for module in pipeline.components.values():
             if isinstance(module, nn.Module):

@@ -8,6 +8,7 @@ from typing import Any
 from diffusers import AutoencoderKL, SD3Transformer2DModel, StableDiffusion3Pipeline
 
 from rewards.files import resolve_path
+from rewards.hub import hub_reason
 
 PARTS = {"transformer": "SD3Transformer2DModel", "scheduler": "FlowMatchEulerDiscreteScheduler", "vae": "AutoencoderKL"}
 """Parts of the pipeline that must be of these classes, since training relies on what they predict and on which grid."""
@@ -35,12 +36,12 @@ def pipeline_index(path: str, revision: str | None = None) -> dict[str, Any]:
         if not (folder.exists() or hub_id):
             raise OSError("there is no such folder")
         index = dict(StableDiffusion3Pipeline.load_config(path, revision=revision))
-    except OSError as error:
+    except (OSError, ValueError) as error:
         raise ValueError(
             f"`policy.path` must be a folder in diffusers format or a hub id (owner/name). Found {path!r}: no such "
             f"folder from {Path.cwd()}, where relative paths start"
-            + f", and the hub gave none: {error}. A gated model needs its licence accepted and `hf auth login`."
-            * hub_id
+            + f"; of the hub: {hub_reason(error, path)}" * hub_id
+            + "."
         ) from error
     if index.get("_class_name") != "StableDiffusion3Pipeline":
         raise ValueError(
@@ -75,9 +76,15 @@ def the_resolution_fits(path: str, revision: str | None, name: str, resolution: 
         ValueError: They are not, or there is no such pipeline.
     """
     pipeline_index(path, revision)
-    path = resolve_path(path)
-    transformer = SD3Transformer2DModel.load_config(path, revision=revision, subfolder="transformer")
-    autoencoder = AutoencoderKL.load_config(path, revision=revision, subfolder="vae")
+    folder = resolve_path(path)
+    try:
+        transformer = SD3Transformer2DModel.load_config(folder, revision=revision, subfolder="transformer")
+        autoencoder = AutoencoderKL.load_config(folder, revision=revision, subfolder="vae")
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            "`policy.path` must hold a pipeline with config.json of its transformer and its vae. "
+            f"Found {path!r}: {hub_reason(error, folder)}."
+        ) from error
     patch = transformer["patch_size"] * 2 ** (len(autoencoder["block_out_channels"]) - 1)
     most = transformer["pos_embed_max_size"]
     if resolution % patch or resolution > most * patch:

@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from rewards.checkpoints import check_finite
 from rewards.clip import Preprocess
 from rewards.files import below
 from rewards.texts import beginning
@@ -99,6 +100,8 @@ def build_tower(owner: str, weights: Mapping[str, Tensor], tokenizer: Any, dtype
             f"{owner}: {source} must hold every weight of BLIP's two towers. Found {len(missing)} missing, such as "
             f"{missing[0]}. Download it again."
         )
+    for model in (picture, reader):
+        check_finite(owner, model, source)
     if len(tokenizer) > text_config.vocab_size:
         raise ValueError(
             f"{owner}: the tokenizer must have at most the model's {text_config.vocab_size} tokens. Found {len(tokenizer)}. "

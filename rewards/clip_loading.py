@@ -4,13 +4,16 @@ import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, Literal
 from weakref import WeakValueDictionary
 
 import torch
 
+from rewards.checkpoints import check_finite
 from rewards.clip import Centre, CLIPTower, Preprocess, Resize
 from rewards.files import find_file, load_weights, pinned, resolve_path
+from rewards.hub import hub_reason
 from rewards.open_clip import VIT_H_14, architecture, renamed
 
 _models: WeakValueDictionary[tuple[str | None, ...], Any] = WeakValueDictionary()
@@ -115,7 +118,9 @@ def _load(owner: str, source: str, path: str, file: str | None, revision: str | 
             f"{owner}: the checkpoint in '{path}' must hold every weight of its CLIPModel. Found "
             f"{len(report['missing_keys'])} missing, such as {min(report['missing_keys'])}. Download it again."
         )
-    return in_precision(model, dtype)
+    model = in_precision(model, dtype)
+    check_finite(owner, model, path)
+    return model
 
 
 def in_precision(model: Any, dtype: torch.dtype) -> Any:
@@ -141,12 +146,11 @@ def _explained(owner: str, path: str, source: str) -> Iterator[None]:
     try:
         yield
     except (OSError, ValueError) as error:
-        reason = str(error).strip().partition("\n")[0].rstrip(".")
+        absent = next((place for place in (path, source) if not Path(place).expanduser().exists()), path)
         raise FileNotFoundError(
             f"{owner}: `path` must be a folder or hub id of a transformers-format CLIPModel (config.json and weights), "
             "and the processor's one (`processor_path` if given, else `path`) must hold tokenizer files and "
-            f"preprocessor_config.json. Found '{path}' and '{source}': {reason}. Check the spelling, or download the "
-            "repository where there is a network and give its folder."
+            f"preprocessor_config.json. Found '{path}' and '{source}': {hub_reason(error, absent)}."
         ) from error
 
 

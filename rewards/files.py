@@ -11,6 +11,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from rewards.hub import hub_reason
+
 PINNED = {
     "google-bert/bert-base-uncased": "86b5e0934494bd15c9632b12f734a8a67f723594",
     "laion/CLIP-ViT-H-14-laion2B-s32B-b79K": "1c2b8495b28150b8a4922ee1c8edee224c284c0c",
@@ -80,10 +82,9 @@ def find_file(owner: str, *, path: str, name: str, revision: str | None = None) 
 
         return Path(hf_hub_download(path, name, revision=pinned(path, revision)))
     except (OSError, ValueError) as error:
-        reason = str(error).strip().partition("\n")[0].rstrip(".")
         raise FileNotFoundError(
-            f"{owner}: {name} must be a file in a folder or hub repository. Found no such file in '{path}': {reason}. Check "
-            "the spelling, or download it where there is a network and give its folder."
+            f"{owner}: {name} must be a file in a folder or hub repository. Found no such file in '{path}': "
+            f"{hub_reason(error, path)}. A folder with it will do, too."
         ) from error
 
 

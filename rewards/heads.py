@@ -4,6 +4,8 @@ from collections.abc import Mapping
 
 from torch import Tensor, nn
 
+from rewards.checkpoints import check_finite
+
 WIDTHS = (1024, 128, 64, 16, 1)
 """Outputs of its layers. There is no activation between them."""
 
@@ -33,4 +35,5 @@ def regression_head(owner: str, *, width: int, weights: Mapping[str, Tensor], so
             f"{owner}: {source} must hold the five linear layers of a head on {width} features. Found others: "
             f"{str(error).splitlines()[-1].strip()} Use the head that was trained on this model's features."
         ) from error
+    check_finite(owner, head, source)
     return head.requires_grad_(False).eval()

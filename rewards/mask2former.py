@@ -9,12 +9,14 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from rewards.checkpoints import check_finite
 from rewards.clip_loading import check_dtype
 from rewards.coco import COCO_CLASSES, coco_names
 from rewards.colours import ColourClassifier
 from rewards.detectors import Detection, Detector
 from rewards.files import resolve_path
 from rewards.geneval_rules import COLOURS, THRESHOLD
+from rewards.hub import hub_reason
 from rewards.instances import DetectorPreprocess, find_instances
 
 _models: WeakValueDictionary[tuple[str | None, ...], Any] = WeakValueDictionary()
@@ -166,6 +168,7 @@ def _load(path: str, revision: str | None, dtype: torch.dtype) -> Any:
             f"Mask2Former: the checkpoint in '{path}' must hold every weight of its model. Found {len(missing)} missing, "
             f"such as {missing[0]}. Download it again."
         )
+    check_finite("Mask2Former", model, path)
     return model
 
 
@@ -175,9 +178,7 @@ def _explained(path: str) -> Iterator[None]:
     try:
         yield
     except (OSError, ValueError) as error:
-        reason = str(error).strip().partition("\n")[0].rstrip(".")
         raise FileNotFoundError(
             "Mask2Former: `path` must be a folder or hub id of a transformers-format Mask2FormerForUniversalSegmentation "
-            f"(config.json, weights and preprocessor_config.json). Found '{path}': {reason}. Check the spelling, or "
-            "download the repository where there is a network and give its folder."
+            f"(config.json, weights and preprocessor_config.json). Found '{path}': {hub_reason(error, path)}."
         ) from error

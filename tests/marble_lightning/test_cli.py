@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import StableDiffusion3Pipeline
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from marble_lightning.cli import command_line, main
@@ -180,7 +179,7 @@ def test_bad_settings_fail_before_anything_is_loaded_or_written(small, options, 
         raise AssertionError("weights were loaded")
 
     before = sorted(tmp_path.iterdir())
-    monkeypatch.setattr(StableDiffusion3Pipeline, "from_pretrained", loading)
+    monkeypatch.setattr("marble_lightning.policy.load_pipeline", loading)
     with pytest.raises((ValueError, SystemExit)) as error:
         main(["fit", *small, *options])
     assert message in str(error.value) + capsys.readouterr().err

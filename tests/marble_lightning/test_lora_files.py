@@ -107,7 +107,7 @@ def test_what_can_be_said_without_weights_is_said_before_they_load(checkpoints, 
     def loading(*arguments, **keywords):
         raise AssertionError("weights were loaded")
 
-    monkeypatch.setattr(StableDiffusion3Pipeline, "from_pretrained", loading)
+    monkeypatch.setattr("marble_lightning.policy.load_pipeline", loading)
     with pytest.raises(ValueError, match=message):
         make(checkpoints, **{"init_lora": str(exported), **options})
 

@@ -246,7 +246,7 @@ def test_a_hub_id_that_cannot_be_reached_is_named(monkeypatch):
         raise OSError("offline")
 
     monkeypatch.setattr(StableDiffusion3Pipeline, "load_config", unreachable)
-    with pytest.raises(ValueError, match=r"Found 'owner/name': no such folder from .*, and the hub gave none: offline"):
+    with pytest.raises(ValueError, match=r"Found 'owner/name': no such folder from .*; of the hub: offline"):
         pipeline_index("owner/name")
 
 

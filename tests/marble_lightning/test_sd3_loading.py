@@ -1,0 +1,95 @@
+"""Damaged copies of a pipeline are refused by the name of what is damaged."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from marble_lightning.policy import SD3Policy
+from rewards import CLIPScore
+
+PARTS = ["transformer", "vae", "text_encoder", "text_encoder_2", "text_encoder_3"]
+
+
+def set_up(folder: Path, dtype: str = "float32") -> None:
+    SD3Policy(str(folder), resolution=16, rank=2, text_length=4, dtype=dtype).setup(seed=0)
+
+
+@pytest.fixture
+def copy(checkpoints: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(checkpoints / "sd3_t5", tmp_path / "copy"))
+
+
+def change(folder: Path, do: Callable[[dict[str, torch.Tensor], str], None]) -> str:
+    """Change the tensors of a folder's file of weights; returns the name of one."""
+    (file,) = folder.glob("*.safetensors")
+    tensors = load_file(file)
+    name = sorted(tensors)[3]
+    do(tensors, name)
+    save_file(tensors, file, {"format": "pt"})
+    return name
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_a_missing_tensor(copy: Path, part: str) -> None:
+    name = change(copy / part, lambda tensors, name: tensors.pop(name))
+    with pytest.raises(ValueError, match=rf"every tensor of its {part}\. Found 1 missing .*, such as {name}\. "):
+        set_up(copy)
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("part", PARTS)
+def test_a_tensor_that_is_not_finite(copy: Path, part: str, value: float) -> None:
+    name = change(copy / part, lambda tensors, name: tensors[name].view(-1)[:1].fill_(value))
+    with pytest.raises(ValueError, match=rf"finite numbers. Found others in 1 tensors of the {part} .*, such as {name}"):
+        set_up(copy)
+
+
+def test_what_is_finite_only_in_the_file(copy: Path) -> None:
+    """Numbers are checked in the precision that they are read in."""
+    change(copy / "vae", lambda tensors, name: tensors[name].fill_(1e30))
+    set_up(copy)
+    with pytest.raises(ValueError, match=r"of the vae .*read as float16. .*choose `policy.dtype` bfloat16 or float32"):
+        set_up(copy, "float16")
+
+
+@pytest.mark.parametrize("name", ["tokenizer", "tokenizer_2", "tokenizer_3"])
+@pytest.mark.parametrize("files", ["*", "tokenizer.json"])
+def test_a_missing_tokenizer(copy: Path, name: str, files: str) -> None:
+    for file in (copy / name).glob(files):
+        file.unlink()
+    with pytest.raises(ValueError, match=rf"must hold a {name} with the \d+ tokens of its text encoder\. Found"):
+        set_up(copy)
+
+
+def test_a_tokenizer_that_does_not_say_where_texts_end(copy: Path) -> None:
+    (copy / "tokenizer" / "tokenizer_config.json").unlink()
+    with pytest.raises(ValueError, match="`model_max_length` of at most 20, .* Found 1e.30"):
+        set_up(copy)
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_a_file_that_is_cut_or_gone(copy: Path, part: str) -> None:
+    (file,) = (copy / part).glob("*.safetensors")
+    file.write_bytes(file.read_bytes()[:1000])
+    with pytest.raises(ValueError, match=f"must hold a whole pipeline. Found .*, of which the {part} cannot be loaded"):
+        set_up(copy)
+    file.unlink()
+    with pytest.raises(ValueError, match=f"of which the {part} cannot be loaded: .*o file named"):
+        set_up(copy)
+
+
+def test_a_reward_s_weights_are_finite_too(checkpoints: Path, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(checkpoints / "clip", tmp_path / "clip"))
+    name = change(copy, lambda tensors, name: tensors[name].view(-1)[:1].fill_(torch.nan))
+    with pytest.raises(ValueError, match=f"CLIPScore: .* finite numbers. Found others in 1 weights, such as {name}"):
+        CLIPScore(str(copy)).setup()
+    change(copy, lambda tensors, name: tensors[name].fill_(1e30))
+    CLIPScore(str(copy)).setup()
+    with pytest.raises(ValueError, match="CLIPScore: .* must hold finite numbers"):
+        CLIPScore(str(copy), dtype="float16").setup()
