@@ -4,7 +4,6 @@ import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from pathlib import Path
 from typing import Any, Literal
 from weakref import WeakValueDictionary
 
@@ -64,7 +63,7 @@ def load_tower(
     model = _models.get(key)
     if model is None:
         model = _load(owner, source, path, file, revision, getattr(torch, dtype))
-    with _explained(owner, path, source):
+    with _explained(owner, path, source, source):
         numbers, _ = ImageProcessingMixin.get_image_processor_dict(source, **pin)
         tokenizer = CLIPTokenizer.from_pretrained(source, **pin)
     vocabulary, image_size = model.config.text_config.vocab_size, model.config.vision_config.image_size
@@ -101,7 +100,7 @@ def _load(owner: str, source: str, path: str, file: str | None, revision: str | 
                 "of a ViT-H-14. Found weights of other shapes. Put open_clip's description of the model there."
             ) from error
     else:
-        with _explained(owner, path, source):
+        with _explained(owner, path, source, path):
             config, _ = PretrainedConfig.get_config_dict(path, **pin)
             if not config:  # what transformers returns where a folder has no config.json
                 raise OSError("there is no config.json")
@@ -110,7 +109,7 @@ def _load(owner: str, source: str, path: str, file: str | None, revision: str | 
                 f"{owner}: `path` must hold a CLIPModel (model_type 'clip' in config.json). Found "
                 f"{config.get('model_type')!r} in '{path}'. Point it to a transformers-format CLIPModel folder."
             )
-        with _explained(owner, path, source):
+        with _explained(owner, path, source, path):
             loaded = CLIPModel.from_pretrained(path, **options, **pin)
     model, report = loaded
     if report["missing_keys"]:  # transformers would leave them random, and a random judge gives scores all the same
@@ -141,16 +140,15 @@ def _pin(path: str, revision: str | None) -> dict[str, Any]:
 
 
 @contextmanager
-def _explained(owner: str, path: str, source: str) -> Iterator[None]:
-    """Say what a folder must hold instead of what the library tripped over."""
+def _explained(owner: str, path: str, source: str, asked: str) -> Iterator[None]:
+    """Say what a folder must hold instead of what the library tripped over; `asked` is the one of both that is read."""
     try:
         yield
     except (OSError, ValueError) as error:
-        absent = next((place for place in (path, source) if not Path(place).expanduser().exists()), path)
         raise FileNotFoundError(
             f"{owner}: `path` must be a folder or hub id of a transformers-format CLIPModel (config.json and weights), "
             "and the processor's one (`processor_path` if given, else `path`) must hold tokenizer files and "
-            f"preprocessor_config.json. Found '{path}' and '{source}': {hub_reason(error, absent)}."
+            f"preprocessor_config.json. Found '{path}' and '{source}': {hub_reason(error, asked)}."
         ) from error
 
 

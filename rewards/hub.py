@@ -19,7 +19,7 @@ def hub_reason(error: BaseException, path: str) -> str:
         path: Folder or hub id that was asked for.
     """
     if Path(path).expanduser().exists():
-        return _first_line(error)
+        return f"{_first_line(error)}. Check the folder, or download it again"
     from huggingface_hub import constants, errors
 
     chain = list(_causes(error))
@@ -28,6 +28,8 @@ def hub_reason(error: BaseException, path: str) -> str:
         return any(isinstance(each, kinds) for each in chain)
 
     status = next((each.response.status_code for each in chain if isinstance(each, errors.HfHubHTTPError)), None)
+    if found(errors.HFValidationError):
+        return "there is no such folder, and a hub id is owner/name. Check the spelling, or download it and give its folder"
     if found(errors.GatedRepoError):
         return (
             f"access to it is gated. Accept its licence at {constants.ENDPOINT}/{path}, then log in (`hf auth login`) or "

@@ -100,4 +100,7 @@ def test_offline(hub: Callable[..., None], monkeypatch: pytest.MonkeyPatch, load
 
 def test_a_folder_is_no_business_of_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    assert hub_reason(OSError("no config.json.\nMore."), str(tmp_path)) == "no config.json"
+    assert (
+        hub_reason(OSError("no config.json.\nMore."), str(tmp_path))
+        == "no config.json. Check the folder, or download it again"
+    )

@@ -231,4 +231,4 @@ def test_what_is_wrong_with_a_folder_is_said(tmp_path: Path, clip_folder: Path) 
     ):
         Mask2Former(str(tmp_path), colour_path=str(clip_folder)).setup()
     (tmp_path / "preprocessor_config.json").unlink()
-    refused(tmp_path, FileNotFoundError, "preprocessor_config.json.*Check the spelling, or download")
+    refused(tmp_path, FileNotFoundError, "must be a folder .*preprocessor_config.json.*Found .*: ")
