@@ -74,10 +74,14 @@ def check_monitors(callbacks: Iterable[Callback], module: LightningModule, names
         module: What is trained.
         names: The metrics that the run logs.
     """
-    known = {*names, "epoch", "step"}
+    known: set[str] = {*names, "epoch", "step"}
     custom = [type(part).__name__ for part in (*callbacks, module) if _may_log(part)]
     for callback in callbacks:
-        if not isinstance(callback, EarlyStopping | ModelCheckpoint) or callback.monitor in (None, *known):
+        if (
+            not isinstance(callback, EarlyStopping | ModelCheckpoint)
+            or callback.monitor is None
+            or callback.monitor in known
+        ):
             continue
         close = get_close_matches(callback.monitor, known, n=3) or sorted(known)
         text = f"one of the metrics that the run logs. Found {callback.monitor!r}; use e.g. {', '.join(close)}."

@@ -158,12 +158,13 @@ class MarbleCLI(LightningCLI):
     def _check_settings(self) -> None:
         """Let data, model and callbacks refuse settings as their `setup` will, which says again what is only a warning."""
         stage, trainer = str(self.subcommand), self.trainer
-        trainer.datamodule, self.datamodule.trainer, self.model.trainer = self.datamodule, trainer, trainer
+        trainer.datamodule = self.datamodule  # type: ignore[attr-defined]
+        self.datamodule.trainer = self.model.trainer = trainer
         before = logging.root.manager.disable
         logging.disable(logging.WARNING)
         try:
             self.datamodule.setup(stage)
-            for callback in trainer.callbacks:
+            for callback in trainer.callbacks:  # type: ignore[attr-defined]
                 if isinstance(callback, Results | PictureWriter):
                     callback.setup(trainer, self.model, stage)
             self.model.check(stage)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 from jaxtyping import Float
 from lightning.pytorch import Trainer
@@ -27,7 +28,7 @@ def log_image(trainer: Trainer, name: str, image: Float[Tensor, "3 height width"
         step: Optimizer step.
     """
     for logger in trainer.loggers:
-        experiment = getattr(logger, "experiment", None)
+        experiment: Any = getattr(logger, "experiment", None)
         if hasattr(logger, "log_image"):  # W&B
             logger.log_image(key=name, images=[to_image(image)], step=step)
         elif hasattr(experiment, "add_image"):  # TensorBoard

@@ -54,8 +54,8 @@ class RunFolder(Callback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Choose the folder on the first process, and have checkpoints written there."""
-        chosen = claimed(candidates(trainer), self.config) if trainer.is_global_zero else None
-        self.folder = Path(trainer.strategy.broadcast(chosen))
+        chosen = claimed(candidates(trainer), self.config) if trainer.is_global_zero else Path()
+        self.folder = trainer.strategy.broadcast(chosen)
         for callback in trainer.checkpoint_callbacks:
             if isinstance(callback, ModelCheckpoint) and callback.dirpath is None:
                 callback.dirpath = str(self.folder / "checkpoints")
