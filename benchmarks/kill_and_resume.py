@@ -26,8 +26,8 @@ from torch import Tensor
 from marble_lightning.cli import main as marble_lightning
 
 SMALL = {
-    "trainer.max_epochs": 4,
-    "trainer.check_val_every_n_epoch": 2,
+    "trainer.max_epochs": 8,
+    "trainer.check_val_every_n_epoch": 4,
     "trainer.enable_progress_bar": False,
     "data.prompts_per_round": 6,
     "data.images_per_prompt": 4,

@@ -190,6 +190,7 @@ class RoundCheckpoint(ModelCheckpoint):
                 path = str(beginning)
                 _is_newest(trainer, beginning, beginning.with_name(LAST))
             except OSError as error:
-                warn(f"The run's state after {rounds} whole round(s) is lost. {error}")
-        remedy = f"Go on from there: --ckpt_path {path}" if path else "There is no checkpoint to go on from."
-        warn(f"Stopped after {rounds} whole round(s). {remedy}")
+                newest = f"The newest checkpoint is there: --ckpt_path {path}" if path else "There is none to go on from."
+                warn(f"Stopped after {rounds} whole round(s), and that state is lost. {error} {newest}")
+                return
+        warn(f"Stopped after {rounds} whole round(s). Go on from there: --ckpt_path {path}")

@@ -297,12 +297,14 @@ def test_a_full_disk(checkpoints, tmp_path, monkeypatch, caplog, room_for):
         OSError, match=rf"The checkpoint {folder}/round_000{room_for}\.ckpt must be written to a disk with room"
     ):
         main(["fit", *options(checkpoints, tmp_path)])
-    if room_for:
-        assert f"Stopped after 1 whole round(s). Go on from there: --ckpt_path {folder}/round_0000.ckpt" in caplog.text
-        assert damage(last(tmp_path)) is None
-    else:
-        assert f"is lost. The checkpoint {folder}/before_round_0000.ckpt must be written" in caplog.text
-        assert "There is no checkpoint to go on from." in caplog.text
+    rounds = room_for + 1
+    lost = (
+        f"after {rounds} whole round(s), and that state is lost. The checkpoint {folder}/before_round_000{rounds}.ckpt must"
+    )
+    assert lost in caplog.text
+    newest = f"is there: --ckpt_path {folder}/round_0000.ckpt" if room_for else "There is none to go on from."
+    assert newest in caplog.text
+    assert not room_for or damage(last(tmp_path)) is None
     assert all(file.suffix == ".ckpt" for file in folder.glob("*"))
 
 
