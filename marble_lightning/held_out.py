@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 from dataclasses import asdict
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -32,6 +33,7 @@ from marble_lightning.run_folder import run_folder
 from marble_lightning.scoring import Scorer, exit_is_failure
 from marble_lightning.seeds import derived_seed, generator
 from marble_lightning.settings import Evaluation, Scoring
+from marble_lightning.stops import end_if_asked, is_asked
 from marble_lightning.table import by_tag, per_prompt
 from rewards import Prompt, Reward
 from rewards.texts import excerpt
@@ -112,6 +114,7 @@ class HeldOutEvaluation(LightningModule):
             with exit_is_failure(name):
                 judge.setup()
             judge.requires_grad_(False)
+        self.scorer.stopping = partial(is_asked, self.trainer)
         self.scorer.setup(run_folder(self.trainer), f"_{self.trainer.global_rank}" if self.trainer.world_size > 1 else "")
         # Nothing here has buffers that change. Rewards may be elsewhere, where ranks cannot send each other theirs.
         constant = [name for name, _ in self.named_buffers()]
@@ -219,6 +222,7 @@ class HeldOutEvaluation(LightningModule):
         return found, joined([self.ahead[text] for text in empty], self.policy.device) if empty else None
 
     def on_validation_epoch_end(self) -> None:
+        end_if_asked(self.trainer)  # some scores may have been given up
         data = the_data(self.trainer)
         prompts = data.held_out[:: data.held_out_images]
         scores = per_prompt(self.held_out_scores.compute().cpu(), len(prompts), data.held_out_images)
@@ -243,6 +247,7 @@ class HeldOutEvaluation(LightningModule):
     on_test_epoch_end = on_validation_epoch_end
 
     def on_predict_epoch_end(self) -> None:
+        end_if_asked(self.trainer)
         self._check_pictures()
         self.scorer.check(self.trainer.strategy)
 

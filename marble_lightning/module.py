@@ -193,6 +193,7 @@ class DiffusionNFT(HeldOutEvaluation):
         sampled_all = time.perf_counter()
         scores = self.scorer.collect(lambda jobs: self._progress(jobs, "scoring"))
         waited = time.perf_counter() - sampled_all
+        end_if_asked(self.trainer)  # some scores may have been given up
         self.finite.check_pictures(self.trainer.strategy, trained=self.global_step > 0)
         skipped = self.scorer.check(self.trainer.strategy)
         self.scorer.release()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,7 +29,7 @@ from rewards.texts import excerpt, reason
 log = logging.getLogger(__name__)
 
 POLL = 0.05
-"""Seconds between two looks at work that has a time limit."""
+"""Seconds between two looks at the time limit and at whether the run is to stop."""
 
 
 class RewardError(OnAllRanks, RuntimeError):
@@ -74,6 +74,8 @@ class Scorer:
         self.rewards, self.settings = rewards, settings
         self.seconds: dict[str, float] = {}
         """Time each reward took for the scores collected last, beside the others and the sampling."""
+        self.stopping: Callable[[], bool] = lambda: False
+        """Whether the run is about to stop. Then nobody waits for scores: those that are not there yet are NaN."""
         self.setup(Path(), "")
 
     def setup(self, folder: Path, rank: str) -> None:
@@ -214,20 +216,23 @@ class Scorer:
 
     def _outcome(self, job: _Job, later: Sequence[_Job]) -> Outcome:
         """Wait for a batch. One that passes the time limit is given up, and what waits behind it begins anew."""
-        if self.failure is not None:  # the run will stop, so nobody needs the rest
-            return Outcome(torch.full((len(job.prompts),), torch.nan), {}, 0.0)
-        if job.future is None:
-            return self._judge(job)
+        given_up = Outcome(torch.full((len(job.prompts),), torch.nan), {}, 0.0)
+        if self.failure is not None or self.stopping():  # nobody needs the rest
+            return given_up
+        job.future = job.future or self._begin(job)  # in a thread, so that whoever waits can be told to stop
         limit, worker = self.settings.time_limit, self._workers[job.name]
-        while limit is not None and not job.future.done():
-            if worker.busy_for > limit:
+        while not job.future.done():
+            if self.stopping():
+                self._stop()
+                return given_up
+            if limit is not None and worker.busy_for > limit:
                 self._workers.pop(job.name).stop()
                 for other in later:
                     if other.name == job.name:
                         other.future = self._begin(other)
                 late = TimeoutError(f"no answer within `scoring.time_limit`, {limit} s")
                 return Outcome(*failed(self.rewards[job.name], job.images, job.prompts, late), worker.busy_for)
-            time.sleep(min(POLL, limit))
+            wait([job.future], timeout=POLL)
         return job.future.result()
 
     def _tell(self, job: _Job, failures: Mapping[int, BaseException]) -> None:

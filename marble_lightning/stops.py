@@ -143,6 +143,11 @@ def agreement_every(trainer: Trainer) -> int:
     return 1 if trainer.world_size == 1 else min(MICRO_BATCHES, trainer.accumulate_grad_batches)
 
 
+def is_asked(trainer: Trainer) -> bool:
+    """Whether this process was asked to stop, of which others may not know yet."""
+    return any(isinstance(callback, Stops) and callback.asked for callback in trainer.callbacks)  # type: ignore[attr-defined]
+
+
 def end_if_asked(trainer: Trainer) -> None:
     """Ask the trainer's `Stops`, if it has one. To be called by every process, or by none.
 

@@ -5,13 +5,19 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import threading
+import time
 from types import SimpleNamespace
 
 import pytest
 import torch
+from lightning.pytorch import Callback
 
+from balancers import WeightedSum
 from marble_lightning import cli
+from marble_lightning.settings import Scoring
 from marble_lightning.stops import MICRO_BATCHES, Stopped, Stops, status
+from tests.marble_lightning.test_module import Brightness, run
 
 
 class Strategy:
@@ -119,3 +125,23 @@ def test_ctrl_c_before_a_run_begins_has_its_status_too(monkeypatch):
     with pytest.raises(SystemExit) as end:
         cli.main(["fit"])
     assert end.value.code == 130
+
+
+@pytest.mark.filterwarnings(*(f"ignore:{known}" for known in cli.QUIET))
+@pytest.mark.parametrize("overlap", [True, False])
+def test_a_reward_that_hangs_does_not_hold_up_a_stop(checkpoints, tmp_path, monkeypatch, handlers, overlap):
+    def hang(self, **batch) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+        ended.wait(60)
+
+    class Overlap(Callback):
+        def setup(self, trainer, pl_module, stage) -> None:
+            pl_module.scorer.settings = Scoring(overlap=overlap)
+
+    ended = threading.Event()
+    monkeypatch.setattr(Brightness, "score", hang)
+    begun = time.monotonic()
+    with pytest.raises(Stopped):
+        run(checkpoints, tmp_path, WeightedSum(), callbacks=[Stops(), Overlap()])
+    assert time.monotonic() - begun < 50
+    ended.set()
