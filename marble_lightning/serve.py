@@ -19,11 +19,13 @@ from jsonargparse import auto_cli
 from torch import Tensor
 
 from marble_lightning.parsers import Parser
+from marble_lightning.scoring import exit_is_failure
 from marble_lightning.serve_access import guard, hosts_of
 from marble_lightning.serve_body import BadRequest, parse, read_body
 from rewards import Prompt, Reward
 from rewards.http_client import read_token
 from rewards.redaction import strip_secrets
+from rewards.texts import reason
 
 logger = logging.getLogger(__name__)
 
@@ -84,7 +86,7 @@ async def errors_as_json(
         return web.json_response({"error": str(error)}, status=400)
     except Exception as error:
         logger.exception("A request failed")
-        return web.json_response({"error": strip_secrets(f"{type(error).__name__}: {error}")}, status=500)
+        return web.json_response({"error": strip_secrets(f"{type(error).__name__}: {reason(error)}")}, status=500)
 
 
 async def in_thread(pool: Executor, function: Callable[..., Result], *arguments: Any) -> Result:
@@ -122,7 +124,8 @@ def make_app(
         return web.json_response({"reward": name})
 
     def score_them(images: Tensor, prompts: list[Prompt]) -> list[float | None]:
-        scores = reward(images=images.to(device), prompts=prompts).tolist()
+        with exit_is_failure(name):  # the server would end as if all were well
+            scores = reward(images=images.to(device), prompts=prompts).tolist()
         return [score if score == score else None for score in scores]
 
     async def parsed(request: web.Request) -> tuple[Tensor, list[Prompt]]:

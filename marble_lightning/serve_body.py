@@ -118,4 +118,7 @@ def to_prompt(index: int, found: Any) -> Prompt:
         raise BadRequest(
             f'prompts[{index}] must be {{"text": string, "source": string, "metadata": object}}. Found {short_repr(found)}.'
         )
-    return Prompt(**prompt)
+    try:
+        return Prompt(**prompt)
+    except ValueError as error:  # too deep metadata
+        raise BadRequest(f"prompts[{index}]: {error}") from error

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import gzip
+import json
 import os
 import signal
 import socket
@@ -95,6 +96,11 @@ class Slow(Reward):
         self.at_work -= 1
         self.scored += 1
         return images.mean((1, 2, 3)) if alone else -torch.ones(len(images))
+
+
+class Ending(Reward):
+    def score(self, *, images: torch.Tensor, prompts: Any) -> torch.Tensor:
+        sys.exit(0)
 
 
 class Broken(Reward):
@@ -246,6 +252,23 @@ def test_bad_requests_are_named(plain_url: str, body: Any, message: str) -> None
     assert message in answer.json()["error"]
 
 
+def test_metadata_that_is_too_deep_is_a_bad_request(plain_url: str) -> None:
+    deep = json.loads("[" * 200 + "]" * 200)
+    body = {"images": [PNG], "prompts": [PROMPT | {"metadata": {"deep": deep}}]}
+    answer = requests.post(f"{plain_url}/score", json=body, timeout=10)
+    assert answer.status_code == 400
+    assert answer.json()["error"].startswith("prompts[0]: `metadata` must not nest more than 100")
+
+
+def test_a_reward_that_ends_the_program_has_failed() -> None:
+    """The server answers the next request too."""
+    with served(Ending()) as url:
+        for _ in range(2):
+            answer = requests.post(f"{url}/score", json={"images": [PNG], "prompts": [PROMPT]}, timeout=10)
+            assert answer.status_code == 500
+            assert "`Ending` must not end the program" in answer.json()["error"]
+
+
 @pytest.fixture(scope="module")
 def plain_url() -> Iterator[str]:
     with served(JPEGCompressibility(), max_body_mb=2) as url:
@@ -347,7 +370,7 @@ def test_bodies_in_memory_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("marble_lightning.serve.read_body", read_body)
     with served(reward, max_requests=2) as url:
         with pytest.raises(ConnectionError, match="timed out"):
-            remote(url, request_size=1, concurrency=5, timeout=0.4)(
+            remote(url, request_size=1, concurrency=5, timeout=2.0)(
                 images=pictures(5), prompts=[Prompt("a cat", "plain")] * 5
             )
         assert len(read) == 2
