@@ -130,9 +130,10 @@ def test_ctrl_c_before_a_run_begins_has_its_status_too(monkeypatch):
 @pytest.mark.filterwarnings(*(f"ignore:{known}" for known in cli.QUIET))
 @pytest.mark.parametrize("overlap", [True, False])
 def test_a_reward_that_hangs_does_not_hold_up_a_stop(checkpoints, tmp_path, monkeypatch, handlers, overlap):
-    def hang(self, **batch) -> None:
+    def hang(self, *, images, prompts):
         os.kill(os.getpid(), signal.SIGTERM)
         ended.wait(60)
+        return torch.zeros(len(images))
 
     class Overlap(Callback):
         def setup(self, trainer, pl_module, stage) -> None:
