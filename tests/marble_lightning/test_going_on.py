@@ -50,7 +50,7 @@ def test_a_checkpoint_of_another_model_is_refused(checkpoints, first, tmp_path):
     SD3Transformer2DModel.from_config({**own, "num_layers": 3}).save_pretrained(tmp_path / "plain/transformer")
     other = options(checkpoints, tmp_path, **ONE | {"model.policy.path": tmp_path / "plain"})
     for command in ("validate", "fit"):
-        with pytest.raises(ValueError, match=rf"Found another model's, of {checkpoints}/sd3: .*attn\..* is missing instead of"):
+        with pytest.raises(ValueError, match=rf"Found another model's, of {checkpoints}/sd3: .*attn.* is missing instead"):
             main([command, *other, "--ckpt_path", str(first)])
 
 
