@@ -3,7 +3,7 @@
 `python -m benchmarks.kill_and_resume --kills 24` kills a small run of configs/tiny.yaml with SIGKILL at seeded random
 moments, resumes each with `--ckpt_path last`, and compares adapters and optimizer of the last checkpoint bit for bit. It
 prints a table in Markdown and ends with status 1 where anything differs. A finished trial is not repeated, so an interrupted
-comparison goes on with the rest. Other options go to `fit`.
+comparison continues with the rest. Other options go to `fit`.
 """
 
 from __future__ import annotations
@@ -103,7 +103,7 @@ def last(folder: Path) -> Path | None:
 
 
 def state(file: Path) -> dict[str, Any]:
-    """What training goes on from."""
+    """What training resumes from."""
     found = torch.load(file, weights_only=True)
     return {name: found[name] for name in ("state_dict", "optimizer_states", "global_step")}
 

@@ -1,7 +1,7 @@
 """The default run with several balancers and seeds: held-out scores before and after, and harmony.
 
 `python -m benchmarks.methods --seeds 0 1 2` runs each in a process of its own and prints two tables in Markdown, and the
-cadence of each method. A finished run is not repeated, so an interrupted comparison goes on with the rest. Other options go
+cadence of each method. A finished run is not repeated, so an interrupted comparison resumes. Other options go
 to `fit`: with `--harmony.probe_every 4` harmony is measured between refreshes and on fresh images too, and beside baselines.
 """
 

@@ -73,7 +73,7 @@ def table(seen: Sequence[Use], every: int) -> str:
 
 
 def main() -> None:
-    """Run, tabulate, judge."""
+    """Run, tabulate, report."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=40)
     parser.add_argument("--every", type=int, default=10, help="rounds from one line of the table to the next")

@@ -190,7 +190,7 @@ class RoundCheckpoint(ModelCheckpoint):
                 path = str(beginning)
                 _is_newest(trainer, beginning, beginning.with_name(LAST))
             except OSError as error:
-                newest = f"The newest checkpoint is there: --ckpt_path {path}" if path else "There is none to go on from."
+                newest = f"The newest checkpoint is there: --ckpt_path {path}" if path else "There is none to resume from."
                 warn(f"Stopped after {rounds} whole round(s), and that state is lost. {error} {newest}")
                 return
         warn(f"Stopped after {rounds} whole round(s). Go on from there: --ckpt_path {path}")

@@ -106,7 +106,7 @@ def every_prompt_can_be_judged(judges: Mapping[str, Reward], prompts: Iterable[P
                         judge.check_prompt(prompt)
             except ValueError as error:
                 raise ValueError(
-                    f"`{name}` must be able to judge every prompt that it applies to. Found {excerpt(prompt.text)} of "
+                    f"`{name}` must be able to score every prompt that it applies to. Found {excerpt(prompt.text)} of "
                     f"source {excerpt(prompt.source)}, of which it says: {reason(error)}"
                 ) from error
 

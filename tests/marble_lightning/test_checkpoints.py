@@ -302,7 +302,7 @@ def test_a_full_disk(checkpoints, tmp_path, monkeypatch, caplog, room_for):
         f"after {rounds} whole round(s), and that state is lost. The checkpoint {folder}/before_round_000{rounds}.ckpt must"
     )
     assert lost in caplog.text
-    newest = f"is there: --ckpt_path {folder}/round_0000.ckpt" if room_for else "There is none to go on from."
+    newest = f"is there: --ckpt_path {folder}/round_0000.ckpt" if room_for else "There is none to resume from."
     assert newest in caplog.text
     assert not room_for or damage(last(tmp_path)) is None
     assert all(file.suffix == ".ckpt" for file in folder.glob("*"))
