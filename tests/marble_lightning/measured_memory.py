@@ -10,15 +10,17 @@ import json
 import os
 import sys
 import tempfile
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Callback, Trainer
+from torch import Tensor
+from torch._C._profiler import _EventType
 from torch.profiler import ProfilerActivity, profile
 
 import balancers
 from marble_lightning.memory.estimate import Choices, Estimate, Estimator
-from marble_lightning.memory.ledger import bytes_of
 from marble_lightning.module import DiffusionNFT
 from marble_lightning.policy import SD3Policy
 from marble_lightning.prompts import PromptDataModule
@@ -38,13 +40,32 @@ class Estimated(Callback):
         self.estimate = self.estimator(self.choices)
 
 
-def most_alive(profiler: profile) -> int:
-    """The largest sum of allocations less frees since the profiler began."""
-    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
-    alive = most = 0
-    for event in sorted(events, key=lambda event: event.start_ns()):
-        alive += event.nbytes()
-        most = max(most, alive)
+def blocks_of(tensors: Iterable[Tensor]) -> dict[int, int]:
+    """Address and bytes of each block of memory that tensors share."""
+    return {block.data_ptr(): block.nbytes() for block in (tensor.untyped_storage() for tensor in tensors)}
+
+
+def most_alive(profiler: profile, before: Mapping[int, int] | None = None) -> int:
+    """The most bytes alive at once of what was allocated under the profiler and of the blocks that were there `before`.
+
+    Blocks are followed by their address. The sum of the profiler's own sizes is not exact: for a block from before the
+    profiler it counts the size that an earlier record had at that address.
+    """
+    alive = dict(before or {})
+    total = most = sum(alive.values())
+    pending = list(profiler.profiler.kineto_results.experimental_event_tree())
+    events = []
+    while pending:
+        events.append(event := pending.pop())
+        pending.extend(event.children)
+    blocks = [event for event in events if event.tag == _EventType.Allocation]
+    for event in sorted(blocks, key=lambda event: event.start_time_ns):
+        block = event.extra_fields
+        total -= alive.pop(block.ptr, 0)
+        if block.alloc_size > 0:
+            alive[block.ptr] = block.alloc_size
+            total += block.alloc_size
+            most = max(most, total)
     return most
 
 
@@ -79,13 +100,14 @@ class Measured(Callback):
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
         if batch_idx % pl_module.plan.per_step == 0:
             tensors = (batch.clean, batch.noise, batch.t, *vars(batch.conditions).values(), *batch.coefficients)
-            self.begun_with = bytes_of(tensors)
+            self.begun_with = blocks_of(tensors)
             self.profiler = recorder()
             self.profiler.start()
 
     def on_before_optimizer_step(self, trainer, pl_module, optimizer):
         self.profiler.stop()
-        self._keep("train", self.begun_with + most_alive(self.profiler))
+        self._keep("train", most_alive(self.profiler, self.begun_with))
+        self.begun_with = ()
         self.profiler = recorder()
         self.profiler.start()
 
