@@ -12,6 +12,14 @@ import pytest
 from marble_lightning.tinyworld.recipe.vocabulary import train_tokenizer
 from tests.small_checkpoints import save_small_clip, small_pipeline
 
+LONG = ["test_resume", "test_evaluation", "test_cli", "test_checkpoints", "test_processes", "test_configs", "test_notebooks"]
+"""Files of tests that take a minute or so: whoever is given one last would keep the others waiting."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    places = {name: index for index, name in enumerate(LONG)}
+    items.sort(key=lambda item: places.get(item.path.stem, len(LONG)))
+
 
 @pytest.fixture(scope="session")
 def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:

@@ -8,6 +8,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import torch
 from marble_lightning.cli import main
 from marble_lightning.module import DiffusionNFT
 from marble_lightning.policy import SD3Policy
+from tests.marble_lightning.forks import start, wait
 
 
 def at_call(number: int, owner: Any, name: str, do: Callable[..., None], counts: Callable[..., bool]) -> None:
@@ -88,30 +90,12 @@ MOMENTS: dict[str, Callable[[], None]] = {
 }
 
 
-def child(moment: str, arguments: list[str], said: Path) -> int:
-    """Run the command line in a child process; returns its exit status, or minus the signal that ended it."""
-    if not (process := os.fork()):
-        with said.open("a") as file:  # to its end, where `scontrol` writes too
-            os.dup2(file.fileno(), 1)
-            os.dup2(file.fileno(), 2)
-        status: Any = 1
-        os.environ["SAID"] = str(said)
-        signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in a shell's background is given it as ignored
-        signal.signal(signal.SIGHUP, signal.SIG_DFL)  # and one under nohup this
-        try:
-            MOMENTS[moment]()
-            main(arguments)
-            status = 0
-        except SystemExit as end:
-            status = end.code or 0
-        finally:
-            sys.stdout.flush()
-            sys.stderr.flush()
-            os._exit(status)
-    return os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
+def run(moment: str, arguments: list[str]) -> None:
+    MOMENTS[moment]()
+    main(arguments)
 
 
 if __name__ == "__main__":
     wanted = json.loads(sys.argv[1])
     sys.argv = ["marble-lightning"]
-    print(json.dumps([child(moment, arguments, Path(said)) for moment, arguments, said in wanted]))
+    print(json.dumps([wait(start(partial(run, *what), Path(said))) for *what, said in wanted]))

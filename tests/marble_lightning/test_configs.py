@@ -64,7 +64,7 @@ def test_files_laid_over_the_published_run_only_change_what_they_say(name, capsy
     assert set(model["metrics"]) == {"geneval_accuracy", "aesthetic", "imagereward"}
 
 
-@pytest.mark.parametrize("name", LARGE)
+@pytest.mark.parametrize("name", ["sd35m", *(pytest.param(name, marks=pytest.mark.slow) for name in LARGE[1:])])
 def test_the_large_runs_train_a_small_model(name, checkpoints, tmp_path, capsys):
     """Same file and code, with T5, bfloat16 weights and mixed precision; sizes and paths are all that differs."""
     clip = str(checkpoints / "clip")

@@ -19,6 +19,7 @@ from marble_lightning.policy import SD3Policy
 from marble_lightning.results import read
 from marble_lightning.scoring import Scorer
 from rewards import PickScore
+from tests.marble_lightning import forks
 
 ROOT = Path(__file__).parents[2]
 FACTS = (
@@ -36,18 +37,21 @@ def trained(small, tmp_path) -> str:
     return str(tmp_path / "tiny/version_0/checkpoints/last.ckpt")
 
 
-def in_a_run(options: list[str], command: str, name: str, *more: str, ranks: int = 1) -> None:
-    """A command whose run folder is `tiny/{name}`, here or in processes of its own."""
-    options = [command, *options, "--trainer.logger.version", name, *more]
-    if ranks == 1:
-        return main(options)
-    options += ["--trainer.devices", str(ranks), "--trainer.strategy", "ddp"]
+def in_a_run(options: list[str], command: str, name: str, *more: str) -> None:
+    """A command whose run folder is `tiny/{name}`."""
+    main([command, *options, "--trainer.logger.version", name, *more])
+
+
+def in_runs_on_two_ranks(folder: Path, options: list[str], *runs: tuple[str, ...]) -> None:
+    """Commands, each with the name of its run folder and more options."""
+    options = [*options, "--trainer.devices", "2", "--trainer.strategy", "ddp"]
+    commands = [[command, *options, "--trainer.logger.version", name, *more] for command, name, *more in runs]
     ended = subprocess.run(
-        [sys.executable, "-m", "marble_lightning", *options], cwd=ROOT, capture_output=True, text=True, timeout=200,
-        check=False, env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+        [sys.executable, forks.__file__, str(folder / "said"), json.dumps(commands)], cwd=ROOT,
+        capture_output=True, text=True, timeout=200, check=False,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
     )  # fmt: skip
-    assert ended.returncode == 0, ended.stderr[-3000:]
-    return None
+    assert ended.returncode == 0, ended.stdout + ended.stderr[-3000:]
 
 
 def scores(found: dict[str, Any]) -> list[list[float]]:
@@ -72,7 +76,10 @@ def test_pictures_and_results_are_the_same_at_any_batch_size_and_number_of_ranks
     """Nine pictures: one rank has a batch more than the other."""
     small = [*small, "--data.held_out_per_source", "3", "--ckpt_path", trained]
     in_a_run(small, "validate", "one", "--data.held_out_batch_size", "4")
-    in_a_run(small, "validate", "two", "--data.held_out_batch_size", "2", ranks=2)
+    in_runs_on_two_ranks(
+        tmp_path, small,
+        ("validate", "two", "--data.held_out_batch_size", "2"), ("predict", "p2", "--data.held_out_batch_size", "4"),
+    )  # fmt: skip
     one, two = read(tmp_path / "tiny/one"), read(tmp_path / "tiny/two")
     assert [each["index"] for each in two["prompts"]] == list(range(9))
     for ours, theirs in zip(scores(one), scores(two), strict=True):
@@ -86,7 +93,6 @@ def test_pictures_and_results_are_the_same_at_any_batch_size_and_number_of_ranks
 
     in_a_run(small, "predict", "p1", "--data.held_out_batch_size", "1")
     in_a_run(small, "predict", "p3", "--data.held_out_batch_size", "3")
-    in_a_run(small, "predict", "p2", "--data.held_out_batch_size", "4", ranks=2)
     first, *others = (tmp_path / f"tiny/{name}/predictions" for name in ("p1", "p3", "p2"))
     files = sorted(file.name for file in first.glob("*.png"))
     assert files == [f"{index:05d}.png" for index in range(9)]

@@ -25,18 +25,35 @@ from tests.marble_lightning.two_processes import Replay, method, train
 ROOT = Path(__file__).parents[2]
 
 
-SLOWER = [pytest.param(name, marks=pytest.mark.slow) for name in ("PCGrad", "CAGrad")]
+METHODS = ["WeightedSum", "MARBLE"]
+SLOWER = ["PCGrad", "CAGrad"]
 
 
-@pytest.mark.filterwarnings(*(f"ignore:{known}" for known in QUIET))
-@pytest.mark.parametrize("name", ["WeightedSum", "MARBLE", *SLOWER])
-def test_two_ranks_equal_one_process(checkpoints, tmp_path, name):
-    """After five optimizer steps on the same pictures, across refreshes, reuse, clamps and missing rewards."""
-    command = [sys.executable, two_processes.__file__, str(checkpoints), str(tmp_path), name]
+def on_two_ranks(checkpoints: Path, folder: Path, names: list[str]) -> Path:
+    """Train with these methods; returns the folder of what each rank has kept."""
+    command = [sys.executable, two_processes.__file__, str(checkpoints), str(folder), *names]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     ended = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=200, check=False)
     assert ended.returncode == 0, ended.stderr[-3000:]
-    ranks = [torch.load(tmp_path / f"rank_{rank}.pt", weights_only=False) for rank in range(2)]
+    return folder
+
+
+@pytest.fixture(scope="module")
+def trained(checkpoints, tmp_path_factory) -> Path:
+    return on_two_ranks(checkpoints, tmp_path_factory.mktemp("ranks"), METHODS)
+
+
+@pytest.fixture(scope="module")
+def trained_slower(checkpoints, tmp_path_factory) -> Path:
+    return on_two_ranks(checkpoints, tmp_path_factory.mktemp("ranks"), SLOWER)
+
+
+@pytest.mark.filterwarnings(*(f"ignore:{known}" for known in QUIET))
+@pytest.mark.parametrize("name", [*METHODS, *(pytest.param(name, marks=pytest.mark.slow) for name in SLOWER)])
+def test_two_ranks_equal_one_process(checkpoints, tmp_path, request, name):
+    """After five optimizer steps on the same pictures, across refreshes, reuse, clamps and missing rewards."""
+    folder = request.getfixturevalue("trained" if name in METHODS else "trained_slower")
+    ranks = [torch.load(folder / f"{name}_{rank}.pt", weights_only=False) for rank in range(2)]
 
     module, *_ = train(Replay, checkpoints, method(name), [rank["rounds"] for rank in ranks], default_root_dir=tmp_path)
     fresh = SD3Policy(str(checkpoints / "sd3"), resolution=16, rank=2, alpha=4, text_length=4, dtype="float32")

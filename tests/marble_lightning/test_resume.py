@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -95,25 +96,34 @@ def stop(moments: list[str], runs: list[list[str]], folder: Path) -> list[tuple[
     return list(zip(json.loads(ended.stdout), (file.read_text() for file in said), strict=True))
 
 
-KILLS = ["sampling", "training", "writing", "linking"]
-SIGNALS = {
-    "SIGTERM in training": (143, 1),
-    "SIGTERM in sampling": (143, 1),
-    "SIGTERM in validation": (143, 2),
-    "SIGINT": (130, 1),
-    "SIGHUP": (129, 1),
-}
+KILLS = ["training", "writing"]
+SLOW_KILLS = ["sampling", "linking"]
+SIGNALS = {"SIGTERM in training": (143, 1), "SIGTERM in validation": (143, 2), "SIGINT": (130, 1)}
+SLOW_SIGNALS = {"SIGTERM in sampling": (143, 1), "SIGHUP": (129, 1)}
 """Stops that are handled, with the exit status they end with, and after how many whole rounds."""
+
+
+def slow(names: Iterable[str]) -> list[Any]:
+    return [pytest.param(name, marks=pytest.mark.slow) for name in names]
 
 
 @pytest.fixture(scope="module")
 def stops(checkpoints, tmp_path_factory):
+    alone = ["SIGTERM before", "SIGINT twice", "SIGINT while judging", "SIGUSR1", "queued again"]
+    return stopped_at([*KILLS, *SIGNALS, *alone], checkpoints, tmp_path_factory)
+
+
+@pytest.fixture(scope="module")
+def slow_stops(checkpoints, tmp_path_factory):
+    return stopped_at([*SLOW_KILLS, *SLOW_SIGNALS, "SIGUSR1", "another job"], checkpoints, tmp_path_factory)
+
+
+def stopped_at(moments, checkpoints, tmp_path_factory):
     """By moment: the folder of a run that was stopped then, its exit status and what it said."""
-    alone = ["SIGTERM before", "SIGINT twice", "SIGINT while judging", "SIGUSR1"]
-    folders = {moment: tmp_path_factory.mktemp("stopped") for moment in [*KILLS, *SIGNALS, *alone]}
-    folders["queued again"] = folders["another job"] = folders["SIGUSR1"]
+    folders = {moment: tmp_path_factory.mktemp("stopped") for moment in moments}
+    folders |= {later: folders["SIGUSR1"] for later in ("queued again", "another job") if later in moments}
     rarely, one = {"checkpoints.every_n_rounds": 10}, {"trainer.max_epochs": 1, "trainer.check_val_every_n_epoch": 1}
-    more = dict.fromkeys([*SIGNALS, "SIGUSR1"], rarely) | {"another job": one}
+    more = dict.fromkeys([*SIGNALS, *SLOW_SIGNALS, "SIGUSR1"], rarely) | {"another job": one}
     commands = {"SIGINT while judging": "validate"}
     runs = [
         [commands.get(moment, "fit"), *options(checkpoints, folder, **more.get(moment, {}))]
@@ -123,9 +133,9 @@ def stops(checkpoints, tmp_path_factory):
     return {moment: (folder, *each) for (moment, folder), each in zip(folders.items(), ended, strict=True)}
 
 
-@pytest.mark.parametrize("moment", KILLS)
-def test_a_killed_run_goes_on_bit_for_bit(checkpoints, uninterrupted, stops, moment):
-    folder, status, _ = stops[moment]
+@pytest.mark.parametrize("moment", [*KILLS, *slow(SLOW_KILLS)])
+def test_a_killed_run_goes_on_bit_for_bit(checkpoints, uninterrupted, request, moment):
+    folder, status, _ = request.getfixturevalue("stops" if moment in KILLS else "slow_stops")[moment]
     assert status == -9
     left = state(last(folder))
     assert left["epoch"] == 0  # the first round; the second was not finished, or not written, or not yet linked
@@ -133,10 +143,10 @@ def test_a_killed_run_goes_on_bit_for_bit(checkpoints, uninterrupted, stops, mom
     assert differences(uninterrupted, state(last(folder, 1))) == []
 
 
-@pytest.mark.parametrize("moment", SIGNALS)
-def test_a_signal_leaves_a_checkpoint_of_the_rounds_beginning(checkpoints, uninterrupted, stops, moment):
-    folder, status, said = stops[moment]
-    expected, rounds = SIGNALS[moment]
+@pytest.mark.parametrize("moment", [*SIGNALS, *slow(SLOW_SIGNALS)])
+def test_a_signal_leaves_a_checkpoint_of_the_rounds_beginning(checkpoints, uninterrupted, request, moment):
+    folder, status, said = request.getfixturevalue("stops" if moment in SIGNALS else "slow_stops")[moment]
+    expected, rounds = (SIGNALS | SLOW_SIGNALS)[moment]
     assert status == expected, said
     left = folder / f"tiny/version_0/checkpoints/before_round_{rounds:04d}.ckpt"
     assert f"Stopped after {rounds} whole round(s). Go on from there: --ckpt_path {left}" in said
@@ -171,11 +181,12 @@ def test_a_job_that_slurm_queues_again_goes_on_bit_for_bit(uninterrupted, stops)
     assert differences(uninterrupted, state(last(folder, 1))) == []
 
 
-def test_another_job_begins_with_the_first_round(stops):
+@pytest.mark.slow
+def test_another_job_begins_with_the_first_round(slow_stops):
     """Whatever an earlier one has left."""
-    folder, status, said = stops["another job"]
+    folder, status, said = slow_stops["another job"]
     assert status == 0 and "goes on" not in said and "Restored" not in said
-    assert state(last(folder, 2))["epoch"] == 0
+    assert state(last(folder, 1))["epoch"] == 0
 
 
 class AtRoundsEnd(Callback):
