@@ -8,8 +8,7 @@ import torch
 
 from balancers import MARBLE, Balancer, FixedWeights, WeightedSum
 from balancers.solution import smooth
-
-NAMES = ("clip", "ocr", "pick")
+from tests.helpers.small_balancers import NAMES, bound, gradients_of, step
 
 
 class Scripted(Balancer):
@@ -22,28 +21,6 @@ class Scripted(Balancer):
     def weights(self, gram):
         self.asked.append(gram)
         return torch.tensor(self.answers[len(self.asked) - 1], dtype=torch.float64)
-
-
-def bound(balancer, names=NAMES):
-    balancer.bind(names)
-    return balancer
-
-
-def step(balancer, gradients, n_micro_batches=1):
-    """One optimizer step. Returns the merged gradient (None on a cheap step) and the coefficients then in use."""
-    merged = None
-    balancer.begin_step(n_micro_batches)
-    while balancer.wants_gradients:
-        balancer.add_gradients(gradients)
-        if not balancer.wants_gradients:
-            merged = balancer.solve(lambda x: x)
-    coefficients = balancer.loss_weights
-    balancer.end_step()
-    return merged, coefficients
-
-
-def gradients_of(seed, k=3, p=7):
-    return torch.randn(k, p, generator=torch.Generator().manual_seed(seed))
 
 
 @pytest.mark.parametrize("every", [1, 2, 5])

@@ -1,7 +1,6 @@
 """What is particular to each method, and how a user names it."""
 
 import re
-from pathlib import Path
 
 import pytest
 import torch
@@ -10,9 +9,10 @@ from jsonargparse import ArgumentParser
 
 import balancers
 from balancers import MARBLE, Balancer, FixedWeights, PCGrad, WeightedSum, min_norm_weights
+from tests.helpers import ROOT
 
 NAMES = ("clip", "ocr", "pick")
-CONFIGS = Path(__file__).parents[2] / "configs" / "balancers"
+CONFIGS = ROOT / "configs" / "balancers"
 METHOD_CONFIGS = sorted(set(CONFIGS.glob("*.yaml")) - {CONFIGS / "cadence_marble.yaml"})
 
 

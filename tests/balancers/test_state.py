@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from balancers import MARBLE
-from tests.balancers.test_base import NAMES, bound, gradients_of, step
+from tests.helpers.small_balancers import NAMES, bound, gradients_of, step
 
 
 @pytest.mark.parametrize("amortize", ["scaled", "raw"])

@@ -17,7 +17,7 @@ from marble_lightning.image_statistics import NAMES, brightness, image_statistic
 from marble_lightning.module import DiffusionNFT
 from marble_lightning.prompts import PromptDataModule
 from marble_lightning.tinyworld import PROMPTS
-from tests.marble_lightning.test_module import run
+from tests.helpers.small_runs import run
 
 pytestmark = [pytest.mark.filterwarnings(f"ignore:{known}") for known in QUIET]
 

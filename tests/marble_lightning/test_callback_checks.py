@@ -23,7 +23,7 @@ from marble_lightning.callback_checks import check_callbacks, check_monitors, ch
 from marble_lightning.callbacks import Results
 from marble_lightning.checks import WHOLE_ROUNDS
 from marble_lightning.module import DiffusionNFT
-from tests.marble_lightning.test_resume import fit_with, options
+from tests.helpers.command_line import fit_with, options
 
 
 class Custom(Callback):

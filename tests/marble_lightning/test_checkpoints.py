@@ -18,7 +18,7 @@ from marble_lightning.checkpoints import RoundCheckpoint, WholeCheckpointIO, las
 from marble_lightning.cli import QUIET, command_line, main
 from marble_lightning.policy import SD3Policy
 from marble_lightning.run_folder import folder_of_runs
-from tests.marble_lightning.test_resume import differences, last, options, state
+from tests.helpers.command_line import differences, last, options, state
 
 WEIGHTS = torch.arange(8.0)
 STATE = {

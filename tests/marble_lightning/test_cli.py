@@ -9,8 +9,10 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from marble_lightning.cli import command_line, main
+from tests.helpers import ROOT
+from tests.helpers.command_line import column
 
-CONFIGS = Path(__file__).parents[2] / "configs"
+CONFIGS = ROOT / "configs"
 
 
 def checkpoint(folder: Path, version: int = 0) -> Path:
@@ -19,18 +21,6 @@ def checkpoint(folder: Path, version: int = 0) -> Path:
 
 def adapters(path: Path) -> dict[str, torch.Tensor]:
     return torch.load(path, weights_only=True)["state_dict"]
-
-
-def column(shown: str, title: str) -> dict[str, str]:
-    """A column of the printed table of all prompt sets, by reward."""
-    rows = [
-        line.strip("│┃").replace("┃", "│").split("│")
-        for line in shown.partition("all, 6 prompts")[2].partition("└")[0].splitlines()
-        if line[:1] in ("│", "┃")
-    ]
-    cells = [[cell.strip() for cell in row] for row in rows]
-    index = cells[0].index(title)
-    return {row[0]: row[index] for row in cells[1:]}
 
 
 def test_fit_shows_a_table_and_the_printed_command_repeats_it(small, tmp_path, capsys):

@@ -7,7 +7,7 @@ import torch
 
 from balancers import MARBLE
 from marble_lightning.cli import QUIET
-from tests.marble_lightning.test_module import run
+from tests.helpers.small_runs import run
 
 
 @pytest.mark.slow

@@ -10,8 +10,8 @@ import torch
 import yaml
 
 from marble_lightning.cli import command_line, main
+from tests.helpers import ROOT
 
-ROOT = Path(__file__).parents[2]
 CONFIGS = ROOT / "configs"
 LARGE = ("sd35m", "sd35m_1gpu", "sd35l")
 

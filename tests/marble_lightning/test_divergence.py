@@ -11,8 +11,8 @@ from marble_lightning.checkpoint_content import is_usable
 from marble_lightning.cli import QUIET, main
 from marble_lightning.divergence import Diverged, Finite
 from marble_lightning.policy import SD3Policy
-from tests.marble_lightning.test_module import run
-from tests.marble_lightning.test_resume import fit_with, last, options, state
+from tests.helpers.command_line import fit_with, last, options, state
+from tests.helpers.small_runs import run
 
 pytestmark = [pytest.mark.filterwarnings(f"ignore:{known}") for known in QUIET]
 

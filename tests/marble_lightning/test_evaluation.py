@@ -19,9 +19,8 @@ from marble_lightning.policy import SD3Policy
 from marble_lightning.results import read
 from marble_lightning.scoring import Scorer
 from rewards import PickScore
-from tests.marble_lightning import forks
+from tests.helpers import ROOT, forks
 
-ROOT = Path(__file__).parents[2]
 FACTS = (
     "prompt", "index", "steps", "solver", "guidance", "resolution", "seed", "adapter",
     "model", "revision", "text_length", "text_encoder_3", "dtype", "vae_tiling", "checkpoint",

@@ -20,8 +20,9 @@ from marble_lightning.export import about, export
 from marble_lightning.lora_files import FILE
 from marble_lightning.policy import TARGETS, SD3Policy
 from marble_lightning.seeds import generator
-from tests.marble_lightning.stock_pipeline import TEXTS, adapter, differ, painted, sampled, saved, stock, three
-from tests.marble_lightning.test_cli import checkpoint, column
+from tests.helpers.command_line import column
+from tests.helpers.command_line import last as checkpoint
+from tests.helpers.stock_pipeline import TEXTS, adapter, differ, painted, sampled, saved, stock, three
 
 
 @pytest.fixture

@@ -15,10 +15,10 @@ from lightning.pytorch import Callback
 from benchmarks.random_sd35m import WHOLE, save_random_sd35m
 from marble_lightning.cli import QUIET
 from marble_lightning.memory.report import GIB
-from tests.marble_lightning.measured_memory import Estimated
-from tests.marble_lightning.test_resume import fit_with, last, state
+from tests.helpers import ROOT
+from tests.helpers.command_line import fit_with, last, state
+from tests.helpers.measured_memory import Estimated
 
-ROOT = Path(__file__).parents[2]
 CONFIGS = {"sd35m": ["sd35m"], "sd35m_1gpu": ["sd35m", "sd35m_1gpu"]}
 LIMITS = {"sd35m": 80, "sd35m_1gpu": 22}
 """GiB that a run may take."""

@@ -18,7 +18,7 @@ from marble_lightning.policy import TARGETS
 from marble_lightning.results import read
 from marble_lightning.tinyworld import ColourBlobs
 from rewards import GenEval
-from tests.marble_lightning.test_resume import fit_with, last, options, state
+from tests.helpers.command_line import fit_with, last, options, state
 
 pytestmark = [pytest.mark.filterwarnings(f"ignore:{known}") for known in QUIET]
 

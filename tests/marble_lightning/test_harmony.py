@@ -14,7 +14,7 @@ from marble_lightning.cli import QUIET
 from marble_lightning.gradients import flat
 from marble_lightning.harmony import Harmony, probe, refresh_figures
 from marble_lightning.pictures import heat
-from tests.marble_lightning.test_module import reference, run
+from tests.helpers.small_runs import reference, run
 
 pytestmark = [pytest.mark.filterwarnings(f"ignore:{known}") for known in QUIET]
 

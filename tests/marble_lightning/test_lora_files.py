@@ -15,8 +15,8 @@ from marble_lightning.export import export
 from marble_lightning.flow_policy import ADAPTERS
 from marble_lightning.lora_files import FILE, read_lora
 from marble_lightning.policy import TARGETS, SD3Policy
-from tests.marble_lightning.stock_pipeline import adapter, differ, make, painted, sampled, saved, stock, three
-from tests.marble_lightning.test_policy import outputs, shake
+from tests.helpers.small_policies import outputs, shake
+from tests.helpers.stock_pipeline import adapter, differ, make, painted, sampled, saved, stock, three
 
 
 @pytest.fixture

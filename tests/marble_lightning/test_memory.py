@@ -7,7 +7,6 @@ import os
 import subprocess
 import sys
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -22,11 +21,10 @@ from marble_lightning.module import DiffusionNFT
 from marble_lightning.settings import Scoring
 from marble_lightning.tinyworld import WEIGHTS
 from rewards import CLIPScore
-from tests.marble_lightning import measured_memory
-from tests.marble_lightning.measured_memory import Estimated, fitted
-from tests.marble_lightning.test_module import run
+from tests.helpers import ROOT, measured_memory
+from tests.helpers.measured_memory import Estimated, fitted
+from tests.helpers.small_runs import run
 
-ROOT = Path(__file__).parents[2]
 pytestmark = [pytest.mark.filterwarnings(f"ignore:{known}") for known in QUIET]
 
 

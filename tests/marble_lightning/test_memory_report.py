@@ -14,8 +14,9 @@ from marble_lightning.cli import QUIET, main
 from marble_lightning.memory.estimate import Estimator
 from marble_lightning.memory.report import CUDA_CONTEXT, GIB, Memory, remedies
 from marble_lightning.module import DiffusionNFT
-from tests.marble_lightning.measured_memory import Estimated
-from tests.marble_lightning.test_module import Brightness, run
+from tests.helpers.measured_memory import Estimated
+from tests.helpers.small_rewards import Brightness
+from tests.helpers.small_runs import run
 
 pytestmark = [pytest.mark.filterwarnings(f"ignore:{known}") for known in QUIET]
 

@@ -9,7 +9,7 @@ from lightning.pytorch.plugins import MixedPrecision
 from balancers import FixedWeights, WeightedSum
 from marble_lightning.cli import QUIET
 from marble_lightning.gradients import flat
-from tests.marble_lightning.test_module import reference, run
+from tests.helpers.small_runs import reference, run
 
 pytestmark = [pytest.mark.filterwarnings(f"ignore:{known}") for known in QUIET]
 

@@ -16,6 +16,7 @@ from marble_lightning.held_out import HeldOutEvaluation
 from marble_lightning.policy import TARGETS, SD3Policy
 from marble_lightning.sd3_files import pipeline_index
 from marble_lightning.seeds import generator
+from tests.helpers.small_policies import outputs, shake
 
 
 @pytest.fixture
@@ -23,19 +24,6 @@ def policy(checkpoints) -> SD3Policy:
     policy = SD3Policy(str(checkpoints / "sd3"), resolution=16, rank=2, alpha=4, text_length=4, dtype="float32")
     policy.setup(seed=0)
     return policy
-
-
-@torch.no_grad()
-def shake(policy: SD3Policy, adapter: str) -> None:
-    for index, parameter in enumerate(policy.parameters_of(adapter)):
-        parameter.add_(torch.randn(parameter.shape, generator=generator("shake", adapter, index)))
-
-
-def outputs(policy: SD3Policy, adapter: str | None) -> torch.Tensor:
-    conditions = policy.encode(["a red circle", "two squares"])
-    noisy = torch.randn(2, 4, 8, 8, generator=generator("noisy"))
-    with torch.no_grad(), policy.using(adapter):
-        return policy.velocity(noisy, torch.tensor([0.3, 0.9]), conditions)
 
 
 def test_adapters_start_at_the_base_and_only_one_is_trainable(policy):

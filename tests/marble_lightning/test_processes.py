@@ -18,12 +18,9 @@ from marble_lightning.alarms import measured
 from marble_lightning.cli import QUIET
 from marble_lightning.policy import SD3Policy
 from marble_lightning.results import read
-from tests.marble_lightning import stopped, two_processes
-from tests.marble_lightning.test_resume import differences, last, options, state
-from tests.marble_lightning.two_processes import Replay, method, train
-
-ROOT = Path(__file__).parents[2]
-
+from tests.helpers import ROOT, stopped, two_processes
+from tests.helpers.command_line import differences, last, options, state
+from tests.helpers.two_processes import Replay, method, train
 
 METHODS = ["WeightedSum", "MARBLE"]
 SLOWER = ["PCGrad", "CAGrad"]
@@ -116,7 +113,7 @@ def ranks(
                 "JOB_NAME": "fit"
             }
             environment |= {f"SLURM_{name}": value for name, value in (slurm | places).items()}
-            environment |= {"SAID": str(said), "PATH": f"{Path(__file__).parent / 'slurm'}{os.pathsep}{os.environ['PATH']}"}
+            environment |= {"SAID": str(said), "PATH": f"{ROOT / 'tests/helpers/slurm'}{os.pathsep}{os.environ['PATH']}"}
         with said.with_suffix(f".{rank}").open("w") as file:
             command = [sys.executable, "-m", "marble_lightning", "fit", *arguments]
             if moments:

@@ -17,10 +17,11 @@ from marble_lightning.prompts import PromptDataModule, draw_round, read_prompts
 from marble_lightning.tinyworld import PROMPTS, ColourBlobs
 from rewards import GenEval, Prompt
 from rewards.texts import excerpt
-from tests.marble_lightning.test_module import run
+from tests.helpers import ROOT
+from tests.helpers.small_runs import run
 
 SOURCES = ("pickscore", "ocr", "geneval")
-PUBLISHED = Path(__file__).parents[3] / "shared/prompts"
+PUBLISHED = ROOT.parent / "shared/prompts"
 """The published test files, where they lie beside the repository."""
 
 pytestmark = [pytest.mark.filterwarnings(f"ignore:{known}") for known in QUIET]

@@ -14,7 +14,7 @@ from scipy.stats import zscore
 from marble_lightning.comparison import compared, comparison_table, judged_otherwise, must_be_comparable, z_scores
 from marble_lightning.results import Measured, document, read, write
 from rewards import Prompt, Reward
-from tests.marble_lightning.test_module import Brightness
+from tests.helpers.small_rewards import Brightness
 
 NAN = math.nan
 

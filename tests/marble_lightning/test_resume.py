@@ -12,67 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
-from torch import Tensor
 
-from marble_lightning.cli import QUIET, MarbleCLI, main
-from marble_lightning.module import DiffusionNFT
-from marble_lightning.prompts import PromptDataModule
+from marble_lightning.cli import QUIET, main
 from marble_lightning.scoring import RewardError
-from tests.conftest import small_options
-from tests.marble_lightning import stopped
-
-ROOT = Path(__file__).parents[2]
-EXTRA = {
-    "trainer.max_epochs": 3,
-    "trainer.check_val_every_n_epoch": 3,
-    "data.held_out_batch_size": 3,
-    "balancer": "MARBLE",
-    "balancer.refresh_every": 2,
-    "model.metrics": "{}",
-    "model.rewards": "{clipscore: {class_path: rewards.CLIPScore, init_args: {path: CLIP}}, jpeg: JPEGCompressibility}",
-    "model.micro_batch_size": 6,
-    "model.optimizer_steps_per_round": 2,
-    "model.lr_scheduler": "torch.optim.lr_scheduler.ExponentialLR",
-    "model.lr_scheduler.gamma": 0.8,
-}
-"""On top of `small`: three rounds of eight micro-batches and two optimizer steps, with quick rewards."""
-
-
-def options(checkpoints: Path, folder: Path, **more: Any) -> list[str]:
-    extra = EXTRA | {"trainer.default_root_dir": folder} | more
-    if extra["balancer"] == "WeightedSum":  # never looks at gradients
-        del extra["balancer.refresh_every"]
-    extra["model.rewards"] = str(extra["model.rewards"]).replace("CLIP}", f"{checkpoints / 'clip'}}}")
-    return [
-        *small_options(checkpoints, folder),
-        *(part for name, value in extra.items() for part in (f"--{name}", str(value))),
-    ]
-
-
-def last(folder: Path, version: int = 0) -> Path:
-    return folder / f"tiny/version_{version}/checkpoints/last.ckpt"
-
-
-def state(path: Path) -> dict[str, Any]:
-    """All that a checkpoint holds, but for which files there are."""
-    found = torch.load(path, weights_only=True)
-    del found["config"]  # which names folders
-    return found | {"callbacks": {name: kept for name, kept in found["callbacks"].items() if "Checkpoint" not in name}}
-
-
-def differences(one: Any, other: Any, where: str = "") -> list[str]:
-    """Where two nested states differ, bit for bit."""
-    if isinstance(one, Tensor) and isinstance(other, Tensor):
-        return [] if torch.equal(one.nan_to_num(7.5), other.nan_to_num(7.5)) else [where]
-    if isinstance(one, dict) and isinstance(other, dict) and one.keys() == other.keys():
-        return [found for key in one for found in differences(one[key], other[key], f"{where}/{key}")]
-    if isinstance(one, list | tuple) and isinstance(other, list | tuple) and len(one) == len(other):
-        pairs = enumerate(zip(one, other, strict=True))
-        return [found for index, pair in pairs for found in differences(*pair, f"{where}/{index}")]
-    return [] if one == other else [f"{where}: {one!r}, {other!r}"]
+from tests.helpers import ROOT, stopped
+from tests.helpers.command_line import differences, fit_with, last, options, state
 
 
 @pytest.fixture(scope="module")
@@ -195,17 +141,6 @@ class AtRoundsEnd(Callback):
     def on_train_epoch_end(self, trainer, pl_module):
         if trainer.current_epoch == 0:
             os.kill(os.getpid(), signal.SIGTERM)
-
-
-def fit_with(options: list[str], *callbacks: Callback) -> None:
-    MarbleCLI(
-        DiffusionNFT,
-        PromptDataModule,
-        args=["fit", *options],
-        seed_everything_default=0,
-        auto_configure_optimizers=False,
-        trainer_defaults={"callbacks": [*callbacks]},
-    )
 
 
 @pytest.mark.filterwarnings(*(f"ignore:{known}" for known in QUIET))

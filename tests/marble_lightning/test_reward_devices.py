@@ -7,7 +7,7 @@ import torch
 
 from marble_lightning.scoring import Scorer
 from marble_lightning.settings import Scoring
-from tests.marble_lightning.test_scoring import Brightness
+from tests.helpers.small_rewards import Brightness
 
 
 def test_rewards_that_share_a_model_stay_together():

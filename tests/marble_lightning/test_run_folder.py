@@ -19,7 +19,7 @@ from marble_lightning.cli import QUIET, main
 from marble_lightning.module import DiffusionNFT
 from marble_lightning.results import read
 from marble_lightning.run_folder import RunFolder, folder_of_runs, run_folder
-from tests.marble_lightning.test_resume import options
+from tests.helpers.command_line import options
 
 pytestmark = [pytest.mark.filterwarnings(f"ignore:{known}") for known in QUIET]
 

@@ -13,7 +13,7 @@ from balancers import PCGrad
 from marble_lightning.results import Measured, document, write
 from marble_lightning.runs import Run, compare
 from rewards import Prompt
-from tests.marble_lightning.test_module import Brightness
+from tests.helpers.small_rewards import Brightness
 
 NAN = torch.nan
 

@@ -17,7 +17,6 @@ import time
 import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -29,8 +28,8 @@ from marble_lightning.serve import RUNNING, Limits, main, make_app
 from marble_lightning.serve_access import guard, hosts_of
 from rewards import OCR, JPEGCompressibility, Prompt, RemoteReward, Reward
 from rewards.transport import encode_png
+from tests.helpers import ROOT
 
-ROOT = Path(__file__).parents[2]
 PROMPT = {"text": "a cat", "source": "plain", "metadata": {}}
 PNG = encode_png(torch.zeros(3, 4, 4, dtype=torch.uint8))
 

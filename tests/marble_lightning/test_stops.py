@@ -17,7 +17,8 @@ from balancers import WeightedSum
 from marble_lightning import cli
 from marble_lightning.settings import Scoring
 from marble_lightning.stops import MICRO_BATCHES, Stopped, Stops, status
-from tests.marble_lightning.test_module import Brightness, run
+from tests.helpers.small_rewards import Brightness
+from tests.helpers.small_runs import run
 
 
 class Strategy:

@@ -11,8 +11,9 @@ from PIL import Image, ImageDraw, ImageFont
 from safetensors.torch import save_file
 
 from rewards import Detection, Detector, Prompt
-from tests.rewards.blip_reference import write_image_reward
-from tests.rewards.scripted_server import ScriptedServer, chat, remote_reward
+from tests.helpers import ROOT
+from tests.helpers.blip_reference import write_image_reward
+from tests.helpers.scripted_server import ScriptedServer, chat, remote_reward
 
 IMAGE_SIZE = 32
 POSITIONS = 12
@@ -114,7 +115,7 @@ def chat_url() -> Iterator[str]:
 @pytest.fixture(scope="session")
 def published_metadata() -> list[dict]:
     """GenEval's prompts of the published runs, which are no part of this project."""
-    file = Path(__file__).parents[3] / "shared/prompts/geneval/test_metadata.jsonl"
+    file = ROOT.parent / "shared/prompts/geneval/test_metadata.jsonl"
     if not file.exists():
         pytest.skip(f"there is no {file}")
     return [json.loads(line) for line in file.read_text().splitlines()]

@@ -6,8 +6,9 @@ import pytest
 
 from rewards import CLIPScore
 from rewards.files import resolve_path
+from tests.helpers import ROOT
 
-BUNDLED = Path(__file__).parents[2] / "marble_lightning/tinyworld"
+BUNDLED = ROOT / "marble_lightning/tinyworld"
 
 
 def test_a_path_in_the_package_is_found_from_any_folder(tmp_path, monkeypatch):

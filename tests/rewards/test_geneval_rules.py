@@ -7,7 +7,7 @@ import torch
 
 from rewards import Detection
 from rewards.geneval_rules import Verdict, evaluate, keep, relations
-from tests.rewards.geneval_cases import BOTTOM, CASES, LEFT, MIDDLE, RIGHT, TOP, TWO_RED_CATS, colours, see, want
+from tests.helpers.geneval_cases import BOTTOM, CASES, LEFT, MIDDLE, RIGHT, TOP, TWO_RED_CATS, colours, see, want
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from rewards import ImageReward, Prompt
-from tests.rewards.blip_reference import SIZE, WORDS, write_image_reward
+from tests.helpers.blip_reference import SIZE, WORDS, write_image_reward
 
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 

@@ -7,7 +7,7 @@ from transformers import Mask2FormerImageProcessorPil
 
 from rewards.coco import COCO_CLASSES
 from rewards.instances import DetectorPreprocess, find_instances
-from tests.rewards.mask2former_reference import PREPROCESSOR, QUERIES, assert_same, by_hand
+from tests.helpers.mask2former_reference import PREPROCESSOR, QUERIES, assert_same, by_hand
 
 
 @pytest.mark.parametrize("size", [(64, 64), (80, 60), (60, 80), (40, 200), (300, 90), (97, 61), (128, 224), (33, 33)])

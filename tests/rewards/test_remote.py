@@ -18,7 +18,7 @@ import pytest
 import torch
 
 from rewards import Prompt, RemoteReward
-from tests.rewards.scripted_server import CUT, DROP, ScriptedServer, judge, remote_reward
+from tests.helpers.scripted_server import CUT, DROP, ScriptedServer, judge, remote_reward
 
 PROMPT = Prompt("a cat", "plain")
 

@@ -16,7 +16,7 @@ from PIL import Image
 
 from rewards import Prompt, UnifiedReward
 from rewards.unified import final_score
-from tests.rewards.scripted_server import CUT, DROP, MODEL, ScriptedServer, chat, completion
+from tests.helpers.scripted_server import CUT, DROP, MODEL, ScriptedServer, chat, completion
 
 PROMPT = Prompt("a cat", "plain")
 

@@ -17,7 +17,8 @@ import torch
 from marble_lightning.cli import main
 from marble_lightning.module import DiffusionNFT
 from marble_lightning.policy import SD3Policy
-from tests.marble_lightning.forks import start, wait
+from tests.helpers import ROOT
+from tests.helpers.forks import start, wait
 
 
 def at_call(number: int, owner: Any, name: str, do: Callable[..., None], counts: Callable[..., bool]) -> None:
@@ -52,7 +53,7 @@ def half(state: Any, stream: Any) -> None:
 
 def slurm(_: None = None) -> None:
     """One task of a job, where `scontrol` writes down what it was asked for."""
-    os.environ["PATH"] = f"{Path(__file__).parent / 'slurm'}{os.pathsep}{os.environ['PATH']}"
+    os.environ["PATH"] = f"{ROOT / 'tests/helpers/slurm'}{os.pathsep}{os.environ['PATH']}"
     os.environ |= {f"SLURM_{name}": value for name, value in {"JOB_ID": "1", "NTASKS": "1", "JOB_NAME": "fit"}.items()}
     os.environ |= {f"SLURM_{name}": "0" for name in ("LOCALID", "PROCID", "NODEID")}
 

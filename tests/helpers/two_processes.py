@@ -24,8 +24,8 @@ from marble_lightning.prompts import PromptDataModule
 from marble_lightning.rollouts import MicroBatch, MicroBatches
 from marble_lightning.settings import Evaluation, Objective, Sampling
 from marble_lightning.tinyworld import PROMPTS
-from tests.marble_lightning.forks import on_two_ranks
-from tests.marble_lightning.test_module import Brightness, Contrast, Redness
+from tests.helpers.forks import on_two_ranks
+from tests.helpers.small_rewards import Brightness, Contrast, Redness
 
 STEPS = 5
 """Optimizer steps, one a round: with a refresh every other one, both kinds occur."""

@@ -26,7 +26,7 @@ from marble_lightning.policy import SD3Policy
 from marble_lightning.prompts import PromptDataModule
 from marble_lightning.settings import Sampling, Scoring
 from marble_lightning.tinyworld import PROMPTS, WEIGHTS
-from tests.marble_lightning.test_module import Brightness, Contrast, Redness
+from tests.helpers.small_rewards import Brightness, Contrast, Redness
 
 KEPT: list[profile] = []
 """Every profiler there was."""
