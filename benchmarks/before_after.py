@@ -19,7 +19,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from marble_lightning.pictures import grid, to_image
+from marble_lightning.utils.images import grid, to_image
 
 
 def records(folder: Path) -> list[dict[str, Any]]:

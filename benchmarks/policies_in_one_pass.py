@@ -19,8 +19,8 @@ from tqdm import tqdm
 
 from marble_lightning.flow_policy import Conditions
 from marble_lightning.policy import SD3Policy
-from marble_lightning.seeds import generator
 from marble_lightning.tinyworld import WEIGHTS
+from marble_lightning.utils.seeds import generator
 
 BASE = "__base__"
 """peft's name for no adapter, in a batch of several."""

@@ -12,7 +12,7 @@ from zipfile import BadZipFile, ZipFile, is_zipfile
 import torch
 from torch import Tensor
 
-from marble_lightning.whole_files import local_path
+from marble_lightning.utils.atomic_files import local_path
 
 LAST = "last.ckpt"
 

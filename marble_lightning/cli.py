@@ -34,7 +34,7 @@ from marble_lightning.prompts import PromptDataModule
 from marble_lightning.run_folder import RunFolder, folder_of_runs
 from marble_lightning.settings import Averaging
 from marble_lightning.stops import Stops, left_by_this_job, status
-from marble_lightning.whole_files import local_path
+from marble_lightning.utils.atomic_files import local_path
 
 ABOUT = "Fine-tune Stable Diffusion 3 by reinforcement learning on several rewards at once."
 OTHERS = (

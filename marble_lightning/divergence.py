@@ -7,7 +7,7 @@ from lightning.pytorch.strategies import Strategy
 from torch import Tensor
 from torch.amp import GradScaler
 
-from marble_lightning.ranks import OnAllRanks
+from marble_lightning.utils.distributed import OnAllRanks
 
 LEAST_SCALE = 1e-4
 """A loss scale below this is that of a loss that no scale helps. Source: fairseq's `--min-loss-scale`."""

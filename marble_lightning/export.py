@@ -13,7 +13,7 @@ import yaml
 from marble_lightning.checkpoint_content import TO_EXPORT, load_checked
 from marble_lightning.lora import Lora
 from marble_lightning.lora_files import FILE, write_lora
-from marble_lightning.whole_files import local_path, must_be_a_folder, remove_unfinished
+from marble_lightning.utils.atomic_files import local_path, must_be_a_folder, remove_unfinished
 from rewards.redaction import redacted
 
 Which = Literal["ema", "policy"]

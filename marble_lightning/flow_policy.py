@@ -17,8 +17,8 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from marble_lightning.lora import Lora
-from marble_lightning.seeds import derived_seed
 from marble_lightning.solvers import Solver
+from marble_lightning.utils.seeds import derived_seed
 
 Adapter = Literal["trained", "old", "ema"]
 ADAPTERS: tuple[Adapter, ...] = ("trained", "old", "ema")

@@ -15,10 +15,10 @@ from balancers import Balancer
 from balancers.harmony import agreement, conflict_by_chance, gram_matrix
 from balancers.solution import active_rows
 from marble_lightning.checks import the_balancer
-from marble_lightning.loggers import log_image, log_metrics
 from marble_lightning.module import DiffusionNFT
-from marble_lightning.pictures import heat
-from marble_lightning.seeds import derived_seed, generator
+from marble_lightning.utils.images import heat
+from marble_lightning.utils.loggers import log_image, log_metrics
+from marble_lightning.utils.seeds import derived_seed, generator
 
 
 class Harmony(Callback):

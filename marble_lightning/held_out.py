@@ -27,14 +27,14 @@ from marble_lightning.checks import (
 )
 from marble_lightning.divergence import Finite
 from marble_lightning.flow_policy import Conditions, FlowPolicy, is_adapter, joined
-from marble_lightning.loggers import log_metrics
 from marble_lightning.round_start import RoundStart
 from marble_lightning.run_folder import run_folder
 from marble_lightning.scoring import Scorer, exit_is_failure
-from marble_lightning.seeds import derived_seed, generator
 from marble_lightning.settings import Evaluation, Scoring
 from marble_lightning.stops import end_if_asked, is_asked
 from marble_lightning.table import by_tag, per_prompt
+from marble_lightning.utils.loggers import log_metrics
+from marble_lightning.utils.seeds import derived_seed, generator
 from rewards import Prompt, Reward
 from rewards.texts import excerpt
 

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from marble_lightning.lora import Lora
-from marble_lightning.whole_files import local_path, written_whole
+from marble_lightning.utils.atomic_files import local_path, written_whole
 
 FILE = LORA_WEIGHT_NAME_SAFE
 """The name under which diffusers looks for a LoRA in a folder."""

@@ -25,9 +25,9 @@ from marble_lightning.image_statistics import NAMES
 from marble_lightning.objective import Coefficients, nft_losses
 from marble_lightning.reward_names import named_rewards
 from marble_lightning.rollouts import MicroBatch, MicroBatches, Rollout, Sampled, micro_batches, weigh_round
-from marble_lightning.seeds import generator
 from marble_lightning.settings import Averaging, Evaluation, Objective, Sampling, Scoring, adamw, must
 from marble_lightning.stops import end_if_asked
+from marble_lightning.utils.seeds import generator
 from rewards import Reward
 
 

@@ -19,7 +19,7 @@ from marble_lightning.prompt_cache import PromptCache, fingerprint
 from marble_lightning.sd3_files import pipeline_index, the_resolution_fits
 from marble_lightning.sd3_loading import load_pipeline
 from marble_lightning.solvers import Solver, flow_sigmas, scheduler_for
-from marble_lightning.whole_files import local_path, must_be_a_folder
+from marble_lightning.utils.atomic_files import local_path, must_be_a_folder
 from rewards.files import resolve_path
 from rewards.texts import beginning
 

@@ -14,10 +14,10 @@ from torch import Tensor
 
 from marble_lightning.checks import the_data
 from marble_lightning.held_out import HeldOut, HeldOutEvaluation
-from marble_lightning.pictures import to_image
-from marble_lightning.ranks import gathered
 from marble_lightning.run_folder import run_folder
-from marble_lightning.whole_files import must_be_a_folder, remove_unfinished, written_whole
+from marble_lightning.utils.atomic_files import must_be_a_folder, remove_unfinished, written_whole
+from marble_lightning.utils.distributed import gathered
+from marble_lightning.utils.images import to_image
 
 
 class PictureWriter(Callback):

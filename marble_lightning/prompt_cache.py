@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from marble_lightning.flow_policy import Conditions
-from marble_lightning.whole_files import written_whole
+from marble_lightning.utils.atomic_files import written_whole
 from rewards.texts import excerpt
 
 ENDS = 256

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from marble_lightning.prompts import ALL
 from marble_lightning.table import MEAN_OF_TAGS, Summary, by_tag, summaries, summarise
-from marble_lightning.whole_files import written_whole
+from marble_lightning.utils.atomic_files import written_whole
 from rewards import Prompt, Reward
 
 JSON, CSV = "results.json", "results.csv"

@@ -18,7 +18,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
-from marble_lightning.ranks import OnAllRanks
+from marble_lightning.utils.distributed import OnAllRanks
 
 log = logging.getLogger(__name__)
 warn = rank_zero_only(log.warning)

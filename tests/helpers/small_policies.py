@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from marble_lightning.policy import SD3Policy
-from marble_lightning.seeds import generator
+from marble_lightning.utils.seeds import generator
 
 
 @torch.no_grad()

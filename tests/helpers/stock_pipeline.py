@@ -10,7 +10,7 @@ from torch import Tensor
 
 from marble_lightning.flow_policy import ADAPTERS
 from marble_lightning.policy import SD3Policy
-from marble_lightning.seeds import generator
+from marble_lightning.utils.seeds import generator
 from tests.helpers.small_policies import shake
 
 TEXTS = ["a red circle", "two squares"]

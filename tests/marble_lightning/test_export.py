@@ -19,7 +19,7 @@ from marble_lightning.cli import main
 from marble_lightning.export import about, export
 from marble_lightning.lora_files import FILE
 from marble_lightning.policy import TARGETS, SD3Policy
-from marble_lightning.seeds import generator
+from marble_lightning.utils.seeds import generator
 from tests.helpers.command_line import column
 from tests.helpers.command_line import last as checkpoint
 from tests.helpers.stock_pipeline import TEXTS, adapter, differ, painted, sampled, saved, stock, three

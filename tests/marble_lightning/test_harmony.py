@@ -13,7 +13,7 @@ from balancers.harmony import agreement, conflict_by_chance, gram_matrix
 from marble_lightning.cli import QUIET
 from marble_lightning.gradients import flat
 from marble_lightning.harmony import Harmony, probe, refresh_figures
-from marble_lightning.pictures import heat
+from marble_lightning.utils.images import heat
 from tests.helpers.small_runs import reference, run
 
 pytestmark = [pytest.mark.filterwarnings(f"ignore:{known}") for known in QUIET]

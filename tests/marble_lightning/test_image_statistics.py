@@ -7,7 +7,7 @@ import torch
 
 from marble_lightning import image_statistics as statistics
 from marble_lightning.image_statistics import NAMES, PER_IMAGE, diversity, image_statistics
-from marble_lightning.seeds import generator
+from marble_lightning.utils.seeds import generator
 
 
 def flat(*colour: float, side: int = 6) -> torch.Tensor:

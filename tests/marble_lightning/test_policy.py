@@ -15,7 +15,7 @@ from marble_lightning.flow_policy import ADAPTERS
 from marble_lightning.held_out import HeldOutEvaluation
 from marble_lightning.policy import TARGETS, SD3Policy
 from marble_lightning.sd3_files import pipeline_index
-from marble_lightning.seeds import generator
+from marble_lightning.utils.seeds import generator
 from tests.helpers.small_policies import outputs, shake
 
 

@@ -9,7 +9,7 @@ from jaxtyping import Float
 from lightning.pytorch import Trainer
 from torch import Tensor
 
-from marble_lightning.pictures import to_image
+from marble_lightning.utils.images import to_image
 
 
 def log_metrics(trainer: Trainer, metrics: Mapping[str, float], step: int) -> None:

@@ -1,0 +1,1 @@
+"""What every part uses: checks of settings, seeds, files that are whole, images, processes."""
