@@ -41,9 +41,9 @@ from benchmarks.random_sd35m import WHOLE, random_sd35m
 from marble_lightning.memory.estimate import Choices, Estimate, Estimator
 from marble_lightning.memory.report import CUDA_CONTEXT, FRAGMENTATION, GIB, Room, gib, memory_table
 from marble_lightning.module import DiffusionNFT
+from marble_lightning.nft.rollout import Plan
 from marble_lightning.policy import SD3Policy
 from marble_lightning.prompts import PromptDataModule
-from marble_lightning.rollouts import Plan
 from marble_lightning.sd3_files import PARTS
 from marble_lightning.settings import Scoring
 from marble_lightning.tinyworld.recipe.vocabulary import train_tokenizer

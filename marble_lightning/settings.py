@@ -11,7 +11,7 @@ from typing import Any, Literal, get_args
 
 import torch
 
-from marble_lightning.advantages import AdvantageMode, AdvantageStd
+from marble_lightning.nft.advantages import AdvantageMode, AdvantageStd
 from marble_lightning.solvers import Solver
 
 OnError = Literal["raise", "skip"]

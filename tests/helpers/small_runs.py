@@ -12,9 +12,9 @@ from lightning.pytorch import Callback, Trainer
 from torch import Tensor
 
 from balancers import Balancer
-from marble_lightning.gradients import flat, gradients_by_passes
 from marble_lightning.module import DiffusionNFT
-from marble_lightning.objective import nft_losses, noised
+from marble_lightning.nft.loss import nft_losses, noised
+from marble_lightning.nft.reward_gradients import flat, gradients_by_passes
 from marble_lightning.policy import SD3Policy
 from marble_lightning.prompts import PromptDataModule
 from marble_lightning.settings import Averaging, Evaluation, Objective, Sampling

@@ -8,7 +8,7 @@ from lightning.pytorch.plugins import MixedPrecision
 
 from balancers import FixedWeights, WeightedSum
 from marble_lightning.cli import QUIET
-from marble_lightning.gradients import flat
+from marble_lightning.nft.reward_gradients import flat
 from tests.helpers.small_runs import reference, run
 
 pytestmark = [pytest.mark.filterwarnings(f"ignore:{known}") for known in QUIET]

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from marble_lightning.gradients import LinearTaps, add_flat, gradients_by_passes
-from marble_lightning.objective import coefficients, nft_losses
+from marble_lightning.nft.loss import coefficients, nft_losses
+from marble_lightning.nft.reward_gradients import LinearTaps, add_flat, gradients_by_passes
 from marble_lightning.policy import SD3Policy
 
 SAMPLES = 6

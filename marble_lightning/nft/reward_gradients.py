@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from marble_lightning.objective import Coefficients
+from marble_lightning.nft.loss import Coefficients
 
 
 def gradients_by_passes(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from marble_lightning.objective import Coefficients, coefficients, nft_losses, noised
+from marble_lightning.nft.loss import Coefficients, coefficients, nft_losses, noised
 
 BETA, A_MAX = 0.3, 5.0
 

@@ -9,7 +9,7 @@ from torch.amp import GradScaler
 from balancers import WeightedSum
 from marble_lightning.checkpoint_content import is_usable
 from marble_lightning.cli import QUIET, main
-from marble_lightning.divergence import Diverged, Finite
+from marble_lightning.nft.divergence import Diverged, Finite
 from marble_lightning.policy import SD3Policy
 from tests.helpers.command_line import fit_with, last, options, state
 from tests.helpers.small_runs import run

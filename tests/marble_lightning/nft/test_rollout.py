@@ -10,8 +10,8 @@ import torch
 
 from balancers import FixedWeights, WeightedSum
 from marble_lightning.flow_policy import Conditions
-from marble_lightning.objective import Coefficients
-from marble_lightning.rollouts import Plan, Rollout, image_order, micro_batches, weigh_round
+from marble_lightning.nft.loss import Coefficients
+from marble_lightning.nft.rollout import Plan, Rollout, image_order, micro_batches, weigh_round
 from marble_lightning.scoring import RewardError
 from marble_lightning.settings import Objective, Scoring
 

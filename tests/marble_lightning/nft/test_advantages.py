@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from marble_lightning.advantages import group_advantages, only
+from marble_lightning.nft.advantages import group_advantages, only
 
 NAN = torch.nan
 
