@@ -20,8 +20,8 @@ from torch.nn.utils import clip_grad_norm_
 
 from benchmarks.phases import Phases
 from marble_lightning.module import DiffusionNFT
-from marble_lightning.policy import SD3Policy
-from marble_lightning.solvers import flow_sigmas, scheduler_for
+from marble_lightning.policies.samplers import flow_sigmas, scheduler_for
+from marble_lightning.policies.sd3 import SD3Policy
 from rewards import Prompt, Reward
 from rewards.files import resolve_path
 

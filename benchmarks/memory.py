@@ -42,9 +42,9 @@ from marble_lightning.memory.estimate import Choices, Estimate, Estimator
 from marble_lightning.memory.report import CUDA_CONTEXT, FRAGMENTATION, GIB, Room, gib, memory_table
 from marble_lightning.module import DiffusionNFT
 from marble_lightning.nft.rollout import Plan
-from marble_lightning.policy import SD3Policy
+from marble_lightning.policies.sd3 import SD3Policy
+from marble_lightning.policies.sd3_checks import PARTS
 from marble_lightning.prompts import PromptDataModule
-from marble_lightning.sd3_files import PARTS
 from marble_lightning.settings import Scoring
 from marble_lightning.tinyworld.recipe.vocabulary import train_tokenizer
 from rewards.blip import BLIPTower
@@ -118,7 +118,7 @@ def module_on_a_gpu(folder: Path, options: argparse.Namespace) -> DiffusionNFT:
     policy = SD3Policy(str(folder), resolution=512, rank=32, alpha=64, text_length=128, dtype="bfloat16")
     with torch.device("meta"):
         pipeline = random_sd35m(tokenizer, **WHOLE | ({} if t5 else {"t5_layers": 0}))
-    loaded = patch("marble_lightning.policy.load_pipeline", return_value=pipeline)
+    loaded = patch("marble_lightning.policies.sd3.load_pipeline", return_value=pipeline)
     with loaded, torch.device("meta"):
         policy.setup(seed=0)
     judges, metrics = the_rewards(tokenizer, options.reward_dtype)

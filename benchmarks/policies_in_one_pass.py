@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from marble_lightning.flow_policy import Conditions
-from marble_lightning.policy import SD3Policy
+from marble_lightning.policies.base import Conditions
+from marble_lightning.policies.sd3 import SD3Policy
 from marble_lightning.tinyworld import WEIGHTS
 from marble_lightning.utils.seeds import generator
 

@@ -23,7 +23,7 @@ from benchmarks.phases import PHASES, Phases, now
 from marble_lightning.checks import the_data
 from marble_lightning.cli import command_line
 from marble_lightning.module import DiffusionNFT
-from marble_lightning.policy import SD3Policy
+from marble_lightning.policies.sd3 import SD3Policy
 
 DEFAULT = ("-c", "tiny")
 

@@ -8,7 +8,7 @@ runs on a laptop.
 """
 
 from marble_lightning.module import DiffusionNFT
-from marble_lightning.policy import SD3Policy
+from marble_lightning.policies.sd3 import SD3Policy
 from marble_lightning.prompts import PromptDataModule
 from marble_lightning.settings import Averaging, Evaluation, Objective, Sampling
 

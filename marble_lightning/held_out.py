@@ -25,8 +25,8 @@ from marble_lightning.checks import (
     the_data,
     the_precision,
 )
-from marble_lightning.flow_policy import Conditions, FlowPolicy, is_adapter, joined
 from marble_lightning.nft.divergence import Finite
+from marble_lightning.policies.base import Conditions, FlowPolicy, is_adapter, joined
 from marble_lightning.round_start import RoundStart
 from marble_lightning.run_folder import run_folder
 from marble_lightning.scoring import Scorer, exit_is_failure

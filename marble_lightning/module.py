@@ -18,12 +18,12 @@ from tqdm import tqdm
 from balancers import Balancer, WeightedSum
 from marble_lightning import checks
 from marble_lightning.callback_checks import check_monitors
-from marble_lightning.flow_policy import Adapter, FlowPolicy
 from marble_lightning.held_out import HeldOutEvaluation
 from marble_lightning.image_statistics import NAMES
 from marble_lightning.nft.loss import Coefficients, nft_losses
 from marble_lightning.nft.reward_gradients import RewardGradients, add_flat, flat
 from marble_lightning.nft.rollout import MicroBatch, MicroBatches, Rollout, Sampled, micro_batches, weigh_round
+from marble_lightning.policies.base import Adapter, FlowPolicy
 from marble_lightning.reward_names import named_rewards
 from marble_lightning.settings import Averaging, Evaluation, Objective, Sampling, Scoring, adamw, must
 from marble_lightning.stops import end_if_asked

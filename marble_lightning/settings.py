@@ -12,7 +12,7 @@ from typing import Any, Literal, get_args
 import torch
 
 from marble_lightning.nft.advantages import AdvantageMode, AdvantageStd
-from marble_lightning.solvers import Solver
+from marble_lightning.policies.samplers import Solver
 
 OnError = Literal["raise", "skip"]
 

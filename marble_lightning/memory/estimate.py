@@ -9,10 +9,10 @@ from typing import Any, NamedTuple
 import torch
 
 from marble_lightning.checks import the_data
-from marble_lightning.flow_policy import ADAPTERS
 from marble_lightning.memory.ledger import tensors_of, text_encoders
 from marble_lightning.memory.phases import Phases
 from marble_lightning.module import DiffusionNFT
+from marble_lightning.policies.base import ADAPTERS
 
 
 @dataclass(frozen=True)

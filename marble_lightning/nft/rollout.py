@@ -13,9 +13,9 @@ from lightning.pytorch import Trainer
 from torch import Tensor
 
 from balancers import Balancer
-from marble_lightning.flow_policy import Conditions
 from marble_lightning.nft.advantages import group_advantages, only
 from marble_lightning.nft.loss import Coefficients, coefficients, noised
+from marble_lightning.policies.base import Conditions
 from marble_lightning.scoring import only_finite
 from marble_lightning.settings import Objective, Scoring
 from marble_lightning.utils.seeds import generator

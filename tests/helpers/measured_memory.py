@@ -22,7 +22,7 @@ from torch.profiler import ProfilerActivity, profile
 import balancers
 from marble_lightning.memory.estimate import Choices, Estimate, Estimator
 from marble_lightning.module import DiffusionNFT
-from marble_lightning.policy import SD3Policy
+from marble_lightning.policies.sd3 import SD3Policy
 from marble_lightning.prompts import PromptDataModule
 from marble_lightning.settings import Sampling, Scoring
 from marble_lightning.tinyworld import PROMPTS, WEIGHTS

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from marble_lightning.policy import SD3Policy
+from marble_lightning.policies.sd3 import SD3Policy
 from marble_lightning.utils.seeds import generator
 
 

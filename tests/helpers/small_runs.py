@@ -15,7 +15,7 @@ from balancers import Balancer
 from marble_lightning.module import DiffusionNFT
 from marble_lightning.nft.loss import nft_losses, noised
 from marble_lightning.nft.reward_gradients import flat, gradients_by_passes
-from marble_lightning.policy import SD3Policy
+from marble_lightning.policies.sd3 import SD3Policy
 from marble_lightning.prompts import PromptDataModule
 from marble_lightning.settings import Averaging, Evaluation, Objective, Sampling
 from marble_lightning.tinyworld import PROMPTS

@@ -8,8 +8,8 @@ import torch
 from diffusers import StableDiffusion3Pipeline
 from torch import Tensor
 
-from marble_lightning.flow_policy import ADAPTERS
-from marble_lightning.policy import SD3Policy
+from marble_lightning.policies.base import ADAPTERS
+from marble_lightning.policies.sd3 import SD3Policy
 from marble_lightning.utils.seeds import generator
 from tests.helpers.small_policies import shake
 

@@ -16,7 +16,7 @@ import torch
 
 from marble_lightning.cli import main
 from marble_lightning.module import DiffusionNFT
-from marble_lightning.policy import SD3Policy
+from marble_lightning.policies.sd3 import SD3Policy
 from tests.helpers import ROOT
 from tests.helpers.forks import start, wait
 

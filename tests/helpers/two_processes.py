@@ -20,7 +20,7 @@ from marble_lightning.image_statistics import image_statistics
 from marble_lightning.module import DiffusionNFT
 from marble_lightning.nft.loss import Coefficients
 from marble_lightning.nft.rollout import MicroBatch, MicroBatches
-from marble_lightning.policy import SD3Policy
+from marble_lightning.policies.sd3 import SD3Policy
 from marble_lightning.prompts import PromptDataModule
 from marble_lightning.settings import Evaluation, Objective, Sampling
 from marble_lightning.tinyworld import PROMPTS

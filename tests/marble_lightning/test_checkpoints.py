@@ -16,7 +16,7 @@ from marble_lightning import checkpoints
 from marble_lightning.checkpoint_content import TO_EVALUATE, TO_EXPORT, TO_FIT, damage, load_checked, newest_usable
 from marble_lightning.checkpoints import RoundCheckpoint, WholeCheckpointIO, last_of, point
 from marble_lightning.cli import QUIET, command_line, main
-from marble_lightning.policy import SD3Policy
+from marble_lightning.policies.sd3 import SD3Policy
 from marble_lightning.run_folder import folder_of_runs
 from tests.helpers.command_line import differences, last, options, state
 

@@ -169,7 +169,7 @@ def test_bad_settings_fail_before_anything_is_loaded_or_written(small, options, 
         raise AssertionError("weights were loaded")
 
     before = sorted(tmp_path.iterdir())
-    monkeypatch.setattr("marble_lightning.policy.load_pipeline", loading)
+    monkeypatch.setattr("marble_lightning.policies.sd3.load_pipeline", loading)
     with pytest.raises((ValueError, SystemExit)) as error:
         main(["fit", *small, *options])
     assert message in str(error.value) + capsys.readouterr().err

@@ -15,7 +15,7 @@ import pytest
 from PIL import Image
 
 from marble_lightning.cli import QUIET, main
-from marble_lightning.policy import SD3Policy
+from marble_lightning.policies.sd3 import SD3Policy
 from marble_lightning.results import read
 from marble_lightning.scoring import Scorer
 from rewards import PickScore
@@ -161,7 +161,7 @@ def test_runs_beside_others_and_settings_that_forbid_it(small, tmp_path, capsys,
     assert [run["run"] for run in found] == ["this run", f"{tmp_path}/tiny/plain", f"{tmp_path}/tiny/plain/results.json"]
     assert "composite: mean z-score over these runs" in capsys.readouterr().out
 
-    monkeypatch.setattr("marble_lightning.policy.load_pipeline", lambda *_, **__: pytest.fail("weights were loaded"))
+    monkeypatch.setattr("marble_lightning.policies.sd3.load_pipeline", lambda *_, **__: pytest.fail("weights were loaded"))
     changed = {"seed": "5", "guidance": "2.0", "resolution": "32", "solver": "dpm2", "steps": "3"}
     options = [part for name, value in changed.items() for part in (f"--model.evaluation.{name}", value)]
     with pytest.raises(
@@ -239,7 +239,7 @@ def test_pictures_are_only_replaced_by_themselves(small, tmp_path, monkeypatch):
     assert (pixels(tmp_path / "out/00001.png") == before).all()
     assert sorted(file.name for file in (tmp_path / "out").iterdir()) == ["00000.png", "00001.png", "pictures.jsonl"]
 
-    monkeypatch.setattr("marble_lightning.policy.load_pipeline", lambda *_, **__: pytest.fail("weights were loaded"))
+    monkeypatch.setattr("marble_lightning.policies.sd3.load_pipeline", lambda *_, **__: pytest.fail("weights were loaded"))
     with pytest.raises(
         ValueError, match=r"`predictions\.folder` must not .*00000\.png with seed '0' instead of '1'; choose"
     ):

@@ -13,8 +13,8 @@ from diffusers import SD3Transformer2DModel
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from marble_lightning.cli import QUIET, command_line, main
-from marble_lightning.export import export
-from marble_lightning.policy import TARGETS
+from marble_lightning.policies.lora_export import export
+from marble_lightning.policies.sd3 import TARGETS
 from marble_lightning.results import read
 from marble_lightning.tinyworld import ColourBlobs
 from rewards import GenEval

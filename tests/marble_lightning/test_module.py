@@ -16,12 +16,12 @@ from torch import Tensor
 
 from balancers import MARBLE, FixedWeights, WeightedSum, min_norm_weights
 from marble_lightning.cli import QUIET
-from marble_lightning.flow_policy import Conditions
 from marble_lightning.module import DiffusionNFT
 from marble_lightning.nft.loss import Coefficients, coefficients
 from marble_lightning.nft.reward_gradients import RewardGradients, flat
 from marble_lightning.nft.rollout import MicroBatch
-from marble_lightning.policy import SD3Policy
+from marble_lightning.policies.base import Conditions
+from marble_lightning.policies.sd3 import SD3Policy
 from tests.helpers.small_runs import reference, run
 
 pytestmark = [pytest.mark.filterwarnings(f"ignore:{known}") for known in QUIET]

@@ -204,7 +204,7 @@ def test_malformed_metadata_fails_before_any_weight_loads(small, tmp_path, split
     def loading(*arguments: object) -> None:
         raise AssertionError("weights were loaded")
 
-    monkeypatch.setattr("marble_lightning.policy.load_pipeline", loading)
+    monkeypatch.setattr("marble_lightning.policies.sd3.load_pipeline", loading)
     with pytest.raises(ValueError, match=r"`geneval` must .*'two green circles' of source 'geneval'.*`count` >= 1"):
         main(["fit", *small, "--data.folder", str(folder)])
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from marble_lightning.sd3_files import pipeline_index
+from marble_lightning.policies.sd3_checks import pipeline_index
 from rewards import Aesthetic, CLIPScore, ImageReward
 from rewards.hub import hub_reason
 from rewards.mask2former import _describe

@@ -10,7 +10,7 @@ from balancers import WeightedSum
 from marble_lightning.checkpoint_content import is_usable
 from marble_lightning.cli import QUIET, main
 from marble_lightning.nft.divergence import Diverged, Finite
-from marble_lightning.policy import SD3Policy
+from marble_lightning.policies.sd3 import SD3Policy
 from tests.helpers.command_line import fit_with, last, options, state
 from tests.helpers.small_runs import run
 

@@ -8,7 +8,7 @@ from torch import nn
 
 from marble_lightning.nft.loss import coefficients, nft_losses
 from marble_lightning.nft.reward_gradients import LinearTaps, add_flat, gradients_by_passes
-from marble_lightning.policy import SD3Policy
+from marble_lightning.policies.sd3 import SD3Policy
 
 SAMPLES = 6
 

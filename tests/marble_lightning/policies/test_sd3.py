@@ -11,10 +11,10 @@ import torch
 from diffusers import StableDiffusion3Pipeline
 
 from benchmarks.random_sd35m import networks
-from marble_lightning.flow_policy import ADAPTERS
 from marble_lightning.held_out import HeldOutEvaluation
-from marble_lightning.policy import TARGETS, SD3Policy
-from marble_lightning.sd3_files import pipeline_index
+from marble_lightning.policies.base import ADAPTERS
+from marble_lightning.policies.sd3 import TARGETS, SD3Policy
+from marble_lightning.policies.sd3_checks import pipeline_index
 from marble_lightning.utils.seeds import generator
 from tests.helpers.small_policies import outputs, shake
 

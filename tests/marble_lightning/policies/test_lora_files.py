@@ -11,10 +11,10 @@ from peft import LoraConfig
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from marble_lightning.export import export
-from marble_lightning.flow_policy import ADAPTERS
-from marble_lightning.lora_files import FILE, read_lora
-from marble_lightning.policy import TARGETS, SD3Policy
+from marble_lightning.policies.base import ADAPTERS
+from marble_lightning.policies.lora_export import export
+from marble_lightning.policies.lora_files import FILE, read_lora
+from marble_lightning.policies.sd3 import TARGETS, SD3Policy
 from tests.helpers.small_policies import outputs, shake
 from tests.helpers.stock_pipeline import adapter, differ, make, painted, sampled, saved, stock, three
 
@@ -107,7 +107,7 @@ def test_what_can_be_said_without_weights_is_said_before_they_load(checkpoints, 
     def loading(*arguments, **keywords):
         raise AssertionError("weights were loaded")
 
-    monkeypatch.setattr("marble_lightning.policy.load_pipeline", loading)
+    monkeypatch.setattr("marble_lightning.policies.sd3.load_pipeline", loading)
     with pytest.raises(ValueError, match=message):
         make(checkpoints, **{"init_lora": str(exported), **options})
 

@@ -16,9 +16,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from marble_lightning.cli import main
-from marble_lightning.export import about, export
-from marble_lightning.lora_files import FILE
-from marble_lightning.policy import TARGETS, SD3Policy
+from marble_lightning.policies.lora_export import about, export
+from marble_lightning.policies.lora_files import FILE
+from marble_lightning.policies.sd3 import TARGETS, SD3Policy
 from marble_lightning.utils.seeds import generator
 from tests.helpers.command_line import column
 from tests.helpers.command_line import last as checkpoint

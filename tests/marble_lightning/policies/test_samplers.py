@@ -9,7 +9,7 @@ import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 
-from marble_lightning.solvers import FlowDPMSolver
+from marble_lightning.policies.samplers import FlowDPMSolver
 
 
 def test_grid_of_the_published_run():

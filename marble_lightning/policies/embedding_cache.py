@@ -12,7 +12,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from marble_lightning.flow_policy import Conditions
+from marble_lightning.policies.base import Conditions
 from marble_lightning.utils.atomic_files import written_whole
 from rewards.texts import excerpt
 

@@ -13,12 +13,12 @@ from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from marble_lightning.flow_policy import Adapter, Conditions, FlowPolicy, joined
-from marble_lightning.lora_files import read_lora
-from marble_lightning.prompt_cache import PromptCache, fingerprint
-from marble_lightning.sd3_files import pipeline_index, the_resolution_fits
-from marble_lightning.sd3_loading import load_pipeline
-from marble_lightning.solvers import Solver, flow_sigmas, scheduler_for
+from marble_lightning.policies.base import Adapter, Conditions, FlowPolicy, joined
+from marble_lightning.policies.embedding_cache import PromptCache, fingerprint
+from marble_lightning.policies.lora_files import read_lora
+from marble_lightning.policies.samplers import Solver, flow_sigmas, scheduler_for
+from marble_lightning.policies.sd3_checks import pipeline_index, the_resolution_fits
+from marble_lightning.policies.sd3_loading import load_pipeline
 from marble_lightning.utils.atomic_files import local_path, must_be_a_folder
 from rewards.files import resolve_path
 from rewards.texts import beginning

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from marble_lightning.policy import SD3Policy
+from marble_lightning.policies.sd3 import SD3Policy
 from rewards import CLIPScore
 
 PARTS = ["transformer", "vae", "text_encoder", "text_encoder_2", "text_encoder_3"]

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from marble_lightning.policy import SD3Policy
-from marble_lightning.prompt_cache import PromptCache, fingerprint
+from marble_lightning.policies.embedding_cache import PromptCache, fingerprint
+from marble_lightning.policies.sd3 import SD3Policy
 
 TEXTS = ["a red circle", "two squares", "a red circle"]
 

@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-from marble_lightning.lora import Lora
+from marble_lightning.policies.lora import Lora
 from marble_lightning.utils.atomic_files import local_path, written_whole
 
 FILE = LORA_WEIGHT_NAME_SAFE

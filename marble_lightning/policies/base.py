@@ -16,8 +16,8 @@ from peft import LoraConfig
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
-from marble_lightning.lora import Lora
-from marble_lightning.solvers import Solver
+from marble_lightning.policies.lora import Lora
+from marble_lightning.policies.samplers import Solver
 from marble_lightning.utils.seeds import derived_seed
 
 Adapter = Literal["trained", "old", "ema"]
