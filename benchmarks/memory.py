@@ -38,13 +38,13 @@ from transformers import (
 import rewards
 from balancers import MARBLE
 from benchmarks.random_sd35m import WHOLE, random_sd35m
+from marble_lightning.data.datamodule import PromptDataModule
 from marble_lightning.memory.estimate import Choices, Estimate, Estimator
 from marble_lightning.memory.report import CUDA_CONTEXT, FRAGMENTATION, GIB, Room, gib, memory_table
 from marble_lightning.module import DiffusionNFT
 from marble_lightning.nft.rollout import Plan
 from marble_lightning.policies.sd3 import SD3Policy
 from marble_lightning.policies.sd3_checks import PARTS
-from marble_lightning.prompts import PromptDataModule
 from marble_lightning.settings import Scoring
 from marble_lightning.tinyworld.recipe.vocabulary import train_tokenizer
 from rewards.blip import BLIPTower

@@ -7,9 +7,9 @@ advantages, and trained on. How the rewards are merged is the business of a call
 runs on a laptop.
 """
 
+from marble_lightning.data.datamodule import PromptDataModule
 from marble_lightning.module import DiffusionNFT
 from marble_lightning.policies.sd3 import SD3Policy
-from marble_lightning.prompts import PromptDataModule
 from marble_lightning.settings import Averaging, Evaluation, Objective, Sampling
 
 __all__ = ["Averaging", "DiffusionNFT", "Evaluation", "Objective", "PromptDataModule", "SD3Policy", "Sampling"]

@@ -24,13 +24,13 @@ from marble_lightning.callbacks import Pictures, ProgressBar, Results
 from marble_lightning.checkpoint_content import TO_EVALUATE, TO_FIT, load_checked
 from marble_lightning.checkpoints import LAST, RoundCheckpoint, WholeCheckpointIO, last_of, warn
 from marble_lightning.config_files import configs
+from marble_lightning.data.datamodule import PromptDataModule
 from marble_lightning.harmony import Harmony
 from marble_lightning.memory import Memory
 from marble_lightning.module import DiffusionNFT
 from marble_lightning.parsers import Parser, TrainingParser
 from marble_lightning.policies.lora_export import export, redacted_yaml
 from marble_lightning.predictions import PictureWriter
-from marble_lightning.prompts import PromptDataModule
 from marble_lightning.run_folder import RunFolder, folder_of_runs
 from marble_lightning.settings import Averaging
 from marble_lightning.stops import Stops, left_by_this_job, status

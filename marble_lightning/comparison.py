@@ -10,7 +10,7 @@ from jaxtyping import Float
 from rich.table import Table
 from torch import Tensor
 
-from marble_lightning.prompts import ALL
+from marble_lightning.data.datamodule import ALL
 
 Results = Mapping[str, Any]
 """What results.json holds."""

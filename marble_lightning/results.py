@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from jaxtyping import Float
 from torch import Tensor
 
-from marble_lightning.prompts import ALL
+from marble_lightning.data.datamodule import ALL
 from marble_lightning.table import MEAN_OF_TAGS, Summary, by_tag, summaries, summarise
 from marble_lightning.utils.atomic_files import written_whole
 from rewards import Prompt, Reward

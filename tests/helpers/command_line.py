@@ -10,8 +10,8 @@ from lightning.pytorch import Callback
 from torch import Tensor
 
 from marble_lightning.cli import MarbleCLI
+from marble_lightning.data.datamodule import PromptDataModule
 from marble_lightning.module import DiffusionNFT
-from marble_lightning.prompts import PromptDataModule
 from tests.helpers import ROOT
 
 

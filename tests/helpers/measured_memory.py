@@ -20,10 +20,10 @@ from torch._C._profiler import _EventType
 from torch.profiler import ProfilerActivity, profile
 
 import balancers
+from marble_lightning.data.datamodule import PromptDataModule
 from marble_lightning.memory.estimate import Choices, Estimate, Estimator
 from marble_lightning.module import DiffusionNFT
 from marble_lightning.policies.sd3 import SD3Policy
-from marble_lightning.prompts import PromptDataModule
 from marble_lightning.settings import Sampling, Scoring
 from marble_lightning.tinyworld import PROMPTS, WEIGHTS
 from tests.helpers.small_rewards import Brightness, Contrast, Redness

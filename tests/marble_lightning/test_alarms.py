@@ -13,9 +13,9 @@ from lightning.pytorch import Callback
 from balancers import MARBLE, WeightedSum
 from marble_lightning.alarms import LEAST_SPREAD, Alarms, expected_range, measured
 from marble_lightning.cli import QUIET, main
+from marble_lightning.data.datamodule import PromptDataModule
 from marble_lightning.image_statistics import NAMES, brightness, image_statistics
 from marble_lightning.module import DiffusionNFT
-from marble_lightning.prompts import PromptDataModule
 from marble_lightning.tinyworld import PROMPTS
 from tests.helpers.small_runs import run
 

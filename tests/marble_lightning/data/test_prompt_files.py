@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from marble_lightning.prompt_files import distinct, read_prompts
-from marble_lightning.prompts import PromptDataModule
+from marble_lightning.data.datamodule import PromptDataModule
+from marble_lightning.data.prompt_files import distinct, read_prompts
 from marble_lightning.tinyworld import PROMPTS
 from rewards import Prompt
 

@@ -13,7 +13,7 @@ from lightning.pytorch.overrides.distributed import UnrepeatedDistributedSampler
 from lightning.pytorch.utilities import rank_zero_only
 from torch.utils.data import DataLoader
 
-from marble_lightning.prompt_files import distinct, prompt_file, read_prompt_file, read_prompts
+from marble_lightning.data.prompt_files import distinct, prompt_file, read_prompt_file, read_prompts
 from marble_lightning.utils.seeds import generator
 from rewards import Prompt
 from rewards.files import resolve_path

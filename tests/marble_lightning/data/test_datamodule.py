@@ -13,7 +13,7 @@ from lightning.pytorch import Trainer
 from balancers import WeightedSum
 from marble_lightning.checks import every_prompt_can_be_judged
 from marble_lightning.cli import QUIET, main
-from marble_lightning.prompts import PromptDataModule, draw_round, read_prompts
+from marble_lightning.data.datamodule import PromptDataModule, draw_round, read_prompts
 from marble_lightning.tinyworld import PROMPTS, ColourBlobs
 from rewards import GenEval, Prompt
 from rewards.texts import excerpt

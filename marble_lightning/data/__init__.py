@@ -1,0 +1,1 @@
+"""Prompts: the data module and the files it reads."""
