@@ -29,7 +29,7 @@ from marble_lightning.nft.divergence import Finite
 from marble_lightning.policies.base import Conditions, FlowPolicy, is_adapter, joined
 from marble_lightning.round_start import RoundStart
 from marble_lightning.run_folder import run_folder
-from marble_lightning.scoring import Scorer, exit_is_failure
+from marble_lightning.scoring.scorer import Scorer, exit_is_failure
 from marble_lightning.settings import Evaluation, Scoring
 from marble_lightning.stops import end_if_asked, is_asked
 from marble_lightning.table import by_tag, per_prompt

@@ -24,7 +24,7 @@ from marble_lightning.nft.loss import Coefficients, nft_losses
 from marble_lightning.nft.reward_gradients import RewardGradients, add_flat, flat
 from marble_lightning.nft.rollout import MicroBatch, MicroBatches, Rollout, Sampled, micro_batches, weigh_round
 from marble_lightning.policies.base import Adapter, FlowPolicy
-from marble_lightning.reward_names import named_rewards
+from marble_lightning.scoring.reward_names import named_rewards
 from marble_lightning.settings import Averaging, Evaluation, Objective, Sampling, Scoring, adamw, must
 from marble_lightning.stops import end_if_asked
 from marble_lightning.utils.seeds import generator

@@ -19,7 +19,7 @@ from jsonargparse import auto_cli
 from torch import Tensor
 
 from marble_lightning.parsers import Parser
-from marble_lightning.scoring import exit_is_failure
+from marble_lightning.scoring.scorer import exit_is_failure
 from marble_lightning.serve_access import guard, hosts_of
 from marble_lightning.serve_body import BadRequest, parse, read_body
 from rewards import Prompt, Reward

@@ -16,7 +16,7 @@ from balancers import Balancer
 from marble_lightning.nft.advantages import group_advantages, only
 from marble_lightning.nft.loss import Coefficients, coefficients, noised
 from marble_lightning.policies.base import Conditions
-from marble_lightning.scoring import only_finite
+from marble_lightning.scoring.scorer import only_finite
 from marble_lightning.settings import Objective, Scoring
 from marble_lightning.utils.seeds import generator
 

@@ -6,7 +6,7 @@ import pytest
 from torch import nn
 
 from marble_lightning.cli import command_line
-from marble_lightning.reward_names import named_rewards
+from marble_lightning.scoring.reward_names import named_rewards
 from rewards import JPEGCompressibility
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from marble_lightning.scoring import Scorer
+from marble_lightning.scoring.scorer import Scorer
 from marble_lightning.settings import Scoring
 from tests.helpers.small_rewards import Brightness
 

@@ -18,11 +18,11 @@ from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch import Tensor
 
+from marble_lightning.scoring.worker import Worker
 from marble_lightning.settings import Scoring
 from marble_lightning.utils.atomic_files import written_whole
 from marble_lightning.utils.distributed import OnAllRanks
 from marble_lightning.utils.images import to_image
-from marble_lightning.workers import Worker
 from rewards import Prompt, Reward
 from rewards.texts import excerpt, reason
 

@@ -1,0 +1,1 @@
+"""Rewards at work: on their devices, in threads, with retries."""
