@@ -11,7 +11,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from scipy.stats import chi2
 from torch import Tensor
 
-from marble_lightning.image_statistics import NAMES, image_statistics
+from marble_lightning.evaluation.image_statistics import NAMES, image_statistics
 from marble_lightning.module import DiffusionNFT
 
 log = logging.getLogger(__name__)

@@ -18,8 +18,8 @@ from tqdm import tqdm
 from balancers import Balancer, WeightedSum
 from marble_lightning import checks
 from marble_lightning.callback_checks import check_monitors
-from marble_lightning.held_out import HeldOutEvaluation
-from marble_lightning.image_statistics import NAMES
+from marble_lightning.evaluation.evaluator import HeldOutEvaluation
+from marble_lightning.evaluation.image_statistics import NAMES
 from marble_lightning.nft.loss import Coefficients, nft_losses
 from marble_lightning.nft.reward_gradients import RewardGradients, add_flat, flat
 from marble_lightning.nft.rollout import MicroBatch, MicroBatches, Rollout, Sampled, micro_batches, weigh_round

@@ -13,7 +13,7 @@ from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
 from marble_lightning.checks import the_data
-from marble_lightning.held_out import HeldOut, HeldOutEvaluation
+from marble_lightning.evaluation.evaluator import HeldOut, HeldOutEvaluation
 from marble_lightning.run_folder import run_folder
 from marble_lightning.utils.atomic_files import must_be_a_folder, remove_unfinished, written_whole
 from marble_lightning.utils.distributed import gathered

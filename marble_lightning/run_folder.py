@@ -12,7 +12,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 
-from marble_lightning.results import JSON
+from marble_lightning.evaluation.results import JSON
 
 CONFIG = "config.yaml"
 

@@ -14,8 +14,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch import Tensor
 
 from balancers import CADENCE
-from marble_lightning.results import JSON, read
-from marble_lightning.table import Summary, changes, summarise
+from marble_lightning.evaluation.results import JSON, read
+from marble_lightning.evaluation.tables import Summary, changes, summarise
 
 
 class Curve(NamedTuple):

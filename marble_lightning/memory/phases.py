@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from balancers.accumulation import GradientSum
 from balancers.harmony import gram_matrix
 from marble_lightning.checks import the_data
-from marble_lightning.image_statistics import PER_IMAGE
+from marble_lightning.evaluation.image_statistics import PER_IMAGE
 from marble_lightning.memory.ledger import CUDA_BLOCK, Fakes, Ledger, Once, bytes_of, tensors_of, text_encoders
 from marble_lightning.module import DiffusionNFT
 from marble_lightning.nft.loss import Coefficients

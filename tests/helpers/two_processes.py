@@ -17,7 +17,7 @@ import balancers
 from balancers import Balancer
 from marble_lightning.alarms import Alarms
 from marble_lightning.data.datamodule import PromptDataModule
-from marble_lightning.image_statistics import image_statistics
+from marble_lightning.evaluation.image_statistics import image_statistics
 from marble_lightning.module import DiffusionNFT
 from marble_lightning.nft.loss import Coefficients
 from marble_lightning.nft.rollout import MicroBatch, MicroBatches

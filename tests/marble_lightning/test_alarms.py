@@ -14,7 +14,7 @@ from balancers import MARBLE, WeightedSum
 from marble_lightning.alarms import LEAST_SPREAD, Alarms, expected_range, measured
 from marble_lightning.cli import QUIET, main
 from marble_lightning.data.datamodule import PromptDataModule
-from marble_lightning.image_statistics import NAMES, brightness, image_statistics
+from marble_lightning.evaluation.image_statistics import NAMES, brightness, image_statistics
 from marble_lightning.module import DiffusionNFT
 from marble_lightning.tinyworld import PROMPTS
 from tests.helpers.small_runs import run

@@ -16,8 +16,8 @@ import torch
 
 from marble_lightning.alarms import measured
 from marble_lightning.cli import QUIET
+from marble_lightning.evaluation.results import read
 from marble_lightning.policies.sd3 import SD3Policy
-from marble_lightning.results import read
 from tests.helpers import ROOT, stopped, two_processes
 from tests.helpers.command_line import differences, last, options, state
 from tests.helpers.two_processes import Replay, method, train

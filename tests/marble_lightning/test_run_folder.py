@@ -16,8 +16,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from marble_lightning.checkpoints import last_of
 from marble_lightning.cli import QUIET, main
+from marble_lightning.evaluation.results import read
 from marble_lightning.module import DiffusionNFT
-from marble_lightning.results import read
 from marble_lightning.run_folder import RunFolder, folder_of_runs, run_folder
 from tests.helpers.command_line import options
 

@@ -10,7 +10,7 @@ import torch
 from torch.utils.tensorboard import SummaryWriter
 
 from balancers import PCGrad
-from marble_lightning.results import Measured, document, write
+from marble_lightning.evaluation.results import Measured, document, write
 from marble_lightning.runs import Run, compare
 from rewards import Prompt
 from tests.helpers.small_rewards import Brightness

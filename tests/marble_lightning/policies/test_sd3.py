@@ -11,7 +11,7 @@ import torch
 from diffusers import StableDiffusion3Pipeline
 
 from benchmarks.random_sd35m import networks
-from marble_lightning.held_out import HeldOutEvaluation
+from marble_lightning.evaluation.evaluator import HeldOutEvaluation
 from marble_lightning.policies.base import ADAPTERS
 from marble_lightning.policies.sd3 import TARGETS, SD3Policy
 from marble_lightning.policies.sd3_checks import pipeline_index

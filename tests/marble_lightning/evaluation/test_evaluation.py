@@ -15,8 +15,8 @@ import pytest
 from PIL import Image
 
 from marble_lightning.cli import QUIET, main
+from marble_lightning.evaluation.results import read
 from marble_lightning.policies.sd3 import SD3Policy
-from marble_lightning.results import read
 from marble_lightning.scoring.scorer import Scorer
 from rewards import PickScore
 from tests.helpers import ROOT, forks

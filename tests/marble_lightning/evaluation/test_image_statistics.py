@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from marble_lightning import image_statistics as statistics
-from marble_lightning.image_statistics import NAMES, PER_IMAGE, diversity, image_statistics
+from marble_lightning.evaluation import image_statistics as statistics
+from marble_lightning.evaluation.image_statistics import NAMES, PER_IMAGE, diversity, image_statistics
 from marble_lightning.utils.seeds import generator
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from marble_lightning.table import changes, held_out_table, per_prompt, summaries, summarise, tags_table
+from marble_lightning.evaluation.tables import changes, held_out_table, per_prompt, summaries, summarise, tags_table
 
 NAN = torch.nan
 

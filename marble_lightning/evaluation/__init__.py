@@ -1,0 +1,1 @@
+"""Held-out prompts: scores, their statistics, tables and results."""
