@@ -17,7 +17,7 @@ from pathlib import Path
 from statistics import fmean
 
 from balancers.harmony import in_conflict
-from marble_lightning.runs import Run, compare
+from marble_lightning.lab.runs import Run, compare
 
 METHODS = ("default", "fixed_weights", "weighted_sum")
 """`default` is configs/tiny.yaml as it stands, with MARBLE; the others are files of configs/balancers laid over it, several

@@ -11,7 +11,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from balancers import PCGrad
 from marble_lightning.evaluation.results import Measured, document, write
-from marble_lightning.runs import Run, compare
+from marble_lightning.lab.runs import Run, compare
 from rewards import Prompt
 from tests.helpers.small_rewards import Brightness
 
