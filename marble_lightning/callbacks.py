@@ -12,7 +12,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from rich.console import Console
 from torch import Tensor
 
-from marble_lightning.checkpoints import LAST, RoundCheckpoint, warn
+from marble_lightning.checkpoints.callback import LAST, RoundCheckpoint, warn
 from marble_lightning.checks import the_data
 from marble_lightning.evaluation.comparison import compared, comparison_table, judged_otherwise, must_be_comparable
 from marble_lightning.evaluation.evaluator import HeldOut

@@ -21,8 +21,9 @@ from balancers import Balancer
 from marble_lightning.alarms import Alarms
 from marble_lightning.callback_checks import check_trainer
 from marble_lightning.callbacks import Pictures, ProgressBar, Results
-from marble_lightning.checkpoint_content import TO_EVALUATE, TO_FIT, load_checked
-from marble_lightning.checkpoints import LAST, RoundCheckpoint, WholeCheckpointIO, last_of, warn
+from marble_lightning.checkpoints.callback import LAST, RoundCheckpoint, WholeCheckpointIO, last_of, warn
+from marble_lightning.checkpoints.content import TO_EVALUATE, TO_FIT, load_checked
+from marble_lightning.checkpoints.signals import Stops, left_by_this_job, status
 from marble_lightning.config_files import configs
 from marble_lightning.data.datamodule import PromptDataModule
 from marble_lightning.harmony import Harmony
@@ -33,7 +34,6 @@ from marble_lightning.policies.lora_export import export, redacted_yaml
 from marble_lightning.predictions import PictureWriter
 from marble_lightning.run_folder import RunFolder, folder_of_runs
 from marble_lightning.settings import Averaging
-from marble_lightning.stops import Stops, left_by_this_job, status
 from marble_lightning.utils.atomic_files import local_path
 
 ABOUT = "Fine-tune Stable Diffusion 3 by reinforcement learning on several rewards at once."

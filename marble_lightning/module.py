@@ -18,6 +18,7 @@ from tqdm import tqdm
 from balancers import Balancer, WeightedSum
 from marble_lightning import checks
 from marble_lightning.callback_checks import check_monitors
+from marble_lightning.checkpoints.signals import end_if_asked
 from marble_lightning.evaluation.evaluator import HeldOutEvaluation
 from marble_lightning.evaluation.image_statistics import NAMES
 from marble_lightning.nft.loss import Coefficients, nft_losses
@@ -26,7 +27,6 @@ from marble_lightning.nft.rollout import MicroBatch, MicroBatches, Rollout, Samp
 from marble_lightning.policies.base import Adapter, FlowPolicy
 from marble_lightning.scoring.reward_names import named_rewards
 from marble_lightning.settings import Averaging, Evaluation, Objective, Sampling, Scoring, adamw, must
-from marble_lightning.stops import end_if_asked
 from marble_lightning.utils.seeds import generator
 from rewards import Reward
 

@@ -16,8 +16,10 @@ from torch.nn.parallel import DistributedDataParallel
 from torchmetrics import CatMetric
 
 from marble_lightning.callback_checks import check_callbacks
-from marble_lightning.checkpoint_content import TO_EVALUATE, TO_FIT, must_be_of_fit
-from marble_lightning.checkpoints import WholeCheckpointIO, warn
+from marble_lightning.checkpoints.callback import WholeCheckpointIO, warn
+from marble_lightning.checkpoints.content import TO_EVALUATE, TO_FIT, must_be_of_fit
+from marble_lightning.checkpoints.round_start import RoundStart
+from marble_lightning.checkpoints.signals import end_if_asked, is_asked
 from marble_lightning.checks import (
     enough_held_out_prompts,
     every_prompt_can_be_judged,
@@ -28,11 +30,9 @@ from marble_lightning.checks import (
 from marble_lightning.evaluation.tables import by_tag, per_prompt
 from marble_lightning.nft.divergence import Finite
 from marble_lightning.policies.base import Conditions, FlowPolicy, is_adapter, joined
-from marble_lightning.round_start import RoundStart
 from marble_lightning.run_folder import run_folder
 from marble_lightning.scoring.scorer import Scorer, exit_is_failure
 from marble_lightning.settings import Evaluation, Scoring
-from marble_lightning.stops import end_if_asked, is_asked
 from marble_lightning.utils.loggers import log_metrics
 from marble_lightning.utils.seeds import derived_seed, generator
 from rewards import Prompt, Reward

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 import yaml
 
-from marble_lightning.checkpoint_content import TO_EXPORT, load_checked
+from marble_lightning.checkpoints.content import TO_EXPORT, load_checked
 from marble_lightning.policies.lora import Lora
 from marble_lightning.policies.lora_files import FILE, write_lora
 from marble_lightning.utils.atomic_files import local_path, must_be_a_folder, remove_unfinished

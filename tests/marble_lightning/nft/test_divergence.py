@@ -7,7 +7,7 @@ import torch
 from torch.amp import GradScaler
 
 from balancers import WeightedSum
-from marble_lightning.checkpoint_content import is_usable
+from marble_lightning.checkpoints.content import is_usable
 from marble_lightning.cli import QUIET, main
 from marble_lightning.nft.divergence import Diverged, Finite
 from marble_lightning.policies.sd3 import SD3Policy

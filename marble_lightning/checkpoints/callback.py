@@ -16,9 +16,9 @@ from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.utilities import rank_zero_only
 from torch.optim import Optimizer
 
-from marble_lightning.checkpoint_content import LAST, TO_EVALUATE, load_checked, time_of
+from marble_lightning.checkpoints.content import LAST, TO_EVALUATE, load_checked, time_of
+from marble_lightning.checkpoints.signals import job, link_of_job
 from marble_lightning.run_folder import folder_of_runs
-from marble_lightning.stops import job, link_of_job
 from marble_lightning.utils.atomic_files import folder_to_disk, remove_unfinished, scratch_for, written_whole
 from marble_lightning.utils.distributed import OnAllRanks
 
