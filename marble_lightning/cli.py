@@ -18,20 +18,20 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from balancers import Balancer
-from marble_lightning.alarms import Alarms
 from marble_lightning.callback_checks import check_trainer
-from marble_lightning.callbacks import Pictures, ProgressBar, Results
+from marble_lightning.callbacks.callbacks import Pictures, ProgressBar, Results
+from marble_lightning.callbacks.gradient_alignment import Harmony
+from marble_lightning.callbacks.image_drift import Alarms
+from marble_lightning.callbacks.prediction_writer import PictureWriter
 from marble_lightning.checkpoints.callback import LAST, RoundCheckpoint, WholeCheckpointIO, last_of, warn
 from marble_lightning.checkpoints.content import TO_EVALUATE, TO_FIT, load_checked
 from marble_lightning.checkpoints.signals import Stops, left_by_this_job, status
 from marble_lightning.config_files import configs
 from marble_lightning.data.datamodule import PromptDataModule
-from marble_lightning.harmony import Harmony
 from marble_lightning.memory import Memory
 from marble_lightning.module import DiffusionNFT
 from marble_lightning.parsers import Parser, TrainingParser
 from marble_lightning.policies.lora_export import export, redacted_yaml
-from marble_lightning.predictions import PictureWriter
 from marble_lightning.run_folder import RunFolder, folder_of_runs
 from marble_lightning.settings import Averaging
 from marble_lightning.utils.atomic_files import local_path

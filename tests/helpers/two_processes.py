@@ -15,7 +15,7 @@ from torch import Tensor
 
 import balancers
 from balancers import Balancer
-from marble_lightning.alarms import Alarms
+from marble_lightning.callbacks.image_drift import Alarms
 from marble_lightning.data.datamodule import PromptDataModule
 from marble_lightning.evaluation.image_statistics import image_statistics
 from marble_lightning.module import DiffusionNFT

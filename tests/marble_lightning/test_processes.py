@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from marble_lightning.alarms import measured
+from marble_lightning.callbacks.image_drift import measured
 from marble_lightning.cli import QUIET
 from marble_lightning.evaluation.results import read
 from marble_lightning.policies.sd3 import SD3Policy

@@ -11,7 +11,7 @@ import torch
 from lightning.pytorch import Callback
 
 from balancers import MARBLE, WeightedSum
-from marble_lightning.alarms import LEAST_SPREAD, Alarms, expected_range, measured
+from marble_lightning.callbacks.image_drift import LEAST_SPREAD, Alarms, expected_range, measured
 from marble_lightning.cli import QUIET, main
 from marble_lightning.data.datamodule import PromptDataModule
 from marble_lightning.evaluation.image_statistics import NAMES, brightness, image_statistics
@@ -53,7 +53,7 @@ def bleached(*rounds: int) -> type[Bleached]:
 
 
 def warnings_of(caplog) -> list[str]:
-    found = [record for record in caplog.records if record.name == "marble_lightning.alarms"]
+    found = [record for record in caplog.records if record.name == "marble_lightning.callbacks.image_drift"]
     assert all(record.levelno == logging.WARNING for record in found)
     return [record.getMessage() for record in found]
 
