@@ -47,11 +47,11 @@ from marble_lightning.policies.sd3 import SD3Policy
 from marble_lightning.policies.sd3_checks import PARTS
 from marble_lightning.settings import Scoring
 from marble_lightning.tinyworld.recipe.vocabulary import train_tokenizer
-from rewards.blip import BLIPTower
-from rewards.clip import CLIPTower, Preprocess
-from rewards.clip_loading import in_precision
-from rewards.instances import DetectorPreprocess
-from rewards.open_clip import VIT_H_14, architecture
+from rewards.clip.loading import in_precision
+from rewards.clip.open_clip import VIT_H_14, architecture
+from rewards.clip.tower import CLIPTower, Preprocess
+from rewards.geneval.instances import DetectorPreprocess
+from rewards.imagereward.blip import BLIPTower
 
 CLIP_L: dict[str, Any] = {
     "text_config": {"hidden_size": 768, "intermediate_size": 3072, "num_attention_heads": 12, "num_hidden_layers": 12},

@@ -23,8 +23,8 @@ from marble_lightning.scoring.scorer import exit_is_failure
 from marble_lightning.serve_access import guard, hosts_of
 from marble_lightning.serve_body import BadRequest, parse, read_body
 from rewards import Prompt, Reward
-from rewards.http_client import read_token
 from rewards.redaction import strip_secrets
+from rewards.remote.http_client import read_token
 from rewards.texts import reason
 
 logger = logging.getLogger(__name__)

@@ -12,7 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from rewards import Prompt
-from rewards.transport import decode, open_png
+from rewards.remote.transport import decode, open_png
 
 MAX_VALUES = 1_000_000
 """Brackets, commas and colons in a body. Each may begin a value, and an empty list of 3 bytes takes 64 of memory."""

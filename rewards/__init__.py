@@ -14,20 +14,20 @@ A reward of your own is a subclass of `Reward` that overrides `score`:
 This package knows nothing of policies, gradients or training.
 """
 
-from rewards.aesthetic import Aesthetic
 from rewards.base import Prompt, Reward
-from rewards.clipscore import CLIPScore
-from rewards.detectors import Detection, Detector
-from rewards.geneval import GenEval
-from rewards.geneval_rules import Verdict
-from rewards.hpsv2 import HPSv2
-from rewards.imagereward import ImageReward
+from rewards.clip.aesthetic import Aesthetic
+from rewards.clip.clipscore import CLIPScore
+from rewards.clip.hpsv2 import HPSv2
+from rewards.clip.pickscore import PickScore
+from rewards.geneval.detectors import Detection, Detector
+from rewards.geneval.mask2former import Mask2Former
+from rewards.geneval.reward import GenEval
+from rewards.geneval.rules import Verdict
+from rewards.imagereward.reward import ImageReward
 from rewards.jpeg import JPEGCompressibility
-from rewards.mask2former import Mask2Former
-from rewards.ocr import OCR
-from rewards.pickscore import PickScore
-from rewards.remote import RemoteReward
-from rewards.unified import UnifiedReward
+from rewards.ocr.reward import OCR
+from rewards.remote.client import RemoteReward
+from rewards.remote.unified import UnifiedReward
 
 __all__ = [
     "OCR",

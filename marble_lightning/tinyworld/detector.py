@@ -12,7 +12,7 @@ from scipy import ndimage
 from torch import Tensor
 
 from marble_lightning.tinyworld.scenes import COLOURS, SHAPES, Thing, outline
-from rewards.detectors import Detection, Detector
+from rewards.geneval.detectors import Detection, Detector
 
 SIDE = 16
 """Side of the square a silhouette is stretched to before it is compared."""

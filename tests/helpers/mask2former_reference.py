@@ -9,7 +9,7 @@ import torch
 from scipy.ndimage import map_coordinates
 
 from rewards import Detection
-from rewards.coco import COCO_CLASSES, OTHER_NAMES
+from rewards.geneval.coco import COCO_CLASSES, OTHER_NAMES
 
 QUERIES = 10
 PUBLISHED_NAMES = [{new: old for old, new in OTHER_NAMES.items()}.get(name, name) for name in COCO_CLASSES]

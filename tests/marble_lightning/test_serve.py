@@ -27,7 +27,7 @@ from aiohttp import web
 from marble_lightning.serve import RUNNING, Limits, main, make_app
 from marble_lightning.serve_access import guard, hosts_of
 from rewards import OCR, JPEGCompressibility, Prompt, RemoteReward, Reward
-from rewards.transport import encode_png
+from rewards.remote.transport import encode_png
 from tests.helpers import ROOT
 
 PROMPT = {"text": "a cat", "source": "plain", "metadata": {}}

@@ -12,8 +12,8 @@ import pytest
 
 from marble_lightning.policies.sd3_checks import pipeline_index
 from rewards import Aesthetic, CLIPScore, ImageReward
+from rewards.geneval.mask2former import _describe
 from rewards.hub import hub_reason
-from rewards.mask2former import _describe
 
 pytestmark = pytest.mark.filterwarnings("ignore:The `local_dir_use_symlinks` argument")
 

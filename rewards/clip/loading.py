@@ -10,10 +10,10 @@ from weakref import WeakValueDictionary
 import torch
 
 from rewards.checkpoints import check_finite
-from rewards.clip import Centre, CLIPTower, Preprocess, Resize
+from rewards.clip.open_clip import VIT_H_14, architecture, renamed
+from rewards.clip.tower import Centre, CLIPTower, Preprocess, Resize
 from rewards.files import find_file, load_weights, pinned, resolve_path
 from rewards.hub import hub_reason
-from rewards.open_clip import VIT_H_14, architecture, renamed
 
 _models: WeakValueDictionary[tuple[str | None, ...], Any] = WeakValueDictionary()
 """Models in use, by where they come from, so that rewards with the same tower share it."""

@@ -6,9 +6,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from rewards.base import Prompt, Reward
-from rewards.clip import CLIPTower
-from rewards.clip_loading import check_dtype, load_tower
-from rewards.open_clip import cleaned
+from rewards.clip.loading import check_dtype, load_tower
+from rewards.clip.open_clip import cleaned
+from rewards.clip.tower import CLIPTower
 
 
 class HPSv2(Reward):

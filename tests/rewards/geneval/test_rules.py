@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from rewards import Detection
-from rewards.geneval_rules import Verdict, evaluate, keep, relations
+from rewards.geneval.rules import Verdict, evaluate, keep, relations
 from tests.helpers.geneval_cases import BOTTOM, CASES, LEFT, MIDDLE, RIGHT, TOP, TWO_RED_CATS, colours, see, want
 
 

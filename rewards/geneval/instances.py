@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from rewards.detectors import Detection
+from rewards.geneval.detectors import Detection
 
 BILINEAR = 2
 """PIL's number for bilinear resampling, as preprocessor_config.json spells it."""

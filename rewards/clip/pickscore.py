@@ -6,8 +6,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from rewards.base import Prompt, Reward
-from rewards.clip import CLIPTower
-from rewards.clip_loading import check_dtype, load_tower
+from rewards.clip.loading import check_dtype, load_tower
+from rewards.clip.tower import CLIPTower
 
 
 class PickScore(Reward):

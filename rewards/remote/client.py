@@ -27,8 +27,8 @@ from jaxtyping import Float, UInt8
 from torch import Tensor
 
 from rewards.base import Prompt, Reward
-from rewards.http_client import Answer, JsonClient, Request, check_url, read_token
-from rewards.transport import eight_bit, encode_png, quote
+from rewards.remote.http_client import Answer, JsonClient, Request, check_url, read_token
+from rewards.remote.transport import eight_bit, encode_png, quote
 
 LARGEST = torch.finfo(torch.float32).max
 REMEDY = "See that `url` names a server that speaks the protocol in `rewards.remote`, for instance `marble-lightning-serve`."

@@ -15,8 +15,8 @@ from jaxtyping import Float, UInt8
 from torch import Tensor
 
 from rewards.base import Prompt, Reward
-from rewards.http_client import Answer, JsonClient, Request, check_url
-from rewards.transport import eight_bit, encode_png, quote
+from rewards.remote.http_client import Answer, JsonClient, Request, check_url
+from rewards.remote.transport import eight_bit, encode_png, quote
 
 logger = logging.getLogger(__name__)
 

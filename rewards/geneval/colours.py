@@ -7,11 +7,11 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from rewards.clip import CLIPTower
-from rewards.clip_loading import check_dtype, load_tower
-from rewards.detectors import Detection
-from rewards.geneval_rules import COLOURS
-from rewards.open_clip import cleaned
+from rewards.clip.loading import check_dtype, load_tower
+from rewards.clip.open_clip import cleaned
+from rewards.clip.tower import CLIPTower
+from rewards.geneval.detectors import Detection
+from rewards.geneval.rules import COLOURS
 
 TEMPLATES = ("a photo of a {colour} {label}", "a photo of a {colour}-colored {label}", "a photo of a {colour} object")
 BACKGROUND = 0x99 / 255

@@ -9,8 +9,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from rewards import GenEval, Mask2Former, Prompt
-from rewards.coco import COCO_CLASSES
-from rewards.mask2former import _load
+from rewards.geneval.coco import COCO_CLASSES
+from rewards.geneval.mask2former import _load
 from tests.helpers.mask2former_reference import PUBLISHED_NAMES, QUERIES, assert_same, by_hand, write_mask2former
 
 

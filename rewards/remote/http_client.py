@@ -20,7 +20,7 @@ from urllib.parse import urlsplit
 import aiohttp
 
 from rewards.redaction import strip_secrets
-from rewards.transport import quote
+from rewards.remote.transport import quote
 
 TRY_AGAIN = (408, 429, 500, 502, 503, 504)
 """Statuses that may be over soon."""

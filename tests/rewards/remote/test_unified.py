@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 
 from rewards import Prompt, UnifiedReward
-from rewards.unified import final_score
+from rewards.remote.unified import final_score
 from tests.helpers.scripted_server import CUT, DROP, MODEL, ScriptedServer, chat, completion
 
 PROMPT = Prompt("a cat", "plain")

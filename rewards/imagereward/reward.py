@@ -7,10 +7,10 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from rewards.base import Prompt, Reward
-from rewards.blip import BLIPTower, build_tower
-from rewards.clip_loading import check_dtype
+from rewards.clip.heads import regression_head
+from rewards.clip.loading import check_dtype
 from rewards.files import below, find_file, load_weights
-from rewards.heads import regression_head
+from rewards.imagereward.blip import BLIPTower, build_tower
 
 MEAN, STD = 0.16717362830052426, 1.0333394966054072
 """Of the raw scores over the training set, as published."""

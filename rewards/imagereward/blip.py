@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from rewards.checkpoints import check_finite
-from rewards.clip import Preprocess
+from rewards.clip.tower import Preprocess
 from rewards.files import below
 from rewards.texts import beginning
 

@@ -12,9 +12,9 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from rewards import Aesthetic, CLIPScore, HPSv2, ImageReward, PickScore, Prompt, Reward
-from rewards.clip import Preprocess
-from rewards.clip_loading import load_tower
-from rewards.colours import ColourClassifier
+from rewards.clip.loading import load_tower
+from rewards.clip.tower import Preprocess
+from rewards.geneval.colours import ColourClassifier
 
 IMAGE_SIZE, POSITIONS = 32, 12  # of the fixture's checkpoint
 TEXTS = ["a cat", "a dog", "a cat and " + "a dog and " * POSITIONS, "a cat"]

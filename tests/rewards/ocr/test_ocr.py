@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from rewards import OCR, Prompt
-from rewards.ocr import quoted_text, spelling_score
+from rewards.ocr.reward import quoted_text, spelling_score
 
 
 @pytest.mark.parametrize(

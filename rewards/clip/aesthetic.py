@@ -6,10 +6,10 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from rewards.base import Prompt, Reward
-from rewards.clip import CLIPTower
-from rewards.clip_loading import check_dtype, load_tower
+from rewards.clip.heads import regression_head
+from rewards.clip.loading import check_dtype, load_tower
+from rewards.clip.tower import CLIPTower
 from rewards.files import below, find_file, load_weights
-from rewards.heads import regression_head
 
 
 class Aesthetic(Reward):

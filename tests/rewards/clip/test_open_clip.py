@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rewards import HPSv2, PickScore, Prompt
-from rewards.colours import ColourClassifier
-from rewards.open_clip import VIT_H_14, cleaned
+from rewards.clip.open_clip import VIT_H_14, cleaned
+from rewards.geneval.colours import ColourClassifier
 
 EMBED, WIDTH, TEXT_WIDTH, PATCH, SIZE, LENGTH, VOCABULARY = 16, 24, 32, 8, 32, 12, 194
 DESCRIPTION = {

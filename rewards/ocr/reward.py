@@ -12,7 +12,7 @@ from rapidfuzz.distance import Levenshtein
 from torch import Tensor
 
 from rewards.base import Prompt, Reward
-from rewards.ocr_engine import Engine, EnginePool, Kind
+from rewards.ocr.engine import Engine, EnginePool, Kind
 
 Quotes = Literal["straight", "all"]
 """Which double quotes hold a text to write; see `quoted_text`."""

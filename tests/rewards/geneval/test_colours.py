@@ -9,8 +9,8 @@ import torch
 from PIL import Image
 
 from rewards import CLIPScore, Detection
-from rewards.colours import ColourClassifier, cut_out
-from rewards.geneval_rules import COLOURS
+from rewards.geneval.colours import ColourClassifier, cut_out
+from rewards.geneval.rules import COLOURS
 
 SIZE = 32  # of the small checkpoint
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from rewards.detectors import Detection
+from rewards.geneval.detectors import Detection
 from rewards.texts import excerpt
 
 Box = tuple[float, float, float, float]

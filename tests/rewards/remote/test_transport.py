@@ -6,7 +6,7 @@ import random
 
 import torch
 
-from rewards.transport import decode, eight_bit, encode_png, open_png
+from rewards.remote.transport import decode, eight_bit, encode_png, open_png
 
 
 def pictures(count: int, height: int = 24, width: int = 32) -> torch.Tensor:

@@ -10,14 +10,14 @@ from jaxtyping import Float
 from torch import Tensor
 
 from rewards.checkpoints import check_finite
-from rewards.clip_loading import check_dtype
-from rewards.coco import COCO_CLASSES, coco_names
-from rewards.colours import ColourClassifier
-from rewards.detectors import Detection, Detector
+from rewards.clip.loading import check_dtype
 from rewards.files import resolve_path
-from rewards.geneval_rules import COLOURS, THRESHOLD
+from rewards.geneval.coco import COCO_CLASSES, coco_names
+from rewards.geneval.colours import ColourClassifier
+from rewards.geneval.detectors import Detection, Detector
+from rewards.geneval.instances import DetectorPreprocess, find_instances
+from rewards.geneval.rules import COLOURS, THRESHOLD
 from rewards.hub import hub_reason
-from rewards.instances import DetectorPreprocess, find_instances
 
 _models: WeakValueDictionary[tuple[str | None, ...], Any] = WeakValueDictionary()
 """Models in use, by where they come from, so that detectors of one checkpoint share it."""

@@ -5,8 +5,8 @@ import pytest
 import torch
 from transformers import Mask2FormerImageProcessorPil
 
-from rewards.coco import COCO_CLASSES
-from rewards.instances import DetectorPreprocess, find_instances
+from rewards.geneval.coco import COCO_CLASSES
+from rewards.geneval.instances import DetectorPreprocess, find_instances
 from tests.helpers.mask2former_reference import PREPROCESSOR, QUERIES, assert_same, by_hand
 
 

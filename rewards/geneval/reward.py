@@ -9,8 +9,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from rewards.base import Prompt, Reward, identity_of
-from rewards.detectors import Detector
-from rewards.geneval_rules import COUNTING_THRESHOLD, MAX_OBJECTS, THRESHOLD, Verdict, check, evaluate
+from rewards.geneval.detectors import Detector
+from rewards.geneval.rules import COUNTING_THRESHOLD, MAX_OBJECTS, THRESHOLD, Verdict, check, evaluate
 from rewards.texts import cut
 
 SCORES = ("partial", "strict", "accuracy")

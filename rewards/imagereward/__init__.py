@@ -1,0 +1,1 @@
+"""ImageReward, a BLIP model with a head."""

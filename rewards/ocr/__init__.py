@@ -1,0 +1,1 @@
+"""OCR: whether the image says what the prompt quotes."""

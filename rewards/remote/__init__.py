@@ -1,0 +1,1 @@
+"""Rewards that run elsewhere: client, transport and a vision-language model as a judge."""
