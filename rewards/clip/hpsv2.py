@@ -15,7 +15,7 @@ class HPSv2(Reward):
     """Human preference: cos(text, image), without the logit scale, in [-1, 1].
 
     The image's longer side is resized to the model's size and the rest filled with black bars, so nothing is cropped. The
-    text is cleaned as open_clip does, see `rewards.open_clip.cleaned`.
+    text is cleaned as open_clip does, see `rewards.clip.open_clip.cleaned`.
 
     The default is version 2.1, whose published file is read as it is.
 

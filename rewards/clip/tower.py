@@ -85,7 +85,7 @@ class Preprocess:
 
 
 class CLIPTower(nn.Module):
-    """A frozen `CLIPModel` with its tokenizer and preprocessing. Built by `rewards.clip_loading.load_tower`.
+    """A frozen `CLIPModel` with its tokenizer and preprocessing. Built by `rewards.clip.loading.load_tower`.
 
     Args:
         model: transformers `CLIPModel`, with exp(logit_scale) in float32 as a buffer `scale`.

@@ -27,7 +27,7 @@ class Mask2Former(Detector):
     """COCO's 80 classes by instance segmentation, their colours by zero-shot CLIP.
 
     Every class of every query is a candidate, and its score is the class's probability times the mean probability of its
-    mask, see `rewards.instances.find_instances`. Boxes are drawn around the masks.
+    mask, see `rewards.geneval.instances.find_instances`. Boxes are drawn around the masks.
 
     Source: Cheng et al., "Masked-attention Mask Transformer for Universal Image Segmentation", 2022, as used by Ghosh,
     Hajishirzi, Schmidt, "GenEval", 2023.

@@ -17,7 +17,7 @@ SCORES = ("partial", "strict", "accuracy")
 
 
 class GenEval(Reward):
-    """Compositional correctness by object detection; the rules are in `rewards.geneval_rules`.
+    """Compositional correctness by object detection; the rules are in `rewards.geneval.rules`.
 
     Applies only to prompts whose metadata has `include`, a list of clauses. `judge` gives all three scores of each
     image in one pass, for reporting the accuracy of a policy trained on the partial score.

@@ -132,7 +132,7 @@ def test_a_missing_weight_and_another_architecture_are_named(
     with pytest.raises(ValueError, match="HPSv2: .* Found 1 missing, such as visual_projection.weight"):
         HPSv2(str(folder), "lacks.pt", str(clip_folder)).setup()
     shallow = {part: {**VIT_H_14[part], "layers": 1} for part in ("vision_cfg", "text_cfg")}  # quicker to build
-    monkeypatch.setattr("rewards.clip_loading.VIT_H_14", VIT_H_14 | shallow)
+    monkeypatch.setattr("rewards.clip.loading.VIT_H_14", VIT_H_14 | shallow)
     shutil.copy(folder / "hps.pt", folder / "plain.pt")
     (folder / "open_clip_config.json").unlink()
     with pytest.raises(ValueError, match="HPSv2: .*plain.pt must hold the weights of the model that"):

@@ -274,7 +274,7 @@ def test_a_server_cannot_ask_for_any_pause(wait: str, monkeypatch: pytest.Monkey
     with pytest.raises(ConnectionError, match="after 1 of 3 tries, within `deadline`, 1 s: 503 Busy"):
         scored(lambda body: iter([busy]), deadline=1)
     assert time.monotonic() - begun < 1
-    monkeypatch.setattr("rewards.http_client.LONGEST_PAUSE", 0.3)
+    monkeypatch.setattr("rewards.remote.http_client.LONGEST_PAUSE", 0.3)
     torch.testing.assert_close(scored(lambda body: next(replies, None) or remote_reward("/score", body)), expected(2))
     assert 0.3 < time.monotonic() - begun < 2
 
