@@ -45,7 +45,7 @@ from marble_lightning.module import DiffusionNFT
 from marble_lightning.nft.rollout import Plan
 from marble_lightning.policies.sd3 import SD3Policy
 from marble_lightning.policies.sd3_checks import PARTS
-from marble_lightning.settings import Scoring
+from marble_lightning.scoring.settings import Scoring
 from marble_lightning.tinyworld.recipe.vocabulary import train_tokenizer
 from rewards.clip.loading import in_precision
 from rewards.clip.open_clip import VIT_H_14, architecture

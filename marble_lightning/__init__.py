@@ -8,8 +8,11 @@ runs on a laptop.
 """
 
 from marble_lightning.data.datamodule import PromptDataModule
+from marble_lightning.evaluation.settings import Evaluation
 from marble_lightning.module import DiffusionNFT
+from marble_lightning.nft.loss import Objective
+from marble_lightning.nft.rollout import Sampling
+from marble_lightning.policies.averaging import Averaging
 from marble_lightning.policies.sd3 import SD3Policy
-from marble_lightning.settings import Averaging, Evaluation, Objective, Sampling
 
 __all__ = ["Averaging", "DiffusionNFT", "Evaluation", "Objective", "PromptDataModule", "SD3Policy", "Sampling"]

@@ -13,9 +13,8 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from balancers import Balancer
 from marble_lightning.data.datamodule import PromptDataModule
-from marble_lightning.nft.rollout import Plan
+from marble_lightning.nft.rollout import Plan, Sampling
 from marble_lightning.scoring.scorer import exit_is_failure
-from marble_lightning.settings import Sampling
 from rewards import Prompt, Reward
 from rewards.texts import excerpt, reason
 

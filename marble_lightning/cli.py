@@ -31,9 +31,9 @@ from marble_lightning.data.datamodule import PromptDataModule
 from marble_lightning.memory import Memory
 from marble_lightning.module import DiffusionNFT
 from marble_lightning.parsers import Parser, TrainingParser
+from marble_lightning.policies.averaging import Averaging
 from marble_lightning.policies.lora_export import export, redacted_yaml
 from marble_lightning.run_folder import RunFolder, folder_of_runs
-from marble_lightning.settings import Averaging
 from marble_lightning.utils.atomic_files import local_path
 
 ABOUT = "Fine-tune Stable Diffusion 3 by reinforcement learning on several rewards at once."

@@ -21,14 +21,22 @@ from marble_lightning.callback_checks import check_monitors
 from marble_lightning.checkpoints.signals import end_if_asked
 from marble_lightning.evaluation.evaluator import HeldOutEvaluation
 from marble_lightning.evaluation.image_statistics import NAMES
-from marble_lightning.nft.loss import Coefficients, nft_losses
+from marble_lightning.evaluation.settings import Evaluation
+from marble_lightning.nft.loss import Coefficients, Objective, nft_losses
 from marble_lightning.nft.reward_gradients import RewardGradients, add_flat, flat
-from marble_lightning.nft.rollout import MicroBatch, MicroBatches, Rollout, Sampled, micro_batches, weigh_round
+from marble_lightning.nft.rollout import MicroBatch, MicroBatches, Rollout, Sampled, Sampling, micro_batches, weigh_round
+from marble_lightning.policies.averaging import Averaging
 from marble_lightning.policies.base import Adapter, FlowPolicy
 from marble_lightning.scoring.reward_names import named_rewards
-from marble_lightning.settings import Averaging, Evaluation, Objective, Sampling, Scoring, adamw, must
+from marble_lightning.scoring.settings import Scoring
 from marble_lightning.utils.seeds import generator
+from marble_lightning.utils.validation import must
 from rewards import Reward
+
+
+def adamw(parameters: Any) -> torch.optim.Optimizer:
+    """AdamW with the published settings."""
+    return torch.optim.AdamW(parameters, lr=3e-4, betas=(0.9, 0.999), weight_decay=1e-4, eps=1e-8)
 
 
 class DiffusionNFT(HeldOutEvaluation):

@@ -27,12 +27,13 @@ from marble_lightning.checks import (
     the_data,
     the_precision,
 )
+from marble_lightning.evaluation.settings import Evaluation
 from marble_lightning.evaluation.tables import by_tag, per_prompt
 from marble_lightning.nft.divergence import Finite
 from marble_lightning.policies.base import Conditions, FlowPolicy, is_adapter, joined
 from marble_lightning.run_folder import run_folder
 from marble_lightning.scoring.scorer import Scorer, exit_is_failure
-from marble_lightning.settings import Evaluation, Scoring
+from marble_lightning.scoring.settings import Scoring
 from marble_lightning.utils.loggers import log_metrics
 from marble_lightning.utils.seeds import derived_seed, generator
 from rewards import Prompt, Reward

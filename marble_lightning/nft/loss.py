@@ -7,11 +7,46 @@ L+ and L-, exact also where an advantage is clamped or a reward does not apply t
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from math import inf
 from typing import NamedTuple
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
+
+from marble_lightning.nft.advantages import AdvantageMode, AdvantageStd
+from marble_lightning.utils.validation import must, one_of
+
+
+@dataclass(frozen=True)
+class Objective:
+    """The NFT loss.
+
+    Args:
+        beta: β > 0, how far the positive and negative policies are from the old one.
+        max_advantage: A_max > 0, the advantage at which a sample counts as wholly good.
+        advantage_std: Advantages are divided by the standard deviation of the whole `round` or of their `group`.
+        advantage_mode: What is learned from: `all`; the better (`positive_only`) or worse (`negative_only`) half of the
+            pictures; whether better (`one_only`: 1 or 0); or better or worse (`binary`: the sign).
+        kl_weight: Weight >= 0 of the squared distance to the base's velocity; never balanced. With 0 it is not computed.
+
+    Source: DiffusionNFT, arXiv 2509.16117.
+    """
+
+    beta: float = 0.1
+    max_advantage: float = 5.0
+    advantage_std: AdvantageStd = "round"
+    advantage_mode: AdvantageMode = "all"
+    kl_weight: float = 1e-4
+
+    def __post_init__(self) -> None:
+        one_of(AdvantageStd, "`objective.advantage_std`", self.advantage_std)
+        one_of(AdvantageMode, "`objective.advantage_mode`", self.advantage_mode)
+        must(0 < self.beta < inf, "`objective.beta` must be > 0 and finite", self.beta)
+        must(0 < self.max_advantage < inf, "`objective.max_advantage` must be > 0 and finite", self.max_advantage)
+        must(0 <= self.kl_weight < inf, "`objective.kl_weight` must be >= 0 and finite", self.kl_weight)
+
 
 SCALE_FLOOR = 1e-5
 """Smallest adaptive scale w, as in the published implementation."""

@@ -18,8 +18,8 @@ from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch import Tensor
 
+from marble_lightning.scoring.settings import Scoring
 from marble_lightning.scoring.worker import Worker
-from marble_lightning.settings import Scoring
 from marble_lightning.utils.atomic_files import written_whole
 from marble_lightning.utils.distributed import OnAllRanks
 from marble_lightning.utils.images import to_image

@@ -23,8 +23,9 @@ import balancers
 from marble_lightning.data.datamodule import PromptDataModule
 from marble_lightning.memory.estimate import Choices, Estimate, Estimator
 from marble_lightning.module import DiffusionNFT
+from marble_lightning.nft.rollout import Sampling
 from marble_lightning.policies.sd3 import SD3Policy
-from marble_lightning.settings import Sampling, Scoring
+from marble_lightning.scoring.settings import Scoring
 from marble_lightning.tinyworld import PROMPTS, WEIGHTS
 from tests.helpers.small_rewards import Brightness, Contrast, Redness
 

@@ -13,11 +13,13 @@ from torch import Tensor
 
 from balancers import Balancer
 from marble_lightning.data.datamodule import PromptDataModule
+from marble_lightning.evaluation.settings import Evaluation
 from marble_lightning.module import DiffusionNFT
-from marble_lightning.nft.loss import nft_losses, noised
+from marble_lightning.nft.loss import Objective, nft_losses, noised
 from marble_lightning.nft.reward_gradients import flat, gradients_by_passes
+from marble_lightning.nft.rollout import Sampling
+from marble_lightning.policies.averaging import Averaging
 from marble_lightning.policies.sd3 import SD3Policy
-from marble_lightning.settings import Averaging, Evaluation, Objective, Sampling
 from marble_lightning.tinyworld import PROMPTS
 from tests.helpers.small_rewards import Brightness, Contrast, Redness
 

@@ -18,11 +18,11 @@ from balancers import Balancer
 from marble_lightning.callbacks.image_drift import Alarms
 from marble_lightning.data.datamodule import PromptDataModule
 from marble_lightning.evaluation.image_statistics import image_statistics
+from marble_lightning.evaluation.settings import Evaluation
 from marble_lightning.module import DiffusionNFT
-from marble_lightning.nft.loss import Coefficients
-from marble_lightning.nft.rollout import MicroBatch, MicroBatches
+from marble_lightning.nft.loss import Coefficients, Objective
+from marble_lightning.nft.rollout import MicroBatch, MicroBatches, Sampling
 from marble_lightning.policies.sd3 import SD3Policy
-from marble_lightning.settings import Evaluation, Objective, Sampling
 from marble_lightning.tinyworld import PROMPTS
 from tests.helpers.forks import on_two_ranks
 from tests.helpers.small_rewards import Brightness, Contrast, Redness

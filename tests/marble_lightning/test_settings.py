@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from marble_lightning.settings import Averaging, Evaluation, Objective, Sampling
+from marble_lightning.evaluation.settings import Evaluation
+from marble_lightning.nft.loss import Objective
+from marble_lightning.nft.rollout import Sampling
+from marble_lightning.policies.averaging import Averaging
 
 
 @pytest.mark.parametrize(

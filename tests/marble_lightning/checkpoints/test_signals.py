@@ -16,7 +16,7 @@ from lightning.pytorch import Callback
 from balancers import WeightedSum
 from marble_lightning import cli
 from marble_lightning.checkpoints.signals import MICRO_BATCHES, Stopped, Stops, status
-from marble_lightning.settings import Scoring
+from marble_lightning.scoring.settings import Scoring
 from tests.helpers.small_rewards import Brightness
 from tests.helpers.small_runs import run
 

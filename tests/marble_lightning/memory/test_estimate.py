@@ -18,7 +18,7 @@ from marble_lightning.memory import Memory
 from marble_lightning.memory.estimate import Choices, Estimator, smaller
 from marble_lightning.memory.ledger import bytes_of, tensors_of
 from marble_lightning.module import DiffusionNFT
-from marble_lightning.settings import Scoring
+from marble_lightning.scoring.settings import Scoring
 from marble_lightning.tinyworld import WEIGHTS
 from rewards import CLIPScore
 from tests.helpers import ROOT, measured_memory

@@ -9,11 +9,11 @@ import pytest
 import torch
 
 from balancers import FixedWeights, WeightedSum
-from marble_lightning.nft.loss import Coefficients
+from marble_lightning.nft.loss import Coefficients, Objective
 from marble_lightning.nft.rollout import Plan, Rollout, image_order, micro_batches, weigh_round
 from marble_lightning.policies.base import Conditions
 from marble_lightning.scoring.scorer import RewardError
-from marble_lightning.settings import Objective, Scoring
+from marble_lightning.scoring.settings import Scoring
 
 KEY = (0, 1, 0, "train")
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from marble_lightning.scoring.scorer import Scorer
-from marble_lightning.settings import Scoring
+from marble_lightning.scoring.settings import Scoring
 from tests.helpers.small_rewards import Brightness
 
 

@@ -13,7 +13,7 @@ from PIL import Image
 
 from marble_lightning.checks import every_prompt_can_be_judged, every_reward_applies, prompts_without_a_score
 from marble_lightning.scoring.scorer import RewardError, Scorer
-from marble_lightning.settings import Scoring
+from marble_lightning.scoring.settings import Scoring
 from rewards import OCR, Prompt, Reward
 
 PROMPTS = [Prompt(f"picture {index}", "even" if index % 2 == 0 else "odd") for index in range(6)]

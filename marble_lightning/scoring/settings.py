@@ -1,0 +1,57 @@
+"""How images are scored, and what happens where a reward fails."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+
+from marble_lightning.utils.validation import must, one_of
+
+OnError = Literal["raise", "skip"]
+
+
+@dataclass(frozen=True)
+class Scoring:
+    """How pictures are scored, and what happens where a reward fails.
+
+    Args:
+        on_error: `raise` stops the run and names reward, prompt and picture; `skip` leaves the scores it failed to give
+            missing, counts them and goes on.
+        max_skipped: With `skip`, the share of a round's pictures in [0, 1) that a reward may fail on before the run stops. A
+            reward without a single score in a round has failed on all its pictures; infinite advantages count as failures.
+        retries: Further attempts where the cause lies outside (connections, time-outs, files), >= 0; not of rewards with
+            `retries` of their own.
+        time_limit: Seconds that a reward may take for one batch, > 0, with `overlap` only; null for no limit.
+        overlap: Whether a batch is scored while the next one is sampled, each reward in a thread of its own. Without it
+            rewards that compute on the CPU do not slow down sampling that does too.
+        devices: Where a reward runs, by name, e.g. {geneval: cpu}; the others run where the policy does. A numbered device,
+            such as cuda:1, is the same one for every process of a machine.
+        offload: Whether rewards wait on the CPU between rounds.
+    """
+
+    on_error: OnError = "raise"
+    max_skipped: float = 0.1
+    retries: int = 2
+    time_limit: float | None = None
+    overlap: bool = True
+    devices: dict[str, str] = field(default_factory=dict)
+    offload: bool = False
+
+    def __post_init__(self) -> None:
+        one_of(OnError, "`scoring.on_error`", self.on_error)
+        must(0 <= self.max_skipped < 1, "`scoring.max_skipped` must be in [0, 1)", self.max_skipped)
+        must(self.retries >= 0, "`scoring.retries` must be >= 0", self.retries)
+        must(
+            self.time_limit is None or (self.time_limit > 0 and self.overlap),
+            "`scoring.time_limit` must be > 0 seconds, or null, and needs `overlap`",
+            f"{self.time_limit} with `overlap` {str(self.overlap).lower()}",
+        )
+        for name, device in self.devices.items():
+            try:
+                torch.device(device)
+            except RuntimeError as error:
+                raise ValueError(
+                    f"`scoring.devices` must hold devices like cpu or cuda:1. Found {name}: {device!r}."
+                ) from error
