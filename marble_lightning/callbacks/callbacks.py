@@ -14,10 +14,10 @@ from torch import Tensor
 
 from marble_lightning.checkpoints.callback import LAST, RoundCheckpoint, warn
 from marble_lightning.checks import the_data
-from marble_lightning.evaluation.comparison import compared, comparison_table, judged_otherwise, must_be_comparable
+from marble_lightning.evaluation.comparison import compared, judged_otherwise, must_be_comparable
 from marble_lightning.evaluation.evaluator import HeldOut
 from marble_lightning.evaluation.results import JSON, Measured, document, read, write
-from marble_lightning.evaluation.tables import held_out_table, tags_table
+from marble_lightning.evaluation.tables import comparison_table, held_out_table, tags_table
 from marble_lightning.module import DiffusionNFT
 from marble_lightning.run_folder import CONFIG, run_folder
 from marble_lightning.utils.atomic_files import written_whole

@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from jaxtyping import Float
-from rich.table import Table
 from torch import Tensor
 
 from marble_lightning.data.datamodule import ALL
@@ -115,19 +114,3 @@ def _judges(ours: Results, theirs: Results, columns: Sequence[str]) -> dict[str,
     """Their judge and ours of each column that both know of."""
     other, own = (run.get("judges", {}) for run in (theirs, ours))
     return {column: (other[column], own[column]) for column in columns if column in other and column in own}
-
-
-def comparison_table(found: Sequence[Mapping[str, Any]]) -> Table:
-    """The composite and the means of each run.
-
-    Args:
-        found: What `compared` gave.
-    """
-    table = Table(title="Means over all prompts; composite: mean z-score over these runs")
-    table.add_column("run", overflow="fold")
-    for title in ("composite", *found[0]["means"]):
-        table.add_column(title, justify="right")
-    for run in found:
-        composite = "-" if run["composite"] is None else f"{run['composite']:+.3f}"
-        table.add_row(run["run"], composite, *(f"{mean:.4f}" for mean in run["means"].values()))
-    return table

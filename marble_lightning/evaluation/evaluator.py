@@ -28,7 +28,7 @@ from marble_lightning.checks import (
     the_precision,
 )
 from marble_lightning.evaluation.settings import Evaluation
-from marble_lightning.evaluation.tables import by_tag, per_prompt
+from marble_lightning.evaluation.statistics import by_tag, per_prompt
 from marble_lightning.nft.divergence import Finite
 from marble_lightning.policies.base import Conditions, FlowPolicy, is_adapter, joined
 from marble_lightning.run_folder import run_folder

@@ -12,7 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from marble_lightning.data.datamodule import ALL
-from marble_lightning.evaluation.tables import MEAN_OF_TAGS, Summary, by_tag, summaries, summarise
+from marble_lightning.evaluation.statistics import MEAN_OF_TAGS, Summary, by_tag, summaries, summarise
 from marble_lightning.utils.atomic_files import written_whole
 from rewards import Prompt, Reward
 

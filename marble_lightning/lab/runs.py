@@ -15,7 +15,7 @@ from torch import Tensor
 
 from balancers import CADENCE
 from marble_lightning.evaluation.results import JSON, read
-from marble_lightning.evaluation.tables import Summary, changes, summarise
+from marble_lightning.evaluation.statistics import Summary, changes, summarise
 
 
 class Curve(NamedTuple):

@@ -11,8 +11,9 @@ import pytest
 import torch
 from scipy.stats import zscore
 
-from marble_lightning.evaluation.comparison import compared, comparison_table, judged_otherwise, must_be_comparable, z_scores
+from marble_lightning.evaluation.comparison import compared, judged_otherwise, must_be_comparable, z_scores
 from marble_lightning.evaluation.results import Measured, document, read, write
+from marble_lightning.evaluation.tables import comparison_table
 from rewards import Prompt, Reward
 from tests.helpers.small_rewards import Brightness
 

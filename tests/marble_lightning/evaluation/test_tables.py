@@ -6,7 +6,8 @@ import pytest
 import torch
 from rich.console import Console
 
-from marble_lightning.evaluation.tables import changes, held_out_table, per_prompt, summaries, summarise, tags_table
+from marble_lightning.evaluation.statistics import changes, per_prompt, summaries, summarise
+from marble_lightning.evaluation.tables import held_out_table, tags_table
 
 NAN = torch.nan
 
