@@ -19,10 +19,12 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from balancers import Balancer
 from marble_lightning.callback_checks import check_trainer
-from marble_lightning.callbacks.callbacks import Pictures, ProgressBar, Results
 from marble_lightning.callbacks.gradient_alignment import Harmony
+from marble_lightning.callbacks.held_out_images import Pictures
 from marble_lightning.callbacks.image_drift import Alarms
 from marble_lightning.callbacks.prediction_writer import PictureWriter
+from marble_lightning.callbacks.progress_bar import ProgressBar
+from marble_lightning.callbacks.results_writer import Results
 from marble_lightning.checkpoints.callback import LAST, RoundCheckpoint, WholeCheckpointIO, last_of, warn
 from marble_lightning.checkpoints.content import TO_EVALUATE, TO_FIT, load_checked
 from marble_lightning.checkpoints.signals import Stops, left_by_this_job, status

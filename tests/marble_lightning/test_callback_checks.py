@@ -20,7 +20,7 @@ from lightning.pytorch.callbacks import (
 )
 
 from marble_lightning.callback_checks import check_callbacks, check_monitors, check_trainer
-from marble_lightning.callbacks.callbacks import Results
+from marble_lightning.callbacks.results_writer import Results
 from marble_lightning.checks import WHOLE_ROUNDS
 from marble_lightning.module import DiffusionNFT
 from tests.helpers.command_line import fit_with, options

@@ -152,7 +152,7 @@ def test_validate_without_a_checkpoint_judges_the_base(small, capsys):
             "`trainer.callbacks` must not add a GradientAccumulationScheduler. Found one: accumulation follows from",
         ),
         (
-            ["--trainer.callbacks", "marble_lightning.callbacks.callbacks.Results"],
+            ["--trainer.callbacks", "marble_lightning.callbacks.results_writer.Results"],
             "must not add a callback that has a section of settings. Found Results; use `results`",
         ),
         (

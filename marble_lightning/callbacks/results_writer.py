@@ -1,88 +1,21 @@
-"""What a run shows: progress, held-out pictures, and its results as tables and files."""
+"""Results of a run, as tables and files."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
 
-import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import TQDMProgressBar
 from lightning.pytorch.loggers import TensorBoardLogger
 from rich.console import Console
-from torch import Tensor
 
 from marble_lightning.checkpoints.callback import LAST, RoundCheckpoint, warn
 from marble_lightning.checks import the_data
 from marble_lightning.evaluation.comparison import compared, judged_otherwise, must_be_comparable
-from marble_lightning.evaluation.evaluator import HeldOut
 from marble_lightning.evaluation.results import JSON, Measured, document, read, write
 from marble_lightning.evaluation.tables import comparison_table, held_out_table, tags_table
 from marble_lightning.module import DiffusionNFT
 from marble_lightning.run_folder import CONFIG, run_folder
-from marble_lightning.utils.atomic_files import written_whole
-from marble_lightning.utils.distributed import gathered
-from marble_lightning.utils.images import grid, scores_text, to_image
-from marble_lightning.utils.loggers import log_image
-
-
-class ProgressBar(TQDMProgressBar):
-    """Lightning's bar, with the words of this method: the sanity check measures the base, an epoch is a round."""
-
-    @property
-    def sanity_check_description(self) -> str:
-        return "Base on held-out prompts"
-
-    @property
-    def validation_description(self) -> str:
-        return "Held-out prompts"
-
-    def on_train_epoch_start(self, trainer: Trainer, *arguments: Any) -> None:
-        super().on_train_epoch_start(trainer, *arguments)
-        self.train_progress_bar.set_description(f"Round {trainer.current_epoch}: training")
-
-    def get_metrics(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
-        metrics = super().get_metrics(trainer, pl_module)
-        return {name: value for name, value in metrics.items() if name != "v_num"}
-
-
-class Pictures(Callback):
-    """Held-out images in the loggers that show any and as a PNG in the run's folder, the same prompts and noise each time.
-
-    Args:
-        count: Pictures in the grid, spread over the held-out prompts, >= 1.
-    """
-
-    def __init__(self, count: int = 12) -> None:
-        if count < 1:
-            raise ValueError(f"`pictures.count` must be >= 1. Found {count}.")
-        self.count = count
-        self.shown: dict[int, tuple[Tensor, str]] = {}
-
-    def on_validation_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: HeldOut, *arguments: Any
-    ) -> None:
-        total = len(the_data(trainer).held_out)
-        wanted = set(torch.linspace(0, total - 1, min(self.count, total)).round().int().tolist())
-        names = list(pl_module.judges)  # type: ignore[arg-type]
-        for (index, prompt), image, scores in zip(batch, outputs["images"], outputs["scores"], strict=True):
-            if index in wanted:
-                self.shown[index] = (image.cpu(), f"{prompt.text}\n{scores_text(scores, names)}")
-
-    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        folder = run_folder(trainer)
-        shown = dict(sorted(gathered(list(self.shown.items())), key=lambda each: each[0]))
-        self.shown = {}
-        if not shown or not trainer.is_global_zero:
-            return
-        sheet = grid([image for image, _ in shown.values()], [text for _, text in shown.values()])
-        step = f"_{trainer.global_step:06d}" if trainer.state.fn == "fit" else ""
-        with written_whole(folder / f"held_out{step}.png") as beside:
-            to_image(sheet).save(beside)
-        log_image(trainer, "held_out", sheet, trainer.global_step)
-
-    on_test_batch_end = on_validation_batch_end  # type: ignore[assignment] # named as the other hook's
-    on_test_end = on_validation_end
 
 
 class Results(Callback):
