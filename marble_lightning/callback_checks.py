@@ -18,7 +18,7 @@ from lightning.pytorch.callbacks import (
     WeightAveraging,
 )
 
-from marble_lightning.checkpoints.callback import warn
+from marble_lightning.checkpoints.files import warn
 
 UNUSABLE: dict[type[Callback], str] = {
     GradientAccumulationScheduler: "accumulation follows from the size of a round; use `model.optimizer_steps_per_round`",

@@ -25,8 +25,9 @@ from marble_lightning.callbacks.image_drift import Alarms
 from marble_lightning.callbacks.prediction_writer import PictureWriter
 from marble_lightning.callbacks.progress_bar import ProgressBar
 from marble_lightning.callbacks.results_writer import Results
-from marble_lightning.checkpoints.callback import LAST, RoundCheckpoint, WholeCheckpointIO, last_of, warn
-from marble_lightning.checkpoints.content import TO_EVALUATE, TO_FIT, load_checked
+from marble_lightning.checkpoints.callback import RoundCheckpoint
+from marble_lightning.checkpoints.content import LAST, TO_EVALUATE, TO_FIT, load_checked
+from marble_lightning.checkpoints.files import WholeCheckpointIO, last_of, warn
 from marble_lightning.checkpoints.signals import Stops, left_by_this_job, status
 from marble_lightning.config_files import configs
 from marble_lightning.data.datamodule import PromptDataModule

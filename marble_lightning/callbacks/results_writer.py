@@ -9,7 +9,9 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 from rich.console import Console
 
-from marble_lightning.checkpoints.callback import LAST, RoundCheckpoint, warn
+from marble_lightning.checkpoints.callback import RoundCheckpoint
+from marble_lightning.checkpoints.content import LAST
+from marble_lightning.checkpoints.files import warn
 from marble_lightning.checks import the_data
 from marble_lightning.evaluation.comparison import compared, judged_otherwise, must_be_comparable
 from marble_lightning.evaluation.results import JSON, Measured, document, read, write

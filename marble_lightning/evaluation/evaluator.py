@@ -16,8 +16,8 @@ from torch.nn.parallel import DistributedDataParallel
 from torchmetrics import CatMetric
 
 from marble_lightning.callback_checks import check_callbacks
-from marble_lightning.checkpoints.callback import WholeCheckpointIO, warn
 from marble_lightning.checkpoints.content import TO_EVALUATE, TO_FIT, must_be_of_fit
+from marble_lightning.checkpoints.files import WholeCheckpointIO, warn
 from marble_lightning.checkpoints.round_start import RoundStart
 from marble_lightning.checkpoints.signals import end_if_asked, is_asked
 from marble_lightning.checks import (

@@ -14,7 +14,7 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.loggers.logger import Logger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from marble_lightning.checkpoints.callback import last_of
+from marble_lightning.checkpoints.files import last_of
 from marble_lightning.cli import QUIET, main
 from marble_lightning.evaluation.results import read
 from marble_lightning.module import DiffusionNFT

@@ -12,9 +12,10 @@ import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.loggers import CSVLogger
 
-from marble_lightning.checkpoints.callback import RoundCheckpoint, WholeCheckpointIO, last_of, point
+from marble_lightning.checkpoints.callback import RoundCheckpoint
 from marble_lightning.checkpoints.callback import callback as checkpoints
 from marble_lightning.checkpoints.content import TO_EVALUATE, TO_EXPORT, TO_FIT, damage, load_checked, newest_usable
+from marble_lightning.checkpoints.files import WholeCheckpointIO, last_of, point
 from marble_lightning.cli import QUIET, command_line, main
 from marble_lightning.policies.sd3 import SD3Policy
 from marble_lightning.run_folder import folder_of_runs
