@@ -12,7 +12,7 @@ from balancers.advantage_sum import AdvantageSum
 from balancers.base import CADENCE, Balancer
 from balancers.cagrad import CAGrad
 from balancers.fixed_weights import FixedWeights
-from balancers.harmony import cosines
+from balancers.gramian import cosines
 from balancers.marble import MARBLE
 from balancers.mgda import MGDA
 from balancers.pcgrad import PCGrad

@@ -14,10 +14,10 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from balancers.accumulation import GradientSum
-from balancers.harmony import compare, gram_matrix, in_conflict
+from balancers.gramian import compare, gram_matrix, in_conflict
 from balancers.levels import CHECKED
+from balancers.merging import active_rows, merge_rows, narrowed, smooth, weigh
 from balancers.options import check_names, check_options
-from balancers.solution import active_rows, merge_rows, narrowed, smooth, weigh
 
 log = logging.getLogger(__name__)
 

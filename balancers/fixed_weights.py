@@ -7,7 +7,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from balancers.base import Balancer
-from balancers.by_name import weights_by_name
+from balancers.per_reward_options import weights_by_name
 
 
 class FixedWeights(Balancer):

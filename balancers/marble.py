@@ -8,7 +8,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from balancers.base import Balancer
-from balancers.by_name import group_rows, weights_by_name
+from balancers.per_reward_options import group_rows, weights_by_name
 from balancers.qp import check_floor, min_norm_weights, sensitivity
 
 CANCELLED = 1e-3

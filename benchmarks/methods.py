@@ -16,7 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from statistics import fmean
 
-from balancers.harmony import in_conflict
+from balancers.gramian import in_conflict
 from marble_lightning.lab.runs import Run, compare
 
 METHODS = ("default", "fixed_weights", "weighted_sum")

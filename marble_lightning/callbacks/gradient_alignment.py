@@ -12,8 +12,8 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from balancers import Balancer
-from balancers.harmony import agreement, conflict_by_chance, gram_matrix
-from balancers.solution import active_rows
+from balancers.gramian import agreement, conflict_by_chance, gram_matrix
+from balancers.merging import active_rows
 from marble_lightning.checks import the_balancer
 from marble_lightning.module import DiffusionNFT
 from marble_lightning.utils.images import heat
@@ -35,7 +35,7 @@ class Harmony(Callback):
     that the update came from, in both places: `mean` and `unit_mean`; `weighted_sum`, the paper's baseline, which is the
     gradient for the advantage of the rewards' plain sum (the mean of gradients of normalised advantages is a much stronger
     one); and `random`, a direction drawn at random. `chance` is how often a direction that knows nothing would go against
-    some reward (`balancers.harmony.conflict_by_chance`): 97 % for five orthogonal gradients. A probe needs no gradient
+    some reward (`balancers.gramian.conflict_by_chance`): 97 % for five orthogonal gradients. A probe needs no gradient
     method, and changes nothing in the run.
 
     Source: MARBLE, arXiv 2605.06507, gradient harmony table.

@@ -13,7 +13,7 @@ from lightning.pytorch.plugins import MixedPrecision
 from torch import Tensor, nn
 
 from balancers.accumulation import GradientSum
-from balancers.harmony import gram_matrix
+from balancers.gramian import gram_matrix
 from marble_lightning.checks import the_data
 from marble_lightning.evaluation.image_statistics import PER_IMAGE
 from marble_lightning.memory.ledger import CUDA_BLOCK, Fakes, Ledger, Once, bytes_of, tensors_of, text_encoders

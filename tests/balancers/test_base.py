@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from balancers import MARBLE, Balancer, FixedWeights, WeightedSum
-from balancers.solution import smooth
+from balancers.merging import smooth
 from tests.helpers.small_balancers import NAMES, bound, gradients_of, step
 
 

@@ -9,7 +9,7 @@ import torch
 from lightning.pytorch import Callback
 
 from balancers import MARBLE, FixedWeights, PCGrad, WeightedSum
-from balancers.harmony import agreement, conflict_by_chance, gram_matrix
+from balancers.gramian import agreement, conflict_by_chance, gram_matrix
 from marble_lightning.callbacks.gradient_alignment import Harmony, probe, refresh_figures
 from marble_lightning.cli import QUIET
 from marble_lightning.nft.reward_gradients import flat

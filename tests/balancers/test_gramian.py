@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from balancers import cosines, harmony
-from balancers.harmony import agreement, compare, conflict_by_chance, gram_matrix, in_conflict
+from balancers import cosines, gramian
+from balancers.gramian import agreement, compare, conflict_by_chance, gram_matrix, in_conflict
 
 
 @pytest.mark.parametrize("rank", [1, 2, 5])
@@ -26,7 +26,7 @@ def test_vectors_lost_in_rounding_have_cosine_zero():
 def test_gram_matrix_is_float64_and_the_same_in_chunks(monkeypatch):
     rows = 1e25 * torch.randn(3, 50, generator=torch.Generator().manual_seed(0))  # squares overflow float32
     expected = rows.double() @ rows.double().T
-    monkeypatch.setattr(harmony, "CHUNK", 7)
+    monkeypatch.setattr(gramian, "CHUNK", 7)
     torch.testing.assert_close(gram_matrix(rows), expected)
 
 
