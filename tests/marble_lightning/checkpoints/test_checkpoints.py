@@ -13,7 +13,6 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.loggers import CSVLogger
 
 from marble_lightning.checkpoints.callback import RoundCheckpoint
-from marble_lightning.checkpoints.callback import callback as checkpoints
 from marble_lightning.checkpoints.content import TO_EVALUATE, TO_EXPORT, TO_FIT, damage, load_checked, newest_usable
 from marble_lightning.checkpoints.files import WholeCheckpointIO, last_of, point
 from marble_lightning.cli import QUIET, command_line, main
@@ -69,7 +68,7 @@ def test_a_write_that_is_cut_short_leaves_what_was_there(tmp_path, monkeypatch):
         stream.write(b"PK")
         raise OSError("no space left on device")
 
-    monkeypatch.setattr(checkpoints.torch, "save", half)
+    monkeypatch.setattr(torch, "save", half)
     with pytest.raises(OSError, match=f"The checkpoint {file} must be written to a disk with room for it. Found no space"):
         WholeCheckpointIO().save_checkpoint({}, file)
     assert damage(file) is None and differences(STATE, torch.load(file)) == []

@@ -24,9 +24,10 @@ import requests
 import torch
 from aiohttp import web
 
-from marble_lightning.serve import RUNNING, Limits, main, make_app
-from marble_lightning.serve_access import guard, hosts_of
+from marble_lightning.serve import main
 from rewards import OCR, JPEGCompressibility, Prompt, RemoteReward, Reward
+from rewards.remote.server import RUNNING, Limits, make_app
+from rewards.remote.server_access import guard, hosts_of
 from rewards.remote.transport import encode_png
 from tests.helpers import ROOT
 
@@ -366,7 +367,7 @@ def test_bodies_in_memory_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
         read.append(request)
         return await request.read()
 
-    monkeypatch.setattr("marble_lightning.serve.read_body", read_body)
+    monkeypatch.setattr("rewards.remote.server.read_body", read_body)
     with served(reward, max_requests=2) as url:
         with pytest.raises(ConnectionError, match="timed out"):
             remote(url, request_size=1, concurrency=5, timeout=2.0)(
