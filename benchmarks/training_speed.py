@@ -30,7 +30,7 @@ from benchmarks.random_sd35m import save_random_sd35m
 from marble_lightning.cli import QUIET
 from marble_lightning.data.datamodule import PromptDataModule
 from marble_lightning.module import DiffusionNFT
-from marble_lightning.nft.rollout import Sampling
+from marble_lightning.nft.sampling import Sampling
 from marble_lightning.policies.sd3 import SD3Policy
 from marble_lightning.tinyworld import PROMPTS, WEIGHTS
 from rewards import Reward
@@ -97,7 +97,7 @@ class Turns(Callback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         module = cast(DiffusionNFT, pl_module)
-        self.taps, self.rewards = module.per_reward.taps, dict(module.rewards.items())
+        self.taps, self.rewards = module.step.per_reward.taps, dict(module.rewards.items())
         self.bar = tqdm(total=self.rounds, desc="Rounds, the first of each a warm-up", dynamic_ncols=True)
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -105,7 +105,7 @@ class Turns(Callback):
         method, k = self.turns[index]
         module.rewards = nn.ModuleDict(dict(list(self.rewards.items())[:k]))
         module.balancer = self.balancers[index]
-        module.per_reward.taps = self.taps if method.passes == "two" else None
+        module.step.per_reward.taps = self.taps if method.passes == "two" else None
         if self.taps:
             self.taps.on = False
         module.balancer.bind(list(module.rewards))

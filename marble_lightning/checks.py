@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Mapping
 
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import Timer
 from lightning.pytorch.callbacks.timer import Interval
-from torch.amp import GradScaler
-from torch.optim import Optimizer
-from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from balancers import Balancer
-from marble_lightning.data.datamodule import PromptDataModule
-from marble_lightning.nft.rollout import Plan, Sampling
-from marble_lightning.scoring.scorer import exit_is_failure
+from marble_lightning.data.datamodule import PromptDataModule, the_data
+from marble_lightning.nft.rollout import Plan
+from marble_lightning.nft.sampling import Sampling
+from marble_lightning.policies.base import FlowPolicy
+from marble_lightning.scoring.failures import exit_is_failure
 from rewards import Prompt, Reward
 from rewards.texts import excerpt, reason
+
+log = logging.getLogger(__name__)
 
 WHOLE_ROUNDS: dict[str, tuple[object, ...]] = {
     "limit_train_batches": (1.0,),  # 1 is one micro-batch
@@ -45,14 +47,6 @@ def the_precision(trainer: Trainer) -> None:
             f"`precision` must be one of {', '.join(PRECISIONS)}. Found {trainer.precision}: adapters learn in float32; "
             "`policy.dtype` is the precision of the frozen weights."
         )
-
-
-def the_data(trainer: Trainer) -> PromptDataModule:
-    """The trainer's PromptDataModule."""
-    data = getattr(trainer, "datamodule", None)
-    if not isinstance(data, PromptDataModule):
-        raise ValueError(f"The trainer must be given a PromptDataModule. Found {type(data).__name__}.")
-    return data
 
 
 def the_plan(trainer: Trainer, sampling: Sampling, micro_batch_size: int, optimizer_steps: int, inner_epochs: int) -> Plan:
@@ -140,15 +134,14 @@ def enough_held_out_prompts(trainer: Trainer) -> None:
         )
 
 
-def the_optimizer_fits(optimizer: Optimizer, scheduler: object, scaler: GradScaler | None) -> None:
-    """A merged gradient can be written before its step, and its learning rate goes by steps."""
-    if scaler is not None and getattr(optimizer, "_step_supports_amp_scaling", False):
-        raise ValueError(
-            "`optimizer` must not be a fused one with `precision` 16-mixed: it undoes the loss scaling within its step, so "
-            f"that no merged gradient can be written before. Found a fused {type(optimizer).__name__}; use bf16-mixed, or "
-            "`fused: false`."
+def warn_of_prompts(policy: FlowPolicy, judges: Mapping[str, Reward], data: PromptDataModule) -> None:
+    """Warn of prompts whose end the policy does not read, and of those that get no score."""
+    prompts = list({id(prompt): prompt for prompt in data.training + data.held_out}.values())  # each once
+    texts = [prompt.text for prompt in prompts]
+    if cut := policy.too_long(dict.fromkeys(texts)):
+        log.warning(
+            f"The CLIP text encoders do not read the end of {len(cut)} of {len(set(texts))} prompts, which have more "
+            f"than {policy.most_tokens} tokens. For example {excerpt(cut[0])}."
         )
-    if isinstance(scheduler, ReduceLROnPlateau):
-        raise ValueError(
-            "`lr_scheduler` must be one that goes by optimizer steps. Found ReduceLROnPlateau, which goes by a metric."
-        )
+    for sentence in prompts_without_a_score(judges, prompts):
+        log.warning(sentence)

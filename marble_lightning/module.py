@@ -4,42 +4,48 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping
-from functools import cached_property
-from itertools import islice
+from functools import partial
 from typing import Any, Literal, cast
 
 import torch
+from lightning.fabric.plugins import TorchCheckpointIO
+from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
-from lightning.pytorch.plugins import Precision
-from lightning.pytorch.utilities import GradClipAlgorithmType
-from torch import Tensor
-from tqdm import tqdm
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
-from balancers import Balancer, WeightedSum
+from balancers import Balancer
 from marble_lightning import checks
-from marble_lightning.callback_checks import check_monitors
-from marble_lightning.checkpoints.signals import end_if_asked
-from marble_lightning.evaluation.evaluator import HeldOutEvaluation
-from marble_lightning.evaluation.image_statistics import NAMES
+from marble_lightning.callback_checks import check_callbacks, check_monitors
+from marble_lightning.checkpoints.adapters import must_fit
+from marble_lightning.checkpoints.content import TO_EVALUATE, TO_FIT, must_be_of_fit
+from marble_lightning.checkpoints.files import WholeCheckpointIO, warn
+from marble_lightning.checkpoints.round_start import RoundStart
+from marble_lightning.checkpoints.signals import end_if_asked, is_asked
+from marble_lightning.data.datamodule import the_data
+from marble_lightning.evaluation.evaluator import Evaluator, HeldOut
+from marble_lightning.evaluation.image_statistics import NAMES, image_statistics
 from marble_lightning.evaluation.settings import Evaluation
-from marble_lightning.nft.loss import Coefficients, Objective, nft_losses
-from marble_lightning.nft.reward_gradients import RewardGradients, add_flat, flat
-from marble_lightning.nft.rollout import MicroBatch, MicroBatches, Rollout, Sampled, Sampling, micro_batches, weigh_round
+from marble_lightning.nft.divergence import Finite
+from marble_lightning.nft.loss import Coefficients, Objective
+from marble_lightning.nft.optimizer import adamw, clip_unscaled, must_fit_the_run
+from marble_lightning.nft.rollout import MicroBatch, MicroBatches, Rollout, micro_batches, weigh_round
+from marble_lightning.nft.sampling import Sampled, Sampling, key_of, sample_round
+from marble_lightning.nft.step import TrainingStep
 from marble_lightning.policies.averaging import Averaging
-from marble_lightning.policies.base import Adapter, FlowPolicy
+from marble_lightning.policies.base import FlowPolicy, is_adapter
+from marble_lightning.run_folder import run_folder
+from marble_lightning.scoring.failures import exit_is_failure
 from marble_lightning.scoring.reward_names import named_rewards
+from marble_lightning.scoring.scorer import Scorer
 from marble_lightning.scoring.settings import Scoring
-from marble_lightning.utils.seeds import generator
+from marble_lightning.utils.loggers import log_metrics
 from marble_lightning.utils.validation import must
 from rewards import Reward
+from rewards.base import with_public_names
 
 
-def adamw(parameters: Any) -> torch.optim.Optimizer:
-    """AdamW with the published settings."""
-    return torch.optim.AdamW(parameters, lr=3e-4, betas=(0.9, 0.999), weight_decay=1e-4, eps=1e-8)
-
-
-class DiffusionNFT(HeldOutEvaluation):
+class DiffusionNFT(LightningModule):
     """Online RL fine-tuning of SD3 with several rewards, merged by the trainer's Balancer callback.
 
     Args:
@@ -64,6 +70,8 @@ class DiffusionNFT(HeldOutEvaluation):
     Source: DiffusionNFT, arXiv 2509.16117; MARBLE, arXiv 2605.06507. Defaults are as in `settings`.
     """
 
+    strict_loading = False  # checkpoints hold the adapters only; `on_load_checkpoint` checks that they are all there
+
     def __init__(
         self,
         policy: FlowPolicy,
@@ -83,57 +91,87 @@ class DiffusionNFT(HeldOutEvaluation):
         seed: int = 0,
     ) -> None:
         learned, measured = named_rewards("rewards", rewards), named_rewards("metrics", metrics or {})
-        super().__init__(policy, learned, measured, scoring, evaluation, seed)
+        super().__init__()
         must(bool(learned), "`rewards` must name at least one reward", "none; the configuration `tiny` has five")
         if twice := set(learned) & set(measured):
             raise ValueError(f"`metrics` must not use the name of a reward. Found {', '.join(sorted(twice))} in both.")
+        self.policy, self.seed = policy, seed
+        self.rewards, self.metrics = nn.ModuleDict(learned), nn.ModuleDict(measured)
         self.sampling, self.objective, self.averaging = sampling, objective, averaging
         self.optimizer, self.lr_scheduler = optimizer, lr_scheduler
         self.sizes = (micro_batch_size, optimizer_steps_per_round, inner_epochs)
         for name, size in zip(("micro_batch_size", "optimizer_steps_per_round", "inner_epochs"), self.sizes, strict=True):
             must(size >= 1, f"`{name}` must be >= 1", size)
         self.gradient_passes = gradient_passes
-        self.merged: Tensor | None = None
-        """A refresh's merged gradient, flat, until it is written."""
-        self.images: Tensor | None = None
-        """The round's pictures (image, 3, pixel, pixel), for callbacks' `on_train_batch_start` of its first micro-batch."""
+        self.scorer = Scorer(self.judges, scoring)
+        self.finite = Finite()
+        self.evaluator = Evaluator(policy, self.scorer, evaluation, seed, self.finite)
+        self.round_start = RoundStart()
+        self.image_statistics: Tensor | None = None
+        """Of the round's images, (prompt, statistic); see `image_statistics`."""
+        self.run_config: str | None = None
+        """The run's configuration as YAML, where there is one, to be kept in checkpoints."""
+
+    @property
+    def judges(self) -> dict[str, Reward]:
+        """Rewards and metrics: what held-out images are scored by."""
+        return cast(dict[str, Reward], {**dict(self.rewards.items()), **dict(self.metrics.items())})
 
     # Setting up -----------------------------------------------------------------------------------------------------
 
     def check(self, stage: str) -> None:
-        """Check what can be checked before weights are loaded."""
+        """Check settings and prompts, of which the data module knows by now; loads and writes nothing."""
+        data = the_data(self.trainer)
         if stage == "fit":
             if self.policy.adapter is None:
                 raise ValueError("`policy.adapter` must be ema or trained for `fit`, which trains one. Found none.")
             self.balancer = checks.the_balancer(self.trainer)
             self.plan = checks.the_plan(self.trainer, self.sampling, *self.sizes)
-            checks.every_reward_applies(self._learned, checks.the_data(self.trainer))
-            checks.every_prompt_can_be_judged(self._learned, checks.the_data(self.trainer).training)
-        super().check(stage)
+            checks.every_reward_applies(self._learned, data)
+            checks.every_prompt_can_be_judged(self._learned, data.training)
+        checks.the_precision(self.trainer)
+        if type(self.trainer.strategy.checkpoint_io) is TorchCheckpointIO:  # not a plugin of the user's
+            self.trainer.strategy.checkpoint_io = WholeCheckpointIO()
+        check_callbacks(self.trainer.callbacks)  # type: ignore[attr-defined]
+        if stage != "fit" or self.trainer.limit_val_batches:
+            checks.enough_held_out_prompts(self.trainer)
+        self.evaluator.ask(stage, data.held_out)
+        checks.every_prompt_can_be_judged(self.evaluator.asked, data.held_out)
+        self.policy.check()
+        self.evaluator.check_resolution(stage)
         if stage == "fit":
             check_monitors(self.trainer.callbacks, self, self.metric_names())  # type: ignore[attr-defined]
 
     def setup(self, stage: str) -> None:
-        """Check, then load the weights."""
-        super().setup(stage)
+        """Check, then load the weights of the policy and of those rewards and metrics that score."""
+        self.check(stage)
+        self.policy.setup(self.seed)
+        for name, judge in self.evaluator.asked.items():
+            with exit_is_failure(name):
+                judge.setup()
+            judge.requires_grad_(False)
+        self.scorer.stopping = partial(is_asked, self.trainer)
+        self.scorer.setup(run_folder(self.trainer), f"_{self.trainer.global_rank}" if self.trainer.world_size > 1 else "")
+        # Nothing here has buffers that change. Rewards may be elsewhere, where ranks cannot send each other theirs.
+        constant = [name for name, _ in self.named_buffers()]
+        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(self, constant)
+        if self.trainer.is_global_zero:
+            checks.warn_of_prompts(self.policy, self.evaluator.asked, the_data(self.trainer))
+        self.trainable = self.policy.parameters_of("trained")
+        self.step = TrainingStep(self.policy, self.objective, self.trainable, self.gradient_passes)
         if stage == "fit":
             self.trainer.accumulate_grad_batches = self.plan.per_step
-        self.trainable = self.policy.parameters_of("trained")
-        if stage == "fit" and self.balancer.needs_gradients:
-            self.per_reward.expect(False)  # raises now where they cannot be had
+            if self.balancer.needs_gradients:
+                self.step.per_reward.expect(False)  # raises now where they cannot be had
 
     def metric_names(self) -> set[str]:
         """Names of the metrics that every round logs, with those of validations where the trainer has any."""
         per_reward = {f"{kind}/{name}" for kind in ("train", "missing", "skipped", "time/scoring") for name in self.rewards}
         plain = {"loss", "time/sampling", "time/waiting_for_scores", "time/training"}
         plain |= {"kl"} if self.objective.kl_weight else set[str]()
-        held_out = super().metric_names() if self.trainer.limit_val_batches else set[str]()
+        validates = bool(self.trainer.limit_val_batches)
+        held_out = self.evaluator.metric_names(the_data(self.trainer).held_out) if validates else set[str]()
         return per_reward | plain | held_out | {f"images/{name}" for name in NAMES}
-
-    @cached_property
-    def per_reward(self) -> RewardGradients:
-        """Takes per-reward gradients."""
-        return RewardGradients(self.gradient_passes, self.policy.transformer, self.trainable)
 
     def teardown(self, stage: str) -> None:
         if stage == "fit":
@@ -146,7 +184,7 @@ class DiffusionNFT(HeldOutEvaluation):
     def configure_optimizers(self) -> Any:
         optimizer = self.optimizer(self.trainable)
         scheduler = self.lr_scheduler(optimizer) if self.lr_scheduler else None
-        checks.the_optimizer_fits(optimizer, scheduler, self._scaler)
+        must_fit_the_run(optimizer, scheduler, self.scaler)
         stepped = {"lr_scheduler": {"scheduler": scheduler, "interval": "step"}} if scheduler else {}
         return {"optimizer": optimizer, **stepped}
 
@@ -156,8 +194,10 @@ class DiffusionNFT(HeldOutEvaluation):
         """Sample this round with the old adapter, score it, and turn the scores into coefficients."""
         self.round_start.keep(self.trainer)
         begin = time.perf_counter()
-        self.rollout, self.images, self.scores, skipped, waited = self.sample_round(self.seed)
-        self.weighed = self._weighed(self.rollout, self.scores, self.seed, self.balancer)
+        self.rollout, images, self.scores, skipped, waited = self.sample_round(self.seed)
+        self.image_statistics = image_statistics(images, self.rollout.groups)
+        del images  # gigabytes that training needs
+        self.weighed = self.weigh(self.rollout, self.scores, self.seed, self.balancer)
         self.trained_since = time.perf_counter()
         means = self.trainer.strategy.all_gather(self.scores).reshape(-1, len(self.rewards)).nanmean(0)
         missing = torch.tensor([float(reward.missing) for reward in self._learned.values()], device=self.device)
@@ -170,139 +210,66 @@ class DiffusionNFT(HeldOutEvaluation):
         self.log_dict(shown, sync_dist=True)
 
     def sample_round(self, seed: int) -> Sampled:
-        """Sample the k pictures of each distinct prompt, encoded once, with the old adapter, scoring them meanwhile.
+        """Sample and score a round, see `nft.sampling.sample_round`.
 
         Args:
             seed: Of prompts and noise: the run's for the round to train on, another for an independent one.
-
-        Raises:
-            Diverged: Pictures are not finite; on all ranks.
-            RewardError: A reward failed; on all ranks, whichever it was.
         """
-        self.scorer.release()  # Lightning put them there, and text encoders need the room
-        data = checks.the_data(self.trainer)
-        prompts = data.round(seed, self.current_epoch, self.global_rank, self.trainer.world_size)
-        conditions = self.policy.encode([prompt.text for prompt in prompts])
-        groups = torch.arange(len(prompts)).repeat_interleave(data.images_per_prompt)
-        latents, side = [], self.policy.resolution
-        images = torch.empty(len(groups), 3, side, side, device=self.device)  # to be filled: there is no room for them twice
-        for chunk in self._progress(torch.arange(len(groups)).split(self.sampling.batch_size), "sampling"):
-            end_if_asked(self.trainer)
-            noise = [generator(*self._key(seed, "rollout"), index) for index in chunk.tolist()]
-            own = groups[chunk]
-            with self.trainer.precision_plugin.forward_context():  # as in training, so that the loss sees its own policy
-                sampled = self.policy.sample(
-                    conditions[own.to(self.device)], noise, "old", steps=self.sampling.steps, solver=self.sampling.solver
-                )
-            latents.append(sampled)
-            drawn = images[chunk[0] : chunk[-1] + 1].copy_(self.policy.decode(sampled))
-            self.finite.note(sampled, drawn)
-            self.scorer.submit(drawn, [prompts[group] for group in own.tolist()], self.rewards)
-        sampled_all = time.perf_counter()
-        scores = self.scorer.collect(lambda jobs: self._progress(jobs, "scoring"))
-        waited = time.perf_counter() - sampled_all
-        end_if_asked(self.trainer)  # some scores may have been given up
-        self.finite.check_pictures(self.trainer.strategy, trained=self.global_step > 0)
-        skipped = self.scorer.check(self.trainer.strategy)
-        self.scorer.release()
-        return Sampled(Rollout(conditions, groups.to(self.device), torch.cat(latents)), images, scores, skipped, waited)
+        names = list(self.rewards)
+        return sample_round(self.trainer, self.policy, self.scorer, names, self.sampling, self.finite, seed)
 
-    def _weighed(self, rollout: Rollout, scores: Tensor, seed: int, balancer: Balancer | None) -> list[Coefficients]:
+    def weigh(self, rollout: Rollout, scores: Tensor, seed: int, balancer: Balancer | None) -> list[Coefficients]:
         keys = self._inner_epochs(seed)
         settings = self.scorer.settings
         return weigh_round(scores, rollout.groups, balancer, self.objective, self.plan, keys, self.trainer, settings)
 
     def _inner_epochs(self, seed: int) -> list[tuple[int | str, ...]]:
-        return [self._key(seed, f"train {index}" if index else "train") for index in range(self.plan.inner_epochs)]
-
-    def _key(self, seed: int, purpose: str) -> tuple[int | str, ...]:
-        return seed, self.current_epoch, self.global_rank, purpose
-
-    def _progress(self, iterable: Any, doing: str) -> Any:
-        silent = not self.trainer.is_global_zero or self.trainer.progress_bar_callback is None
-        return tqdm(iterable, f"Round {self.current_epoch}: {doing}", leave=False, dynamic_ncols=True, disable=silent)
+        purposes = [f"train {index}" if index else "train" for index in range(self.plan.inner_epochs)]
+        return [key_of(self.trainer, seed, purpose) for purpose in purposes]
 
     # Training on it -------------------------------------------------------------------------------------------------
 
     def train_dataloader(self) -> MicroBatches:
-        return MicroBatches(self.plan.total, lambda: self._cut(self.rollout, self.weighed, self.seed))
+        return MicroBatches(self.plan.total, lambda: self.cut(self.rollout, self.weighed, self.seed))
 
-    def _cut(self, rollout: Rollout, weighed: list[Coefficients], seed: int) -> Iterator[MicroBatch]:
+    def cut(self, rollout: Rollout, weighed: list[Coefficients], seed: int) -> Iterator[MicroBatch]:
         grid = self.policy.sigmas(self.sampling.steps)[: self.sampling.usable_times]
         for key, own in zip(self._inner_epochs(seed), weighed, strict=True):
             yield from micro_batches(rollout, own, grid, self.plan, key)
-
-    def on_train_batch_start(self, batch: MicroBatch, batch_idx: int) -> None:
-        self.images = None  # callbacks come first and have seen them
 
     def training_step(self, batch: MicroBatch, batch_idx: int) -> Tensor:
         """The scalarised loss, or on a refresh the per-reward gradients; the KL term beside either."""
         if batch_idx % self.plan.per_step == 0:
             self.balancer.begin_step(self.plan.per_step)
-        if self.balancer.needs_gradients:
-            self.per_reward.expect(self.balancer.wants_gradients)
-        velocity = self._velocity(batch, "trained")
-        plus, minus = self._sample_losses(batch, velocity)
-        losses = batch.coefficients.losses(plus, minus)
-        shown = {"loss": losses.detach().sum() * self.plan.per_step}
-        weighted_kl = self._nothing()
-        if self.objective.kl_weight:
-            kl = (velocity - self._velocity(batch, None)).square().mean()
-            shown["kl"], weighted_kl = kl.detach(), self.objective.kl_weight * kl
+        loss, shown = self.step(batch, self.balancer, self.plan.per_step, self.trainer.strategy.reduce, self.scaler)
         self.log_dict(shown, on_epoch=True, on_step=False, batch_size=1, sync_dist=True)
-
-        if self.balancer.wants_gradients:
-            self.balancer.add_gradients(self.per_reward(plus, minus, batch.coefficients, self._scaler))
-            overflow = False
-            if not self.balancer.wants_gradients:
-                self.merged = self.balancer.solve(self.trainer.strategy.reduce, loss_scaled=self._scaler is not None)
-                # A scaler only sees this loss: where a gradient did not fit half precision, it must skip the step
-                overflow = self.balancer.any_gradient_overflowed
-            return weighted_kl * (torch.inf if overflow else 1.0)
-        weights = self.balancer.loss_weights.to(losses, non_blocking=True)
-        # Lightning divides by the micro-batches of a step; the coefficients already count over all of them
-        return (weights * losses).sum() * self.plan.per_step + weighted_kl
-
-    def _nothing(self) -> Tensor:
-        """Zero, whose gradient is zero for every parameter: DistributedDataParallel waits for all of them."""
-        return torch.stack([(parameter * 0).sum() for parameter in self.trainable]).sum()
-
-    def _velocity(self, batch: MicroBatch, adapter: Adapter | None) -> Tensor:
-        with torch.set_grad_enabled(adapter == "trained"), self.policy.using(adapter):
-            return self.policy.velocity(batch.noisy, batch.t, batch.conditions)
-
-    def _sample_losses(self, batch: MicroBatch, velocity: Tensor) -> tuple[Tensor, Tensor]:
-        old = self._velocity(batch, "old")
-        return nft_losses(velocity, old, batch.noisy, batch.clean, batch.t, self.objective.beta)
+        return loss
 
     @property
-    def _scaler(self) -> torch.amp.GradScaler | None:
+    def scaler(self) -> torch.amp.GradScaler | None:
         return getattr(self.trainer.precision_plugin, "scaler", None)
 
     def configure_gradient_clipping(
         self, optimizer: Any, gradient_clip_val: Any = None, gradient_clip_algorithm: Any = None
     ) -> None:
         """As Lightning clips, which under autocast refuses fused optimizers although no loss is scaled."""
-        if self._scaler is not None:
+        if self.scaler is not None:
             self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
-        elif gradient_clip_val:
-            algorithm = gradient_clip_algorithm or GradClipAlgorithmType.NORM
-            Precision.clip_gradients(self.trainer.precision_plugin, optimizer, gradient_clip_val, algorithm)
+        else:
+            clip_unscaled(self.trainer.precision_plugin, optimizer, gradient_clip_val, gradient_clip_algorithm)
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Write a refresh's merged gradient beside the KL gradient."""
-        if self.merged is not None:
-            add_flat(self.merged, self.trainable)
-            self.merged = None
+        self.step.merged.write(self.trainable)
 
     def on_train_batch_end(self, outputs: Any, batch: MicroBatch, batch_idx: int) -> None:
         """After an optimizer step the averaged adapter follows; after the round's last one the old adapter does."""
-        if self._scaler is None:  # it skips a step where a loss is infinite
+        if self.scaler is None:  # it skips a step where a loss is infinite
             self.finite.note(outputs["loss"])
         if (batch_idx + 1) % self.plan.per_step:
             return
         if self.balancer.needs_gradients:
-            self.per_reward.expect(False)
+            self.step.per_reward.expect(False)
         self.balancer.end_step()
         keep = self.averaging.averaged_decay(self.global_step)
         must(0 <= keep <= 1, f"`averaged_decay` of {type(self.averaging).__name__} must return 0 to 1", keep)
@@ -312,40 +279,65 @@ class DiffusionNFT(HeldOutEvaluation):
             must(0 <= keep <= 1, f"`old_decay` of {type(self.averaging).__name__} must return 0 to 1", keep)
             self.policy.move("old", towards="trained", by=1 - keep)
             with self.trainer.precision_plugin.forward_context():  # no loss follows the last step: try what samples next
-                self.finite.note(self._velocity(batch, "old"))
+                self.finite.note(self.step.velocity(batch, "old"))
             self.log("time/training", time.perf_counter() - self.trained_since, sync_dist=True)
         self.finite.note(*self.trainable)
-        self.finite.check_step(self.trainer.strategy, self.global_step, self._scaler)
+        self.finite.check_step(self.trainer.strategy, self.global_step, self.scaler)
 
-    # For those who look on ------------------------------------------------------------------------------------------
+    # Held-out prompts -----------------------------------------------------------------------------------------------
 
-    def update(self) -> Tensor:
-        """The gradient about to be applied, flat: what has been gathered and, on a refresh, the merged gradient."""
-        update = flat([torch.zeros_like(p) if p.grad is None else p.grad for p in self.trainable])
-        return update if self.merged is None else update + self.merged
+    def predict_step(self, batch: HeldOut, batch_idx: int) -> dict[str, Tensor]:
+        return self.evaluator.predict(self.trainer, batch)
 
-    @torch.enable_grad()
-    def reward_gradients(self, rollout: Rollout, scores: Tensor, seed: int, step: int) -> Tensor:
-        """Every reward's gradient over the micro-batches of one optimizer step of a round, then that of the rewards' sum.
+    def validation_step(self, batch: HeldOut, batch_idx: int) -> dict[str, Tensor]:
+        return self.evaluator.evaluate(self.trainer, batch)
 
-        (reward + 1, parameter), the mean over ranks, all of which must ask. Training goes on as if nobody had looked.
+    test_step = validation_step
 
-        Args:
-            rollout: The round.
-            scores: Its scores (image, reward).
-            seed: Seed it was sampled with.
-            step: Which of the round's optimizer steps.
-        """
-        self.per_reward.expect(True)
-        total = torch.zeros(len(self.rewards) + 1, sum(p.numel() for p in self.trainable), device=self.device)
-        summed = WeightedSum()
-        summed.bind(tuple(self.rewards))
-        columns = (self._weighed(rollout, scores, seed, balancer) for balancer in (None, summed))
-        weighed = [each.beside(merged) for each, merged in zip(*columns, strict=True)]
-        batches = self._cut(rollout, weighed, seed)
-        for batch in islice(batches, step * self.plan.per_step, (step + 1) * self.plan.per_step):
-            with self.trainer.precision_plugin.forward_context():
-                losses = self._sample_losses(batch, self._velocity(batch, "trained"))
-            total += self.per_reward(*losses, batch.coefficients, self._scaler)
-        self.per_reward.expect(False)
-        return self.trainer.strategy.reduce(total)
+    def on_validation_epoch_end(self) -> None:
+        end_if_asked(self.trainer)  # some scores may have been given up
+        means = self.evaluator.finish(self.trainer)
+        if not self.trainer.sanity_checking:
+            self.log_dict(means, sync_dist=True)
+        else:
+            log_metrics(self.trainer, means, step=0)
+        self.round_start.judged(self.trainer)
+
+    on_test_epoch_end = on_validation_epoch_end
+
+    def on_predict_epoch_end(self) -> None:
+        end_if_asked(self.trainer)
+        self.evaluator.check_images(self.trainer)
+        self.scorer.check(self.trainer.strategy)
+
+    # Checkpoints ----------------------------------------------------------------------------------------------------
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep the adapters, never the frozen weights; in the middle of a round, those of its beginning."""
+        adapters = {name: tensor for name, tensor in checkpoint["state_dict"].items() if is_adapter(name)}
+        checkpoint["state_dict"], checkpoint["lora"] = adapters, self.policy.lora
+        checkpoint["base_scores"] = self.evaluator.base_scores
+        checkpoint["base_measured"] = self.evaluator.measured(self.trainer)
+        checkpoint["base_model"], checkpoint["rewards"] = self.policy.identity, list(self.rewards)
+        checkpoint["config"] = self.run_config
+        self.round_start.put_into(checkpoint, self.trainer)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Make sure that the checkpoint's adapters are this policy's, and that its base was measured as ours would be."""
+        fitting = self.trainer.state.fn == "fit"
+        if self.policy.adapter is None:
+            raise ValueError(
+                "`ckpt_path` must be null where `policy.adapter` is none: a checkpoint holds adapters, and none is used. "
+                f"Found {self.trainer.ckpt_path}; choose the adapter ema or trained to judge it."
+            )
+        must_be_of_fit(checkpoint, TO_FIT if fitting else TO_EVALUATE, self.trainer.ckpt_path)
+        must_fit(self.state_dict(), checkpoint, self.policy.lora, self.policy.path, is_adapter)
+        if checkpoint["base_model"] != self.policy.identity:
+            warn(f"The checkpoint was trained on {checkpoint['base_model']}, and this policy is {self.policy.identity}.")
+        known = with_public_names(checkpoint["base_measured"]) == self.evaluator.measured(self.trainer)
+        if known and checkpoint["base_scores"] is not None:
+            self.evaluator.base_scores = checkpoint["base_scores"]
+            self.trainer.num_sanity_val_steps = 0  # no need to measure it again
+        elif self.policy.init_lora is not None and fitting:
+            self.trainer.num_sanity_val_steps = 0
+            warn("No base is measured: this run began at `policy.init_lora`, which a checkpoint's adapters now replace.")

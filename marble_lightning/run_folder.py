@@ -12,8 +12,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 
-from marble_lightning.evaluation.results import JSON
-
+RESULTS = "results.json"
 CONFIG = "config.yaml"
 
 
@@ -79,7 +78,7 @@ def claimed(folders: Iterator[Path], config: str) -> Path:
         config: What the configuration file shall hold.
     """
     for folder in folders:
-        if (folder / "checkpoints").exists() or (folder / JSON).exists():  # of a run that was started in Python
+        if (folder / "checkpoints").exists() or (folder / RESULTS).exists():  # of a run that was started in Python
             continue
         folder.mkdir(parents=True, exist_ok=True)
         try:  # in one step, since another run may have begun at the same time

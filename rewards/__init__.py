@@ -15,19 +15,12 @@ This package knows nothing of policies, gradients or training.
 """
 
 from rewards.base import Prompt, Reward
-from rewards.clip.aesthetic import Aesthetic
-from rewards.clip.clipscore import CLIPScore
-from rewards.clip.hpsv2 import HPSv2
-from rewards.clip.pickscore import PickScore
-from rewards.geneval.detectors import Detection, Detector
-from rewards.geneval.mask2former import Mask2Former
-from rewards.geneval.reward import GenEval
-from rewards.geneval.rules import Verdict
-from rewards.imagereward.reward import ImageReward
+from rewards.clip import Aesthetic, CLIPScore, HPSv2, PickScore
+from rewards.geneval import Detection, Detector, GenEval, Mask2Former, Verdict
+from rewards.imagereward import ImageReward
 from rewards.jpeg import JPEGCompressibility
-from rewards.ocr.reward import OCR
-from rewards.remote.client import RemoteReward
-from rewards.remote.unified import UnifiedReward
+from rewards.ocr import OCR
+from rewards.remote import RemoteReward, UnifiedReward
 
 __all__ = [
     "OCR",

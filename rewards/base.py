@@ -1,5 +1,7 @@
 """What every reward shares: the prompt it reads, the checks around its scores, and what a missing score is."""
 
+import re
+import sys
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -14,6 +16,8 @@ from rewards.redaction import redacted
 
 RANGE_TOLERANCE = 1e-3
 """How far outside [0, 1] a pixel may lie: room for a half-precision decoder's rounding, not for images in [-1, 1]."""
+
+FULL_NAME = re.compile(r"(?<![\w.])rewards\.(?:[a-z_0-9]+\.)+(\w+)")
 
 T = TypeVar("T")
 
@@ -42,9 +46,25 @@ class Prompt:
 
 def identity_of(judge: object, scored_by: Sequence[str]) -> dict[str, str]:
     """The class of a judge and those of the attributes named that it has, as text without secrets."""
-    kind = f"{type(judge).__module__}.{type(judge).__qualname__}"
     own = {name: str(getattr(judge, name)) for name in scored_by if hasattr(judge, name)}
-    return {"class": kind} | redacted(own)  # results are shared
+    return {"class": public_name(type(judge))} | redacted(own)  # results are shared
+
+
+def public_name(kind: type) -> str:
+    """A class as users name it: by its package where that exports it, so that moving a file changes no identity."""
+    package = kind.__module__.partition(".")[0]
+    exported = getattr(sys.modules.get(package), kind.__qualname__, None)
+    return f"{package if exported is kind else kind.__module__}.{kind.__qualname__}"
+
+
+def with_public_names(text: str) -> str:
+    """A text of earlier results or checkpoints, which named the module of a reward too, with `public_name` instead.
+
+    >>> with_public_names("rewards.pickscore.PickScore"), with_public_names("mine.rewards.PickScore")
+    ('rewards.PickScore', 'mine.rewards.PickScore')
+    """
+    exported = sys.modules["rewards"]
+    return FULL_NAME.sub(lambda found: f"rewards.{found[1]}" if hasattr(exported, found[1]) else found[0], text)
 
 
 class Reward(nn.Module, ABC):

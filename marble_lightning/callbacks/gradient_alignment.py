@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from itertools import product
+from itertools import islice, product
 from typing import Any
 
 import torch
@@ -11,11 +11,13 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
-from balancers import Balancer
+from balancers import Balancer, WeightedSum
 from balancers.gramian import agreement, conflict_by_chance, gram_matrix
 from balancers.merging import active_rows
 from marble_lightning.checks import the_balancer
 from marble_lightning.module import DiffusionNFT
+from marble_lightning.nft.reward_gradients import flat
+from marble_lightning.nft.rollout import Rollout
 from marble_lightning.utils.images import heat
 from marble_lightning.utils.loggers import log_image, log_metrics
 from marble_lightning.utils.seeds import derived_seed, generator
@@ -52,7 +54,7 @@ class Harmony(Callback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self.probe_every and isinstance(pl_module, DiffusionNFT):
-            pl_module.per_reward.expect(False)  # raises now where per-reward gradients cannot be had
+            pl_module.step.per_reward.expect(False)  # raises now where per-reward gradients cannot be had
             balancer = the_balancer(trainer)
             if balancer.needs_gradients and balancer.refresh_every > 1 and self.probe_every % balancer.refresh_every == 0:
                 rank_zero_warn(
@@ -106,7 +108,7 @@ def probe(module: DiffusionNFT, step: int) -> dict[str, dict[str, float]]:
         step: The optimizer step, which also seeds the fresh round.
     """
     figures: dict[str, dict[str, float]] = {}
-    update, seed = module.update(), derived_seed(module.seed, "probe", step)
+    update, seed = update_of(module), derived_seed(module.seed, "probe", step)
     if not update.isfinite().all():
         return figures
     fresh = module.sample_round(seed)
@@ -115,7 +117,7 @@ def probe(module: DiffusionNFT, step: int) -> dict[str, dict[str, float]]:
         "fresh": (fresh.rollout, fresh.scores, seed, 0),
     }
     for place, (rollout, scores, of, part) in places.items():
-        found = module.reward_gradients(rollout, scores, of, part)
+        found = reward_gradients(module, rollout, scores, of, part)
         gradients, summed = found[:-1], found[-1]
         active = active_rows(gram_matrix(gradients).diagonal().sqrt()).to(gradients.device)
         if not active.any():
@@ -132,3 +134,39 @@ def baselines(gradients: Float[Tensor, "reward parameter"], draws: torch.Generat
     units = gradients / gradients.norm(dim=1, keepdim=True)
     drawn = torch.randn(gradients.shape[1], generator=draws).to(gradients.device)
     return {"mean": gradients.mean(0), "unit_mean": units.mean(0), "random": drawn}
+
+
+def update_of(module: DiffusionNFT) -> Float[Tensor, " parameter"]:
+    """The gradient about to be applied, flat: what has been gathered and, on a refresh, the merged gradient."""
+    gathered = flat([torch.zeros_like(p) if p.grad is None else p.grad for p in module.trainable])
+    return module.step.merged.added_to(gathered)
+
+
+@torch.enable_grad()
+def reward_gradients(
+    module: DiffusionNFT, rollout: Rollout, scores: Float[Tensor, "image reward"], seed: int, step: int
+) -> Float[Tensor, "reward_and_sum parameter"]:
+    """Every reward's gradient over the micro-batches of one optimizer step of a round, then that of the rewards' sum.
+
+    (reward + 1, parameter), the mean over ranks, all of which must ask. Training goes on as if nobody had looked.
+
+    Args:
+        module: A module in training.
+        rollout: The round.
+        scores: Its scores.
+        seed: Seed it was sampled with.
+        step: Which of the round's optimizer steps.
+    """
+    total = torch.zeros(len(module.rewards) + 1, sum(p.numel() for p in module.trainable), device=module.device)
+    summed = WeightedSum()
+    summed.bind(tuple(module.rewards))
+    columns = (module.weigh(rollout, scores, seed, balancer) for balancer in (None, summed))
+    weighed = [each.beside(merged) for each, merged in zip(*columns, strict=True)]
+    first = step * module.plan.per_step
+    module.step.per_reward.expect(True)
+    for batch in islice(module.cut(rollout, weighed, seed), first, first + module.plan.per_step):
+        with module.trainer.precision_plugin.forward_context():
+            losses = module.step.sample_losses(batch, module.step.velocity(batch, "trained"))
+        total += module.step.per_reward(*losses, batch.coefficients, module.scaler)
+    module.step.per_reward.expect(False)
+    return module.trainer.strategy.reduce(total)

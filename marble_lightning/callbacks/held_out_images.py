@@ -8,7 +8,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
-from marble_lightning.checks import the_data
+from marble_lightning.data.datamodule import the_data
 from marble_lightning.evaluation.evaluator import HeldOut
 from marble_lightning.run_folder import run_folder
 from marble_lightning.utils.atomic_files import written_whole

@@ -11,8 +11,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from scipy.stats import chi2
 from torch import Tensor
 
-from marble_lightning.evaluation.image_statistics import NAMES, image_statistics
-from marble_lightning.module import DiffusionNFT
+from marble_lightning.evaluation.image_statistics import NAMES
 
 log = logging.getLogger(__name__)
 warn = rank_zero_only(log.warning)
@@ -84,8 +83,8 @@ class Alarms(Callback):
         self.told_why_not = False
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        if isinstance(pl_module, DiffusionNFT) and pl_module.images is not None:  # a round's first micro-batch
-            own = image_statistics(pl_module.images, pl_module.rollout.groups)
+        own = getattr(pl_module, "image_statistics", None)
+        if batch_idx == 0 and own is not None:
             everyone = trainer.strategy.all_gather(own).reshape(-1, len(NAMES)).cpu()
             means = dict(zip(NAMES, everyone.double().mean(0).tolist(), strict=True))
             figures = {f"images/{name}": value for name, value in means.items()}

@@ -12,8 +12,9 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
-from marble_lightning.checks import the_data
-from marble_lightning.evaluation.evaluator import HeldOut, HeldOutEvaluation
+from marble_lightning.data.datamodule import the_data
+from marble_lightning.evaluation.evaluator import HeldOut
+from marble_lightning.module import DiffusionNFT
 from marble_lightning.run_folder import run_folder
 from marble_lightning.utils.atomic_files import must_be_a_folder, remove_unfinished, written_whole
 from marble_lightning.utils.distributed import gathered
@@ -38,10 +39,10 @@ class PictureWriter(Callback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuse a folder that has other pictures before anything is loaded, or at the latest before anything is sampled."""
-        if stage != "predict" or not isinstance(pl_module, HeldOutEvaluation):
+        if stage != "predict" or not isinstance(pl_module, DiffusionNFT):
             return
         self.records = []
-        pl_module.scores_predictions = self.scores
+        pl_module.evaluator.scores_predictions = self.scores
         if self.folder is not None:
             self.place = Path(self.folder)
             must_be_a_folder("predictions.folder", self.place)
@@ -52,10 +53,10 @@ class PictureWriter(Callback):
             self.place = run_folder(trainer) / "predictions"
         if trainer.is_global_zero:
             remove_unfinished([self.place])
-        if isinstance(pl_module, HeldOutEvaluation):
+        if isinstance(pl_module, DiffusionNFT):
             self._keep_others(trainer, pl_module, set())
 
-    def _keep_others(self, trainer: Trainer, module: HeldOutEvaluation, unknown: set[str]) -> None:
+    def _keep_others(self, trainer: Trainer, module: DiffusionNFT, unknown: set[str]) -> None:
         for file in sorted(self.place.glob("*.png")):
             if file.stem.isdecimal():
                 _must_be_the_same(file, self._facts(trainer, module, int(file.stem)), unknown)
@@ -63,7 +64,7 @@ class PictureWriter(Callback):
     def on_predict_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: dict[str, Tensor], batch: HeldOut, *arguments: Any
     ) -> None:
-        if not isinstance(pl_module, HeldOutEvaluation):
+        if not isinstance(pl_module, DiffusionNFT):
             return
         for (index, prompt), image, scores in zip(batch, outputs["images"], outputs["scores"], strict=True):
             if not image.isfinite().all():  # `predict` ends with an error that says so
@@ -74,7 +75,9 @@ class PictureWriter(Callback):
             file = self.place / f"{index:05d}.png"
             with written_whole(file) as beside:
                 to_image(image).save(beside, pnginfo=text)
-            there = {name: score for name, score in zip(pl_module.asked, scores.tolist(), strict=True) if score == score}
+            there = {
+                name: score for name, score in zip(pl_module.evaluator.asked, scores.tolist(), strict=True) if score == score
+            }
             self.records.append(
                 {"file": file.name, "index": index, "prompt": prompt.text, "source": prompt.source, "scores": there}
             )
@@ -89,7 +92,7 @@ class PictureWriter(Callback):
             print(f"\nPictures: {self.place}")
 
     @staticmethod
-    def _facts(trainer: Trainer, module: HeldOutEvaluation, index: int) -> dict[str, str] | None:
+    def _facts(trainer: Trainer, module: DiffusionNFT, index: int) -> dict[str, str] | None:
         """How the picture of an index is made; None where there is no such picture."""
         prompts, policy = the_data(trainer).held_out, module.policy
         if index >= len(prompts):
@@ -98,8 +101,8 @@ class PictureWriter(Callback):
         facts = {
             "prompt": prompts[index].text,
             "index": index,
-            **module.settings,
-            "adapter": module.judged_adapter,
+            **module.evaluator.settings,
+            "adapter": module.evaluator.adapter(trainer),
             **policy.identity,
             "checkpoint": Path(start).resolve() if start else "none",
         }

@@ -12,12 +12,12 @@ from rich.console import Console
 from marble_lightning.checkpoints.callback import RoundCheckpoint
 from marble_lightning.checkpoints.content import LAST
 from marble_lightning.checkpoints.files import warn
-from marble_lightning.checks import the_data
+from marble_lightning.data.datamodule import the_data
 from marble_lightning.evaluation.comparison import compared, judged_otherwise, must_be_comparable
-from marble_lightning.evaluation.results import JSON, Measured, document, read, write
+from marble_lightning.evaluation.results import Measured, document, read, write
 from marble_lightning.evaluation.tables import comparison_table, held_out_table, tags_table
 from marble_lightning.module import DiffusionNFT
-from marble_lightning.run_folder import CONFIG, run_folder
+from marble_lightning.run_folder import CONFIG, RESULTS, run_folder
 
 
 class Results(Callback):
@@ -100,13 +100,13 @@ class Results(Callback):
 
     def _show(self, trainer: Trainer, module: LightningModule, folder: Path) -> None:
         """Print the tables and write the files."""
-        if not isinstance(module, DiffusionNFT) or module.trained_scores is None:
+        if not isinstance(module, DiffusionNFT) or module.evaluator.trained_scores is None:
             return
         console, data = Console(width=110), the_data(trainer)
-        heading = "base" if module.judged_adapter == "none" else "trained"
-        base = None if heading == "base" else module.base_scores
+        heading = "base" if module.evaluator.adapter(trainer) == "none" else "trained"
+        base = None if heading == "base" else module.evaluator.base_scores
         prompts = dict(enumerate(data.held_out[:: data.held_out_images]))
-        measured = Measured(module.judges, prompts, module.trained_scores, base).sampled()
+        measured = Measured(module.judges, prompts, module.evaluator.trained_scores, base).sampled()
         found = document(measured, judged=self._judged(trainer, module), settings=self._settings(trainer, module))
         for facts in (found["judged"], found["settings"]):
             console.print(", ".join(f"{name} {value}" for name, value in facts.items() if value is not None), soft_wrap=True)
@@ -128,14 +128,14 @@ class Results(Callback):
             found["comparison"] = compared({"this run": found, **self.others}, self._columns(module))
             write(folder, found)
             console.print(comparison_table(found["comparison"]))
-        console.print(f"All of it: {folder / JSON}", soft_wrap=True)
+        console.print(f"All of it: {folder / RESULTS}", soft_wrap=True)
 
     def _columns(self, module: DiffusionNFT) -> list[str]:
         return self.columns or list(module.judges)
 
     @staticmethod
     def _settings(trainer: Trainer, module: DiffusionNFT) -> dict[str, Any]:
-        return {**module.settings, "images_per_prompt": the_data(trainer).held_out_images}
+        return {**module.evaluator.settings, "images_per_prompt": the_data(trainer).held_out_images}
 
     def _judged(self, trainer: Trainer, module: DiffusionNFT) -> dict[str, Any]:
         """What was judged: the model, the adapter of which checkpoint, and after `fit` its balancer and cadence."""
@@ -146,7 +146,7 @@ class Results(Callback):
         return {
             "command": trainer.state.fn.value if trainer.state.fn else None,
             **module.policy.identity,
-            "adapter": module.judged_adapter,
+            "adapter": module.evaluator.adapter(trainer),
             "checkpoint": str(Path(path).resolve()) if path else None,
             "optimizer_step": trainer.global_step if fitted else self.loaded_step,
             **({"balancer": type(module.balancer).__name__, **module.balancer.cadence} if fitted else {}),

@@ -1,1 +1,5 @@
-"""Prompts: the data module and the files it reads."""
+"""Prompts: the data module that draws each round's, and the files it reads."""
+
+from marble_lightning.data.datamodule import PromptDataModule
+
+__all__ = ["PromptDataModule"]

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch import LightningDataModule
+from lightning.pytorch import LightningDataModule, Trainer
 from lightning.pytorch.overrides.distributed import UnrepeatedDistributedSampler
 from lightning.pytorch.utilities import rank_zero_only
 from torch.utils.data import DataLoader
@@ -179,3 +179,11 @@ class PromptDataModule(LightningDataModule):
         return DataLoader(numbered, batch_size=self.held_out_batch_size, sampler=share, collate_fn=list)  # type: ignore[arg-type]
 
     val_dataloader = test_dataloader = predict_dataloader = held_out_dataloader
+
+
+def the_data(trainer: Trainer) -> PromptDataModule:
+    """The trainer's PromptDataModule."""
+    data = getattr(trainer, "datamodule", None)
+    if not isinstance(data, PromptDataModule):
+        raise ValueError(f"The trainer must be given a PromptDataModule. Found {type(data).__name__}.")
+    return data

@@ -13,10 +13,12 @@ from torch import Tensor
 
 from marble_lightning.data.datamodule import ALL
 from marble_lightning.evaluation.statistics import MEAN_OF_TAGS, Summary, by_tag, summaries, summarise
+from marble_lightning.run_folder import RESULTS
 from marble_lightning.utils.atomic_files import written_whole
 from rewards import Prompt, Reward
+from rewards.base import with_public_names
 
-JSON, CSV = "results.json", "results.csv"
+CSV = "results.csv"
 
 
 class Measured(NamedTuple):
@@ -82,7 +84,7 @@ def write(folder: Path, found: Mapping[str, Any]) -> None:
         folder: Where to; made where it is missing.
         found: What `document` gave.
     """
-    with written_whole(folder / JSON) as beside:
+    with written_whole(folder / RESULTS) as beside:
         beside.write_text(json.dumps(found, indent=1, ensure_ascii=False, allow_nan=False), encoding="utf-8")
     sets = {**found["sets"], **({ALL: found[ALL]} if len(found["sets"]) > 1 else {})}
     with written_whole(folder / CSV) as beside, beside.open("w", newline="", encoding="utf-8") as file:
@@ -102,15 +104,17 @@ def read(path: str | Path, who: str = "`path`") -> dict[str, Any]:
     Raises:
         ValueError: There is none, or it is something else.
     """
-    file = Path(path) / JSON if Path(path).is_dir() else Path(path)
+    file = Path(path) / RESULTS if Path(path).is_dir() else Path(path)
     if not file.is_file():
-        raise ValueError(f"{who} must be a {JSON} or a run's folder with one. Found no file {file.resolve()}.")
+        raise ValueError(f"{who} must be a {RESULTS} or a run's folder with one. Found no file {file.resolve()}.")
     try:
         found = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:  # neither JSON nor text
-        raise ValueError(f"{who} must be a {JSON}. Found {file.resolve()}: {error}.") from error
+        raise ValueError(f"{who} must be a {RESULTS}. Found {file.resolve()}: {error}.") from error
     if not isinstance(found, dict) or not {"settings", "rewards", ALL, "prompts"} <= found.keys():
-        raise ValueError(f"{who} must be a {JSON} written by fit, validate or test. Found {file.resolve()}.")
+        raise ValueError(f"{who} must be a {RESULTS} written by fit, validate or test. Found {file.resolve()}.")
+    for judge in found.get("judges", {}).values():
+        judge["class"] = with_public_names(judge["class"])  # earlier results name modules, which have moved
     return found
 
 

@@ -1,1 +1,5 @@
-"""Finished runs, read back."""
+"""Finished runs, read back and compared."""
+
+from marble_lightning.lab.runs import Run, compare
+
+__all__ = ["Run", "compare"]

@@ -14,8 +14,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch import Tensor
 
 from balancers import CADENCE
-from marble_lightning.evaluation.results import JSON, read
+from marble_lightning.evaluation.results import read
 from marble_lightning.evaluation.statistics import Summary, changes, summarise
+from marble_lightning.run_folder import RESULTS
 
 
 class Curve(NamedTuple):
@@ -37,8 +38,8 @@ class Run:
 
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
-        if not (self.folder / JSON).exists():
-            raise ValueError(f"`folder` must be a finished run's, with {JSON}. Found none in {self.folder.resolve()}.")
+        if not (self.folder / RESULTS).exists():
+            raise ValueError(f"`folder` must be a finished run's, with {RESULTS}. Found none in {self.folder.resolve()}.")
 
     @cached_property
     def _events(self) -> EventAccumulator:

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from marble_lightning.checks import the_data
+from marble_lightning.data.datamodule import the_data
 from marble_lightning.memory.ledger import tensors_of, text_encoders
 from marble_lightning.memory.phases import Phases
 from marble_lightning.module import DiffusionNFT
@@ -178,7 +178,7 @@ class Estimator:
             "optimizer step": Phase(training, counted.optimizer[1]),
         }
         if held_out := choices.held_out_batch_size:
-            guided, resolution = self.module.evaluation.guidance > 1, self.module.evaluation.resolution
+            guided, resolution = self.module.evaluator.evaluation.guidance > 1, self.module.evaluator.evaluation.resolution
             sample = counted.sample(held_out, guided, resolution)
             decode = counted.decode(held_out, slicing, mixed=True, resolution=resolution)
             beyond = max(sample, decode, score(held_out))  # one after the other

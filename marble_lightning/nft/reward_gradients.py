@@ -199,3 +199,29 @@ def add_flat(gradient: Float[Tensor, " parameter"], parameters: Sequence[nn.Para
     for parameter, piece in zip(parameters, pieces, strict=True):
         piece = piece.view_as(parameter).to(parameter.dtype)
         parameter.grad = piece.clone() if parameter.grad is None else parameter.grad.add_(piece)
+
+
+class MergedGradient:
+    """A refresh's merged gradient between its solution and the optimizer step.
+
+    It is solved for in `training_step`, and written only when Lightning is about to step. Written at once, it would be
+    erased where Lightning zeroes the gradients, between a step's first forward and backward pass, and divided by a loss
+    scale that it was never multiplied by.
+    """
+
+    def __init__(self) -> None:
+        self.gradient: Float[Tensor, " parameter"] | None = None
+
+    def hold(self, gradient: Float[Tensor, " parameter"]) -> None:
+        """Keep a merged gradient, the same on all ranks."""
+        self.gradient = gradient
+
+    def added_to(self, update: Float[Tensor, " parameter"]) -> Float[Tensor, " parameter"]:
+        """An update with what is held."""
+        return update if self.gradient is None else update + self.gradient
+
+    def write(self, parameters: Sequence[nn.Parameter]) -> None:
+        """Add what is held to the parameters' `grad`, and let go of it."""
+        if self.gradient is not None:
+            add_flat(self.gradient, parameters)
+            self.gradient = None

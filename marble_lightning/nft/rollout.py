@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import product
-from typing import NamedTuple
 
 import torch
 from jaxtyping import Float, Int
@@ -16,55 +15,9 @@ from balancers import Balancer
 from marble_lightning.nft.advantages import group_advantages, only
 from marble_lightning.nft.loss import Coefficients, Objective, coefficients, noised
 from marble_lightning.policies.base import Conditions
-from marble_lightning.policies.samplers import Solver
-from marble_lightning.scoring.scorer import only_finite
+from marble_lightning.scoring.failures import only_finite
 from marble_lightning.scoring.settings import Scoring
 from marble_lightning.utils.seeds import generator
-from marble_lightning.utils.validation import must, one_of
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How a round's pictures are sampled and which of its flow times are trained on.
-
-    Args:
-        steps: Solver steps of a rollout, >= 1.
-        solver: `dpm2` (DPM-Solver++ 2M) or `euler`; one network evaluation a step either way.
-        batch_size: Pictures sampled at once, >= 1.
-        times_per_image: Times of the rollout that each picture is trained on, its own, drawn anew each round; null takes
-            all. The published run takes 24 of 25 (its `timestep_fraction` of 0.99).
-        noisiest_fraction: Share (0, 1] of the rollout's times, from the noisiest, that are drawn from.
-    """
-
-    steps: int = 25
-    solver: Solver = "dpm2"
-    batch_size: int = 9
-    times_per_image: int | None = None
-    noisiest_fraction: float = 1.0
-
-    def __post_init__(self) -> None:
-        must(self.steps >= 1, "`sampling.steps` must be >= 1", self.steps)
-        must(self.batch_size >= 1, "`sampling.batch_size` must be >= 1", self.batch_size)
-        one_of(Solver, "`sampling.solver`", self.solver)
-        must(
-            0 < self.noisiest_fraction <= 1 and self.usable_times >= 1,
-            f"`sampling.noisiest_fraction` must leave 1 to {self.steps} of the times", self.noisiest_fraction,
-        )  # fmt: skip
-        must(
-            1 <= self.times <= self.usable_times,
-            f"`sampling.times_per_image` must be 1 to {self.usable_times}, the times `noisiest_fraction` leaves of `steps`",
-            self.times_per_image,
-        )
-
-    @property
-    def usable_times(self) -> int:
-        """Times of the grid that are drawn from."""
-        return int(self.noisiest_fraction * self.steps + 1e-9)  # 0.58 * 50 is a rounding below 29
-
-    @property
-    def times(self) -> int:
-        """Times trained on per picture."""
-        return self.usable_times if self.times_per_image is None else self.times_per_image
 
 
 @dataclass
@@ -78,20 +31,6 @@ class Rollout:
     conditions: Conditions
     groups: Int[Tensor, " image"]
     latents: Float[Tensor, "image *latent"]
-
-
-class Sampled(NamedTuple):
-    """A round on this rank as it was sampled.
-
-    `images` (image, 3, pixel, pixel) in [0, 1]; `scores` (image, reward), NaN where there is none; `skipped` says how many
-    pictures each reward failed on, over all ranks; `waited` the seconds that scores took when all was sampled.
-    """
-
-    rollout: Rollout
-    images: Float[Tensor, "image 3 pixel pixel"]
-    scores: Float[Tensor, "image reward"]
-    skipped: Mapping[str, float]
-    waited: float
 
 
 @dataclass

@@ -1,1 +1,8 @@
-"""Flow-matching policies: what a base model has to offer, Stable Diffusion 3, its adapters and files."""
+"""Flow-matching policies: `FlowPolicy` is what a base model has to offer, `SD3Policy` is Stable Diffusion 3. LoRA files are
+read, written and exported here."""
+
+from marble_lightning.policies.averaging import Averaging
+from marble_lightning.policies.base import FlowPolicy
+from marble_lightning.policies.sd3 import SD3Policy
+
+__all__ = ["Averaging", "FlowPolicy", "SD3Policy"]

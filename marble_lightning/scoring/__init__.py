@@ -1,1 +1,7 @@
-"""Rewards at work: on their devices, in threads, with retries."""
+"""Rewards at work: on their devices, in threads beside the sampling, with retries and a time limit."""
+
+from marble_lightning.scoring.failures import RewardError
+from marble_lightning.scoring.scorer import Scorer
+from marble_lightning.scoring.settings import Scoring
+
+__all__ = ["RewardError", "Scorer", "Scoring"]

@@ -1,1 +1,5 @@
-"""ImageReward, a BLIP model with a head."""
+"""ImageReward: a BLIP model with a head."""
+
+from rewards.imagereward.reward import ImageReward
+
+__all__ = ["ImageReward"]

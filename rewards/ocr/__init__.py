@@ -1,1 +1,5 @@
-"""OCR: whether the image says what the prompt quotes."""
+"""OCR: whether the image shows the text that its prompt quotes."""
+
+from rewards.ocr.reward import OCR
+
+__all__ = ["OCR"]

@@ -1,6 +1,6 @@
 """Any reward behind HTTP, for `RemoteReward` to ask.
 
-What is asked and answered is documented in `rewards.remote.client`.
+What is asked and answered is documented in `rewards.remote`.
 """
 
 from __future__ import annotations

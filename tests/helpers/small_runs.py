@@ -17,7 +17,7 @@ from marble_lightning.evaluation.settings import Evaluation
 from marble_lightning.module import DiffusionNFT
 from marble_lightning.nft.loss import Objective, nft_losses, noised
 from marble_lightning.nft.reward_gradients import flat, gradients_by_passes
-from marble_lightning.nft.rollout import Sampling
+from marble_lightning.nft.sampling import Sampling
 from marble_lightning.policies.averaging import Averaging
 from marble_lightning.policies.sd3 import SD3Policy
 from marble_lightning.tinyworld import PROMPTS
@@ -105,7 +105,7 @@ def reference(module: DiffusionNFT, kept: Gradients, step: int) -> tuple[Tensor,
     totals, divergence = [], []
     for batch in kept.batches[step]:
         noisy = noised(batch.clean, batch.noise, batch.t)
-        old, base, velocity = (module._velocity(batch, name) for name in ("old", None, "trained"))
+        old, base, velocity = (module.step.velocity(batch, name) for name in ("old", None, "trained"))
         plus, minus = nft_losses(velocity, old, noisy, batch.clean, batch.t, module.objective.beta)
         totals.append(batch.coefficients.losses(plus, minus))
         divergence.append((velocity - base).square().mean())

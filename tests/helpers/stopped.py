@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from marble_lightning.cli import main
+from marble_lightning.evaluation.evaluator import Evaluator
 from marble_lightning.module import DiffusionNFT
 from marble_lightning.policies.sd3 import SD3Policy
 from tests.helpers import ROOT
@@ -58,9 +59,9 @@ def slurm(_: None = None) -> None:
     os.environ |= {f"SLURM_{name}": "0" for name in ("LOCALID", "PROCID", "NODEID")}
 
 
-def of_the_trained(self: Any, batch: Any) -> bool:
+def of_the_trained(self: Any, trainer: Any, batch: Any) -> bool:
     """Held-out pictures of the adapter; those of the base were before the first round."""
-    return not self.trainer.sanity_checking
+    return not trainer.sanity_checking
 
 
 def a_rollout(self: Any, conditions: Any, generators: Any, adapter: str, **options: Any) -> bool:
@@ -69,7 +70,7 @@ def a_rollout(self: Any, conditions: Any, generators: Any, adapter: str, **optio
 
 SAVE = torch.save
 TRAINING = (DiffusionNFT, "training_step")
-HELD_OUT = (DiffusionNFT, "sample_held_out")
+HELD_OUT = (Evaluator, "sample")
 MOMENTS: dict[str, Callable[[], None]] = {
     # two calls of `sample` and eight micro-batches a round, four for each of two optimizer steps; two held-out batches
     "sampling": lambda: at_call(4, SD3Policy, "sample", send(signal.SIGKILL), a_rollout),

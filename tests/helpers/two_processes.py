@@ -17,11 +17,11 @@ import balancers
 from balancers import Balancer
 from marble_lightning.callbacks.image_drift import Alarms
 from marble_lightning.data.datamodule import PromptDataModule
-from marble_lightning.evaluation.image_statistics import image_statistics
 from marble_lightning.evaluation.settings import Evaluation
 from marble_lightning.module import DiffusionNFT
 from marble_lightning.nft.loss import Coefficients, Objective
-from marble_lightning.nft.rollout import MicroBatch, MicroBatches, Sampling
+from marble_lightning.nft.rollout import MicroBatch, MicroBatches
+from marble_lightning.nft.sampling import Sampling
 from marble_lightning.policies.sd3 import SD3Policy
 from marble_lightning.tinyworld import PROMPTS
 from tests.helpers.forks import on_two_ranks
@@ -40,8 +40,8 @@ class Keep(Callback):
         """Image statistics of this rank's pictures, round by round."""
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: MicroBatch, batch_idx: int) -> None:
-        if pl_module.images is not None:
-            self.looks.append(image_statistics(pl_module.images, pl_module.rollout.groups))
+        if batch_idx == 0 and pl_module.image_statistics is not None:
+            self.looks.append(pl_module.image_statistics)
         if batch_idx == 0:
             self.rounds.append([])
         self.rounds[-1].append(batch)

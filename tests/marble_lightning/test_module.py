@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
-from functools import cached_property
 from typing import Any
 
 import pytest
@@ -18,7 +17,7 @@ from balancers import MARBLE, FixedWeights, WeightedSum, min_norm_weights
 from marble_lightning.cli import QUIET
 from marble_lightning.module import DiffusionNFT
 from marble_lightning.nft.loss import Coefficients, coefficients
-from marble_lightning.nft.reward_gradients import RewardGradients, flat
+from marble_lightning.nft.reward_gradients import flat
 from marble_lightning.nft.rollout import MicroBatch
 from marble_lightning.policies.base import Conditions
 from marble_lightning.policies.sd3 import SD3Policy
@@ -65,15 +64,18 @@ def test_rewards_merged_before_advantages_train_on_one_column(checkpoints, tmp_p
 class Counted(DiffusionNFT):
     """Counts forward passes by adapter, and backward passes through the trained one."""
 
-    def on_fit_start(self) -> None:
-        self.passes = Counter()
+    def setup(self, stage: str) -> None:
+        super().setup(stage)
+        self.passes, predict = Counter(), self.step.velocity
 
-    def _velocity(self, batch: MicroBatch, adapter: Any) -> Tensor:
-        self.passes[adapter] += 1
-        velocity = super()._velocity(batch, adapter)
-        if velocity.requires_grad:
-            velocity.register_hook(lambda _: self.passes.update(["backward"]))
-        return velocity
+        def velocity(batch: MicroBatch, adapter: Any) -> Tensor:
+            self.passes[adapter] += 1
+            predicted = predict(batch, adapter)
+            if predicted.requires_grad:
+                predicted.register_hook(lambda _: self.passes.update(["backward"]))
+            return predicted
+
+        self.step.velocity = velocity
 
 
 @pytest.mark.parametrize(("balancer", "backward"), [(WeightedSum, 1), (MARBLE, 2)])
@@ -100,9 +102,9 @@ def test_coefficients_count_over_the_whole_step(checkpoints, tmp_path):
 class Recut(DiffusionNFT):
     """Draws micro-batches of six, and cuts their samples anew into those asked for."""
 
-    def _cut(self, *arguments: Any) -> Iterator[MicroBatch]:
+    def cut(self, *arguments: Any) -> Iterator[MicroBatch]:
         asked, self.plan = self.plan, replace(self.plan, batch_size=6)
-        drawn, self.plan = list(super()._cut(*arguments)), asked
+        drawn, self.plan = list(super().cut(*arguments)), asked
         clean, noise, t = (torch.cat([getattr(each, name) for each in drawn]) for name in ("clean", "noise", "t"))
         conditions = Conditions(*(torch.cat([getattr(e.conditions, name) for e in drawn]) for name in ("embeds", "pooled")))
         weights = Coefficients(*(torch.cat([getattr(e.coefficients, name) for e in drawn]) for name in ("plus", "minus")))
@@ -185,9 +187,9 @@ def test_a_loss_scale_that_is_too_large_shrinks_until_training_goes_on(checkpoin
 class Overflowing(DiffusionNFT):
     """One reward's gradient does not fit half precision at a loss scale above 1024."""
 
-    @cached_property
-    def per_reward(self) -> Any:
-        found = RewardGradients(self.gradient_passes, self.policy.transformer, self.trainable)
+    def setup(self, stage: str) -> None:
+        super().setup(stage)
+        found = self.step.per_reward
 
         class Overflows:
             expect = found.expect
@@ -197,7 +199,7 @@ class Overflowing(DiffusionNFT):
                 gradients[1] *= torch.inf if scaler.get_scale() > 1024 else 1
                 return gradients
 
-        return Overflows()
+        self.step.per_reward = Overflows()
 
 
 def test_a_step_in_which_one_gradient_overflows_is_skipped_and_repeated(checkpoints, tmp_path):

@@ -6,7 +6,7 @@ import pytest
 
 from marble_lightning.evaluation.settings import Evaluation
 from marble_lightning.nft.loss import Objective
-from marble_lightning.nft.rollout import Sampling
+from marble_lightning.nft.sampling import Sampling
 from marble_lightning.policies.averaging import Averaging
 
 

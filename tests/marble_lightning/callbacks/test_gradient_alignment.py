@@ -10,7 +10,7 @@ from lightning.pytorch import Callback
 
 from balancers import MARBLE, FixedWeights, PCGrad, WeightedSum
 from balancers.gramian import agreement, conflict_by_chance, gram_matrix
-from marble_lightning.callbacks.gradient_alignment import Harmony, probe, refresh_figures
+from marble_lightning.callbacks.gradient_alignment import Harmony, probe, refresh_figures, update_of
 from marble_lightning.cli import QUIET
 from marble_lightning.nft.reward_gradients import flat
 from marble_lightning.utils.images import heat
@@ -28,7 +28,7 @@ class Probes(Callback):
 
     def on_before_optimizer_step(self, trainer, pl_module, optimizer):
         self.found.append(probe(pl_module, trainer.global_step))
-        self.updates.append(pl_module.update())
+        self.updates.append(update_of(pl_module))
 
 
 @pytest.mark.parametrize("balancer", [MARBLE, WeightedSum, PCGrad])
@@ -126,4 +126,4 @@ def test_an_update_without_gradients_is_zero(checkpoints, tmp_path):
     module, _ = run(checkpoints, tmp_path, WeightedSum())
     for parameter in module.trainable:
         parameter.grad = None
-    assert torch.equal(module.update(), torch.zeros_like(flat(module.trainable)))
+    assert torch.equal(update_of(module), torch.zeros_like(flat(module.trainable)))

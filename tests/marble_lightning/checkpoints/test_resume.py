@@ -16,7 +16,7 @@ from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from marble_lightning.cli import QUIET, main
-from marble_lightning.scoring.scorer import RewardError
+from marble_lightning.scoring.failures import RewardError
 from tests.helpers import ROOT, stopped
 from tests.helpers.command_line import differences, fit_with, last, options, state
 

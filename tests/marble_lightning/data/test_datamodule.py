@@ -188,7 +188,7 @@ def test_prompts_that_the_text_encoders_cut_are_counted(checkpoints, tmp_path, f
         file.write("a blue square " * 20 + "\n")
     data = PromptDataModule(str(folder), ["a", "b"], prompts_per_round=4, images_per_prompt=3, held_out_images=2)
     run(checkpoints, tmp_path, WeightedSum(), data=data, rewards=("bright", "contrast"))
-    (told,) = [record.getMessage() for record in caplog.records if record.name == "marble_lightning.evaluation.evaluator"]
+    (told,) = [record.getMessage() for record in caplog.records if record.name == "marble_lightning.checks"]
     assert "the end of 2 of 42 prompts" in told
     assert excerpt(long.strip()) in told and len(told) < 500
 

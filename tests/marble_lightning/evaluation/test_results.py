@@ -14,7 +14,7 @@ from scipy.stats import zscore
 from marble_lightning.evaluation.comparison import compared, judged_otherwise, must_be_comparable, z_scores
 from marble_lightning.evaluation.results import Measured, document, read, write
 from marble_lightning.evaluation.tables import comparison_table
-from rewards import Prompt, Reward
+from rewards import JPEGCompressibility, Prompt, Reward
 from tests.helpers.small_rewards import Brightness
 
 NAN = math.nan
@@ -83,6 +83,17 @@ def test_what_is_no_results_file_is_named(tmp_path, content):
     (tmp_path / "results.json").write_text(content)
     with pytest.raises(ValueError, match=r"must be a results\.json.* Found .*results.json"):
         read(tmp_path)
+
+
+def test_results_of_before_that_name_modules_are_comparable(tmp_path):
+    judges: dict[str, Reward] = {"ocr": JPEGCompressibility(), "geneval": Tagged()}
+    ours = document(Measured(judges, PROMPTS, SCORES, None).sampled(), judged={}, settings=SETTINGS)
+    assert ours["judges"]["ocr"]["class"] == "rewards.JPEGCompressibility"
+    write(tmp_path, ours)
+    file = tmp_path / "results.json"
+    file.write_text(file.read_text().replace("rewards.JPEGCompressibility", "rewards.jpeg.JPEGCompressibility"))
+    must_be_comparable(ours, read(file), "earlier", ["ocr"])
+    assert judged_otherwise(ours, read(file), ["ocr"]) == []
 
 
 def test_the_composite_is_the_mean_of_z_scores():

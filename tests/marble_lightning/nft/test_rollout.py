@@ -12,7 +12,7 @@ from balancers import FixedWeights, WeightedSum
 from marble_lightning.nft.loss import Coefficients, Objective
 from marble_lightning.nft.rollout import Plan, Rollout, image_order, micro_batches, weigh_round
 from marble_lightning.policies.base import Conditions
-from marble_lightning.scoring.scorer import RewardError
+from marble_lightning.scoring.failures import RewardError
 from marble_lightning.scoring.settings import Scoring
 
 KEY = (0, 1, 0, "train")

@@ -11,11 +11,12 @@ import torch
 from diffusers import StableDiffusion3Pipeline
 
 from benchmarks.random_sd35m import networks
-from marble_lightning.evaluation.evaluator import HeldOutEvaluation
+from marble_lightning.checks import warn_of_prompts
 from marble_lightning.policies.base import ADAPTERS
 from marble_lightning.policies.sd3 import TARGETS, SD3Policy
 from marble_lightning.policies.sd3_checks import pipeline_index
 from marble_lightning.utils.seeds import generator
+from rewards import Prompt
 from tests.helpers.small_policies import outputs, shake
 
 
@@ -163,8 +164,8 @@ def test_a_prompt_of_a_megabyte(policy, caplog, monkeypatch):
     assert torch.equal(embeds[0], embeds[1])
     assert max(map(len, given)) == 100 * policy.most_tokens and len(caplog.text) < 1000
     assert policy.too_long([long]) == [long]
-    module = SimpleNamespace(policy=policy)
-    HeldOutEvaluation._tell_of_cut_prompts(module, [long])
+    data = SimpleNamespace(training=[Prompt(long, "plain")], held_out=[])
+    warn_of_prompts(policy, {}, data)
     assert "do not read the end of 1 of 1 prompts" in caplog.text and "... (1000000 characters)" in caplog.text
     assert len(caplog.text) < 1000
 

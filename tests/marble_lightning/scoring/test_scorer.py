@@ -12,7 +12,8 @@ import torch
 from PIL import Image
 
 from marble_lightning.checks import every_prompt_can_be_judged, every_reward_applies, prompts_without_a_score
-from marble_lightning.scoring.scorer import RewardError, Scorer
+from marble_lightning.scoring.failures import RewardError
+from marble_lightning.scoring.scorer import Scorer
 from marble_lightning.scoring.settings import Scoring
 from rewards import OCR, Prompt, Reward
 
@@ -100,7 +101,7 @@ def scores(rewards, folder=Path(), size=2, **settings):
 @pytest.fixture(autouse=True)
 def _no_pauses(monkeypatch):
     pause = time.sleep
-    monkeypatch.setattr("marble_lightning.scoring.scorer.time.sleep", lambda seconds: pause(min(seconds, 0.01)))
+    monkeypatch.setattr("marble_lightning.scoring.failures.time.sleep", lambda seconds: pause(min(seconds, 0.01)))
 
 
 @pytest.mark.parametrize("overlap", [True, False])

@@ -1,0 +1,100 @@
+"""What a training step computes of one micro-batch: the loss, or on a refresh the gradients of all rewards."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import cached_property
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.amp import GradScaler
+
+from balancers import Balancer
+from marble_lightning.nft.loss import Objective, nft_losses
+from marble_lightning.nft.reward_gradients import MergedGradient, RewardGradients
+from marble_lightning.nft.rollout import MicroBatch
+from marble_lightning.policies.base import Adapter, FlowPolicy
+
+
+class TrainingStep:
+    """The scalarised loss of a micro-batch, or on a refresh its per-reward gradients; the KL term beside either.
+
+    Args:
+        policy: The model that learns.
+        objective: The NFT loss.
+        trainable: Its parameters that learn.
+        gradient_passes: How per-reward gradients are taken, see `RewardGradients`.
+
+    Source: DiffusionNFT, arXiv 2509.16117; MARBLE, arXiv 2605.06507, algorithm 1.
+    """
+
+    def __init__(
+        self,
+        policy: FlowPolicy,
+        objective: Objective,
+        trainable: Sequence[nn.Parameter],
+        gradient_passes: Literal["two", "per_reward"],
+    ) -> None:
+        self.policy, self.objective, self.trainable = policy, objective, trainable
+        self.gradient_passes = gradient_passes
+        self.merged = MergedGradient()
+
+    @cached_property
+    def per_reward(self) -> RewardGradients:
+        """Takes per-reward gradients; raises ValueError where they cannot be had."""
+        return RewardGradients(self.gradient_passes, self.policy.transformer, self.trainable)
+
+    def __call__(
+        self,
+        batch: MicroBatch,
+        balancer: Balancer,
+        per_step: int,
+        reduce: Callable[[Tensor], Tensor],
+        scaler: GradScaler | None,
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """What `training_step` returns, and what it logs.
+
+        Args:
+            batch: Some images, each at one flow time.
+            balancer: Merges the rewards.
+            per_step: Micro-batches of an optimizer step.
+            reduce: Means over ranks.
+            scaler: Of the loss, in half precision.
+        """
+        if balancer.needs_gradients:
+            self.per_reward.expect(balancer.wants_gradients)
+        velocity = self.velocity(batch, "trained")
+        plus, minus = self.sample_losses(batch, velocity)
+        losses = batch.coefficients.losses(plus, minus)
+        shown = {"loss": losses.detach().sum() * per_step}
+        weighted_kl = self._nothing()
+        if self.objective.kl_weight:
+            kl = (velocity - self.velocity(batch, None)).square().mean()
+            shown["kl"], weighted_kl = kl.detach(), self.objective.kl_weight * kl
+
+        if balancer.wants_gradients:
+            balancer.add_gradients(self.per_reward(plus, minus, batch.coefficients, scaler))
+            overflow = False
+            if not balancer.wants_gradients:
+                self.merged.hold(balancer.solve(reduce, loss_scaled=scaler is not None))
+                # A scaler only sees this loss: where a gradient did not fit half precision, it must skip the step
+                overflow = balancer.any_gradient_overflowed
+            return weighted_kl * (torch.inf if overflow else 1.0), shown
+        weights = balancer.loss_weights.to(losses, non_blocking=True)
+        # Lightning divides by the micro-batches of a step; the coefficients already count over all of them
+        return (weights * losses).sum() * per_step + weighted_kl, shown
+
+    def _nothing(self) -> Tensor:
+        """Zero, whose gradient is zero for every parameter: DistributedDataParallel waits for all of them."""
+        return torch.stack([(parameter * 0).sum() for parameter in self.trainable]).sum()
+
+    def velocity(self, batch: MicroBatch, adapter: Adapter | None) -> Tensor:
+        """v(x_t, t) of an adapter, or without any; with a graph for the trained one only."""
+        with torch.set_grad_enabled(adapter == "trained"), self.policy.using(adapter):
+            return self.policy.velocity(batch.noisy, batch.t, batch.conditions)
+
+    def sample_losses(self, batch: MicroBatch, velocity: Tensor) -> tuple[Tensor, Tensor]:
+        """L+ and L- of each sample."""
+        old = self.velocity(batch, "old")
+        return nft_losses(velocity, old, batch.noisy, batch.clean, batch.t, self.objective.beta)
