@@ -113,7 +113,7 @@ class Balancer(Callback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self.bind(tuple(cast(Mapping[str, object], pl_module.rewards)))
-        self.rehearse()
+        self.dry_run()
 
     def bind(self, reward_names: Sequence[str]) -> None:
         """Learn the rewards' names. Binding again, or after `load_state_dict`, keeps what is remembered.
@@ -133,7 +133,7 @@ class Balancer(Callback):
         self.norms = torch.full_like(self.prior, torch.nan)
         self.solved_at = torch.zeros(k, dtype=torch.int64)
 
-    def rehearse(self) -> None:
+    def dry_run(self) -> None:
         """Run every level once on made-up input, on a copy, so that a mistake shows before the first rollout.
 
         Raises:

@@ -65,7 +65,7 @@ def main() -> None:
         def two(noisy: Tensor = noisy, t: Tensor = t, conditions: Conditions = conditions) -> Tensor:
             found = []
             for adapter in ("old", None):
-                with policy.using(adapter):  # type: ignore[arg-type]
+                with policy.use_adapter(adapter):  # type: ignore[arg-type]
                     found.append(policy.velocity(noisy, t, conditions))
             return torch.cat(found)
 

@@ -21,7 +21,7 @@ from balancers import Balancer
 from benchmarks.diffusion_nft_loop import DiffusionNFTLoop
 from benchmarks.phases import PHASES, Phases, now
 from marble_lightning.cli import command_line
-from marble_lightning.data.datamodule import the_data
+from marble_lightning.data.datamodule import get_datamodule
 from marble_lightning.module import DiffusionNFT
 from marble_lightning.policies.sd3 import SD3Policy
 
@@ -41,7 +41,7 @@ class InTurn(Callback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         ours = cast(DiffusionNFT, pl_module)
-        policy, data = cast(SD3Policy, ours.policy), the_data(trainer)
+        policy, data = cast(SD3Policy, ours.policy), get_datamodule(trainer)
         for name, phase in (("encode", "encode"), ("sample", "sample"), ("decode", "decode")):
             setattr(policy, name, self._timed(getattr(policy, name), phase))
         precision = str(trainer.precision)
@@ -68,7 +68,7 @@ class InTurn(Callback):
         self._keep("ours", taken, whole)
 
         begun = now()
-        self.theirs.round(the_data(trainer).round(ours.seed, trainer.current_epoch, 0, 1))
+        self.theirs.round(get_datamodule(trainer).round(ours.seed, trainer.current_epoch, 0, 1))
         self._keep("theirs", self.theirs.phases.taken(), now() - begun)
         self.bar.update()
 

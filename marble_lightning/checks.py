@@ -10,7 +10,7 @@ from lightning.pytorch.callbacks import Timer
 from lightning.pytorch.callbacks.timer import Interval
 
 from balancers import Balancer
-from marble_lightning.data.datamodule import PromptDataModule, the_data
+from marble_lightning.data.datamodule import PromptDataModule, get_datamodule
 from marble_lightning.nft.rollout import Plan
 from marble_lightning.nft.sampling import Sampling
 from marble_lightning.policies.base import FlowPolicy
@@ -32,7 +32,7 @@ PRECISIONS = ("32-true", "bf16-mixed", "16-mixed")
 """Precisions of the trainer that leave the adapters and what they learn in float32."""
 
 
-def the_balancer(trainer: Trainer) -> Balancer:
+def get_balancer(trainer: Trainer) -> Balancer:
     """The trainer's one Balancer callback."""
     found = [callback for callback in trainer.callbacks if isinstance(callback, Balancer)]  # type: ignore[attr-defined]
     if len(found) != 1:
@@ -40,7 +40,7 @@ def the_balancer(trainer: Trainer) -> Balancer:
     return found[0]
 
 
-def the_precision(trainer: Trainer) -> None:
+def check_precision(trainer: Trainer) -> None:
     """One that leaves the adapters in float32."""
     if trainer.precision not in PRECISIONS:
         raise ValueError(
@@ -49,9 +49,9 @@ def the_precision(trainer: Trainer) -> None:
         )
 
 
-def the_plan(trainer: Trainer, sampling: Sampling, micro_batch_size: int, optimizer_steps: int, inner_epochs: int) -> Plan:
+def plan_round(trainer: Trainer, sampling: Sampling, micro_batch_size: int, optimizer_steps: int, inner_epochs: int) -> Plan:
     """How a round is cut, where the trainer's and the data's sizes allow it."""
-    data, ranks = the_data(trainer), trainer.world_size
+    data, ranks = get_datamodule(trainer), trainer.world_size
     if data.prompts_per_round % ranks:
         raise ValueError(
             f"`prompts_per_round` must be a multiple of the number of processes, {ranks}. Found {data.prompts_per_round}."
@@ -77,11 +77,11 @@ def the_plan(trainer: Trainer, sampling: Sampling, micro_batch_size: int, optimi
     return Plan(images, sampling.times, micro_batch_size, optimizer_steps, inner_epochs)
 
 
-def every_reward_applies(rewards: Mapping[str, Reward], data: PromptDataModule) -> None:
+def check_rewards_apply(rewards: Mapping[str, Reward], data: PromptDataModule) -> None:
     """Each reward judges at least one training prompt."""
     for name, reward in rewards.items():
         with exit_is_failure(name):
-            applies = any(map(reward.judges, data.training))
+            applies = any(map(reward.supports, data.training))
         if not applies:
             raise ValueError(
                 f"`rewards.{name}` must apply to at least one training prompt. Found none in {', '.join(data.shares)}; "
@@ -89,13 +89,13 @@ def every_reward_applies(rewards: Mapping[str, Reward], data: PromptDataModule) 
             )
 
 
-def every_prompt_can_be_judged(judges: Mapping[str, Reward], prompts: Iterable[Prompt]) -> None:
+def check_prompts(judges: Mapping[str, Reward], prompts: Iterable[Prompt]) -> None:
     """No reward or metric rejects a prompt it applies to."""
     for prompt in prompts:
         for name, judge in judges.items():
             try:
                 with exit_is_failure(name):
-                    if judge.judges(prompt):
+                    if judge.supports(prompt):
                         judge.check_prompt(prompt)
             except ValueError as error:
                 raise ValueError(
@@ -115,7 +115,7 @@ def prompts_without_a_score(judges: Mapping[str, Reward], prompts: Iterable[Prom
     sentences = []
     for name, judge in judges.items():
         for source, own in by_source.items():
-            missing = [prompt for prompt in own if not judge.judges(prompt)]
+            missing = [prompt for prompt in own if not judge.supports(prompt)]
             named = judge.sources is not None and source in judge.sources
             if missing and (named or len(missing) < len(own)):
                 sentences.append(
@@ -125,20 +125,20 @@ def prompts_without_a_score(judges: Mapping[str, Reward], prompts: Iterable[Prom
     return sentences
 
 
-def enough_held_out_prompts(trainer: Trainer) -> None:
+def check_held_out_prompts(trainer: Trainer) -> None:
     """Every process has a picture to sample."""
-    if (pictures := len(the_data(trainer).held_out)) < trainer.world_size:
+    if (pictures := len(get_datamodule(trainer).held_out)) < trainer.world_size:
         raise ValueError(
             f"There must be a picture for each of the {trainer.world_size} processes to sample. Found {pictures}; use fewer "
             "devices, or more prompts or pictures of each."
         )
 
 
-def warn_of_prompts(policy: FlowPolicy, judges: Mapping[str, Reward], data: PromptDataModule) -> None:
+def warn_about_prompts(policy: FlowPolicy, judges: Mapping[str, Reward], data: PromptDataModule) -> None:
     """Warn of prompts whose end the policy does not read, and of those that get no score."""
     prompts = list({id(prompt): prompt for prompt in data.training + data.held_out}.values())  # each once
     texts = [prompt.text for prompt in prompts]
-    if cut := policy.too_long(dict.fromkeys(texts)):
+    if cut := policy.truncated_prompts(dict.fromkeys(texts)):
         log.warning(
             f"The CLIP text encoders do not read the end of {len(cut)} of {len(set(texts))} prompts, which have more "
             f"than {policy.most_tokens} tokens. For example {excerpt(cut[0])}."

@@ -17,20 +17,20 @@ from torch.nn.parallel import DistributedDataParallel
 from balancers import Balancer
 from marble_lightning import checks
 from marble_lightning.callback_checks import check_callbacks, check_monitors
-from marble_lightning.checkpoints.adapters import must_fit
-from marble_lightning.checkpoints.content import TO_EVALUATE, TO_FIT, must_be_of_fit
+from marble_lightning.checkpoints.adapters import check_adapters
+from marble_lightning.checkpoints.content import TO_EVALUATE, TO_FIT, check_content
 from marble_lightning.checkpoints.files import WholeCheckpointIO, warn
 from marble_lightning.checkpoints.round_start import RoundStart
 from marble_lightning.checkpoints.signals import end_if_asked, is_asked
-from marble_lightning.data.datamodule import the_data
+from marble_lightning.data.datamodule import get_datamodule
 from marble_lightning.evaluation.evaluator import Evaluator, HeldOut
 from marble_lightning.evaluation.image_statistics import NAMES, image_statistics
 from marble_lightning.evaluation.settings import Evaluation
 from marble_lightning.nft.divergence import Finite
 from marble_lightning.nft.loss import Coefficients, Objective
-from marble_lightning.nft.optimizer import adamw, clip_unscaled, must_fit_the_run
-from marble_lightning.nft.rollout import MicroBatch, MicroBatches, Rollout, micro_batches, weigh_round
-from marble_lightning.nft.sampling import Sampled, Sampling, key_of, sample_round
+from marble_lightning.nft.optimizer import adamw, clip_unscaled, check_optimizer
+from marble_lightning.nft.rollout import MicroBatch, MicroBatches, Rollout, micro_batches, compute_coefficients
+from marble_lightning.nft.sampling import ScoredRollout, Sampling, key_of, sample_round
 from marble_lightning.nft.step import TrainingStep
 from marble_lightning.policies.averaging import Averaging
 from marble_lightning.policies.base import FlowPolicy, is_adapter
@@ -40,7 +40,7 @@ from marble_lightning.scoring.reward_names import named_rewards
 from marble_lightning.scoring.scorer import Scorer
 from marble_lightning.scoring.settings import Scoring
 from marble_lightning.utils.loggers import log_metrics
-from marble_lightning.utils.validation import must
+from marble_lightning.utils.validation import require
 from rewards import Reward
 from rewards.base import with_public_names
 
@@ -92,7 +92,7 @@ class DiffusionNFT(LightningModule):
     ) -> None:
         learned, measured = named_rewards("rewards", rewards), named_rewards("metrics", metrics or {})
         super().__init__()
-        must(bool(learned), "`rewards` must name at least one reward", "none; the configuration `tiny` has five")
+        require(bool(learned), "`rewards` must name at least one reward", "none; the configuration `tiny` has five")
         if twice := set(learned) & set(measured):
             raise ValueError(f"`metrics` must not use the name of a reward. Found {', '.join(sorted(twice))} in both.")
         self.policy, self.seed = policy, seed
@@ -101,7 +101,7 @@ class DiffusionNFT(LightningModule):
         self.optimizer, self.lr_scheduler = optimizer, lr_scheduler
         self.sizes = (micro_batch_size, optimizer_steps_per_round, inner_epochs)
         for name, size in zip(("micro_batch_size", "optimizer_steps_per_round", "inner_epochs"), self.sizes, strict=True):
-            must(size >= 1, f"`{name}` must be >= 1", size)
+            require(size >= 1, f"`{name}` must be >= 1", size)
         self.gradient_passes = gradient_passes
         self.scorer = Scorer(self.judges, scoring)
         self.finite = Finite()
@@ -113,7 +113,7 @@ class DiffusionNFT(LightningModule):
         """The run's configuration as YAML, where there is one, to be kept in checkpoints."""
 
     @property
-    def judges(self) -> dict[str, Reward]:
+    def supports(self) -> dict[str, Reward]:
         """Rewards and metrics: what held-out images are scored by."""
         return cast(dict[str, Reward], {**dict(self.rewards.items()), **dict(self.metrics.items())})
 
@@ -121,22 +121,22 @@ class DiffusionNFT(LightningModule):
 
     def check(self, stage: str) -> None:
         """Check settings and prompts, of which the data module knows by now; loads and writes nothing."""
-        data = the_data(self.trainer)
+        data = get_datamodule(self.trainer)
         if stage == "fit":
             if self.policy.adapter is None:
                 raise ValueError("`policy.adapter` must be ema or trained for `fit`, which trains one. Found none.")
-            self.balancer = checks.the_balancer(self.trainer)
-            self.plan = checks.the_plan(self.trainer, self.sampling, *self.sizes)
-            checks.every_reward_applies(self._learned, data)
-            checks.every_prompt_can_be_judged(self._learned, data.training)
-        checks.the_precision(self.trainer)
+            self.balancer = checks.get_balancer(self.trainer)
+            self.plan = checks.plan_round(self.trainer, self.sampling, *self.sizes)
+            checks.check_rewards_apply(self._learned, data)
+            checks.check_prompts(self._learned, data.training)
+        checks.check_precision(self.trainer)
         if type(self.trainer.strategy.checkpoint_io) is TorchCheckpointIO:  # not a plugin of the user's
             self.trainer.strategy.checkpoint_io = WholeCheckpointIO()
         check_callbacks(self.trainer.callbacks)  # type: ignore[attr-defined]
         if stage != "fit" or self.trainer.limit_val_batches:
-            checks.enough_held_out_prompts(self.trainer)
+            checks.check_held_out_prompts(self.trainer)
         self.evaluator.ask(stage, data.held_out)
-        checks.every_prompt_can_be_judged(self.evaluator.asked, data.held_out)
+        checks.check_prompts(self.evaluator.asked, data.held_out)
         self.policy.check()
         self.evaluator.check_resolution(stage)
         if stage == "fit":
@@ -156,13 +156,13 @@ class DiffusionNFT(LightningModule):
         constant = [name for name, _ in self.named_buffers()]
         DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(self, constant)
         if self.trainer.is_global_zero:
-            checks.warn_of_prompts(self.policy, self.evaluator.asked, the_data(self.trainer))
+            checks.warn_about_prompts(self.policy, self.evaluator.asked, get_datamodule(self.trainer))
         self.trainable = self.policy.parameters_of("trained")
         self.step = TrainingStep(self.policy, self.objective, self.trainable, self.gradient_passes)
         if stage == "fit":
             self.trainer.accumulate_grad_batches = self.plan.per_step
             if self.balancer.needs_gradients:
-                self.step.per_reward.expect(False)  # raises now where they cannot be had
+                self.step.per_reward.set_capture(False)  # raises now where they cannot be had
 
     def metric_names(self) -> set[str]:
         """Names of the metrics that every round logs, with those of validations where the trainer has any."""
@@ -170,7 +170,7 @@ class DiffusionNFT(LightningModule):
         plain = {"loss", "time/sampling", "time/waiting_for_scores", "time/training"}
         plain |= {"kl"} if self.objective.kl_weight else set[str]()
         validates = bool(self.trainer.limit_val_batches)
-        held_out = self.evaluator.metric_names(the_data(self.trainer).held_out) if validates else set[str]()
+        held_out = self.evaluator.metric_names(get_datamodule(self.trainer).held_out) if validates else set[str]()
         return per_reward | plain | held_out | {f"images/{name}" for name in NAMES}
 
     def teardown(self, stage: str) -> None:
@@ -184,7 +184,7 @@ class DiffusionNFT(LightningModule):
     def configure_optimizers(self) -> Any:
         optimizer = self.optimizer(self.trainable)
         scheduler = self.lr_scheduler(optimizer) if self.lr_scheduler else None
-        must_fit_the_run(optimizer, scheduler, self.scaler)
+        check_optimizer(optimizer, scheduler, self.scaler)
         stepped = {"lr_scheduler": {"scheduler": scheduler, "interval": "step"}} if scheduler else {}
         return {"optimizer": optimizer, **stepped}
 
@@ -209,7 +209,7 @@ class DiffusionNFT(LightningModule):
         shown |= {"time/sampling": self.trained_since - begin - waited, "time/waiting_for_scores": waited}
         self.log_dict(shown, sync_dist=True)
 
-    def sample_round(self, seed: int) -> Sampled:
+    def sample_round(self, seed: int) -> ScoredRollout:
         """Sample and score a round, see `nft.sampling.sample_round`.
 
         Args:
@@ -221,7 +221,7 @@ class DiffusionNFT(LightningModule):
     def weigh(self, rollout: Rollout, scores: Tensor, seed: int, balancer: Balancer | None) -> list[Coefficients]:
         keys = self._inner_epochs(seed)
         settings = self.scorer.settings
-        return weigh_round(scores, rollout.groups, balancer, self.objective, self.plan, keys, self.trainer, settings)
+        return compute_coefficients(scores, rollout.groups, balancer, self.objective, self.plan, keys, self.trainer, settings)
 
     def _inner_epochs(self, seed: int) -> list[tuple[int | str, ...]]:
         purposes = [f"train {index}" if index else "train" for index in range(self.plan.inner_epochs)]
@@ -269,15 +269,15 @@ class DiffusionNFT(LightningModule):
         if (batch_idx + 1) % self.plan.per_step:
             return
         if self.balancer.needs_gradients:
-            self.step.per_reward.expect(False)
+            self.step.per_reward.set_capture(False)
         self.balancer.end_step()
         keep = self.averaging.averaged_decay(self.global_step)
-        must(0 <= keep <= 1, f"`averaged_decay` of {type(self.averaging).__name__} must return 0 to 1", keep)
-        self.policy.move("ema", towards="trained", by=1 - keep)
+        require(0 <= keep <= 1, f"`averaged_decay` of {type(self.averaging).__name__} must return 0 to 1", keep)
+        self.policy.lerp_adapter("ema", towards="trained", by=1 - keep)
         if batch_idx + 1 == self.plan.total:
             keep = self.averaging.old_decay(self.global_step)
-            must(0 <= keep <= 1, f"`old_decay` of {type(self.averaging).__name__} must return 0 to 1", keep)
-            self.policy.move("old", towards="trained", by=1 - keep)
+            require(0 <= keep <= 1, f"`old_decay` of {type(self.averaging).__name__} must return 0 to 1", keep)
+            self.policy.lerp_adapter("old", towards="trained", by=1 - keep)
             with self.trainer.precision_plugin.forward_context():  # no loss follows the last step: try what samples next
                 self.finite.note(self.step.velocity(batch, "old"))
             self.log("time/training", time.perf_counter() - self.trained_since, sync_dist=True)
@@ -317,7 +317,7 @@ class DiffusionNFT(LightningModule):
         adapters = {name: tensor for name, tensor in checkpoint["state_dict"].items() if is_adapter(name)}
         checkpoint["state_dict"], checkpoint["lora"] = adapters, self.policy.lora
         checkpoint["base_scores"] = self.evaluator.base_scores
-        checkpoint["base_measured"] = self.evaluator.measured(self.trainer)
+        checkpoint["base_measured"] = self.evaluator.baseline_key(self.trainer)
         checkpoint["base_model"], checkpoint["rewards"] = self.policy.identity, list(self.rewards)
         checkpoint["config"] = self.run_config
         self.round_start.put_into(checkpoint, self.trainer)
@@ -330,11 +330,11 @@ class DiffusionNFT(LightningModule):
                 "`ckpt_path` must be null where `policy.adapter` is none: a checkpoint holds adapters, and none is used. "
                 f"Found {self.trainer.ckpt_path}; choose the adapter ema or trained to judge it."
             )
-        must_be_of_fit(checkpoint, TO_FIT if fitting else TO_EVALUATE, self.trainer.ckpt_path)
-        must_fit(self.state_dict(), checkpoint, self.policy.lora, self.policy.path, is_adapter)
+        check_content(checkpoint, TO_FIT if fitting else TO_EVALUATE, self.trainer.ckpt_path)
+        check_adapters(self.state_dict(), checkpoint, self.policy.lora, self.policy.path, is_adapter)
         if checkpoint["base_model"] != self.policy.identity:
             warn(f"The checkpoint was trained on {checkpoint['base_model']}, and this policy is {self.policy.identity}.")
-        known = with_public_names(checkpoint["base_measured"]) == self.evaluator.measured(self.trainer)
+        known = with_public_names(checkpoint["base_measured"]) == self.evaluator.baseline_key(self.trainer)
         if known and checkpoint["base_scores"] is not None:
             self.evaluator.base_scores = checkpoint["base_scores"]
             self.trainer.num_sanity_val_steps = 0  # no need to measure it again

@@ -44,9 +44,9 @@ class Prompt:
         object.__setattr__(self, "metadata", frozen(self.metadata))
 
 
-def identity_of(judge: object, scored_by: Sequence[str]) -> dict[str, str]:
+def identity_of(judge: object, identity_fields: Sequence[str]) -> dict[str, str]:
     """The class of a judge and those of the attributes named that it has, as text without secrets."""
-    own = {name: str(getattr(judge, name)) for name in scored_by if hasattr(judge, name)}
+    own = {name: str(getattr(judge, name)) for name in identity_fields if hasattr(judge, name)}
     return {"class": public_name(type(judge))} | redacted(own)  # results are shared
 
 
@@ -83,7 +83,7 @@ class Reward(nn.Module, ABC):
     """
 
     batch_size: int = 32
-    scored_by: tuple[str, ...] = ("path", "revision", "file", "dtype", "sources")
+    identity_fields: tuple[str, ...] = ("path", "revision", "file", "dtype", "sources")
     """Attributes that its scores depend on, those of them that it has; results of runs that differ in one are told apart."""
     _missing: int = 0
 
@@ -108,7 +108,7 @@ class Reward(nn.Module, ABC):
         """Whether this reward can judge images of `prompt`. Default: every prompt."""
         return True
 
-    def judges(self, prompt: Prompt) -> bool:
+    def supports(self, prompt: Prompt) -> bool:
         """Whether this reward does: `prompt` is of one of its sources, and it applies to it. Not to be overridden."""
         return (self.sources is None or prompt.source in self.sources) and self.applies_to(prompt)
 
@@ -129,7 +129,7 @@ class Reward(nn.Module, ABC):
 
         Args:
             images: float32 pixels in [0, 1].
-            prompts: one per image; `judges` holds for each.
+            prompts: one per image; `supports` holds for each.
 
         Returns:
             One score per pair, which becomes float32. NaN marks a score that could not be had; what is infinite in float32
@@ -156,7 +156,7 @@ class Reward(nn.Module, ABC):
         """
         self._check_inputs(images, prompts)
         scores = torch.full((len(prompts),), torch.nan, dtype=torch.float32, device=images.device)
-        applicable = [index for index, prompt in enumerate(prompts) if self.judges(prompt)]
+        applicable = [index for index, prompt in enumerate(prompts) if self.supports(prompt)]
         # A mixed-precision trainer must not change what a reward says, so scoring leaves autocast.
         with torch.autocast(device_type=images.device.type, enabled=False):
             for start in range(0, len(applicable), self.batch_size):
@@ -178,8 +178,8 @@ class Reward(nn.Module, ABC):
 
     @property
     def identity(self) -> dict[str, str]:
-        """Its class and what its scores depend on (`scored_by`), as text."""
-        return identity_of(self, self.scored_by)
+        """Its class and what its scores depend on (`identity_fields`), as text."""
+        return identity_of(self, self.identity_fields)
 
     @property
     def _name(self) -> str:

@@ -32,7 +32,7 @@ class JPEGCompressibility(Reward):
         ValueError: if an argument is out of range.
     """
 
-    scored_by = (*Reward.scored_by, "quality")
+    identity_fields = (*Reward.identity_fields, "quality")
 
     def __init__(self, quality: int = 95, batch_size: int = 32) -> None:
         super().__init__(batch_size)

@@ -14,11 +14,11 @@ from torch import Tensor
 from balancers import Balancer, WeightedSum
 from balancers.gramian import agreement, conflict_by_chance, gram_matrix
 from balancers.merging import active_rows
-from marble_lightning.checks import the_balancer
+from marble_lightning.checks import get_balancer
 from marble_lightning.module import DiffusionNFT
 from marble_lightning.nft.reward_gradients import flat
 from marble_lightning.nft.rollout import Rollout
-from marble_lightning.utils.images import heat
+from marble_lightning.utils.images import cosine_heatmap
 from marble_lightning.utils.loggers import log_image, log_metrics
 from marble_lightning.utils.seeds import derived_seed, generator
 
@@ -54,8 +54,8 @@ class Harmony(Callback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self.probe_every and isinstance(pl_module, DiffusionNFT):
-            pl_module.step.per_reward.expect(False)  # raises now where per-reward gradients cannot be had
-            balancer = the_balancer(trainer)
+            pl_module.step.per_reward.set_capture(False)  # raises now where per-reward gradients cannot be had
+            balancer = get_balancer(trainer)
             if balancer.needs_gradients and balancer.refresh_every > 1 and self.probe_every % balancer.refresh_every == 0:
                 rank_zero_warn(
                     f"`probe_every` = {self.probe_every} is a multiple of `refresh_every` = {balancer.refresh_every}: none "
@@ -64,19 +64,19 @@ class Harmony(Callback):
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
         if self.probe_every and trainer.global_step % self.probe_every == 0 and isinstance(pl_module, DiffusionNFT):
-            kind = "solved" if the_balancer(trainer).solved else "reused"
+            kind = "solved" if get_balancer(trainer).solved else "reused"
             for place, figures in probe(pl_module, trainer.global_step).items():
                 shown = {f"probe/{kind}/{place}/{name}": value for name, value in figures.items()}
                 log_metrics(trainer, shown, trainer.global_step)
 
     def on_train_batch_end(self, trainer: Trainer, *arguments: Any) -> None:
-        balancer = the_balancer(trainer)
+        balancer = get_balancer(trainer)
         if balancer.diagnostics:
             gram = balancer.diagnostics.pop("gram")
             log_metrics(trainer, refresh_figures(balancer), trainer.global_step)
             if trainer.is_global_zero:
                 norms = gram.diagonal().sqrt()
-                log_image(trainer, "cosines", heat(gram / norms.outer(norms), balancer.names), trainer.global_step)
+                log_image(trainer, "cosines", cosine_heatmap(gram / norms.outer(norms), balancer.names), trainer.global_step)
             balancer.diagnostics = {}
 
 
@@ -163,10 +163,10 @@ def reward_gradients(
     columns = (module.weigh(rollout, scores, seed, balancer) for balancer in (None, summed))
     weighed = [each.beside(merged) for each, merged in zip(*columns, strict=True)]
     first = step * module.plan.per_step
-    module.step.per_reward.expect(True)
+    module.step.per_reward.set_capture(True)
     for batch in islice(module.cut(rollout, weighed, seed), first, first + module.plan.per_step):
         with module.trainer.precision_plugin.forward_context():
             losses = module.step.sample_losses(batch, module.step.velocity(batch, "trained"))
         total += module.step.per_reward(*losses, batch.coefficients, module.scaler)
-    module.step.per_reward.expect(False)
+    module.step.per_reward.set_capture(False)
     return module.trainer.strategy.reduce(total)

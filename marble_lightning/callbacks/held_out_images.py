@@ -8,10 +8,10 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
-from marble_lightning.data.datamodule import the_data
+from marble_lightning.data.datamodule import get_datamodule
 from marble_lightning.evaluation.evaluator import HeldOut
 from marble_lightning.run_folder import run_folder
-from marble_lightning.utils.atomic_files import written_whole
+from marble_lightning.utils.atomic_files import atomic_write
 from marble_lightning.utils.distributed import gathered
 from marble_lightning.utils.images import grid, scores_text, to_image
 from marble_lightning.utils.loggers import log_image
@@ -33,7 +33,7 @@ class Pictures(Callback):
     def on_validation_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: HeldOut, *arguments: Any
     ) -> None:
-        total = len(the_data(trainer).held_out)
+        total = len(get_datamodule(trainer).held_out)
         wanted = set(torch.linspace(0, total - 1, min(self.count, total)).round().int().tolist())
         names = list(pl_module.judges)  # type: ignore[arg-type]
         for (index, prompt), image, scores in zip(batch, outputs["images"], outputs["scores"], strict=True):
@@ -48,7 +48,7 @@ class Pictures(Callback):
             return
         sheet = grid([image for image, _ in shown.values()], [text for _, text in shown.values()])
         step = f"_{trainer.global_step:06d}" if trainer.state.fn == "fit" else ""
-        with written_whole(folder / f"held_out{step}.png") as beside:
+        with atomic_write(folder / f"held_out{step}.png") as beside:
             to_image(sheet).save(beside)
         log_image(trainer, "held_out", sheet, trainer.global_step)
 

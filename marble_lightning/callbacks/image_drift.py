@@ -16,7 +16,7 @@ from marble_lightning.evaluation.image_statistics import NAMES
 log = logging.getLogger(__name__)
 warn = rank_zero_only(log.warning)
 
-LEAST_SPREAD = dict.fromkeys(NAMES, 0.01) | {"clipping": 0.05}
+MIN_STD = dict.fromkeys(NAMES, 0.01) | {"clipping": 0.05}
 """Spreads below these count as these: less cannot be seen. A single white background among the prompts moves clipping."""
 CONFIDENCE = 0.9
 """Confidence with which the spread over all prompts is no wider than the one that is reckoned with."""
@@ -25,7 +25,7 @@ Reference = dict[str, tuple[float, float]]
 """Mean and spread of each statistic over prompts."""
 
 
-def measured(figures: Float[Tensor, "prompt statistic"]) -> Reference:
+def reference_of(figures: Float[Tensor, "prompt statistic"]) -> Reference:
     r"""What the base policy's pictures look like: mean and spread over prompts, the spread of few prompts taken wider.
 
     The spread is the upper confidence bound $s \sqrt{(n - 1) / \chi^2_{n-1}(0.1)}$ of the standard deviation $s$ over $n$
@@ -46,13 +46,13 @@ def expected_range(name: str, reference: tuple[float, float], factor: float) -> 
     """Where a round's mean is expected: mean - min(factor * spread, (1 - 1 / (2 factor)) mean) to mean + factor * spread.
 
     No statistic can be negative. So where prompts differ much, a fall to less than a (2 factor)-th of the mean is one too
-    many, though `factor` spreads reach below 0. Neither side is nearer than `factor` times `LEAST_SPREAD`.
+    many, though `factor` spreads reach below 0. Neither side is nearer than `factor` times `MIN_STD`.
 
     >>> expected_range("diversity", (0.5, 0.1), factor=2.0), expected_range("diversity", (0.5, 0.4), factor=2.0)
     ((0.3, 0.7), (0.125, 1.3))
     """
     mean, spread = reference
-    least, wide = factor * LEAST_SPREAD[name], factor * spread
+    least, wide = factor * MIN_STD[name], factor * spread
     return mean - max(least, min(wide, mean * (1 - 1 / (2 * factor)))), mean + max(least, wide)
 
 
@@ -93,7 +93,7 @@ class Alarms(Callback):
 
     def _judge(self, trainer: Trainer, figures: Tensor, means: dict[str, float]) -> None:
         if trainer.global_step == 0:
-            self.reference = measured(figures) if len(figures) > 1 else None
+            self.reference = reference_of(figures) if len(figures) > 1 else None
             self.outside = dict.fromkeys(NAMES, 0)
         if self.reference is None:
             self._tell_why_not(trainer)

@@ -12,11 +12,11 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
-from marble_lightning.data.datamodule import the_data
+from marble_lightning.data.datamodule import get_datamodule
 from marble_lightning.evaluation.evaluator import HeldOut
 from marble_lightning.module import DiffusionNFT
 from marble_lightning.run_folder import run_folder
-from marble_lightning.utils.atomic_files import must_be_a_folder, remove_unfinished, written_whole
+from marble_lightning.utils.atomic_files import check_folder, remove_unfinished, atomic_write
 from marble_lightning.utils.distributed import gathered
 from marble_lightning.utils.images import to_image
 
@@ -45,7 +45,7 @@ class PictureWriter(Callback):
         pl_module.evaluator.scores_predictions = self.scores
         if self.folder is not None:
             self.place = Path(self.folder)
-            must_be_a_folder("predictions.folder", self.place)
+            check_folder("predictions.folder", self.place)
             self._keep_others(trainer, pl_module, {"adapter", "checkpoint"})  # which are known once it is loaded
 
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -73,7 +73,7 @@ class PictureWriter(Callback):
             for name, value in (self._facts(trainer, pl_module, index) or {}).items():
                 text.add_text(name, value)
             file = self.place / f"{index:05d}.png"
-            with written_whole(file) as beside:
+            with atomic_write(file) as beside:
                 to_image(image).save(beside, pnginfo=text)
             there = {
                 name: score for name, score in zip(pl_module.evaluator.asked, scores.tolist(), strict=True) if score == score
@@ -87,14 +87,14 @@ class PictureWriter(Callback):
         records = sorted(gathered(self.records), key=lambda record: record["index"])
         if trainer.is_global_zero and records:
             lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in records]
-            with written_whole(self.place / "pictures.jsonl") as beside:
+            with atomic_write(self.place / "pictures.jsonl") as beside:
                 beside.write_text("".join(lines), encoding="utf-8")
             print(f"\nPictures: {self.place}")
 
     @staticmethod
     def _facts(trainer: Trainer, module: DiffusionNFT, index: int) -> dict[str, str] | None:
         """How the picture of an index is made; None where there is no such picture."""
-        prompts, policy = the_data(trainer).held_out, module.policy
+        prompts, policy = get_datamodule(trainer).held_out, module.policy
         if index >= len(prompts):
             return None
         start = trainer.ckpt_path or policy.init_lora

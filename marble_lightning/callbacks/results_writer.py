@@ -12,9 +12,9 @@ from rich.console import Console
 from marble_lightning.checkpoints.callback import RoundCheckpoint
 from marble_lightning.checkpoints.content import LAST
 from marble_lightning.checkpoints.files import warn
-from marble_lightning.data.datamodule import the_data
-from marble_lightning.evaluation.comparison import compared, judged_otherwise, must_be_comparable
-from marble_lightning.evaluation.results import Measured, document, read, write
+from marble_lightning.data.datamodule import get_datamodule
+from marble_lightning.evaluation.comparison import compared, scorer_differences, check_comparable
+from marble_lightning.evaluation.results import HeldOutScores, document, read, write
 from marble_lightning.evaluation.tables import comparison_table, held_out_table, tags_table
 from marble_lightning.module import DiffusionNFT
 from marble_lightning.run_folder import CONFIG, RESULTS, run_folder
@@ -57,15 +57,15 @@ class Results(Callback):
                 f"`results.columns` must name rewards or metrics: {', '.join(pl_module.judges)}. Found {unknown[0]!r}."
             )
         self.others = {path: read(path, "`results.compare_with`") for path in self.compare_with}
-        prompts = dict(enumerate(the_data(trainer).held_out[:: the_data(trainer).held_out_images]))
+        prompts = dict(enumerate(get_datamodule(trainer).held_out[:: get_datamodule(trainer).held_out_images]))
         planned = {
             "settings": self._settings(trainer, pl_module),
             "judges": {name: judge.identity for name, judge in pl_module.judges.items()},
             "prompts": [{"index": index, "set": each.source, "prompt": each.text} for index, each in prompts.items()],
         }
         for path, other in self.others.items():
-            must_be_comparable(planned, other, path, self._columns(pl_module))
-            if differences := judged_otherwise(planned, other, self._columns(pl_module)):
+            check_comparable(planned, other, path, self._columns(pl_module))
+            if differences := scorer_differences(planned, other, self._columns(pl_module)):
                 warn(f"`results.compare_with`: {path} was judged otherwise, with {', '.join(differences)}.")
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
@@ -102,11 +102,11 @@ class Results(Callback):
         """Print the tables and write the files."""
         if not isinstance(module, DiffusionNFT) or module.evaluator.trained_scores is None:
             return
-        console, data = Console(width=110), the_data(trainer)
+        console, data = Console(width=110), get_datamodule(trainer)
         heading = "base" if module.evaluator.adapter(trainer) == "none" else "trained"
         base = None if heading == "base" else module.evaluator.base_scores
         prompts = dict(enumerate(data.held_out[:: data.held_out_images]))
-        measured = Measured(module.judges, prompts, module.evaluator.trained_scores, base).sampled()
+        measured = HeldOutScores(module.judges, prompts, module.evaluator.trained_scores, base).sampled()
         found = document(measured, judged=self._judged(trainer, module), settings=self._settings(trainer, module))
         for facts in (found["judged"], found["settings"]):
             console.print(", ".join(f"{name} {value}" for name, value in facts.items() if value is not None), soft_wrap=True)
@@ -135,7 +135,7 @@ class Results(Callback):
 
     @staticmethod
     def _settings(trainer: Trainer, module: DiffusionNFT) -> dict[str, Any]:
-        return {**module.evaluator.settings, "images_per_prompt": the_data(trainer).held_out_images}
+        return {**module.evaluator.settings, "images_per_prompt": get_datamodule(trainer).held_out_images}
 
     def _judged(self, trainer: Trainer, module: DiffusionNFT) -> dict[str, Any]:
         """What was judged: the model, the adapter of which checkpoint, and after `fit` its balancer and cadence."""

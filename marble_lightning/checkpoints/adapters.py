@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 
-def must_fit(
+def check_adapters(
     state: Mapping[str, Tensor], checkpoint: Mapping[str, Any], lora: Mapping[str, Any], path: str, names: Any
 ) -> None:
     """Refuse a checkpoint whose adapters are not those of a policy.

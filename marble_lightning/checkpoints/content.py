@@ -31,7 +31,7 @@ class Refused(ValueError):
     """A checkpoint file that cannot be used, though an earlier one may."""
 
 
-def damage(path: str | Path) -> str | None:
+def find_corruption(path: str | Path) -> str | None:
     """What is wrong with a checkpoint file, or None where it is whole: every record is there and matches its checksum.
 
     torch.load itself compares no checksums.
@@ -74,7 +74,7 @@ def load_checked(path: str | Path, content: Content, **options: Any) -> dict[str
         raise ValueError(f"{refused}; {remedy}") from refused
 
 
-def must_be_of_fit(found: Any, content: Content, file: str | Path | None) -> None:
+def check_content(found: Any, content: Content, file: str | Path | None) -> None:
     """Refuse what lacks something that `fit` writes, and numbers that are not finite.
 
     Args:
@@ -123,7 +123,7 @@ def time_of(file: Path) -> int:
 
 
 def _checked(file: Path, content: Content, **options: Any) -> dict[str, Any]:
-    if wrong := damage(file):
+    if wrong := find_corruption(file):
         raise Refused(f"`ckpt_path` must be a whole checkpoint. Found {file}: {wrong}")
     try:
         found: dict[str, Any] = torch.load(file, **options)
@@ -136,7 +136,7 @@ def _checked(file: Path, content: Content, **options: Any) -> dict[str, Any]:
         ) from error
     except RuntimeError as error:  # a flaw in the directory of records that only torch minds
         raise Refused(f"`ckpt_path` must be a whole checkpoint. Found {file}: {error}") from error
-    must_be_of_fit(found, content, file)
+    check_content(found, content, file)
     return found
 
 

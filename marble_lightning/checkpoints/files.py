@@ -17,7 +17,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from marble_lightning.checkpoints.content import LAST, TO_EVALUATE, load_checked, time_of
 from marble_lightning.checkpoints.signals import job, link_of_job
 from marble_lightning.run_folder import folder_of_runs
-from marble_lightning.utils.atomic_files import folder_to_disk, scratch_for, written_whole
+from marble_lightning.utils.atomic_files import folder_to_disk, scratch_for, atomic_write
 
 log = logging.getLogger(__name__)
 
@@ -65,7 +65,7 @@ class WholeCheckpointIO(TorchCheckpointIO):
     """
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any | None = None) -> None:
-        """Write it as `written_whole` does; files that are not local are left to Lightning.
+        """Write it as `atomic_write` does; files that are not local are left to Lightning.
 
         Raises:
             NotWritten: With the file, which is not there or as it was before.
@@ -74,7 +74,7 @@ class WholeCheckpointIO(TorchCheckpointIO):
             super().save_checkpoint(checkpoint, path, storage_options)
             return
         try:
-            with written_whole(Path(path)) as beside, beside.open("wb") as stream:
+            with atomic_write(Path(path)) as beside, beside.open("wb") as stream:
                 torch.save(checkpoint, stream)
         except (OSError, RuntimeError) as error:  # torch says RuntimeError where a stream takes no more
             raise NotWritten(f"The checkpoint {path} must be written to a disk with room for it. Found {error}.") from error

@@ -181,7 +181,7 @@ class PromptDataModule(LightningDataModule):
     val_dataloader = test_dataloader = predict_dataloader = held_out_dataloader
 
 
-def the_data(trainer: Trainer) -> PromptDataModule:
+def get_datamodule(trainer: Trainer) -> PromptDataModule:
     """The trainer's PromptDataModule."""
     data = getattr(trainer, "datamodule", None)
     if not isinstance(data, PromptDataModule):

@@ -41,11 +41,11 @@ def compared(runs: Mapping[str, Results], columns: Sequence[str]) -> list[dict[s
     Source: MARBLE, arXiv 2605.06507, the composite of its main table.
 
     Raises:
-        ValueError: As `must_be_comparable`.
+        ValueError: As `check_comparable`.
     """
     first, *others = runs.items()
     for name, results in [first, *others]:
-        must_be_comparable(first[1], results, name, columns)
+        check_comparable(first[1], results, name, columns)
     means = torch.tensor([[run[ALL][column]["mean"] for column in columns] for run in runs.values()], dtype=torch.float64)
     found = []
     for name, own, scores in zip(runs, means.tolist(), z_scores(means), strict=True):
@@ -55,7 +55,7 @@ def compared(runs: Mapping[str, Results], columns: Sequence[str]) -> list[dict[s
     return found
 
 
-def must_be_comparable(ours: Results, theirs: Results, name: str, columns: Sequence[str]) -> None:
+def check_comparable(ours: Results, theirs: Results, name: str, columns: Sequence[str]) -> None:
     """Another run was sampled with the same settings from the same prompts, and has all columns.
 
     Args:
@@ -94,7 +94,7 @@ def must_be_comparable(ours: Results, theirs: Results, name: str, columns: Seque
         )
 
 
-def judged_otherwise(ours: Results, theirs: Results, columns: Sequence[str]) -> list[str]:
+def scorer_differences(ours: Results, theirs: Results, columns: Sequence[str]) -> list[str]:
     """In which settings the judges of another run differ from ours, such as where their weights are from.
 
     Args:

@@ -11,7 +11,7 @@ from lightning.pytorch import Trainer
 from torch import Tensor
 from torchmetrics import CatMetric
 
-from marble_lightning.data.datamodule import the_data
+from marble_lightning.data.datamodule import get_datamodule
 from marble_lightning.evaluation.settings import Evaluation
 from marble_lightning.evaluation.statistics import by_tag, per_prompt
 from marble_lightning.nft.divergence import Finite
@@ -20,7 +20,7 @@ from marble_lightning.scoring.scorer import Scorer
 from marble_lightning.utils.seeds import derived_seed, generator
 from rewards import Prompt, Reward
 
-AHEAD = 64
+ENCODE_AHEAD = 64
 """Held-out prompts that are encoded in one visit of the text encoders, which for SD3.5 are gigabytes to move."""
 
 HeldOut = list[tuple[int, Prompt]]
@@ -53,7 +53,7 @@ class Evaluator:
         """Encoded held-out prompts, of this batch and of those that follow, on the CPU."""
 
     @property
-    def judges(self) -> Mapping[str, Reward]:
+    def supports(self) -> Mapping[str, Reward]:
         """Rewards and metrics: what held-out images are scored by."""
         return self.scorer.rewards
 
@@ -67,7 +67,7 @@ class Evaluator:
         self.asked = dict(self.judges)
         if stage == "predict":
             wanted = self.judges if self.scores_predictions else {}
-            self.asked = {name: judge for name, judge in wanted.items() if any(map(judge.judges, prompts))}
+            self.asked = {name: judge for name, judge in wanted.items() if any(map(judge.supports, prompts))}
 
     def check_resolution(self, stage: str) -> None:
         """Refuse a resolution that the policy cannot sample at; loads nothing."""
@@ -78,7 +78,7 @@ class Evaluator:
 
     def metric_names(self, prompts: Sequence[Prompt]) -> set[str]:
         """Names of the metrics that every validation logs."""
-        scored = {name: judge for name, judge in self.judges.items() if any(map(judge.judges, prompts))}
+        scored = {name: judge for name, judge in self.judges.items() if any(map(judge.supports, prompts))}
         tags = by_tag(scored, prompts, torch.zeros(len(prompts), len(scored)))
         return {f"held_out/{name}" for name in (*scored, *tags)}
 
@@ -94,11 +94,11 @@ class Evaluator:
         trained = trainer.state.fn == "fit" or trainer.ckpt_path or self.policy.init_lora
         return self.policy.adapter if self.policy.adapter and trained else "none"
 
-    def measured(self, trainer: Trainer) -> str:
+    def baseline_key(self, trainer: Trainer) -> str:
         """What the base's held-out scores depend on; a checkpoint's are taken over only where it is the same."""
         model = self.policy.identity | {"init_lora": self.policy.init_lora}
         judges = {name: judge.identity for name, judge in self.judges.items()}
-        prompts = derived_seed(*map(repr, the_data(trainer).held_out))
+        prompts = derived_seed(*map(repr, get_datamodule(trainer).held_out))
         return repr((model, trainer.precision, self.settings, judges, prompts))
 
     def predict(self, trainer: Trainer, batch: HeldOut) -> dict[str, Tensor]:
@@ -130,14 +130,14 @@ class Evaluator:
     def _encoded(self, trainer: Trainer, batch: HeldOut) -> tuple[Conditions, Conditions | None]:
         """The encoded prompts of a batch, and the empty one where guidance needs it.
 
-        Text encoders visit the device once for `AHEAD` of this rank's prompts, while rewards leave it to them.
+        Text encoders visit the device once for `ENCODE_AHEAD` of this rank's prompts, while rewards leave it to them.
         """
         texts, empty = [prompt.text for _, prompt in batch], [""] if self.evaluation.guidance > 1 else []
         if any(text not in self.ahead for text in texts + empty):
             self.scorer.release()
-            own = the_data(trainer).held_out[batch[0][0] :: trainer.world_size]  # as its loader deals
+            own = get_datamodule(trainer).held_out[batch[0][0] :: trainer.world_size]  # as its loader deals
             wanted = list(dict.fromkeys(empty + texts + [prompt.text for prompt in own]))
-            wanted = wanted[: max(AHEAD, len(empty + texts))]
+            wanted = wanted[: max(ENCODE_AHEAD, len(empty + texts))]
             encoded = self.policy.encode(wanted)
             parts = zip(encoded.embeds.cpu().split(1), encoded.pooled.cpu().split(1), strict=True)
             self.ahead = dict(zip(wanted, map(Conditions, *zip(*parts, strict=True)), strict=True))
@@ -151,7 +151,7 @@ class Evaluator:
             Diverged: Images are not finite; on all ranks.
             RewardError: A reward failed; on all ranks.
         """
-        data = the_data(trainer)
+        data = get_datamodule(trainer)
         prompts = data.held_out[:: data.held_out_images]
         scores = per_prompt(self.scores.compute().cpu(), len(prompts), data.held_out_images)
         self.scores.reset()

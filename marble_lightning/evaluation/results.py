@@ -14,14 +14,14 @@ from torch import Tensor
 from marble_lightning.data.datamodule import ALL
 from marble_lightning.evaluation.statistics import MEAN_OF_TAGS, Summary, by_tag, summaries, summarise
 from marble_lightning.run_folder import RESULTS
-from marble_lightning.utils.atomic_files import written_whole
+from marble_lightning.utils.atomic_files import atomic_write
 from rewards import Prompt, Reward
 from rewards.base import with_public_names
 
 CSV = "results.csv"
 
 
-class Measured(NamedTuple):
+class HeldOutScores(NamedTuple):
     """Scores of held-out prompts, NaN where there is none, and those of the base on the same prompts and noise.
 
     `prompts` are those of the rows, by their place among all held-out prompts.
@@ -32,13 +32,13 @@ class Measured(NamedTuple):
     scores: Float[Tensor, "prompt judge"]
     base: Float[Tensor, "prompt judge"] | None = None
 
-    def sets(self) -> dict[str, Measured]:
+    def sets(self) -> dict[str, HeldOutScores]:
         """The same of each prompt set, which is a source of prompts; where there are several, of `all` too."""
         found = [prompt.source for prompt in self.prompts.values()]
         own = {source: self._rows([each == source for each in found]) for source in dict.fromkeys(found)}
         return own | ({ALL: self} if len(own) > 1 else {})
 
-    def sampled(self) -> Measured:
+    def sampled(self) -> HeldOutScores:
         """The same without prompts of which nothing is known."""
         return self._rows((~self.scores.isnan().all(1)).tolist())
 
@@ -50,13 +50,13 @@ class Measured(NamedTuple):
         """The same of the base."""
         return None if self.base is None else by_tag(self.judges, list(self.prompts.values()), self.base)
 
-    def _rows(self, chosen: Sequence[bool]) -> Measured:
+    def _rows(self, chosen: Sequence[bool]) -> HeldOutScores:
         prompts = {index: prompt for (index, prompt), kept in zip(self.prompts.items(), chosen, strict=True) if kept}
         rows = [row for row, kept in enumerate(chosen) if kept]
-        return Measured(self.judges, prompts, self.scores[rows], None if self.base is None else self.base[rows])
+        return HeldOutScores(self.judges, prompts, self.scores[rows], None if self.base is None else self.base[rows])
 
 
-def document(measured: Measured, **facts: Any) -> dict[str, Any]:
+def document(measured: HeldOutScores, **facts: Any) -> dict[str, Any]:
     """All that results.json has: `facts`, then means by set and reward, by tag, and the scores of each prompt.
 
     Args:
@@ -84,10 +84,10 @@ def write(folder: Path, found: Mapping[str, Any]) -> None:
         folder: Where to; made where it is missing.
         found: What `document` gave.
     """
-    with written_whole(folder / RESULTS) as beside:
+    with atomic_write(folder / RESULTS) as beside:
         beside.write_text(json.dumps(found, indent=1, ensure_ascii=False, allow_nan=False), encoding="utf-8")
     sets = {**found["sets"], **({ALL: found[ALL]} if len(found["sets"]) > 1 else {})}
-    with written_whole(folder / CSV) as beside, beside.open("w", newline="", encoding="utf-8") as file:
+    with atomic_write(folder / CSV) as beside, beside.open("w", newline="", encoding="utf-8") as file:
         lines = csv.writer(file)
         lines.writerow(["set", "reward", *Summary._fields])
         for name, means in sets.items():
@@ -122,7 +122,7 @@ def _plain(summary: Summary) -> dict[str, float | int | None]:
     return {name: value if value == value else None for name, value in summary._asdict().items()}
 
 
-def _means(measured: Measured) -> dict[str, dict[str, Any]]:
+def _means(measured: HeldOutScores) -> dict[str, dict[str, Any]]:
     columns = summaries(measured.scores, measured.base)
     own = columns.pop("trained")
     return {
@@ -131,7 +131,7 @@ def _means(measured: Measured) -> dict[str, dict[str, Any]]:
     }
 
 
-def _tags(measured: Measured) -> dict[str, dict[str, Any]]:
+def _tags(measured: HeldOutScores) -> dict[str, dict[str, Any]]:
     found: dict[str, dict[str, Any]] = {}
     for name, column in measured.tags().items():
         judge, tag = name.split("/", 1)
@@ -140,7 +140,7 @@ def _tags(measured: Measured) -> dict[str, dict[str, Any]]:
     return found
 
 
-def _each(measured: Measured) -> list[dict[str, dict[str, float]]]:
+def _each(measured: HeldOutScores) -> list[dict[str, dict[str, float]]]:
     columns = {"scores": measured.scores} | ({} if measured.base is None else {"base": measured.base})
     rows = {title: [_there(measured.judges, row) for row in column.tolist()] for title, column in columns.items()}
     return [{title: own[index] for title, own in rows.items()} for index in range(len(measured.prompts))]

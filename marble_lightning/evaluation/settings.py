@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from math import inf
 
 from marble_lightning.policies.samplers import Solver
-from marble_lightning.utils.validation import must, one_of
+from marble_lightning.utils.validation import require, require_one_of
 
 
 @dataclass(frozen=True)
@@ -28,11 +28,11 @@ class Evaluation:
     seed: int | None = None
 
     def __post_init__(self) -> None:
-        must(self.steps >= 1, "`evaluation.steps` must be >= 1", self.steps)
-        one_of(Solver, "`evaluation.solver`", self.solver)
-        must(1 <= self.guidance < inf, "`evaluation.guidance` must be >= 1 and finite", self.guidance)
-        must(
+        require(self.steps >= 1, "`evaluation.steps` must be >= 1", self.steps)
+        require_one_of(Solver, "`evaluation.solver`", self.solver)
+        require(1 <= self.guidance < inf, "`evaluation.guidance` must be >= 1 and finite", self.guidance)
+        require(
             self.resolution is None or (self.resolution >= 16 and self.resolution % 16 == 0),
             "`evaluation.resolution` must be a positive multiple of 16, or null", self.resolution,
         )  # fmt: skip
-        must(self.seed is None or self.seed >= 0, "`evaluation.seed` must be >= 0, or null", self.seed)
+        require(self.seed is None or self.seed >= 0, "`evaluation.seed` must be >= 0, or null", self.seed)

@@ -56,7 +56,7 @@ def by_tag(
     """Scores of each judge and tag, as `geneval/counting`, NaN for other prompts; then the mean over its tags, (1,)."""
     found = dict[str, Tensor]()
     for (name, judge), column in zip(judges.items(), scores.T, strict=True):
-        tags = [judge.tag(prompt) if judge.judges(prompt) else None for prompt in prompts]
+        tags = [judge.tag(prompt) if judge.supports(prompt) else None for prompt in prompts]
         own = {
             f"{name}/{tag}": torch.where(torch.tensor([each == tag for each in tags]), column, torch.nan)
             for tag in dict.fromkeys(filter(None, tags))

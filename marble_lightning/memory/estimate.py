@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from marble_lightning.data.datamodule import the_data
+from marble_lightning.data.datamodule import get_datamodule
 from marble_lightning.memory.ledger import tensors_of, text_encoders
 from marble_lightning.memory.phases import Phases
 from marble_lightning.module import DiffusionNFT
@@ -53,7 +53,7 @@ class Choices:
         return cls(
             micro_batch_size=module.plan.batch_size,
             sampling_batch_size=module.sampling.batch_size,
-            held_out_batch_size=the_data(trainer).held_out_batch_size if judged else 0,
+            held_out_batch_size=get_datamodule(trainer).held_out_batch_size if judged else 0,
             gradient_checkpointing=bool(policy.transformer.is_gradient_checkpointing),
             text_encoders_stay=on_cpu or not visitors,
             vae_slicing=policy.pipeline.vae.use_slicing,

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from balancers import Balancer
 from balancers.gramian import gram_matrix
-from marble_lightning.data.datamodule import the_data
+from marble_lightning.data.datamodule import get_datamodule
 from marble_lightning.evaluation.image_statistics import PER_IMAGE
 from marble_lightning.memory.ledger import CUDA_BLOCK, Fakes, Ledger, Once, bytes_of, tensors_of, text_encoders
 from marble_lightning.module import DiffusionNFT
@@ -95,7 +95,7 @@ class Phases:
         return bytes_of(tensors, self.block)
 
     @cached_property
-    def judges(self) -> dict[str, Reward]:
+    def supports(self) -> dict[str, Reward]:
         """Rewards and metrics on this device."""
         places = self.module.scorer.settings.devices
         devices = {name: torch.device(places.get(name, self.device)) for name in self.module.judges}
@@ -126,7 +126,7 @@ class Phases:
     @cached_property
     def encoded(self) -> tuple[Conditions, int]:
         """The conditions of a round's prompts, and the bytes that encoding them takes."""
-        prompts = self.module.plan.images // the_data(self.trainer).images_per_prompt
+        prompts = self.module.plan.images // get_datamodule(self.trainer).images_per_prompt
         with self.fakes.counting() as ledger:
             conditions = self.policy.encode(["a"] * prompts)
         return conditions, ledger.peak
@@ -152,7 +152,7 @@ class Phases:
                 kept = [torch.empty_like(self.latents(images, resolution), dtype=torch.float32) for _ in range(3)]
                 conditions = self._conditions(2 * images) if guided else own
                 latents = self.latents(len(conditions.embeds), resolution)
-                with self.policy.using("old"):
+                with self.policy.use_adapter("old"):
                     self.policy.velocity(latents, torch.empty(len(latents)), conditions)
                 del own, kept
             return ledger.peak
@@ -189,7 +189,7 @@ class Phases:
 
     def _score(self, name: str, images: int) -> int:
         reward = self.judges[name]
-        prompts = [prompt for prompt in the_data(self.trainer).training if reward.judges(prompt)]
+        prompts = [prompt for prompt in get_datamodule(self.trainer).training if reward.supports(prompt)]
         if not prompts or not tensors_of(reward):  # whoever has no weights does not compute with torch, or next to nothing
             return 0
         chosen, pictures = (prompts * images)[:images], self.pictures(images)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 AdvantageStd = Literal["round", "group"]
 AdvantageMode = Literal["all", "positive_only", "negative_only", "one_only", "binary"]
-"""Which part of an advantage is learned from; see `only`."""
+"""Which part of an advantage is learned from; see `apply_advantage_mode`."""
 
 EPSILON = 1e-4
 """Added to the standard deviation, as in the published implementation."""
@@ -48,7 +48,7 @@ def group_advantages(
     return advantages.masked_fill(~valid, torch.nan)
 
 
-def only(advantages: Float[Tensor, "sample reward"], mode: AdvantageMode) -> Float[Tensor, "sample reward"]:
+def apply_advantage_mode(advantages: Float[Tensor, "sample reward"], mode: AdvantageMode) -> Float[Tensor, "sample reward"]:
     r"""The part of advantages that is learned from.
 
     A, max(A, 0), min(A, 0), [A > 0] or sign(A), in the order of the modes.

@@ -16,7 +16,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from marble_lightning.nft.advantages import AdvantageMode, AdvantageStd
-from marble_lightning.utils.validation import must, one_of
+from marble_lightning.utils.validation import require, require_one_of
 
 
 @dataclass(frozen=True)
@@ -41,11 +41,11 @@ class Objective:
     kl_weight: float = 1e-4
 
     def __post_init__(self) -> None:
-        one_of(AdvantageStd, "`objective.advantage_std`", self.advantage_std)
-        one_of(AdvantageMode, "`objective.advantage_mode`", self.advantage_mode)
-        must(0 < self.beta < inf, "`objective.beta` must be > 0 and finite", self.beta)
-        must(0 < self.max_advantage < inf, "`objective.max_advantage` must be > 0 and finite", self.max_advantage)
-        must(0 <= self.kl_weight < inf, "`objective.kl_weight` must be >= 0 and finite", self.kl_weight)
+        require_one_of(AdvantageStd, "`objective.advantage_std`", self.advantage_std)
+        require_one_of(AdvantageMode, "`objective.advantage_mode`", self.advantage_mode)
+        require(0 < self.beta < inf, "`objective.beta` must be > 0 and finite", self.beta)
+        require(0 < self.max_advantage < inf, "`objective.max_advantage` must be > 0 and finite", self.max_advantage)
+        require(0 <= self.kl_weight < inf, "`objective.kl_weight` must be >= 0 and finite", self.kl_weight)
 
 
 SCALE_FLOOR = 1e-5

@@ -17,7 +17,7 @@ def adamw(parameters: Any) -> torch.optim.Optimizer:
     return torch.optim.AdamW(parameters, lr=3e-4, betas=(0.9, 0.999), weight_decay=1e-4, eps=1e-8)
 
 
-def must_fit_the_run(optimizer: Optimizer, scheduler: object, scaler: GradScaler | None) -> None:
+def check_optimizer(optimizer: Optimizer, scheduler: object, scaler: GradScaler | None) -> None:
     """A merged gradient can be written before its step, and its learning rate goes by steps."""
     if scaler is not None and getattr(optimizer, "_step_supports_amp_scaling", False):
         raise ValueError(

@@ -86,7 +86,7 @@ class LinearTaps:
                 return output
             if self.anchor.device != output.device:
                 self.anchor = torch.zeros((), requires_grad=True, device=output.device)
-            return _Tap.apply(output, as_multiplied(inputs[0]), self.anchor, self, weight, bias)
+            return CaptureGrad.apply(output, as_multiplied(inputs[0]), self.anchor, self, weight, bias)
 
         return hook
 
@@ -142,7 +142,7 @@ class RewardGradients:
         self.parameters = parameters
         self.taps = LinearTaps(module, parameters) if passes == "two" else None
 
-    def expect(self, expected: bool) -> None:
+    def set_capture(self, expected: bool) -> None:
         """Say whether the next forward pass is for per-reward gradients.
 
         They go back through it several times, which compiled code cannot: it runs as written meanwhile.
@@ -165,7 +165,7 @@ class RewardGradients:
         return gradients_by_passes(coefficients.losses(plus, minus), self.parameters, loss_scale)
 
 
-class _Tap(torch.autograd.Function):
+class CaptureGrad(torch.autograd.Function):
     """The identity, which on the way back tells its owner a layer's input and the gradient of its output."""
 
     @staticmethod

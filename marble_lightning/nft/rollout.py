@@ -12,7 +12,7 @@ from lightning.pytorch import Trainer
 from torch import Tensor
 
 from balancers import Balancer
-from marble_lightning.nft.advantages import group_advantages, only
+from marble_lightning.nft.advantages import group_advantages, apply_advantage_mode
 from marble_lightning.nft.loss import Coefficients, Objective, coefficients, noised
 from marble_lightning.policies.base import Conditions
 from marble_lightning.scoring.failures import only_finite
@@ -87,7 +87,7 @@ class Plan:
         return self.per_step * self.optimizer_steps * self.inner_epochs
 
 
-def weigh_round(
+def compute_coefficients(
     scores: Float[Tensor, "image reward"],
     groups: Int[Tensor, " image"],
     balancer: Balancer | None,
@@ -123,7 +123,7 @@ def weigh_round(
     advantages = group_advantages(merged, all_groups, objective.advantage_std)
     if balancer:
         advantages = only_finite(balancer.merge_advantages(advantages), everyone, balancer.names, scoring)
-    advantages = only(advantages[rank * len(scores) : (rank + 1) * len(scores)], objective.advantage_mode)
+    advantages = apply_advantage_mode(advantages[rank * len(scores) : (rank + 1) * len(scores)], objective.advantage_mode)
 
     weighed = []
     for key in keys:

@@ -14,14 +14,14 @@ from torch import Tensor
 from tqdm import tqdm
 
 from marble_lightning.checkpoints.signals import end_if_asked
-from marble_lightning.data.datamodule import the_data
+from marble_lightning.data.datamodule import get_datamodule
 from marble_lightning.nft.divergence import Finite
 from marble_lightning.nft.rollout import Rollout
 from marble_lightning.policies.base import FlowPolicy
 from marble_lightning.policies.samplers import Solver
 from marble_lightning.scoring.scorer import Scorer
 from marble_lightning.utils.seeds import generator
-from marble_lightning.utils.validation import must, one_of
+from marble_lightning.utils.validation import require, require_one_of
 
 
 @dataclass(frozen=True)
@@ -44,14 +44,14 @@ class Sampling:
     noisiest_fraction: float = 1.0
 
     def __post_init__(self) -> None:
-        must(self.steps >= 1, "`sampling.steps` must be >= 1", self.steps)
-        must(self.batch_size >= 1, "`sampling.batch_size` must be >= 1", self.batch_size)
-        one_of(Solver, "`sampling.solver`", self.solver)
-        must(
+        require(self.steps >= 1, "`sampling.steps` must be >= 1", self.steps)
+        require(self.batch_size >= 1, "`sampling.batch_size` must be >= 1", self.batch_size)
+        require_one_of(Solver, "`sampling.solver`", self.solver)
+        require(
             0 < self.noisiest_fraction <= 1 and self.usable_times >= 1,
             f"`sampling.noisiest_fraction` must leave 1 to {self.steps} of the times", self.noisiest_fraction,
         )  # fmt: skip
-        must(
+        require(
             1 <= self.times <= self.usable_times,
             f"`sampling.times_per_image` must be 1 to {self.usable_times}, the times `noisiest_fraction` leaves of `steps`",
             self.times_per_image,
@@ -68,7 +68,7 @@ class Sampling:
         return self.usable_times if self.times_per_image is None else self.times_per_image
 
 
-class Sampled(NamedTuple):
+class ScoredRollout(NamedTuple):
     """A round on this rank as it was sampled.
 
     `images` (image, 3, pixel, pixel) in [0, 1]; `scores` (image, reward), NaN where there is none; `skipped` says how many
@@ -95,7 +95,7 @@ def sample_round(
     sampling: Sampling,
     finite: Finite,
     seed: int,
-) -> Sampled:
+) -> ScoredRollout:
     """Sample the k images of each distinct prompt, encoded once, with the old adapter, scoring them meanwhile.
 
     Args:
@@ -112,7 +112,7 @@ def sample_round(
         RewardError: A reward failed; on all ranks, whichever it was.
     """
     scorer.release()  # Lightning put them there, and text encoders need the room
-    data = the_data(trainer)
+    data = get_datamodule(trainer)
     prompts = data.round(seed, trainer.current_epoch, trainer.global_rank, trainer.world_size)
     conditions = policy.encode([prompt.text for prompt in prompts])
     groups = torch.arange(len(prompts)).repeat_interleave(data.images_per_prompt)
@@ -135,7 +135,7 @@ def sample_round(
     finite.check_pictures(trainer.strategy, trained=trainer.global_step > 0)
     skipped = scorer.check(trainer.strategy)
     scorer.release()
-    return Sampled(Rollout(conditions, groups.to(device), torch.cat(latents)), images, scores, skipped, waited)
+    return ScoredRollout(Rollout(conditions, groups.to(device), torch.cat(latents)), images, scores, skipped, waited)
 
 
 def progress(trainer: Trainer, iterable: Any, doing: str) -> Any:

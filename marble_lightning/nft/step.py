@@ -63,7 +63,7 @@ class TrainingStep:
             scaler: Of the loss, in half precision.
         """
         if balancer.needs_gradients:
-            self.per_reward.expect(balancer.wants_gradients)
+            self.per_reward.set_capture(balancer.wants_gradients)
         velocity = self.velocity(batch, "trained")
         plus, minus = self.sample_losses(batch, velocity)
         losses = batch.coefficients.losses(plus, minus)
@@ -91,7 +91,7 @@ class TrainingStep:
 
     def velocity(self, batch: MicroBatch, adapter: Adapter | None) -> Tensor:
         """v(x_t, t) of an adapter, or without any; with a graph for the trained one only."""
-        with torch.set_grad_enabled(adapter == "trained"), self.policy.using(adapter):
+        with torch.set_grad_enabled(adapter == "trained"), self.policy.use_adapter(adapter):
             return self.policy.velocity(batch.noisy, batch.t, batch.conditions)
 
     def sample_losses(self, batch: MicroBatch, velocity: Tensor) -> tuple[Tensor, Tensor]:

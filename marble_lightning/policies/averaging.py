@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from math import inf
 
-from marble_lightning.utils.validation import must
+from marble_lightning.utils.validation import require
 
 
 @dataclass(frozen=True)
@@ -33,10 +33,10 @@ class Averaging:
     ema_warmup: bool = False
 
     def __post_init__(self) -> None:
-        must(0 <= self.old_rate < inf, "`averaging.old_rate` must be >= 0 and finite", self.old_rate)
-        must(self.old_start >= 0, "`averaging.old_start` must be >= 0", self.old_start)
-        must(0 <= self.old_cap < 1, "`averaging.old_cap` must be in [0, 1)", self.old_cap)
-        must(0 <= self.ema_decay < 1, "`averaging.ema_decay` must be in [0, 1)", self.ema_decay)
+        require(0 <= self.old_rate < inf, "`averaging.old_rate` must be >= 0 and finite", self.old_rate)
+        require(self.old_start >= 0, "`averaging.old_start` must be >= 0", self.old_start)
+        require(0 <= self.old_cap < 1, "`averaging.old_cap` must be in [0, 1)", self.old_cap)
+        require(0 <= self.ema_decay < 1, "`averaging.ema_decay` must be in [0, 1)", self.ema_decay)
 
     def old_decay(self, step: int) -> float:
         """What the old adapter keeps of itself after optimizer step `step`, in [0, 1]."""

@@ -110,11 +110,11 @@ class FlowPolicy(nn.Module, ABC):
 
     @property
     @abstractmethod
-    def most_tokens(self) -> int:
-        """Tokens that are read of a prompt, as `too_long` counts them."""
+    def max_prompt_tokens(self) -> int:
+        """Tokens that are read of a prompt, as `truncated_prompts` counts them."""
 
     @abstractmethod
-    def too_long(self, texts: Iterable[str]) -> list[str]:
+    def truncated_prompts(self, texts: Iterable[str]) -> list[str]:
         """Those texts whose end the model does not read."""
 
     @abstractmethod
@@ -193,7 +193,7 @@ class FlowPolicy(nn.Module, ABC):
         if start is not None:
             start.copy_to(self.transformer, "trained")
         for name in ADAPTERS:
-            self.move(name, towards="trained", by=1.0)
+            self.lerp_adapter(name, towards="trained", by=1.0)
         self._activate("trained")
 
     @property
@@ -211,13 +211,13 @@ class FlowPolicy(nn.Module, ABC):
         return [parameter for name, parameter in self.transformer.named_parameters() if f".{adapter}." in name]
 
     @torch.no_grad()
-    def move(self, adapter: Adapter, *, towards: Adapter, by: float) -> None:
+    def lerp_adapter(self, adapter: Adapter, *, towards: Adapter, by: float) -> None:
         """Move one adapter a share `by` in [0, 1] of the way to another."""
         for own, goal in zip(self.parameters_of(adapter), self.parameters_of(towards), strict=True):
             own.lerp_(goal, by)
 
     @contextmanager
-    def using(self, adapter: Adapter | None) -> Iterator[None]:
+    def use_adapter(self, adapter: Adapter | None) -> Iterator[None]:
         """Run the transformer with one adapter, or with none (the reference policy).
 
         Where gradients are off and all is float32, the adapter is merged into the weights for as long: the same velocities
@@ -227,7 +227,7 @@ class FlowPolicy(nn.Module, ABC):
             RuntimeError: One is in use already.
         """
         if self._in_use:
-            raise RuntimeError("`using` must not be nested: leave one adapter before the next. Found one in use.")
+            raise RuntimeError("`use_adapter` must not be nested: leave one adapter before the next. Found one in use.")
         weights = self._mergeable(adapter)
         own = [weight.data for weight in weights]
         self._in_use = True

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from marble_lightning.policies.base import Conditions
-from marble_lightning.utils.atomic_files import written_whole
+from marble_lightning.utils.atomic_files import atomic_write
 from rewards.texts import excerpt
 
 ENDS = 256
@@ -72,7 +72,7 @@ class PromptCache:
         """Keep a prompt's encoding, a batch of one."""
         file = self._file(text)
         tensors: dict[str, Float[Tensor, "1 ..."]] = {"embeds": encoded.embeds, "pooled": encoded.pooled}
-        with written_whole(file) as beside:
+        with atomic_write(file) as beside:
             save_file({name: tensor.contiguous().cpu() for name, tensor in tensors.items()}, beside, {"prompt": text})
 
     def _file(self, text: str) -> Path:

@@ -13,7 +13,7 @@ import yaml
 from marble_lightning.checkpoints.content import TO_EXPORT, load_checked
 from marble_lightning.policies.lora import Lora
 from marble_lightning.policies.lora_files import FILE, write_lora
-from marble_lightning.utils.atomic_files import local_path, must_be_a_folder, remove_unfinished
+from marble_lightning.utils.atomic_files import local_path, check_folder, remove_unfinished
 from rewards.redaction import redacted
 
 Which = Literal["ema", "policy"]
@@ -36,7 +36,7 @@ def export(ckpt_path: str | Path, to: str | Path, which: Which = "ema", overwrit
         ValueError: The checkpoint is damaged or not from `fit`, or there is such a file already.
     """
     file, folder = local_path("ckpt_path", ckpt_path), Path(to).expanduser()
-    must_be_a_folder("to", folder)
+    check_folder("to", folder)
     remove_unfinished([folder])
     if (folder / FILE).exists() and not overwrite:
         raise ValueError(

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from marble_lightning.policies.lora import Lora
-from marble_lightning.utils.atomic_files import local_path, written_whole
+from marble_lightning.utils.atomic_files import local_path, atomic_write
 
 FILE = LORA_WEIGHT_NAME_SAFE
 """The name under which diffusers looks for a LoRA in a folder."""
@@ -46,7 +46,7 @@ def write_lora(lora: Lora, folder: Path, targets: Sequence[str], about: Mapping[
     layers = lora.scaled(lora.alpha / lora.rank)
     # Nothing but what differs from peft's defaults: an older peft refuses fields that it does not know.
     config = {"r": lora.rank, "lora_alpha": lora.rank, "target_modules": list(targets)}
-    with written_whole(folder / FILE) as file:
+    with atomic_write(folder / FILE) as file:
         StableDiffusion3Pipeline.save_lora_weights(
             file.parent, transformer_lora_layers=layers, transformer_lora_adapter_metadata=config
         )

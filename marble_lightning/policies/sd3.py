@@ -19,7 +19,7 @@ from marble_lightning.policies.lora_files import read_lora
 from marble_lightning.policies.samplers import Solver, flow_sigmas, scheduler_for
 from marble_lightning.policies.sd3_checks import pipeline_index, the_resolution_fits
 from marble_lightning.policies.sd3_loading import load_pipeline
-from marble_lightning.utils.atomic_files import local_path, must_be_a_folder
+from marble_lightning.utils.atomic_files import local_path, check_folder
 from rewards.files import resolve_path
 from rewards.texts import beginning
 
@@ -28,7 +28,7 @@ TARGETS = tuple(
 )
 """Linear layers of a block's joint attention that get a LoRA, as in the published runs: 191 layers of SD3.5 Medium."""
 
-AT_ONCE = 32
+ENCODE_BATCH_SIZE = 32
 """Prompts that the text encoders read at once."""
 
 
@@ -123,7 +123,7 @@ class SD3Policy(FlowPolicy):
     def check(self) -> None:
         """Refuse a folder for prompts that cannot be one, and a LoRA that the adapters cannot start from."""
         if self.prompt_cache is not None:
-            must_be_a_folder("policy.prompt_cache", Path(self.prompt_cache).expanduser())
+            check_folder("policy.prompt_cache", Path(self.prompt_cache).expanduser())
         if self.init_lora is not None:
             read_lora(self.init_lora, rank=self.rank, alpha=self.alpha)
 
@@ -167,24 +167,24 @@ class SD3Policy(FlowPolicy):
     # Prompts --------------------------------------------------------------------------------------------------------
 
     @property
-    def most_tokens(self) -> int:
+    def max_prompt_tokens(self) -> int:
         """Tokens that the CLIP text encoders read of a prompt, with those that mark its beginning and end."""
         return self.pipeline.tokenizer_max_length
 
-    def too_long(self, texts: Iterable[str]) -> list[str]:
-        """Those texts whose end the CLIP text encoders do not read: more than `most_tokens` of either tokenizer."""
+    def truncated_prompts(self, texts: Iterable[str]) -> list[str]:
+        """Those texts whose end the CLIP text encoders do not read: more than `max_prompt_tokens` of either tokenizer."""
         texts = list(texts)
         tokenizers = (self.pipeline.tokenizer, self.pipeline.tokenizer_2)
-        begun = [beginning(text, self.most_tokens) for text in texts]
+        begun = [beginning(text, self.max_prompt_tokens) for text in texts]
         tokens = [tokenizer(begun, verbose=False).input_ids if texts else [] for tokenizer in tokenizers]
-        return [text for text, *each in zip(texts, *tokens, strict=True) if max(map(len, each)) > self.most_tokens]
+        return [text for text, *each in zip(texts, *tokens, strict=True) if max(map(len, each)) > self.max_prompt_tokens]
 
     @torch.no_grad()
     def encode(self, texts: Sequence[str]) -> Conditions:
         """Encode prompts with the pipeline's text encoders, or take them from the cache."""
         if self.prompt_cache is None:
             with self._text_encoders_at_hand():
-                return joined([self._encode(texts[i : i + AT_ONCE]) for i in range(0, len(texts), AT_ONCE)], self.device)
+                return joined([self._encode(texts[i : i + ENCODE_BATCH_SIZE]) for i in range(0, len(texts), ENCODE_BATCH_SIZE)], self.device)
         distinct = dict.fromkeys(texts)
         kept = {text: found for text in distinct if (found := self.cache.get(text)) is not None}
         if missing := [text for text in distinct if text not in kept]:
@@ -195,7 +195,7 @@ class SD3Policy(FlowPolicy):
         return joined([kept[text] for text in texts], self.device)
 
     def _encode(self, texts: Sequence[str]) -> Conditions:
-        read = max(self.most_tokens, self.text_length)
+        read = max(self.max_prompt_tokens, self.text_length)
         with _cut_prompts_unquoted(type(self.pipeline).__module__):
             embeds, _, pooled, _ = self.pipeline.encode_prompt(
                 prompt=[beginning(text, read) for text in texts],
@@ -236,7 +236,7 @@ class SD3Policy(FlowPolicy):
         """Sample latents through the stock pipeline, one generator per picture; see `FlowPolicy.sample`."""
         self.sampler.scheduler = scheduler_for(solver, self.flow_scheduler)
         negative = unconditional[torch.zeros(len(generators), dtype=torch.long)] if unconditional is not None else None
-        with self.using(adapter):
+        with self.use_adapter(adapter):
             output = self.sampler(
                 prompt_embeds=conditions.embeds,
                 pooled_prompt_embeds=conditions.pooled,
@@ -289,7 +289,7 @@ def compile_blocks(transformer: SD3Transformer2DModel) -> None:
 
 @contextmanager
 def _cut_prompts_unquoted(module: str) -> Iterator[None]:
-    """Keep a pipeline from printing the unread end of every prompt: `too_long` says which ones have one."""
+    """Keep a pipeline from printing the unread end of every prompt: `truncated_prompts` says which ones have one."""
 
     def keep(record: logging.LogRecord) -> bool:
         return "truncated" not in record.msg

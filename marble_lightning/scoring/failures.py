@@ -75,11 +75,11 @@ def only_finite(
     return values.masked_fill(values.isinf(), torch.nan)
 
 
-Judged = tuple[Float[Tensor, " image"], dict[int, BaseException]]
+ScoreResult = tuple[Float[Tensor, " image"], dict[int, BaseException]]
 """Scores, NaN where there is none, and why, for the pictures that the reward failed on."""
 
 
-def judged(reward: Reward, images: Float[Tensor, "image 3 pixel pixel"], prompts: Sequence[Prompt], retries: int) -> Judged:
+def score_with_retries(reward: Reward, images: Float[Tensor, "image 3 pixel pixel"], prompts: Sequence[Prompt], retries: int) -> ScoreResult:
     """A reward's scores of a batch; where it fails, picture by picture, to tell which ones it fails on.
 
     Failures of the world outside (OSError: connections, time-outs, files) are tried again after 1, 2, 4, ... seconds.
@@ -114,16 +114,16 @@ def judged(reward: Reward, images: Float[Tensor, "image 3 pixel pixel"], prompts
 
 def failed(
     reward: Reward, images: Float[Tensor, "image 3 pixel pixel"], prompts: Sequence[Prompt], error: BaseException
-) -> Judged:
+) -> ScoreResult:
     """No score for any picture of a batch, and the same reason for all that the reward applies to."""
     missing = torch.full((len(prompts),), torch.nan, device=images.device)
-    return missing, {index: error for index, prompt in enumerate(prompts) if reward.judges(prompt)}
+    return missing, {index: error for index, prompt in enumerate(prompts) if reward.supports(prompt)}
 
 
 def _one_by_one(
     reward: Reward, images: Float[Tensor, "image 3 pixel pixel"], prompts: Sequence[Prompt], error: BaseException
-) -> Judged:
-    parts = [judged(reward, images[i : i + 1], prompts[i : i + 1], retries=0) for i in range(len(prompts))]
+) -> ScoreResult:
+    parts = [score_with_retries(reward, images[i : i + 1], prompts[i : i + 1], retries=0) for i in range(len(prompts))]
     failures = {i: own[0] for i, (_, own) in enumerate(parts) if own}
     if not failures:  # it takes single pictures but not this batch: nobody knows which scores to trust
         return failed(reward, images, prompts, error)

@@ -17,10 +17,10 @@ from lightning.pytorch.strategies import Strategy
 from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 
-from marble_lightning.scoring.failures import RewardError, failed, judged
+from marble_lightning.scoring.failures import RewardError, failed, score_with_retries
 from marble_lightning.scoring.settings import Scoring
 from marble_lightning.scoring.worker import Worker
-from marble_lightning.utils.atomic_files import written_whole
+from marble_lightning.utils.atomic_files import atomic_write
 from marble_lightning.utils.images import to_image
 from rewards import Prompt, Reward
 from rewards.texts import excerpt, reason
@@ -127,7 +127,7 @@ class Scorer:
             columns[job.name].append(outcome.scores.to(job.images.device))
             self.seconds[job.name] += outcome.seconds
             self.skipped[job.name] += len(outcome.failures)
-            applies = torch.tensor([self.rewards[job.name].judges(prompt) for prompt in job.prompts])
+            applies = torch.tensor([self.rewards[job.name].supports(prompt) for prompt in job.prompts])
             self.applied[job.name] += int(applies.sum())
             self.missing[job.name] += int((applies & outcome.scores.isnan().cpu()).sum())
             if outcome.failures and self.failure is None:
@@ -206,7 +206,7 @@ class Scorer:
         begun = time.perf_counter()
         images = job.images.to(self._places[job.name])
         with torch.cuda.device(images.device) if images.is_cuda else nullcontext():  # a thread begins on the first GPU
-            scores, failures = judged(self.rewards[job.name], images, job.prompts, self.settings.retries)
+            scores, failures = score_with_retries(self.rewards[job.name], images, job.prompts, self.settings.retries)
         return Outcome(scores, failures, time.perf_counter() - begun)
 
     def _outcome(self, job: _Job, later: Sequence[_Job]) -> Outcome:
@@ -234,7 +234,7 @@ class Scorer:
         """Save the first picture that failed, and keep an error for `check`, or log what happened."""
         index, error = next(iter(failures.items()))
         file = self.folder / f"failed_{job.name}{self.rank}.png"
-        with written_whole(file) as beside:
+        with atomic_write(file) as beside:
             to_image(job.images[index]).save(beside)
         what = (
             f"`rewards.{job.name}` must score every picture. Found {type(error).__name__} on {len(failures)} of "

@@ -7,7 +7,7 @@ from typing import Literal
 
 import torch
 
-from marble_lightning.utils.validation import must, one_of
+from marble_lightning.utils.validation import require, require_one_of
 
 OnError = Literal["raise", "skip"]
 
@@ -40,10 +40,10 @@ class Scoring:
     offload: bool = False
 
     def __post_init__(self) -> None:
-        one_of(OnError, "`scoring.on_error`", self.on_error)
-        must(0 <= self.max_skipped < 1, "`scoring.max_skipped` must be in [0, 1)", self.max_skipped)
-        must(self.retries >= 0, "`scoring.retries` must be >= 0", self.retries)
-        must(
+        require_one_of(OnError, "`scoring.on_error`", self.on_error)
+        require(0 <= self.max_skipped < 1, "`scoring.max_skipped` must be in [0, 1)", self.max_skipped)
+        require(self.retries >= 0, "`scoring.retries` must be >= 0", self.retries)
+        require(
             self.time_limit is None or (self.time_limit > 0 and self.overlap),
             "`scoring.time_limit` must be > 0 seconds, or null, and needs `overlap`",
             f"{self.time_limit} with `overlap` {str(self.overlap).lower()}",

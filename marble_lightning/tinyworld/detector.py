@@ -31,7 +31,7 @@ class ColourBlobs(Detector):
 
     classes = frozenset(SHAPES)
     colour_names = frozenset(COLOURS)
-    scored_by = (*Detector.scored_by, "reach", "min_area")
+    identity_fields = (*Detector.identity_fields, "reach", "min_area")
 
     def __init__(self, reach: float = 62.0, min_area: int = 14) -> None:
         super().__init__()

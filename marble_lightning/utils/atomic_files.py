@@ -24,7 +24,7 @@ LOCK = ".lock"
 
 
 @contextmanager
-def written_whole(file: Path) -> Iterator[Path]:
+def atomic_write(file: Path) -> Iterator[Path]:
     """Where to write what becomes a file in one step, once it is written and the disk has it.
 
     Several processes may write the same file; the last one's stays. What was written by one that failed is removed.
@@ -111,7 +111,7 @@ def local_path(name: str, path: str | Path) -> Path:
     return Path(text).expanduser()
 
 
-def must_be_a_folder(name: str, folder: Path) -> None:
+def check_folder(name: str, folder: Path) -> None:
     """Refuse where a folder cannot be, or be made, because a file is there.
 
     Args:

@@ -59,7 +59,7 @@ def grid(pictures: Sequence[Tensor], texts: Sequence[str], columns: int = 4) -> 
     return _tensor(sheet)
 
 
-def heat(cosines: Float[Tensor, "reward reward"], names: Sequence[str]) -> Float[Tensor, "3 height width"]:
+def cosine_heatmap(cosines: Float[Tensor, "reward reward"], names: Sequence[str]) -> Float[Tensor, "3 height width"]:
     """A matrix of cosines as coloured, numbered cells: green agrees, red opposes, grey is not known."""
     cell, margin = 44, 8 + max(7 * len(name) for name in names)
     side = margin + cell * len(names)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any, get_args
 
 
-def must(holds: bool, what: str, found: object) -> None:
+def require(holds: bool, what: str, found: object) -> None:
     """Refuse a value by its name.
 
     Raises:
@@ -15,6 +15,6 @@ def must(holds: bool, what: str, found: object) -> None:
         raise ValueError(f"{what}. Found {found}.")
 
 
-def one_of(choices: Any, name: str, found: str) -> None:
+def require_one_of(choices: Any, name: str, found: str) -> None:
     """Refuse a value that is none of a Literal's."""
-    must(found in get_args(choices), f"{name} must be one of {', '.join(get_args(choices))}", repr(found))
+    require(found in get_args(choices), f"{name} must be one of {', '.join(get_args(choices))}", repr(found))

@@ -33,7 +33,7 @@ class Aesthetic(Reward):
         ValueError: if an argument is out of range.
     """
 
-    scored_by = (*Reward.scored_by, "head_path", "head_file", "head_revision")
+    identity_fields = (*Reward.identity_fields, "head_path", "head_file", "head_revision")
 
     def __init__(
         self,

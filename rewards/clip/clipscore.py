@@ -35,7 +35,7 @@ class CLIPScore(Reward):
         ValueError: if an argument is out of range.
     """
 
-    scored_by = (*Reward.scored_by, "resize")
+    identity_fields = (*Reward.identity_fields, "resize")
 
     def __init__(
         self,

@@ -35,7 +35,7 @@ class PickScore(Reward):
         ValueError: if an argument is out of range.
     """
 
-    scored_by = (*Reward.scored_by, "divide_by")
+    identity_fields = (*Reward.identity_fields, "divide_by")
 
     def __init__(
         self,

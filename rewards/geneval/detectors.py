@@ -37,7 +37,7 @@ class Detector(nn.Module, ABC):
     """Names of the colours it can see; None where that cannot be told beforehand."""
     min_score: float = 0.0
     """Candidates that score no more are not returned."""
-    scored_by: tuple[str, ...] = ("path", "revision", "dtype", "min_score")
+    identity_fields: tuple[str, ...] = ("path", "revision", "dtype", "min_score")
     """Attributes that what it finds depends on, as of a reward."""
 
     def setup(self) -> None:

@@ -54,7 +54,7 @@ class Mask2Former(Detector):
 
     classes = frozenset(COCO_CLASSES)
     colour_names = frozenset(COLOURS)
-    scored_by = (*Detector.scored_by, "colour_path", "colour_revision", "short_side", "long_side")
+    identity_fields = (*Detector.identity_fields, "colour_path", "colour_revision", "short_side", "long_side")
 
     def __init__(
         self,

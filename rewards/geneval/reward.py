@@ -40,7 +40,7 @@ class GenEval(Reward):
         ValueError: if `score` is none of the three, or an argument is out of range.
     """
 
-    scored_by = (*Reward.scored_by, "kind", "threshold", "counting_threshold", "max_objects")
+    identity_fields = (*Reward.identity_fields, "kind", "threshold", "counting_threshold", "max_objects")
 
     def __init__(
         self,
@@ -73,7 +73,7 @@ class GenEval(Reward):
     @property
     def identity(self) -> dict[str, str]:
         """That of any reward, and its detector's."""
-        found = identity_of(self.detector, self.detector.scored_by)
+        found = identity_of(self.detector, self.detector.identity_fields)
         return super().identity | {f"detector {name}": value for name, value in found.items()}
 
     def setup(self) -> None:
@@ -100,7 +100,7 @@ class GenEval(Reward):
 
         Args:
             images: float32 pixels in [0, 1].
-            prompts: one per image; `judges` holds for each.
+            prompts: one per image; `supports` holds for each.
 
         Raises:
             ValueError: if the detector does not know a class a prompt names, or returns another number of lists than there

@@ -100,7 +100,7 @@ class OCR(Reward):
         ValueError: if an argument is out of range.
     """
 
-    scored_by = (*Reward.scored_by, "upscale_to", "detect", "quotes")
+    identity_fields = (*Reward.identity_fields, "upscale_to", "detect", "quotes")
 
     def __init__(
         self,

@@ -45,7 +45,7 @@ class RemoteReward(Reward):
         ValueError: if an argument is out of range.
     """
 
-    scored_by = (*Reward.scored_by, "url")
+    identity_fields = (*Reward.identity_fields, "url")
 
     def __init__(
         self,

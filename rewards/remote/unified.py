@@ -76,7 +76,7 @@ class UnifiedReward(Reward):
         ValueError: if an argument is out of range.
     """
 
-    scored_by = (*Reward.scored_by, "model", "question", "size", "max_tokens")
+    identity_fields = (*Reward.identity_fields, "model", "question", "size", "max_tokens")
 
     def __init__(
         self,

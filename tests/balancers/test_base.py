@@ -211,7 +211,7 @@ def test_what_a_level_returns_is_checked_in_the_precision_it_is_used_in():
         step(bound(Scripted([1.0, 1.0, 3e38], normalize=True)), torch.diag(torch.tensor([1.0, 1.0, 0.01])))
     for balancer, level in ((Merging(), "merge_rewards"), (MergingAdvantages(), "merge_advantages")):
         with pytest.raises(ValueError, match=rf"`\w+.{level}` must return numbers that are finite in torch.float32"):
-            bound(balancer).rehearse()
+            bound(balancer).dry_run()
 
 
 def test_uniform_stage():
@@ -308,7 +308,7 @@ def test_errors_of_use():
     with pytest.raises(ValueError, match="at least one reward"):
         balancer.bind(())
     with pytest.raises(TypeError, match="Balancer must override `weights` to merge 3 gradients"):
-        bound(Balancer()).rehearse()
+        bound(Balancer()).dry_run()
     bound(balancer)
     balancer.begin_step(2)
     with pytest.raises(ValueError, match=r"`gradients` must have shape \(3, P\). Found \(2, 4\)."):
@@ -321,7 +321,7 @@ def test_errors_of_use():
         balancer.add_gradients(torch.ones(3, 4))
     for answer in ([1.0, 2.0], [1.0, 2.0, torch.nan]):
         with pytest.raises(ValueError, match=r"`Scripted.weights` must return a tensor of 3 numbers, .* finite"):
-            bound(Scripted(answer)).rehearse()
+            bound(Scripted(answer)).dry_run()
 
 
 def test_a_rehearsal_leaves_the_module_alone():
@@ -335,4 +335,4 @@ def test_a_rehearsal_leaves_the_module_alone():
 
     balancer = bound(MARBLE())
     balancer.log = balancer.log_dict = Module().log
-    balancer.rehearse()
+    balancer.dry_run()

@@ -76,7 +76,7 @@ def recorder() -> profile:
     return KEPT[-1]
 
 
-class Measured(Callback):
+class HeldOutScores(Callback):
     """Measures encoding, sampling, decoding, an optimizer step's micro-batches together, and the step itself."""
 
     def __init__(self) -> None:
@@ -150,7 +150,7 @@ def fitted(
 
 
 def counted(estimate: Estimate) -> dict[str, int]:
-    """What `Measured` measures, as it was estimated."""
+    """What `HeldOutScores` measures, as it was estimated."""
     beyond = {name: phase.beyond for name, phase in estimate.phases.items()}
     return {
         "encode": beyond["encoding prompts"],
@@ -163,7 +163,7 @@ def counted(estimate: Estimate) -> dict[str, int]:
 
 def both(path: str, balancer: str, checkpointing: bool) -> dict[str, tuple[int, int]]:
     """Bytes of each phase of a run, as estimated and as measured."""
-    measured = Measured()
+    measured = HeldOutScores()
     with tempfile.TemporaryDirectory() as folder:
         expected = counted(fitted(Path(path), Path(folder), balancer, checkpointing, measured=measured).estimate)
     if balancer == "MARBLE":  # the merged gradient, from before, is let go within the step

@@ -17,5 +17,5 @@ def shake(policy: SD3Policy, adapter: str) -> None:
 def outputs(policy: SD3Policy, adapter: str | None) -> torch.Tensor:
     conditions = policy.encode(["a red circle", "two squares"])
     noisy = torch.randn(2, 4, 8, 8, generator=generator("noisy"))
-    with torch.no_grad(), policy.using(adapter):
+    with torch.no_grad(), policy.use_adapter(adapter):
         return policy.velocity(noisy, torch.tensor([0.3, 0.9]), conditions)

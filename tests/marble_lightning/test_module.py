@@ -192,7 +192,7 @@ class Overflowing(DiffusionNFT):
         found = self.step.per_reward
 
         class Overflows:
-            expect = found.expect
+            set_capture = found.set_capture
 
             def __call__(self, *arguments: Any) -> Tensor:
                 gradients, scaler = found(*arguments), arguments[-1]

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from marble_lightning.callbacks.image_drift import measured
+from marble_lightning.callbacks.image_drift import reference_of
 from marble_lightning.cli import QUIET
 from marble_lightning.evaluation.results import read
 from marble_lightning.policies.sd3 import SD3Policy
@@ -63,7 +63,7 @@ def test_two_ranks_equal_one_process(checkpoints, tmp_path, request, name):
     assert (one - first).norm() <= 1e-5 * moved  # of the movement, which is less than of the parameters
     looks = [rank["looks"][0] for rank in ranks]
     assert not torch.equal(*looks)
-    assert ranks[0]["reference"] == ranks[1]["reference"] == measured(torch.cat(looks))
+    assert ranks[0]["reference"] == ranks[1]["reference"] == reference_of(torch.cat(looks))
 
 
 def flat(parameters):

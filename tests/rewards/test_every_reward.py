@@ -65,7 +65,7 @@ def test_scores_have_shape_type_and_range(reward: Reward, images: torch.Tensor, 
     assert scores.shape == (6,)
     assert scores.dtype == torch.float32
     assert not scores.requires_grad
-    applicable = torch.tensor([reward.judges(prompt) for prompt in prompts])
+    applicable = torch.tensor([reward.supports(prompt) for prompt in prompts])
     assert applicable.any()
     assert torch.equal(scores.isnan(), ~applicable)
     assert len(scores[applicable].unique()) > 1  # a constant would pass most of the other tests
@@ -85,12 +85,12 @@ def test_only_applicable_samples_reach_score(
 
     monkeypatch.setattr(reward, "score", spy)
     reward(images=images, prompts=prompts)
-    assert seen == [prompt for prompt in prompts if reward.judges(prompt)]
+    assert seen == [prompt for prompt in prompts if reward.supports(prompt)]
 
 
 def test_which_rewards_apply_where(reward: Reward, prompts: list[Prompt]) -> None:
     expected = {"OCR": [0, 1, 0, 0, 1, 0], "GenEval": [0, 0, 1, 0, 0, 1]}.get(type(reward).__name__, [1] * 6)
-    assert [int(reward.judges(prompt)) for prompt in prompts] == expected
+    assert [int(reward.supports(prompt)) for prompt in prompts] == expected
 
 
 @pytest.mark.parametrize("batch_size", [1, 4])

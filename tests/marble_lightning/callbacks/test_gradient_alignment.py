@@ -13,7 +13,7 @@ from balancers.gramian import agreement, conflict_by_chance, gram_matrix
 from marble_lightning.callbacks.gradient_alignment import Harmony, probe, refresh_figures, update_of
 from marble_lightning.cli import QUIET
 from marble_lightning.nft.reward_gradients import flat
-from marble_lightning.utils.images import heat
+from marble_lightning.utils.images import cosine_heatmap
 from tests.helpers.small_runs import reference, run
 
 pytestmark = [pytest.mark.filterwarnings(f"ignore:{known}") for known in QUIET]
@@ -113,7 +113,7 @@ def test_what_a_refresh_logs():
     assert figures["alpha_age/a"] == 0
     assert figures["harmony/update/cos_min"] == pytest.approx(0.5**0.5)
     assert figures["harmony/update/conflict_rate"] == 0
-    picture = heat(gram / gram.diagonal().sqrt().outer(gram.diagonal().sqrt()), balancer.names)
+    picture = cosine_heatmap(gram / gram.diagonal().sqrt().outer(gram.diagonal().sqrt()), balancer.names)
     assert picture.shape[0] == 3 and 0 <= picture.min() < picture.max() <= 1
 
 

@@ -11,7 +11,7 @@ import torch
 from lightning.pytorch import Callback
 
 from balancers import MARBLE, WeightedSum
-from marble_lightning.callbacks.image_drift import LEAST_SPREAD, Alarms, expected_range, measured
+from marble_lightning.callbacks.image_drift import MIN_STD, Alarms, expected_range, reference_of
 from marble_lightning.cli import QUIET, main
 from marble_lightning.data.datamodule import PromptDataModule
 from marble_lightning.evaluation.image_statistics import NAMES
@@ -67,7 +67,7 @@ def test_an_ordinary_run_is_logged_and_sets_off_no_alarm(checkpoints, tmp_path, 
     for figures, statistics in zip(seen.logged, seen.statistics, strict=True):
         means = statistics.double().mean(0).tolist()
         assert [figures[f"images/{name}"] for name in NAMES] == pytest.approx(means, abs=1e-6)
-    assert alarms.reference == measured(seen.statistics[0])
+    assert alarms.reference == reference_of(seen.statistics[0])
 
 
 @pytest.mark.parametrize(
@@ -138,12 +138,12 @@ def test_the_command_line_logs_and_keeps_them(small, tmp_path):
 
 def test_the_base_is_measured_over_prompts_and_few_prompts_have_a_wide_spread():
     figures = torch.tensor([0.0, 0.1, 0.2, 0.3]).double()[:, None].expand(4, len(NAMES))
-    mean, spread = measured(figures)["contrast"]
+    mean, spread = reference_of(figures)["contrast"]
     assert mean == pytest.approx(0.15)
     assert spread == pytest.approx(0.12910 * (3 / 0.58437) ** 0.5, rel=1e-4)  # chi-square of 3 at 0.1, from a table
-    assert measured(figures.repeat(100, 1))["contrast"][1] == pytest.approx(0.1118 * 1.05, rel=0.01)
+    assert reference_of(figures.repeat(100, 1))["contrast"][1] == pytest.approx(0.1118 * 1.05, rel=0.01)
     with pytest.raises(ValueError, match="at least two. Found 1"):
-        measured(figures[:1])
+        reference_of(figures[:1])
 
 
 @pytest.mark.parametrize(
@@ -159,7 +159,7 @@ def test_the_base_is_measured_over_prompts_and_few_prompts_have_a_wide_spread():
 )
 def test_ranges(name, reference, factor, expected):
     assert expected_range(name, reference, factor) == pytest.approx(expected)
-    assert set(LEAST_SPREAD) == set(NAMES)
+    assert set(MIN_STD) == set(NAMES)
 
 
 def test_a_statistic_that_is_not_a_number_is_out_of_range(caplog):

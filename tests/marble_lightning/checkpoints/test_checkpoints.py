@@ -13,7 +13,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.loggers import CSVLogger
 
 from marble_lightning.checkpoints.callback import RoundCheckpoint
-from marble_lightning.checkpoints.content import TO_EVALUATE, TO_EXPORT, TO_FIT, damage, load_checked, newest_usable
+from marble_lightning.checkpoints.content import TO_EVALUATE, TO_EXPORT, TO_FIT, find_corruption, load_checked, newest_usable
 from marble_lightning.checkpoints.files import WholeCheckpointIO, last_of, point
 from marble_lightning.cli import QUIET, command_line, main
 from marble_lightning.policies.sd3 import SD3Policy
@@ -50,7 +50,7 @@ def test_no_flipped_byte_and_no_cut_goes_unnoticed(tmp_path):
     unnoticed = 0
     for index in range(0, len(whole), 3):
         file.write_bytes(whole[:index])
-        assert damage(file)
+        assert find_corruption(file)
         file.write_bytes(whole[:index] + bytes([whole[index] ^ 0x55]) + whole[index + 1 :])
         try:
             found = WholeCheckpointIO().load_checkpoint(file)
@@ -71,7 +71,7 @@ def test_a_write_that_is_cut_short_leaves_what_was_there(tmp_path, monkeypatch):
     monkeypatch.setattr(torch, "save", half)
     with pytest.raises(OSError, match=f"The checkpoint {file} must be written to a disk with room for it. Found no space"):
         WholeCheckpointIO().save_checkpoint({}, file)
-    assert damage(file) is None and differences(STATE, torch.load(file)) == []
+    assert find_corruption(file) is None and differences(STATE, torch.load(file)) == []
     assert newest_usable(tmp_path / "other.ckpt") == file
 
 
@@ -304,7 +304,7 @@ def test_a_full_disk(checkpoints, tmp_path, monkeypatch, caplog, room_for):
     assert lost in caplog.text
     newest = f"is there: --ckpt_path {folder}/round_0000.ckpt" if room_for else "There is none to resume from."
     assert newest in caplog.text
-    assert not room_for or damage(last(tmp_path)) is None
+    assert not room_for or find_corruption(last(tmp_path)) is None
     assert all(file.suffix == ".ckpt" for file in folder.glob("*"))
 
 

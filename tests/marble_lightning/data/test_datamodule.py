@@ -11,7 +11,7 @@ import pytest
 from lightning.pytorch import Trainer
 
 from balancers import WeightedSum
-from marble_lightning.checks import every_prompt_can_be_judged
+from marble_lightning.checks import check_prompts
 from marble_lightning.cli import QUIET, main
 from marble_lightning.data.datamodule import PromptDataModule, draw_round, read_prompts
 from marble_lightning.tinyworld import PROMPTS, ColourBlobs
@@ -212,7 +212,7 @@ def test_malformed_metadata_fails_before_any_weight_loads(small, tmp_path, split
 def test_classes_that_the_detector_does_not_know_are_found_beforehand():
     judges = {"geneval": GenEval(ColourBlobs())}
     fine = Prompt("a circle", "x", {"include": [{"class": "circle", "count": 1}]})
-    every_prompt_can_be_judged(judges, [fine, Prompt("without metadata", "x")])
+    check_prompts(judges, [fine, Prompt("without metadata", "x")])
     zebra = Prompt("a zebra", "x", {"include": [{"class": "zebra", "count": 1}]})
     with pytest.raises(ValueError, match="`geneval` must be able .*'a zebra'.*must know every class.*Found zebra"):
-        every_prompt_can_be_judged(judges, [fine, zebra])
+        check_prompts(judges, [fine, zebra])

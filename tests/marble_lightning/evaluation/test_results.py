@@ -11,8 +11,8 @@ import pytest
 import torch
 from scipy.stats import zscore
 
-from marble_lightning.evaluation.comparison import compared, judged_otherwise, must_be_comparable, z_scores
-from marble_lightning.evaluation.results import Measured, document, read, write
+from marble_lightning.evaluation.comparison import compared, scorer_differences, check_comparable, z_scores
+from marble_lightning.evaluation.results import HeldOutScores, document, read, write
 from marble_lightning.evaluation.tables import comparison_table
 from rewards import JPEGCompressibility, Prompt, Reward
 from tests.helpers.small_rewards import Brightness
@@ -36,7 +36,7 @@ SETTINGS = {"steps": 24, "seed": 0}
 
 
 def results(scores: torch.Tensor = SCORES, base: torch.Tensor | None = None, **settings: Any) -> dict[str, Any]:
-    return document(Measured(JUDGES, PROMPTS, scores, base).sampled(), judged={}, settings={**SETTINGS, **settings})
+    return document(HeldOutScores(JUDGES, PROMPTS, scores, base).sampled(), judged={}, settings={**SETTINGS, **settings})
 
 
 def test_means_by_set_and_over_all_by_tag_and_prompt():
@@ -87,13 +87,13 @@ def test_what_is_no_results_file_is_named(tmp_path, content):
 
 def test_results_of_before_that_name_modules_are_comparable(tmp_path):
     judges: dict[str, Reward] = {"ocr": JPEGCompressibility(), "geneval": Tagged()}
-    ours = document(Measured(judges, PROMPTS, SCORES, None).sampled(), judged={}, settings=SETTINGS)
+    ours = document(HeldOutScores(judges, PROMPTS, SCORES, None).sampled(), judged={}, settings=SETTINGS)
     assert ours["judges"]["ocr"]["class"] == "rewards.JPEGCompressibility"
     write(tmp_path, ours)
     file = tmp_path / "results.json"
     file.write_text(file.read_text().replace("rewards.JPEGCompressibility", "rewards.jpeg.JPEGCompressibility"))
-    must_be_comparable(ours, read(file), "earlier", ["ocr"])
-    assert judged_otherwise(ours, read(file), ["ocr"]) == []
+    check_comparable(ours, read(file), "earlier", ["ocr"])
+    assert scorer_differences(ours, read(file), ["ocr"]) == []
 
 
 def test_the_composite_is_the_mean_of_z_scores():
@@ -130,11 +130,11 @@ OTHER_PROMPT = {**PROMPTS, 1: Prompt("two green", "b")}
         (results(resolution=512), "with resolution 512 instead of None"),
         (results(SCORES.clone().fill_(1.0)), "with 4 prompts instead of 3"),
         (
-            document(Measured(JUDGES, OTHER_PROMPT, SCORES).sampled(), settings=SETTINGS),
+            document(HeldOutScores(JUDGES, OTHER_PROMPT, SCORES).sampled(), settings=SETTINGS),
             "with prompt 1 'two green' of 'b' instead of prompt 1 'two blue' of 'b'",
         ),
         (
-            document(Measured({"ocr": Brightness()}, PROMPTS, SCORES[:, 1:]).sampled(), settings=SETTINGS),
+            document(HeldOutScores({"ocr": Brightness()}, PROMPTS, SCORES[:, 1:]).sampled(), settings=SETTINGS),
             "Found none of geneval in that one; name others under `results.columns`",
         ),
         (results(torch.where(torch.tensor([True, False]), torch.nan, SCORES)), "Found none of ocr in that one"),
@@ -142,12 +142,12 @@ OTHER_PROMPT = {**PROMPTS, 1: Prompt("two green", "b")}
 )
 def test_runs_measured_otherwise_are_refused_with_what_differs(other, message):
     with pytest.raises(ValueError) as error:
-        must_be_comparable(results(), other, "that one", list(JUDGES))
+        check_comparable(results(), other, "that one", list(JUDGES))
     assert message in str(error.value) and "`results.compare_with`" in str(error.value)
 
 
 def test_a_run_measured_the_same_way_is_comparable():
-    must_be_comparable(results(), results(SCORES + 1), "that one", list(JUDGES))
+    check_comparable(results(), results(SCORES + 1), "that one", list(JUDGES))
 
 
 def test_another_judge_under_the_same_name():
@@ -155,8 +155,8 @@ def test_another_judge_under_the_same_name():
     ours, theirs, kind = results(), results(), next(iter(JUDGES))
     theirs["judges"] = {**ours["judges"], kind: {**ours["judges"][kind], "class": "mine.Another"}}
     with pytest.raises(ValueError, match=rf"with {kind} by mine\.Another instead of tests"):
-        must_be_comparable(ours, theirs, "that one", list(JUDGES))
+        check_comparable(ours, theirs, "that one", list(JUDGES))
     theirs["judges"][kind] = {**ours["judges"][kind], "path": "elsewhere"}
-    must_be_comparable(ours, theirs, "that one", list(JUDGES))
-    assert judged_otherwise(ours, theirs, list(JUDGES)) == [f"{kind}.path elsewhere instead of None"]
-    assert judged_otherwise(ours, theirs, list(JUDGES)[1:]) == []
+    check_comparable(ours, theirs, "that one", list(JUDGES))
+    assert scorer_differences(ours, theirs, list(JUDGES)) == [f"{kind}.path elsewhere instead of None"]
+    assert scorer_differences(ours, theirs, list(JUDGES)[1:]) == []

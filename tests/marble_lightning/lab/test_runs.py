@@ -10,7 +10,7 @@ import torch
 from torch.utils.tensorboard import SummaryWriter
 
 from balancers import PCGrad
-from marble_lightning.evaluation.results import Measured, document, write
+from marble_lightning.evaluation.results import HeldOutScores, document, write
 from marble_lightning.lab.runs import Run, compare
 from rewards import Prompt
 from tests.helpers.small_rewards import Brightness
@@ -27,7 +27,7 @@ def finished(
         writer.add_image("held_out", torch.rand(3, 8, 12), 0)
     before = None if base is None else torch.tensor(base)
     prompts = {index: Prompt(f"prompt {index}", "x") for index in range(len(trained))}
-    measured = Measured({"ocr": Brightness(), "geneval": Brightness()}, prompts, torch.tensor(trained), before)
+    measured = HeldOutScores({"ocr": Brightness(), "geneval": Brightness()}, prompts, torch.tensor(trained), before)
     write(folder, document(measured, judged=judged or {}, settings={}))
     return Run(folder)
 

@@ -75,11 +75,11 @@ def test_a_reward_that_cannot_be_followed_is_named_and_the_run_goes_on(checkpoin
         def score(self, *, images, prompts):
             return torch.full((len(images),), images.mean().item())
 
-    class Judged(DiffusionNFT):
+    class ScoreResult(DiffusionNFT):
         def __init__(self, policy, rewards, **options):
             super().__init__(policy, {**rewards, "odd": Odd(), "curious": Curious()}, **options)
 
-    module, _ = run(checkpoints, tmp_path, WeightedSum(), callbacks=[Memory(), estimated := Estimated()], kind=Judged)
+    module, _ = run(checkpoints, tmp_path, WeightedSum(), callbacks=[Memory(), estimated := Estimated()], kind=ScoreResult)
     told = [record.getMessage() for record in caplog.records if record.name == "marble_lightning.memory.report"]
     assert told == ["The memory of odd is estimated in part only. Found LookupError: no such thing"]
     assert set(estimated.estimate.unknown) == {"odd", "curious"}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from marble_lightning.nft.advantages import group_advantages, only
+from marble_lightning.nft.advantages import group_advantages, apply_advantage_mode
 
 NAN = torch.nan
 
@@ -58,5 +58,5 @@ def test_a_constant_reward_has_no_advantage():
     ],
 )
 def test_modes_of_the_released_code_leave_missing_ones_missing(mode, expected):
-    found = only(torch.tensor([[-3.0], [0.0], [2.0], [NAN]]), mode)
+    found = apply_advantage_mode(torch.tensor([[-3.0], [0.0], [2.0], [NAN]]), mode)
     torch.testing.assert_close(found[:, 0], torch.tensor([*expected, NAN]), equal_nan=True)

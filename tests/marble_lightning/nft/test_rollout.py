@@ -10,7 +10,7 @@ import torch
 
 from balancers import FixedWeights, WeightedSum
 from marble_lightning.nft.loss import Coefficients, Objective
-from marble_lightning.nft.rollout import Plan, Rollout, image_order, micro_batches, weigh_round
+from marble_lightning.nft.rollout import Plan, Rollout, image_order, micro_batches, compute_coefficients
 from marble_lightning.policies.base import Conditions
 from marble_lightning.scoring.failures import RewardError
 from marble_lightning.scoring.settings import Scoring
@@ -40,7 +40,7 @@ def weigh(
 ) -> Coefficients:
     balancer.bind([f"reward{k}" for k in range(scores.shape[1])])
     trainer = SimpleNamespace(strategy=Ranks(rank, everyone or [scores]), global_rank=rank)
-    (weighed,) = weigh_round(scores, groups, balancer, Objective(beta=1.0, **objective), plan, [KEY], trainer)
+    (weighed,) = compute_coefficients(scores, groups, balancer, Objective(beta=1.0, **objective), plan, [KEY], trainer)
     return weighed
 
 
@@ -60,7 +60,7 @@ def test_what_a_balancer_merges_is_finite(level, caplog):
     def weighed(balancer, **scoring):
         balancer.bind(["a", "b"])
         trainer = SimpleNamespace(strategy=Ranks(0, [scores]), global_rank=0)
-        return weigh_round(scores, groups, balancer, Objective(beta=1.0), plan, [KEY], trainer, Scoring(**scoring))[0]
+        return compute_coefficients(scores, groups, balancer, Objective(beta=1.0), plan, [KEY], trainer, Scoring(**scoring))[0]
 
     with pytest.raises(RewardError, match="Found 1 of 8 of `b` that are not.* allows a share of 0.0"):
         weighed(spoiled(torch.inf, 1))
@@ -156,7 +156,7 @@ def test_every_inner_epoch_counts_over_its_own_steps():
     groups = torch.arange(4).repeat_interleave(3)
     balancer = FixedWeights()
     balancer.bind(["a", "b"])
-    epochs = weigh_round(scores, groups, balancer, Objective(beta=1.0), plan, keys, trainer)
+    epochs = compute_coefficients(scores, groups, balancer, Objective(beta=1.0), plan, keys, trainer)
     assert plan.total == 2 * 2 * 2
     orders = [image_order(plan, key) for key in keys]
     assert not torch.equal(*orders)

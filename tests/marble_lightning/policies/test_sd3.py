@@ -11,7 +11,7 @@ import torch
 from diffusers import StableDiffusion3Pipeline
 
 from benchmarks.random_sd35m import networks
-from marble_lightning.checks import warn_of_prompts
+from marble_lightning.checks import warn_about_prompts
 from marble_lightning.policies.base import ADAPTERS
 from marble_lightning.policies.sd3 import TARGETS, SD3Policy
 from marble_lightning.policies.sd3_checks import pipeline_index
@@ -47,7 +47,7 @@ def test_moving_is_a_weighted_mean(policy):
     shake(policy, "trained")
     shake(policy, "old")
     before = [parameter.clone() for parameter in policy.parameters_of("old")]
-    policy.move("old", towards="trained", by=0.25)
+    policy.lerp_adapter("old", towards="trained", by=0.25)
     for now, was, goal in zip(policy.parameters_of("old"), before, policy.parameters_of("trained"), strict=True):
         torch.testing.assert_close(now, 0.75 * was + 0.25 * goal)
 
@@ -55,13 +55,13 @@ def test_moving_is_a_weighted_mean(policy):
 def test_using_an_adapter_leaves_requires_grad_alone(policy):
     flags = [parameter.requires_grad for parameter in policy.parameters()]
     for adapter in ("old", None):
-        with policy.using(adapter):
+        with policy.use_adapter(adapter):
             assert flags == [parameter.requires_grad for parameter in policy.parameters()]
 
 
 def test_an_adapter_is_merged_where_all_is_float32_and_the_base_is_itself_again(policy):
     def velocity(then: Exception | None) -> None:
-        with policy.using("old"):
+        with policy.use_adapter("old"):
             found.append(policy.velocity(noisy, torch.tensor([0.3, 0.9]), conditions))
             merged.append(policy._lora_layers[0].disable_adapters)
             if then:
@@ -88,12 +88,12 @@ def test_an_adapter_stays_apart_where_merging_would_lose_it(policy, monkeypatch,
     if why == "half precision":
         policy.transformer.to(torch.bfloat16)
     autocast = torch.autocast("cpu", torch.bfloat16, enabled=why == "autocast")
-    with torch.set_grad_enabled(why == "a graph"), autocast, policy.using("old"):
+    with torch.set_grad_enabled(why == "a graph"), autocast, policy.use_adapter("old"):
         assert not any(layer.disable_adapters for layer in policy._lora_layers)
 
 
 def test_uses_do_not_nest(policy):
-    with policy.using("old"), pytest.raises(RuntimeError, match="must not be nested"), policy.using(None):
+    with policy.use_adapter("old"), pytest.raises(RuntimeError, match="must not be nested"), policy.use_adapter(None):
         pass
     assert outputs(policy, "old").isfinite().all()
 
@@ -162,20 +162,20 @@ def test_a_prompt_of_a_megabyte(policy, caplog, monkeypatch):
     monkeypatch.setattr(logging.getLogger("diffusers"), "propagate", True)
     embeds = policy.encode([long, short]).embeds
     assert torch.equal(embeds[0], embeds[1])
-    assert max(map(len, given)) == 100 * policy.most_tokens and len(caplog.text) < 1000
-    assert policy.too_long([long]) == [long]
+    assert max(map(len, given)) == 100 * policy.max_prompt_tokens and len(caplog.text) < 1000
+    assert policy.truncated_prompts([long]) == [long]
     data = SimpleNamespace(training=[Prompt(long, "plain")], held_out=[])
-    warn_of_prompts(policy, {}, data)
+    warn_about_prompts(policy, {}, data)
     assert "do not read the end of 1 of 1 prompts" in caplog.text and "... (1000000 characters)" in caplog.text
     assert len(caplog.text) < 1000
 
 
 def test_texts_that_the_text_encoders_cut(policy):
     """Encoders do not see what comes after the most tokens, and exactly those texts are named."""
-    word, most = "red ", policy.most_tokens
+    word, most = "red ", policy.max_prompt_tokens
     fits, cut, longer = (word * (most - 2 + more) for more in (0, 1, 2))  # two tokens mark beginning and end
-    assert policy.too_long([fits, cut, "a", longer]) == [cut, longer]
-    assert policy.too_long([]) == []
+    assert policy.truncated_prompts([fits, cut, "a", longer]) == [cut, longer]
+    assert policy.truncated_prompts([]) == []
     embeds = policy.encode([fits, cut, longer, word * (most - 3)]).embeds
     torch.testing.assert_close(embeds[1], embeds[0])
     torch.testing.assert_close(embeds[2], embeds[0])

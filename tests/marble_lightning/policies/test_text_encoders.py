@@ -24,7 +24,7 @@ def equal(one, other) -> bool:
 def test_t5_is_read(checkpoints):
     """Its tokens follow CLIP's, and are zeros where it is left out."""
     with_t5, without = policy_of(checkpoints), policy_of(checkpoints, text_encoder_3=None)
-    clip_tokens = with_t5.most_tokens
+    clip_tokens = with_t5.max_prompt_tokens
     one, other = with_t5.encode(TEXTS), without.encode(TEXTS)
     assert one.embeds.shape == other.embeds.shape == (3, clip_tokens + 6, 32)
     torch.testing.assert_close(one.embeds[:, :clip_tokens], other.embeds[:, :clip_tokens])

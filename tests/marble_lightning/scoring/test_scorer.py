@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-from marble_lightning.checks import every_prompt_can_be_judged, every_reward_applies, prompts_without_a_score
+from marble_lightning.checks import check_prompts, check_rewards_apply, prompts_without_a_score
 from marble_lightning.scoring.failures import RewardError
 from marble_lightning.scoring.scorer import Scorer
 from marble_lightning.scoring.settings import Scoring
@@ -298,8 +298,8 @@ def test_a_reward_that_ends_the_program_before_it_scores_has_failed():
 
     data = SimpleNamespace(training=PROMPTS, shares={"even": 1})
     for check in (
-        lambda rewards: every_reward_applies(rewards, data),
-        lambda rewards: every_prompt_can_be_judged(rewards, PROMPTS),
+        lambda rewards: check_rewards_apply(rewards, data),
+        lambda rewards: check_prompts(rewards, PROMPTS),
     ):
         with pytest.raises(RewardError, match=r"`hasty` must not end the program. Found SystemExit\(0\)"):
             check({"hasty": Impatient()})

@@ -8,13 +8,13 @@ from pathlib import Path
 
 import pytest
 
-from marble_lightning.utils.atomic_files import local_path, remove_unfinished, scratch_for, written_whole
+from marble_lightning.utils.atomic_files import local_path, remove_unfinished, scratch_for, atomic_write
 
 
 def test_two_who_write_the_same_file_do_not_meet(tmp_path):
     """As processes of two machines may, in a folder they share."""
     file = tmp_path / "new" / "one.txt"
-    with written_whole(file) as first, written_whole(file) as second:
+    with atomic_write(file) as first, atomic_write(file) as second:
         assert first != second
         first.write_text("first")
         second.write_text("second")
@@ -28,7 +28,7 @@ def test_one_that_fails_leaves_what_was_there(tmp_path):
     file.write_text("before")
 
     def half() -> None:
-        with written_whole(file) as beside:
+        with atomic_write(file) as beside:
             beside.write_text("ha")
             raise OSError("no space left on device")
 
@@ -40,7 +40,7 @@ def test_one_that_fails_leaves_what_was_there(tmp_path):
 def killed_while_writing(file: Path) -> None:
     """A child process is killed half-way through a file."""
     if not (child := os.fork()):
-        with written_whole(file) as beside:
+        with atomic_write(file) as beside:
             beside.write_text("ha")
             os.kill(os.getpid(), signal.SIGKILL)
     os.waitpid(child, 0)

@@ -47,7 +47,7 @@ def test_quoted_text(text: str, expected: str | None) -> None:
 )
 def test_curly_quotes_count_where_all_do(text: str, expected: str | None) -> None:
     assert quoted_text(text, "all") == expected
-    assert OCR(quotes="all").judges(Prompt(text, "ocr")) == (expected is not None)
+    assert OCR(quotes="all").supports(Prompt(text, "ocr")) == (expected is not None)
     assert OCR(quotes="all").identity != OCR().identity
 
 
@@ -122,9 +122,9 @@ def ocr(request: pytest.FixtureRequest) -> OCR:
 
 def test_quotes_of_other_sources_are_not_read() -> None:
     quoted, elsewhere = Prompt('"HELLO"', "ocr"), Prompt('a still of "The Handshake"', "pickscore")
-    assert [OCR().judges(prompt) for prompt in (quoted, elsewhere)] == [True, True]
-    assert [OCR(sources=["ocr"]).judges(prompt) for prompt in (quoted, elsewhere)] == [True, False]
-    assert not OCR(sources=["ocr"]).judges(Prompt("a sign", "ocr"))
+    assert [OCR().supports(prompt) for prompt in (quoted, elsewhere)] == [True, True]
+    assert [OCR(sources=["ocr"]).supports(prompt) for prompt in (quoted, elsewhere)] == [True, False]
+    assert not OCR(sources=["ocr"]).supports(Prompt("a sign", "ocr"))
     for wrong in ([], "ocr_hard"):
         with pytest.raises(ValueError, match="OCR: `sources` must be a list that names a prompt set"):
             OCR(sources=wrong)
