@@ -121,9 +121,9 @@ def module_on_a_gpu(folder: Path, options: argparse.Namespace) -> DiffusionNFT:
     loaded = patch("marble_lightning.policies.sd3.load_pipeline", return_value=pipeline)
     with loaded, torch.device("meta"):
         policy.setup(seed=0)
-    judges, metrics = the_rewards(tokenizer, options.reward_dtype)
-    scoring = Scoring(devices=dict.fromkeys(judges | metrics, "cpu") if options.rewards_on_cpu else {})
-    module = DiffusionNFT(policy, judges, metrics, scoring=scoring)
+    reward_models, metrics = the_rewards(tokenizer, options.reward_dtype)
+    scoring = Scoring(devices=dict.fromkeys(reward_models | metrics, "cpu") if options.rewards_on_cpu else {})
+    module = DiffusionNFT(policy, reward_models, metrics, scoring=scoring)
     module.requires_grad_(False)
     module.trainable = policy.parameters_of("trained")
     for parameter in module.trainable:

@@ -68,10 +68,10 @@ def cadences(runs: dict[tuple[str, int], Run]) -> str:
 
 def scores_table(runs: dict[tuple[str, int], Run]) -> str:
     """Held-out scores (change ± its standard error) of each method, prompts' means over seeds first, then seed by seed."""
-    judges = next(iter(runs.values())).judges
-    lines = ["| method | " + " | ".join(judges) + " |", "|---" * (len(judges) + 1) + "|"]
+    reward_models = next(iter(runs.values())).reward_models
+    lines = ["| method | " + " | ".join(reward_models) + " |", "|---" * (len(reward_models) + 1) + "|"]
     whole = compare(list(runs.values()))
-    lines.append("| base | " + " | ".join(f"{whole[name].base.mean:.3f}" for name in judges) + " |")
+    lines.append("| base | " + " | ".join(f"{whole[name].base.mean:.3f}" for name in reward_models) + " |")
     for method, own in by_method(runs).items():
         found = compare(list(own.values())).values()
         cells = [f"{each.trained.mean:.3f} ({each.change.mean:+.3f} ± {each.change.error:.3f})" for each in found]

@@ -89,14 +89,14 @@ def check_rewards_apply(rewards: Mapping[str, Reward], data: PromptDataModule) -
             )
 
 
-def check_prompts(judges: Mapping[str, Reward], prompts: Iterable[Prompt]) -> None:
+def check_prompts(reward_models: Mapping[str, Reward], prompts: Iterable[Prompt]) -> None:
     """No reward or metric rejects a prompt it applies to."""
     for prompt in prompts:
-        for name, judge in judges.items():
+        for name, reward_model in reward_models.items():
             try:
                 with exit_is_failure(name):
-                    if judge.supports(prompt):
-                        judge.check_prompt(prompt)
+                    if reward_model.supports(prompt):
+                        reward_model.check_prompt(prompt)
             except ValueError as error:
                 raise ValueError(
                     f"`{name}` must be able to score every prompt that it applies to. Found {excerpt(prompt.text)} of "
@@ -104,7 +104,7 @@ def check_prompts(judges: Mapping[str, Reward], prompts: Iterable[Prompt]) -> No
                 ) from error
 
 
-def prompts_without_a_score(judges: Mapping[str, Reward], prompts: Iterable[Prompt]) -> list[str]:
+def prompts_without_a_score(reward_models: Mapping[str, Reward], prompts: Iterable[Prompt]) -> list[str]:
     """A sentence for each reward or metric that does not apply to all prompts of a source of its own.
 
     Its own sources are those it names, or else those with a prompt that it applies to: an OCR reward's have texts in quotes.
@@ -113,10 +113,10 @@ def prompts_without_a_score(judges: Mapping[str, Reward], prompts: Iterable[Prom
     for prompt in prompts:
         by_source.setdefault(prompt.source, []).append(prompt)
     sentences = []
-    for name, judge in judges.items():
+    for name, reward_model in reward_models.items():
         for source, own in by_source.items():
-            missing = [prompt for prompt in own if not judge.supports(prompt)]
-            named = judge.sources is not None and source in judge.sources
+            missing = [prompt for prompt in own if not reward_model.supports(prompt)]
+            named = reward_model.sources is not None and source in reward_model.sources
             if missing and (named or len(missing) < len(own)):
                 sentences.append(
                     f"`{name}` does not apply to {len(missing)} of {len(own)} prompts of the source {excerpt(source)}, "
@@ -134,14 +134,14 @@ def check_held_out_prompts(trainer: Trainer) -> None:
         )
 
 
-def warn_about_prompts(policy: FlowPolicy, judges: Mapping[str, Reward], data: PromptDataModule) -> None:
+def warn_about_prompts(policy: FlowPolicy, reward_models: Mapping[str, Reward], data: PromptDataModule) -> None:
     """Warn of prompts whose end the policy does not read, and of those that get no score."""
     prompts = list({id(prompt): prompt for prompt in data.training + data.held_out}.values())  # each once
     texts = [prompt.text for prompt in prompts]
     if cut := policy.truncated_prompts(dict.fromkeys(texts)):
         log.warning(
             f"The CLIP text encoders do not read the end of {len(cut)} of {len(set(texts))} prompts, which have more "
-            f"than {policy.most_tokens} tokens. For example {excerpt(cut[0])}."
+            f"than {policy.max_prompt_tokens} tokens. For example {excerpt(cut[0])}."
         )
-    for sentence in prompts_without_a_score(judges, prompts):
+    for sentence in prompts_without_a_score(reward_models, prompts):
         log.warning(sentence)

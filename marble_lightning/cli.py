@@ -20,9 +20,9 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from balancers import Balancer
 from marble_lightning.callback_checks import check_trainer
 from marble_lightning.callbacks.gradient_alignment import Harmony
-from marble_lightning.callbacks.held_out_images import Pictures
-from marble_lightning.callbacks.image_drift import Alarms
-from marble_lightning.callbacks.prediction_writer import PictureWriter
+from marble_lightning.callbacks.held_out_images import HeldOutImages
+from marble_lightning.callbacks.image_drift import ImageDriftMonitor
+from marble_lightning.callbacks.prediction_writer import PredictionWriter
 from marble_lightning.callbacks.progress_bar import ProgressBar
 from marble_lightning.callbacks.results_writer import Results
 from marble_lightning.checkpoints.callback import RoundCheckpoint
@@ -82,12 +82,12 @@ class MarbleCLI(LightningCLI):
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_lightning_class_args(Balancer, "balancer", subclass_mode=True, required=True)
         parser.add_lightning_class_args(Harmony, "harmony")
-        parser.add_lightning_class_args(Alarms, "alarms")
+        parser.add_lightning_class_args(ImageDriftMonitor, "alarms")
         parser.add_lightning_class_args(Memory, "memory")
         parser.add_lightning_class_args(RoundCheckpoint, "checkpoints")
-        parser.add_lightning_class_args(Pictures, "pictures")
+        parser.add_lightning_class_args(HeldOutImages, "pictures")
         parser.add_lightning_class_args(Results, "results")
-        parser.add_lightning_class_args(PictureWriter, "predictions")
+        parser.add_lightning_class_args(PredictionWriter, "predictions")
         parser.link_arguments("seed_everything", "model.seed", compute_fn=a_seed)
 
     def _prepare_subcommand_parser(self, klass: type, subcommand: str, **options: Any) -> LightningArgumentParser:
@@ -168,7 +168,7 @@ class MarbleCLI(LightningCLI):
         try:
             self.datamodule.setup(stage)
             for callback in trainer.callbacks:  # type: ignore[attr-defined]
-                if isinstance(callback, Results | PictureWriter):
+                if isinstance(callback, Results | PredictionWriter):
                     callback.setup(trainer, self.model, stage)
             self.model.check(stage)
         finally:

@@ -28,9 +28,9 @@ from marble_lightning.evaluation.image_statistics import NAMES, image_statistics
 from marble_lightning.evaluation.settings import Evaluation
 from marble_lightning.nft.divergence import Finite
 from marble_lightning.nft.loss import Coefficients, Objective
-from marble_lightning.nft.optimizer import adamw, clip_unscaled, check_optimizer
-from marble_lightning.nft.rollout import MicroBatch, MicroBatches, Rollout, micro_batches, compute_coefficients
-from marble_lightning.nft.sampling import ScoredRollout, Sampling, key_of, sample_round
+from marble_lightning.nft.optimizer import adamw, check_optimizer, clip_unscaled
+from marble_lightning.nft.rollout import MicroBatch, MicroBatches, Rollout, compute_coefficients, micro_batches
+from marble_lightning.nft.sampling import Sampling, ScoredRollout, key_of, sample_round
 from marble_lightning.nft.step import TrainingStep
 from marble_lightning.policies.averaging import Averaging
 from marble_lightning.policies.base import FlowPolicy, is_adapter
@@ -103,7 +103,7 @@ class DiffusionNFT(LightningModule):
         for name, size in zip(("micro_batch_size", "optimizer_steps_per_round", "inner_epochs"), self.sizes, strict=True):
             require(size >= 1, f"`{name}` must be >= 1", size)
         self.gradient_passes = gradient_passes
-        self.scorer = Scorer(self.judges, scoring)
+        self.scorer = Scorer(self.reward_models, scoring)
         self.finite = Finite()
         self.evaluator = Evaluator(policy, self.scorer, evaluation, seed, self.finite)
         self.round_start = RoundStart()
@@ -146,10 +146,10 @@ class DiffusionNFT(LightningModule):
         """Check, then load the weights of the policy and of those rewards and metrics that score."""
         self.check(stage)
         self.policy.setup(self.seed)
-        for name, judge in self.evaluator.asked.items():
+        for name, reward_model in self.evaluator.asked.items():
             with exit_is_failure(name):
-                judge.setup()
-            judge.requires_grad_(False)
+                reward_model.setup()
+            reward_model.requires_grad_(False)
         self.scorer.stopping = partial(is_asked, self.trainer)
         self.scorer.setup(run_folder(self.trainer), f"_{self.trainer.global_rank}" if self.trainer.world_size > 1 else "")
         # Nothing here has buffers that change. Rewards may be elsewhere, where ranks cannot send each other theirs.
@@ -219,9 +219,9 @@ class DiffusionNFT(LightningModule):
         return sample_round(self.trainer, self.policy, self.scorer, names, self.sampling, self.finite, seed)
 
     def weigh(self, rollout: Rollout, scores: Tensor, seed: int, balancer: Balancer | None) -> list[Coefficients]:
-        keys = self._inner_epochs(seed)
-        settings = self.scorer.settings
-        return compute_coefficients(scores, rollout.groups, balancer, self.objective, self.plan, keys, self.trainer, settings)
+        keys, scoring = self._inner_epochs(seed), self.scorer.settings
+        groups, objective = rollout.groups, self.objective
+        return compute_coefficients(scores, groups, balancer, objective, self.plan, keys, self.trainer, scoring)
 
     def _inner_epochs(self, seed: int) -> list[tuple[int | str, ...]]:
         purposes = [f"train {index}" if index else "train" for index in range(self.plan.inner_epochs)]

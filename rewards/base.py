@@ -44,10 +44,10 @@ class Prompt:
         object.__setattr__(self, "metadata", frozen(self.metadata))
 
 
-def identity_of(judge: object, identity_fields: Sequence[str]) -> dict[str, str]:
+def identity_of(reward_model: object, identity_fields: Sequence[str]) -> dict[str, str]:
     """The class of a judge and those of the attributes named that it has, as text without secrets."""
-    own = {name: str(getattr(judge, name)) for name in identity_fields if hasattr(judge, name)}
-    return {"class": public_name(type(judge))} | redacted(own)  # results are shared
+    own = {name: str(getattr(reward_model, name)) for name in identity_fields if hasattr(reward_model, name)}
+    return {"class": public_name(type(reward_model))} | redacted(own)  # results are shared
 
 
 def public_name(kind: type) -> str:

@@ -17,7 +17,7 @@ from marble_lightning.utils.images import grid, scores_text, to_image
 from marble_lightning.utils.loggers import log_image
 
 
-class Pictures(Callback):
+class HeldOutImages(Callback):
     """Held-out images in the loggers that show any and as a PNG in the run's folder, the same prompts and noise each time.
 
     Args:
@@ -35,7 +35,7 @@ class Pictures(Callback):
     ) -> None:
         total = len(get_datamodule(trainer).held_out)
         wanted = set(torch.linspace(0, total - 1, min(self.count, total)).round().int().tolist())
-        names = list(pl_module.judges)  # type: ignore[arg-type]
+        names = list(pl_module.reward_models)  # type: ignore[arg-type]
         for (index, prompt), image, scores in zip(batch, outputs["images"], outputs["scores"], strict=True):
             if index in wanted:
                 self.shown[index] = (image.cpu(), f"{prompt.text}\n{scores_text(scores, names)}")

@@ -56,7 +56,7 @@ def expected_range(name: str, reference: tuple[float, float], factor: float) -> 
     return mean - max(least, min(wide, mean * (1 - 1 / (2 * factor)))), mean + max(least, wide)
 
 
-class Alarms(Callback):
+class ImageDriftMonitor(Callback):
     """Logs `images/{statistic}` of every round's pictures, and warns when one leaves the base policy's range.
 
     Rewards go up while pictures get worse where a policy has found a weakness of its judges. That often shows in plain
@@ -89,9 +89,9 @@ class Alarms(Callback):
             means = dict(zip(NAMES, everyone.double().mean(0).tolist(), strict=True))
             figures = {f"images/{name}": value for name, value in means.items()}
             pl_module.log_dict(figures, on_step=False, on_epoch=True, batch_size=1, sync_dist=True)
-            self._judge(trainer, everyone, means)
+            self._score(trainer, everyone, means)
 
-    def _judge(self, trainer: Trainer, figures: Tensor, means: dict[str, float]) -> None:
+    def _score(self, trainer: Trainer, figures: Tensor, means: dict[str, float]) -> None:
         if trainer.global_step == 0:
             self.reference = reference_of(figures) if len(figures) > 1 else None
             self.outside = dict.fromkeys(NAMES, 0)
@@ -120,6 +120,10 @@ class Alarms(Callback):
                 f"since the run {cause}."
             )
             self.told_why_not = True
+
+    @property
+    def state_key(self) -> str:
+        return "Alarms"  # its name in checkpoints of before
 
     def state_dict(self) -> dict[str, Any]:
         return {"reference": self.reference, "outside": self.outside}

@@ -16,12 +16,12 @@ from marble_lightning.data.datamodule import get_datamodule
 from marble_lightning.evaluation.evaluator import HeldOut
 from marble_lightning.module import DiffusionNFT
 from marble_lightning.run_folder import run_folder
-from marble_lightning.utils.atomic_files import check_folder, remove_unfinished, atomic_write
+from marble_lightning.utils.atomic_files import atomic_write, check_folder, remove_unfinished
 from marble_lightning.utils.distributed import gathered
 from marble_lightning.utils.images import to_image
 
 
-class PictureWriter(Callback):
+class PredictionWriter(Callback):
     """Writes the pictures of `predict` as PNG files, and their prompts and scores as `pictures.jsonl` beside them.
 
     A file's text chunks tell prompt, index, seed, steps, solver, guidance, resolution, adapter, checkpoint, and the model:

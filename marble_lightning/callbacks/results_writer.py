@@ -13,7 +13,7 @@ from marble_lightning.checkpoints.callback import RoundCheckpoint
 from marble_lightning.checkpoints.content import LAST
 from marble_lightning.checkpoints.files import warn
 from marble_lightning.data.datamodule import get_datamodule
-from marble_lightning.evaluation.comparison import compared, scorer_differences, check_comparable
+from marble_lightning.evaluation.comparison import check_comparable, compared, scorer_differences
 from marble_lightning.evaluation.results import HeldOutScores, document, read, write
 from marble_lightning.evaluation.tables import comparison_table, held_out_table, tags_table
 from marble_lightning.module import DiffusionNFT
@@ -52,15 +52,16 @@ class Results(Callback):
             )
         if stage == "predict" or not isinstance(pl_module, DiffusionNFT):
             return
-        if unknown := sorted(set(self.columns or []) - set(pl_module.judges)):
+        if unknown := sorted(set(self.columns or []) - set(pl_module.reward_models)):
             raise ValueError(
-                f"`results.columns` must name rewards or metrics: {', '.join(pl_module.judges)}. Found {unknown[0]!r}."
+                f"`results.columns` must name rewards or metrics: {', '.join(pl_module.reward_models)}. "
+                f"Found {unknown[0]!r}."
             )
         self.others = {path: read(path, "`results.compare_with`") for path in self.compare_with}
         prompts = dict(enumerate(get_datamodule(trainer).held_out[:: get_datamodule(trainer).held_out_images]))
         planned = {
             "settings": self._settings(trainer, pl_module),
-            "judges": {name: judge.identity for name, judge in pl_module.judges.items()},
+            "judges": {name: reward_model.identity for name, reward_model in pl_module.reward_models.items()},
             "prompts": [{"index": index, "set": each.source, "prompt": each.text} for index, each in prompts.items()],
         }
         for path, other in self.others.items():
@@ -106,13 +107,13 @@ class Results(Callback):
         heading = "base" if module.evaluator.adapter(trainer) == "none" else "trained"
         base = None if heading == "base" else module.evaluator.base_scores
         prompts = dict(enumerate(data.held_out[:: data.held_out_images]))
-        measured = HeldOutScores(module.judges, prompts, module.evaluator.trained_scores, base).sampled()
+        measured = HeldOutScores(module.reward_models, prompts, module.evaluator.trained_scores, base).sampled()
         found = document(measured, judged=self._judged(trainer, module), settings=self._settings(trainer, module))
         for facts in (found["judged"], found["settings"]):
             console.print(", ".join(f"{name} {value}" for name, value in facts.items() if value is not None), soft_wrap=True)
         for name, own in measured.sets().items():
             title = f"{name}, {len(own.prompts)} prompts"
-            console.print(held_out_table(list(own.judges), own.scores, heading=heading, base=own.base, title=title))
+            console.print(held_out_table(list(own.reward_models), own.scores, heading=heading, base=own.base, title=title))
         if tags := measured.tags():
             console.print(tags_table(tags, heading=heading, base=measured.base_tags()))
         if base is None and heading != "base":
@@ -131,7 +132,7 @@ class Results(Callback):
         console.print(f"All of it: {folder / RESULTS}", soft_wrap=True)
 
     def _columns(self, module: DiffusionNFT) -> list[str]:
-        return self.columns or list(module.judges)
+        return self.columns or list(module.reward_models)
 
     @staticmethod
     def _settings(trainer: Trainer, module: DiffusionNFT) -> dict[str, Any]:

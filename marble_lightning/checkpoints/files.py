@@ -17,7 +17,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from marble_lightning.checkpoints.content import LAST, TO_EVALUATE, load_checked, time_of
 from marble_lightning.checkpoints.signals import job, link_of_job
 from marble_lightning.run_folder import folder_of_runs
-from marble_lightning.utils.atomic_files import folder_to_disk, scratch_for, atomic_write
+from marble_lightning.utils.atomic_files import atomic_write, folder_to_disk, scratch_for
 
 log = logging.getLogger(__name__)
 

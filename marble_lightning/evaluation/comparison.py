@@ -70,7 +70,7 @@ def check_comparable(ours: Results, theirs: Results, name: str, columns: Sequenc
     keys = dict.fromkeys([*ours["settings"], *theirs["settings"]])
     pairs = {key: (theirs["settings"].get(key), ours["settings"].get(key)) for key in keys}
     differences = [f"{key} {other} instead of {own}" for key, (other, own) in pairs.items() if other != own]
-    for column, (other, own) in _judges(ours, theirs, columns).items():
+    for column, (other, own) in _common_reward_models(ours, theirs, columns).items():
         if other["class"] != own["class"]:
             differences.append(f"{column} by {other['class']} instead of {own['class']}")
     found, wanted = ([(each["index"], each["set"], each["prompt"]) for each in run["prompts"]] for run in (theirs, ours))
@@ -104,13 +104,13 @@ def scorer_differences(ours: Results, theirs: Results, columns: Sequence[str]) -
     """
     return [
         f"{column}.{name} {other.get(name)} instead of {own.get(name)}"
-        for column, (other, own) in _judges(ours, theirs, columns).items()
+        for column, (other, own) in _common_reward_models(ours, theirs, columns).items()
         for name in dict.fromkeys([*own, *other])
         if other.get(name) != own.get(name)
     ]
 
 
-def _judges(ours: Results, theirs: Results, columns: Sequence[str]) -> dict[str, tuple[Any, Any]]:
+def _common_reward_models(ours: Results, theirs: Results, columns: Sequence[str]) -> dict[str, tuple[Any, Any]]:
     """Their judge and ours of each column that both know of."""
     other, own = (run.get("judges", {}) for run in (theirs, ours))
     return {column: (other[column], own[column]) for column in columns if column in other and column in own}

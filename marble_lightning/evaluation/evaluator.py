@@ -64,10 +64,10 @@ class Evaluator:
             stage: `fit`, `validate`, `test` or `predict`.
             prompts: The held-out prompts. For `predict` only judges that apply to any of them score, or none at all.
         """
-        self.asked = dict(self.judges)
+        self.asked = dict(self.reward_models)
         if stage == "predict":
-            wanted = self.judges if self.scores_predictions else {}
-            self.asked = {name: judge for name, judge in wanted.items() if any(map(judge.supports, prompts))}
+            wanted = self.reward_models if self.scores_predictions else {}
+            self.asked = {name: each for name, each in wanted.items() if any(map(each.supports, prompts))}
 
     def check_resolution(self, stage: str) -> None:
         """Refuse a resolution that the policy cannot sample at; loads nothing."""
@@ -78,7 +78,11 @@ class Evaluator:
 
     def metric_names(self, prompts: Sequence[Prompt]) -> set[str]:
         """Names of the metrics that every validation logs."""
-        scored = {name: judge for name, judge in self.judges.items() if any(map(judge.supports, prompts))}
+        scored = {
+            name: reward_model
+            for name, reward_model in self.reward_models.items()
+            if any(map(reward_model.supports, prompts))
+        }
         tags = by_tag(scored, prompts, torch.zeros(len(prompts), len(scored)))
         return {f"held_out/{name}" for name in (*scored, *tags)}
 
@@ -97,9 +101,9 @@ class Evaluator:
     def baseline_key(self, trainer: Trainer) -> str:
         """What the base's held-out scores depend on; a checkpoint's are taken over only where it is the same."""
         model = self.policy.identity | {"init_lora": self.policy.init_lora}
-        judges = {name: judge.identity for name, judge in self.judges.items()}
+        reward_models = {name: reward_model.identity for name, reward_model in self.reward_models.items()}
         prompts = derived_seed(*map(repr, get_datamodule(trainer).held_out))
-        return repr((model, trainer.precision, self.settings, judges, prompts))
+        return repr((model, trainer.precision, self.settings, reward_models, prompts))
 
     def predict(self, trainer: Trainer, batch: HeldOut) -> dict[str, Tensor]:
         """Sample prompts with the policy's adapter, each with noise of its own; score the images, (image, judge asked)."""
@@ -162,7 +166,7 @@ class Evaluator:
             self.base_scores = scores
         else:
             self.trained_scores = scores
-        columns = {**dict(zip(self.judges, scores.T, strict=True)), **by_tag(self.judges, prompts, scores)}
+        columns = {**dict(zip(self.reward_models, scores.T, strict=True)), **by_tag(self.reward_models, prompts, scores)}
         # numbers, not these tensors of the CPU: the log averages over ranks where a tensor lies, and NCCL knows GPUs only
         means = {f"held_out/{name}": float(column.nanmean()) for name, column in columns.items() if not column.isnan().all()}
         return means | {f"skipped/held_out/{name}": float(count) for name, count in skipped.items() if count}

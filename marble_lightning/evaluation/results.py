@@ -27,10 +27,10 @@ class HeldOutScores(NamedTuple):
     `prompts` are those of the rows, by their place among all held-out prompts.
     """
 
-    judges: Mapping[str, Reward]
+    reward_models: Mapping[str, Reward]
     prompts: Mapping[int, Prompt]
-    scores: Float[Tensor, "prompt judge"]
-    base: Float[Tensor, "prompt judge"] | None = None
+    scores: Float[Tensor, "prompt reward"]
+    base: Float[Tensor, "prompt reward"] | None = None
 
     def sets(self) -> dict[str, HeldOutScores]:
         """The same of each prompt set, which is a source of prompts; where there are several, of `all` too."""
@@ -44,16 +44,16 @@ class HeldOutScores(NamedTuple):
 
     def tags(self) -> dict[str, Tensor]:
         """Scores by judge and tag, as `geneval/counting`."""
-        return by_tag(self.judges, list(self.prompts.values()), self.scores)
+        return by_tag(self.reward_models, list(self.prompts.values()), self.scores)
 
     def base_tags(self) -> dict[str, Tensor] | None:
         """The same of the base."""
-        return None if self.base is None else by_tag(self.judges, list(self.prompts.values()), self.base)
+        return None if self.base is None else by_tag(self.reward_models, list(self.prompts.values()), self.base)
 
     def _rows(self, chosen: Sequence[bool]) -> HeldOutScores:
         prompts = {index: prompt for (index, prompt), kept in zip(self.prompts.items(), chosen, strict=True) if kept}
         rows = [row for row, kept in enumerate(chosen) if kept]
-        return HeldOutScores(self.judges, prompts, self.scores[rows], None if self.base is None else self.base[rows])
+        return HeldOutScores(self.reward_models, prompts, self.scores[rows], None if self.base is None else self.base[rows])
 
 
 def document(measured: HeldOutScores, **facts: Any) -> dict[str, Any]:
@@ -65,8 +65,8 @@ def document(measured: HeldOutScores, **facts: Any) -> dict[str, Any]:
     """
     return {
         **facts,
-        "rewards": list(measured.judges),
-        "judges": {name: judge.identity for name, judge in measured.judges.items()},
+        "rewards": list(measured.reward_models),
+        "judges": {name: reward_model.identity for name, reward_model in measured.reward_models.items()},
         "sets": {name: _means(own) for name, own in measured.sets().items() if name != ALL},
         ALL: _means(measured),
         "tags": _tags(measured),
@@ -113,8 +113,8 @@ def read(path: str | Path, who: str = "`path`") -> dict[str, Any]:
         raise ValueError(f"{who} must be a {RESULTS}. Found {file.resolve()}: {error}.") from error
     if not isinstance(found, dict) or not {"settings", "rewards", ALL, "prompts"} <= found.keys():
         raise ValueError(f"{who} must be a {RESULTS} written by fit, validate or test. Found {file.resolve()}.")
-    for judge in found.get("judges", {}).values():
-        judge["class"] = with_public_names(judge["class"])  # earlier results name modules, which have moved
+    for reward_model in found.get("judges", {}).values():
+        reward_model["class"] = with_public_names(reward_model["class"])  # earlier results name modules, which have moved
     return found
 
 
@@ -127,24 +127,24 @@ def _means(measured: HeldOutScores) -> dict[str, dict[str, Any]]:
     own = columns.pop("trained")
     return {
         name: {**_plain(own[index]), **{title: _plain(column[index]) for title, column in columns.items()}}
-        for index, name in enumerate(measured.judges)
+        for index, name in enumerate(measured.reward_models)
     }
 
 
 def _tags(measured: HeldOutScores) -> dict[str, dict[str, Any]]:
     found: dict[str, dict[str, Any]] = {}
     for name, column in measured.tags().items():
-        judge, tag = name.split("/", 1)
+        reward_model, tag = name.split("/", 1)
         own = _plain(summarise(column))
-        found.setdefault(judge, {})[tag] = {"mean": own["mean"]} if tag == MEAN_OF_TAGS else own
+        found.setdefault(reward_model, {})[tag] = {"mean": own["mean"]} if tag == MEAN_OF_TAGS else own
     return found
 
 
 def _each(measured: HeldOutScores) -> list[dict[str, dict[str, float]]]:
     columns = {"scores": measured.scores} | ({} if measured.base is None else {"base": measured.base})
-    rows = {title: [_there(measured.judges, row) for row in column.tolist()] for title, column in columns.items()}
+    rows = {title: [_there(measured.reward_models, row) for row in column.tolist()] for title, column in columns.items()}
     return [{title: own[index] for title, own in rows.items()} for index in range(len(measured.prompts))]
 
 
-def _there(judges: Mapping[str, Reward], row: Sequence[float]) -> dict[str, float]:
-    return {name: score for name, score in zip(judges, row, strict=True) if score == score}
+def _there(reward_models: Mapping[str, Reward], row: Sequence[float]) -> dict[str, float]:
+    return {name: score for name, score in zip(reward_models, row, strict=True) if score == score}

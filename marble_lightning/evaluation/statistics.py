@@ -31,7 +31,7 @@ def summarise(scores: Float[Tensor, " prompt"]) -> Summary:
     return Summary(float(there.mean()) if n else float("nan"), error, n)
 
 
-def per_prompt(rows: Float[Tensor, "picture index_and_judge"], prompts: int, images: int) -> Float[Tensor, "prompt judge"]:
+def per_prompt(rows: Float[Tensor, "picture index_and_judge"], prompts: int, images: int) -> Float[Tensor, "prompt reward"]:
     """Mean scores of each prompt, in the prompts' order: pictures of one prompt are no independent evidence.
 
     Args:
@@ -51,12 +51,12 @@ def per_prompt(rows: Float[Tensor, "picture index_and_judge"], prompts: int, ima
 
 
 def by_tag(
-    judges: Mapping[str, Reward], prompts: Sequence[Prompt], scores: Float[Tensor, "prompt judge"]
+    reward_models: Mapping[str, Reward], prompts: Sequence[Prompt], scores: Float[Tensor, "prompt reward"]
 ) -> dict[str, Float[Tensor, " prompt"]]:
     """Scores of each judge and tag, as `geneval/counting`, NaN for other prompts; then the mean over its tags, (1,)."""
     found = dict[str, Tensor]()
-    for (name, judge), column in zip(judges.items(), scores.T, strict=True):
-        tags = [judge.tag(prompt) if judge.supports(prompt) else None for prompt in prompts]
+    for (name, reward_model), column in zip(reward_models.items(), scores.T, strict=True):
+        tags = [reward_model.tag(prompt) if reward_model.supports(prompt) else None for prompt in prompts]
         own = {
             f"{name}/{tag}": torch.where(torch.tensor([each == tag for each in tags]), column, torch.nan)
             for tag in dict.fromkeys(filter(None, tags))
@@ -67,13 +67,13 @@ def by_tag(
     return found
 
 
-def changes(base: Float[Tensor, "prompt judge"], trained: Float[Tensor, "prompt judge"]) -> list[Summary]:
+def changes(base: Float[Tensor, "prompt reward"], trained: Float[Tensor, "prompt reward"]) -> list[Summary]:
     """Change of each judge's score, prompt by prompt: both columns share prompts and noise, so errors are paired."""
     return [summarise(column) for column in (trained - base).T]
 
 
 def summaries(
-    scores: Float[Tensor, "prompt judge"], base: Float[Tensor, "prompt judge"] | None, heading: str = "trained"
+    scores: Float[Tensor, "prompt reward"], base: Float[Tensor, "prompt reward"] | None, heading: str = "trained"
 ) -> dict[str, list[Summary]]:
     """Columns of a table, judge by judge: `heading`, and where the base is known `base` and `change`.
 

@@ -14,10 +14,10 @@ from marble_lightning.evaluation.statistics import MEAN_OF_TAGS, Summary, summar
 
 def held_out_table(
     names: Sequence[str],
-    scores: Float[Tensor, "prompt judge"],
+    scores: Float[Tensor, "prompt reward"],
     *,
     heading: str = "trained",
-    base: Float[Tensor, "prompt judge"] | None = None,
+    base: Float[Tensor, "prompt reward"] | None = None,
     title: str = "Held-out prompts",
 ) -> Table:
     """A table shown after `fit`, `validate` and `test`.
@@ -59,13 +59,13 @@ def tags_table(
         heading: Whose scores these are.
         base: Scores of the base on the same prompts and noise, put before the others.
     """
-    judges, tags = (list(dict.fromkeys(name.split("/", 1)[part] for name in scores)) for part in (0, 1))
+    reward_models, tags = (list(dict.fromkeys(name.split("/", 1)[part] for name in scores)) for part in (0, 1))
     table = Table(title=f"By tag, {heading if base is None else f'base -> {heading}'}")
     table.add_column("tag", no_wrap=True)
-    for judge in judges:
-        table.add_column(judge, justify="right", no_wrap=True)
+    for reward_model in reward_models:
+        table.add_column(reward_model, justify="right", no_wrap=True)
     for tag in sorted(tags, key=lambda tag: (tag == MEAN_OF_TAGS, tag)):
-        table.add_row(tag, *(" -> ".join(_means(f"{judge}/{tag}", base, scores)) for judge in judges))
+        table.add_row(tag, *(" -> ".join(_means(f"{reward_model}/{tag}", base, scores)) for reward_model in reward_models))
     return table
 
 

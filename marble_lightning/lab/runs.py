@@ -84,7 +84,7 @@ class Run:
         return self._scores("scores")
 
     def _scores(self, whose: str) -> Tensor:
-        rows = [[prompt[whose].get(name, torch.nan) for name in self.judges] for prompt in self.results["prompts"]]
+        rows = [[prompt[whose].get(name, torch.nan) for name in self.reward_models] for prompt in self.results["prompts"]]
         return torch.tensor(rows)
 
 
@@ -105,5 +105,5 @@ def compare(runs: list[Run]) -> dict[str, Comparison]:
     if missing := [str(run.folder) for run in runs if run.base is None]:
         raise ValueError(f"The base must have been measured (`num_sanity_val_steps: -1`). Found none in {missing[0]}.")
     base, trained = (torch.stack([getattr(run, when) for run in runs]).mean(0) for when in ("base", "trained"))
-    columns = zip(runs[0].judges, base.T, trained.T, changes(base, trained), strict=True)
+    columns = zip(runs[0].reward_models, base.T, trained.T, changes(base, trained), strict=True)
     return {name: Comparison(summarise(before), summarise(after), change) for name, before, after, change in columns}

@@ -162,7 +162,7 @@ class Estimator:
         sample, decode = counted.sample(batch), counted.decode(batch, slicing)
 
         def score(images: int) -> int:
-            each = [counted.score(name, images) for name in counted.judges]
+            each = [counted.score(name, images) for name in counted.reward_models]
             return sum(each) if choices.overlap else max(each, default=0)
 
         found = {
@@ -192,9 +192,9 @@ def parts_of(phases: Phases) -> dict[str, int]:
     adapters = [parameter for name in ADAPTERS for parameter in policy.parameters_of(name)]
     vae, encoders = policy.pipeline.vae, text_encoders(policy)
     apart = {id(tensor) for tensor in (*adapters, *tensors_of(vae, *encoders.values()))}
-    judges = tensors_of(*phases.judges.values())
-    here = {id(tensor) for tensor in judges}
-    elsewhere = [tensor for tensor in tensors_of(*module.judges.values()) if id(tensor) not in here]
+    reward_models = tensors_of(*phases.reward_models.values())
+    here = {id(tensor) for tensor in reward_models}
+    elsewhere = [tensor for tensor in tensors_of(*module.reward_models.values()) if id(tensor) not in here]
     conditions = phases.encoded[0]
     return {
         "transformer": phases.bytes([tensor for tensor in tensors_of(policy) if id(tensor) not in apart]),
@@ -203,7 +203,7 @@ def parts_of(phases: Phases) -> dict[str, int]:
         "optimizer": phases.optimizer[0],
         "autoencoder": phases.bytes(tensors_of(vae)),
         "text encoders": phases.bytes(tensors_of(*encoders.values())),
-        "rewards": phases.bytes(judges),
+        "rewards": phases.bytes(reward_models),
         "rewards elsewhere": phases.bytes(elsewhere),
         "latents and prompts": phases.bytes([phases.latents(module.plan.images), conditions.embeds, conditions.pooled]),
         "pictures": phases.bytes([phases.pictures(module.plan.images)]),

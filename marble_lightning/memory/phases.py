@@ -98,11 +98,11 @@ class Phases:
     def supports(self) -> dict[str, Reward]:
         """Rewards and metrics on this device."""
         places = self.module.scorer.settings.devices
-        devices = {name: torch.device(places.get(name, self.device)) for name in self.module.judges}
+        devices = {name: torch.device(places.get(name, self.device)) for name in self.module.reward_models}
         index = self.device.index or 0
         return {
-            name: judge
-            for name, judge in self.module.judges.items()
+            name: reward_model
+            for name, reward_model in self.module.reward_models.items()
             if devices[name].type == self.device.type and (devices[name].index or index) == index
         }
 
@@ -184,11 +184,11 @@ class Phases:
 
     def score(self, name: str, images: int) -> int:
         """Bytes that a reward takes beyond its weights, as far as it can be followed without data."""
-        images = min(images, self.judges[name].batch_size)
+        images = min(images, self.reward_models[name].batch_size)
         return self._once(lambda: self._score(name, images), "score", name, images)
 
     def _score(self, name: str, images: int) -> int:
-        reward = self.judges[name]
+        reward = self.reward_models[name]
         prompts = [prompt for prompt in get_datamodule(self.trainer).training if reward.supports(prompt)]
         if not prompts or not tensors_of(reward):  # whoever has no weights does not compute with torch, or next to nothing
             return 0

@@ -141,9 +141,9 @@ class Memory(Callback):
             if not isinstance(cause, WITHOUT_DATA):
                 warn(f"The memory of {name} is estimated in part only. Found {type(cause).__name__}: {cause}")
         if device.type == "cuda" and room.total and room.free:
-            self._judge(estimator, choices, estimate, room.total, room.free)
+            self._score(estimator, choices, estimate, room.total, room.free)
 
-    def _judge(self, estimator: Estimator, choices: Choices, estimate: Estimate, total: int, free: int) -> None:
+    def _score(self, estimator: Estimator, choices: Choices, estimate: Estimate, total: int, free: int) -> None:
         """Refuse what cannot fit, and warn of what may not."""
         needed = estimate.peak + CUDA_CONTEXT
         if needed <= total and needed * FRAGMENTATION <= free:

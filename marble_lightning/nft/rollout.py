@@ -12,7 +12,7 @@ from lightning.pytorch import Trainer
 from torch import Tensor
 
 from balancers import Balancer
-from marble_lightning.nft.advantages import group_advantages, apply_advantage_mode
+from marble_lightning.nft.advantages import apply_advantage_mode, group_advantages
 from marble_lightning.nft.loss import Coefficients, Objective, coefficients, noised
 from marble_lightning.policies.base import Conditions
 from marble_lightning.scoring.failures import only_finite

@@ -13,7 +13,7 @@ import yaml
 from marble_lightning.checkpoints.content import TO_EXPORT, load_checked
 from marble_lightning.policies.lora import Lora
 from marble_lightning.policies.lora_files import FILE, write_lora
-from marble_lightning.utils.atomic_files import local_path, check_folder, remove_unfinished
+from marble_lightning.utils.atomic_files import check_folder, local_path, remove_unfinished
 from rewards.redaction import redacted
 
 Which = Literal["ema", "policy"]

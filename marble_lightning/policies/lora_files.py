@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from marble_lightning.policies.lora import Lora
-from marble_lightning.utils.atomic_files import local_path, atomic_write
+from marble_lightning.utils.atomic_files import atomic_write, local_path
 
 FILE = LORA_WEIGHT_NAME_SAFE
 """The name under which diffusers looks for a LoRA in a folder."""

@@ -19,7 +19,7 @@ from marble_lightning.policies.lora_files import read_lora
 from marble_lightning.policies.samplers import Solver, flow_sigmas, scheduler_for
 from marble_lightning.policies.sd3_checks import pipeline_index, the_resolution_fits
 from marble_lightning.policies.sd3_loading import load_pipeline
-from marble_lightning.utils.atomic_files import local_path, check_folder
+from marble_lightning.utils.atomic_files import check_folder, local_path
 from rewards.files import resolve_path
 from rewards.texts import beginning
 
@@ -184,7 +184,10 @@ class SD3Policy(FlowPolicy):
         """Encode prompts with the pipeline's text encoders, or take them from the cache."""
         if self.prompt_cache is None:
             with self._text_encoders_at_hand():
-                return joined([self._encode(texts[i : i + ENCODE_BATCH_SIZE]) for i in range(0, len(texts), ENCODE_BATCH_SIZE)], self.device)
+                return joined(
+                    [self._encode(texts[i : i + ENCODE_BATCH_SIZE]) for i in range(0, len(texts), ENCODE_BATCH_SIZE)],
+                    self.device,
+                )
         distinct = dict.fromkeys(texts)
         kept = {text: found for text in distinct if (found := self.cache.get(text)) is not None}
         if missing := [text for text in distinct if text not in kept]:

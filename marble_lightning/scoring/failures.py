@@ -79,7 +79,9 @@ ScoreResult = tuple[Float[Tensor, " image"], dict[int, BaseException]]
 """Scores, NaN where there is none, and why, for the pictures that the reward failed on."""
 
 
-def score_with_retries(reward: Reward, images: Float[Tensor, "image 3 pixel pixel"], prompts: Sequence[Prompt], retries: int) -> ScoreResult:
+def score_with_retries(
+    reward: Reward, images: Float[Tensor, "image 3 pixel pixel"], prompts: Sequence[Prompt], retries: int
+) -> ScoreResult:
     """A reward's scores of a batch; where it fails, picture by picture, to tell which ones it fails on.
 
     Failures of the world outside (OSError: connections, time-outs, files) are tried again after 1, 2, 4, ... seconds.

@@ -200,9 +200,9 @@ class Scorer:
     def _begin(self, job: _Job) -> Future[Outcome]:
         if job.name not in self._workers:
             self._workers[job.name] = Worker()
-        return self._workers[job.name].submit(lambda: self._judge(job))
+        return self._workers[job.name].submit(lambda: self._score(job))
 
-    def _judge(self, job: _Job) -> Outcome:
+    def _score(self, job: _Job) -> Outcome:
         begun = time.perf_counter()
         images = job.images.to(self._places[job.name])
         with torch.cuda.device(images.device) if images.is_cuda else nullcontext():  # a thread begins on the first GPU

@@ -13,9 +13,9 @@ import torch
 from marble_lightning.tinyworld import PROMPTS, WEIGHTS
 from marble_lightning.tinyworld.recipe.autoencoder import train_autoencoder
 from marble_lightning.tinyworld.recipe.base import train_base
-from marble_lightning.tinyworld.recipe.judges import train_judges
 from marble_lightning.tinyworld.recipe.pictures import drawn_pictures
 from marble_lightning.tinyworld.recipe.prompt_files import write_prompt_files
+from marble_lightning.tinyworld.recipe.reward_models import train_reward_models
 from marble_lightning.tinyworld.recipe.vocabulary import train_tokenizer
 
 PROMPT_SEED = 4
@@ -40,7 +40,7 @@ def main() -> None:
     vae = train_autoencoder(pictures, options.work / "autoencoder", options.autoencoder_steps)
     pipeline = train_base(pictures, tokenizer, vae, options.work, options.base_steps)
     pipeline.to(dtype=torch.float16).save_pretrained(options.out / "sd3")
-    train_judges(tokenizer, options.work / "judges", options.out, options.judge_steps, options.pairs)
+    train_reward_models(tokenizer, options.work / "judges", options.out, options.judge_steps, options.pairs)
     write_prompt_files(PROMPTS, PROMPT_SEED)
 
 

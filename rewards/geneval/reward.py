@@ -19,7 +19,7 @@ SCORES = ("partial", "strict", "accuracy")
 class GenEval(Reward):
     """Compositional correctness by object detection; the rules are in `rewards.geneval.rules`.
 
-    Applies only to prompts whose metadata has `include`, a list of clauses. `judge` gives all three scores of each
+    Applies only to prompts whose metadata has `include`, a list of clauses. `reward_model` gives all three scores of each
     image in one pass, for reporting the accuracy of a policy trained on the partial score.
 
     Source: Ghosh, Hajishirzi, Schmidt, "GenEval", 2023, whose score is the mean of "accuracy" over its six tags.
@@ -95,7 +95,7 @@ class GenEval(Reward):
         self._check_names([prompt])
 
     @torch.no_grad()
-    def judge(self, *, images: Float[Tensor, "b 3 h w"], prompts: Sequence[Prompt]) -> list[Verdict]:
+    def reward_model(self, *, images: Float[Tensor, "b 3 h w"], prompts: Sequence[Prompt]) -> list[Verdict]:
         """Accuracy, strict and partial score of each image, from one pass of the detector.
 
         Args:
@@ -140,5 +140,5 @@ class GenEval(Reward):
     def score(self, *, images: Float[Tensor, "b 3 h w"], prompts: Sequence[Prompt]) -> Float[Tensor, "b"]:
         """The chosen score of each image."""
         field = "correct" if self.kind == "accuracy" else self.kind
-        verdicts = self.judge(images=images, prompts=prompts)
+        verdicts = self.reward_model(images=images, prompts=prompts)
         return torch.tensor([float(getattr(verdict, field)) for verdict in verdicts], device=images.device)

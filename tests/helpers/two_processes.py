@@ -15,7 +15,7 @@ from torch import Tensor
 
 import balancers
 from balancers import Balancer
-from marble_lightning.callbacks.image_drift import Alarms
+from marble_lightning.callbacks.image_drift import ImageDriftMonitor
 from marble_lightning.data.datamodule import PromptDataModule
 from marble_lightning.evaluation.settings import Evaluation
 from marble_lightning.module import DiffusionNFT
@@ -79,7 +79,7 @@ def train(kind: type[DiffusionNFT], checkpoints: Path, balancer: Balancer, recor
         optimizer=lambda parameters: torch.optim.SGD(parameters, lr=10.0),
     )
     module.recorded = recorded  # type: ignore[assignment]
-    kept, alarms = Keep(), Alarms()
+    kept, alarms = Keep(), ImageDriftMonitor()
     trainer = Trainer(
         accelerator="cpu", max_epochs=STEPS, logger=False, enable_checkpointing=False, enable_progress_bar=False,
         enable_model_summary=False, callbacks=[balancer, kept, alarms], limit_val_batches=0, **options,

@@ -50,7 +50,7 @@ def test_tiny_loads_its_weights_and_prompts_from_any_folder():
     made.model.policy.setup(0)
     assert made.model.policy.identity["model"] == "package:tinyworld/weights/sd3"
     for name in ("pickscore", "hpsv2", "clipscore"):
-        made.model.judges[name].setup()
+        made.model.reward_models[name].setup()
     assert str(CONFIGS.parent) not in made.model.run_config  # it travels with checkpoints and exported adapters
 
 

@@ -11,7 +11,14 @@ from transformers import CLIPModel, CLIPTokenizer
 
 from marble_lightning.tinyworld import WEIGHTS
 from marble_lightning.tinyworld.degradations import CONTENT, TECHNICAL, spoil
-from marble_lightning.tinyworld.recipe.judges import clean, contrast, drawn_pairs, faithful, fastidious, pairwise_accuracy
+from marble_lightning.tinyworld.recipe.reward_models import (
+    clean,
+    contrast,
+    drawn_pairs,
+    faithful,
+    fastidious,
+    pairwise_accuracy,
+)
 
 FILES = sorted(WEIGHTS.rglob("*.safetensors"))
 

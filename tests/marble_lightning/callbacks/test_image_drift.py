@@ -11,7 +11,7 @@ import torch
 from lightning.pytorch import Callback
 
 from balancers import MARBLE, WeightedSum
-from marble_lightning.callbacks.image_drift import MIN_STD, Alarms, expected_range, reference_of
+from marble_lightning.callbacks.image_drift import MIN_STD, ImageDriftMonitor, expected_range, reference_of
 from marble_lightning.cli import QUIET, main
 from marble_lightning.data.datamodule import PromptDataModule
 from marble_lightning.evaluation.image_statistics import NAMES
@@ -60,7 +60,7 @@ def warnings_of(caplog) -> list[str]:
 
 
 def test_an_ordinary_run_is_logged_and_sets_off_no_alarm(checkpoints, tmp_path, caplog):
-    seen, alarms = Seen(), Alarms()
+    seen, alarms = Seen(), ImageDriftMonitor()
     run(checkpoints, tmp_path, MARBLE(), rounds=4, callbacks=[alarms, seen])
     assert warnings_of(caplog) == []
     assert all(set(figures) == {f"images/{name}" for name in NAMES} for figures in seen.logged)
@@ -81,7 +81,7 @@ def test_an_ordinary_run_is_logged_and_sets_off_no_alarm(checkpoints, tmp_path, 
     ],
 )
 def test_when_an_alarm_goes_off(checkpoints, tmp_path, caplog, rounds, patience, expected):
-    run(checkpoints, tmp_path, WeightedSum(), 5, [Alarms(patience=patience)], kind=bleached(*rounds))
+    run(checkpoints, tmp_path, WeightedSum(), 5, [ImageDriftMonitor(patience=patience)], kind=bleached(*rounds))
     found = [text for text in warnings_of(caplog) if "images/brightness" in text]
     assert [text.split(":")[0] for text in found] == [f"Round {index}" for index in expected]
     for text in found:
@@ -92,23 +92,23 @@ def test_when_an_alarm_goes_off(checkpoints, tmp_path, caplog, rounds, patience,
 
 
 def test_a_wide_factor_sets_off_no_alarm(checkpoints, tmp_path, caplog):
-    run(checkpoints, tmp_path, WeightedSum(), 3, [Alarms(factor=math.inf, patience=1)], kind=bleached(1, 2))
+    run(checkpoints, tmp_path, WeightedSum(), 3, [ImageDriftMonitor(factor=math.inf, patience=1)], kind=bleached(1, 2))
     assert warnings_of(caplog) == []
 
 
 def test_looking_changes_nothing_in_the_run(checkpoints, tmp_path):
     plain, _ = run(checkpoints, tmp_path, MARBLE(), rounds=3)
-    watched, _ = run(checkpoints, tmp_path, MARBLE(), rounds=3, callbacks=[Alarms()])
+    watched, _ = run(checkpoints, tmp_path, MARBLE(), rounds=3, callbacks=[ImageDriftMonitor()])
     for ours, theirs in zip(plain.trainable, watched.trainable, strict=True):
         assert torch.equal(ours, theirs)
 
 
 def test_a_resumed_run_compares_with_the_same_base_and_goes_on_counting(checkpoints, tmp_path, caplog):
-    kind, file, before = bleached(1, 2, 3), tmp_path / "two_rounds.ckpt", Alarms()
+    kind, file, before = bleached(1, 2, 3), tmp_path / "two_rounds.ckpt", ImageDriftMonitor()
     module, _ = run(checkpoints, tmp_path, WeightedSum(), 2, [before], kind=kind)
     module.trainer.save_checkpoint(file)
     assert warnings_of(caplog) == []
-    after = Alarms()
+    after = ImageDriftMonitor()
     run(checkpoints, tmp_path, WeightedSum(), 4, [after], kind=kind, ckpt_path=file)
     assert after.reference == before.reference
     assert any(text.startswith("Round 2: images/brightness = 1.000") for text in warnings_of(caplog))
@@ -118,12 +118,20 @@ def test_a_resumed_run_compares_with_the_same_base_and_goes_on_counting(checkpoi
 def test_no_base_no_alarm_and_a_word_about_it(checkpoints, tmp_path, caplog):
     module, _ = run(checkpoints, tmp_path, WeightedSum(), 1)
     module.trainer.save_checkpoint(tmp_path / "without.ckpt")
-    run(checkpoints, tmp_path, WeightedSum(), 4, [Alarms(patience=1)], kind=bleached(2), ckpt_path=tmp_path / "without.ckpt")
+    run(
+        checkpoints,
+        tmp_path,
+        WeightedSum(),
+        4,
+        [ImageDriftMonitor(patience=1)],
+        kind=bleached(2),
+        ckpt_path=tmp_path / "without.ckpt",
+    )
     (told,) = warnings_of(caplog)
     assert "the run goes on from a checkpoint without one" in told
     caplog.clear()
     data = PromptDataModule(str(PROMPTS), ["geneval"], prompts_per_round=1, images_per_prompt=6)
-    run(checkpoints, tmp_path, WeightedSum(), 3, [Alarms(patience=1)], kind=bleached(1), data=data)
+    run(checkpoints, tmp_path, WeightedSum(), 3, [ImageDriftMonitor(patience=1)], kind=bleached(1), data=data)
     (told,) = warnings_of(caplog)
     assert "the run has one prompt a round" in told
 
@@ -166,15 +174,15 @@ def test_a_statistic_that_is_not_a_number_is_out_of_range(caplog):
     class Later:
         global_step, current_epoch = 1, 3
 
-    alarms = Alarms(patience=1)
+    alarms = ImageDriftMonitor(patience=1)
     alarms.reference = dict.fromkeys(NAMES, (0.5, 0.1))
-    alarms._judge(Later(), torch.zeros(2, len(NAMES)), dict.fromkeys(NAMES, 0.5) | {"contrast": math.nan})
+    alarms._score(Later(), torch.zeros(2, len(NAMES)), dict.fromkeys(NAMES, 0.5) | {"contrast": math.nan})
     (told,) = warnings_of(caplog)
     assert "images/contrast = nan" in told
 
 
 def test_bad_settings():
     with pytest.raises(ValueError, match="`alarms.factor` must be > 0. Found nan"):
-        Alarms(factor=math.nan)
+        ImageDriftMonitor(factor=math.nan)
     with pytest.raises(ValueError, match="`alarms.patience` must be >= 1. Found 0"):
-        Alarms(patience=0)
+        ImageDriftMonitor(patience=0)

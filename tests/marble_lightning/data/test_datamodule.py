@@ -210,9 +210,9 @@ def test_malformed_metadata_fails_before_any_weight_loads(small, tmp_path, split
 
 
 def test_classes_that_the_detector_does_not_know_are_found_beforehand():
-    judges = {"geneval": GenEval(ColourBlobs())}
+    reward_models = {"geneval": GenEval(ColourBlobs())}
     fine = Prompt("a circle", "x", {"include": [{"class": "circle", "count": 1}]})
-    check_prompts(judges, [fine, Prompt("without metadata", "x")])
+    check_prompts(reward_models, [fine, Prompt("without metadata", "x")])
     zebra = Prompt("a zebra", "x", {"include": [{"class": "zebra", "count": 1}]})
     with pytest.raises(ValueError, match="`geneval` must be able .*'a zebra'.*must know every class.*Found zebra"):
-        check_prompts(judges, [fine, zebra])
+        check_prompts(reward_models, [fine, zebra])

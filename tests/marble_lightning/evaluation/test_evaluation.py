@@ -199,12 +199,12 @@ def test_text_encoders_and_rewards_take_turns(small, monkeypatch, command):
 
     told(SD3Policy, "encode", "encode")
     told(Scorer, "release", "release")
-    told(Scorer, "_judge", "judge")
+    told(Scorer, "_score", "score")
     offload = ["--model.scoring.offload", "true", "--data.held_out_batch_size", "1", "--model.evaluation.guidance", "2"]
     main([command, *small, *offload])
     visits = [before for before, now in pairwise(seen) if now == "encode"]
     assert visits == ["release"] * (1 if command == "validate" else 3)  # and each of two rounds
-    assert seen.count("judge") > 30
+    assert seen.count("score") > 30
 
 
 def test_a_base_that_reads_prompts_otherwise_is_not_compared(small, trained, tmp_path, capsys):

@@ -11,7 +11,7 @@ import pytest
 import torch
 from scipy.stats import zscore
 
-from marble_lightning.evaluation.comparison import compared, scorer_differences, check_comparable, z_scores
+from marble_lightning.evaluation.comparison import check_comparable, compared, scorer_differences, z_scores
 from marble_lightning.evaluation.results import HeldOutScores, document, read, write
 from marble_lightning.evaluation.tables import comparison_table
 from rewards import JPEGCompressibility, Prompt, Reward
@@ -86,8 +86,8 @@ def test_what_is_no_results_file_is_named(tmp_path, content):
 
 
 def test_results_of_before_that_name_modules_are_comparable(tmp_path):
-    judges: dict[str, Reward] = {"ocr": JPEGCompressibility(), "geneval": Tagged()}
-    ours = document(HeldOutScores(judges, PROMPTS, SCORES, None).sampled(), judged={}, settings=SETTINGS)
+    reward_models: dict[str, Reward] = {"ocr": JPEGCompressibility(), "geneval": Tagged()}
+    ours = document(HeldOutScores(reward_models, PROMPTS, SCORES, None).sampled(), judged={}, settings=SETTINGS)
     assert ours["judges"]["ocr"]["class"] == "rewards.JPEGCompressibility"
     write(tmp_path, ours)
     file = tmp_path / "results.json"

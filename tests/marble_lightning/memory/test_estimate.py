@@ -141,8 +141,8 @@ def test_rewards_count_where_they_are_and_a_shared_model_once(checkpoints, tmp_p
 
     class Scored(DiffusionNFT):
         def __init__(self, policy, rewards, **options):
-            judges = {"clip": CLIPScore(clip), "same": CLIPScore(clip), "other": CLIPScore(clip, dtype="bfloat16")}
-            super().__init__(policy, judges, scoring=Scoring(devices={"other": "cpu"}, offload=True), **options)
+            reward_models = {"clip": CLIPScore(clip), "same": CLIPScore(clip), "other": CLIPScore(clip, dtype="bfloat16")}
+            super().__init__(policy, reward_models, scoring=Scoring(devices={"other": "cpu"}, offload=True), **options)
 
     module, _ = run(checkpoints, tmp_path, WeightedSum(), callbacks=[estimated], kind=Scored)
     clip_bytes, other = (bytes_of(tensors_of(module.rewards[name])) for name in ("clip", "other"))

@@ -34,7 +34,7 @@ def test_too_small_a_gpu_is_refused_with_what_would_help(small_run):
     training = "model.policy.gradient_checkpointing true"
     total = int(estimate.peak * 0.9 + CUDA_CONTEXT)
     with pytest.raises(ValueError, match=r"The run must fit into the GPU's 0\.\d+ GiB\. Found an estimate of") as caught:
-        Memory()._judge(estimator, choices, estimate, total, total)
+        Memory()._score(estimator, choices, estimate, total, total)
     helped = estimator(replace(choices, gradient_checkpointing=True)).peak
     assert f"--{training}: {helped / GIB:.3f} GiB" in str(caught.value)
     assert "--memory.check warn" in str(caught.value)
@@ -43,10 +43,10 @@ def test_too_small_a_gpu_is_refused_with_what_would_help(small_run):
 def test_a_tight_gpu_is_warned_of_and_a_large_one_is_not(small_run, caplog):
     estimator, choices, estimate = small_run.estimator, small_run.choices, small_run.estimate
     needed = int(estimate.peak + CUDA_CONTEXT)
-    Memory()._judge(estimator, choices, estimate, 2 * needed, 2 * needed)
+    Memory()._score(estimator, choices, estimate, 2 * needed, 2 * needed)
     assert not caplog.records
-    Memory()._judge(estimator, choices, estimate, 2 * needed, needed)
-    Memory("warn")._judge(estimator, choices, estimate, needed - 1, needed - 1)
+    Memory()._score(estimator, choices, estimate, 2 * needed, needed)
+    Memory("warn")._score(estimator, choices, estimate, needed - 1, needed - 1)
     assert [record.getMessage().startswith("The run may not fit into the 0.") for record in caplog.records] == [True, True]
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from marble_lightning.nft.advantages import group_advantages, apply_advantage_mode
+from marble_lightning.nft.advantages import apply_advantage_mode, group_advantages
 
 NAN = torch.nan
 

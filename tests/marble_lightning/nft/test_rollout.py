@@ -10,7 +10,7 @@ import torch
 
 from balancers import FixedWeights, WeightedSum
 from marble_lightning.nft.loss import Coefficients, Objective
-from marble_lightning.nft.rollout import Plan, Rollout, image_order, micro_batches, compute_coefficients
+from marble_lightning.nft.rollout import Plan, Rollout, compute_coefficients, image_order, micro_batches
 from marble_lightning.policies.base import Conditions
 from marble_lightning.scoring.failures import RewardError
 from marble_lightning.scoring.settings import Scoring
@@ -60,7 +60,9 @@ def test_what_a_balancer_merges_is_finite(level, caplog):
     def weighed(balancer, **scoring):
         balancer.bind(["a", "b"])
         trainer = SimpleNamespace(strategy=Ranks(0, [scores]), global_rank=0)
-        return compute_coefficients(scores, groups, balancer, Objective(beta=1.0), plan, [KEY], trainer, Scoring(**scoring))[0]
+        return compute_coefficients(scores, groups, balancer, Objective(beta=1.0), plan, [KEY], trainer, Scoring(**scoring))[
+            0
+        ]
 
     with pytest.raises(RewardError, match="Found 1 of 8 of `b` that are not.* allows a share of 0.0"):
         weighed(spoiled(torch.inf, 1))

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from marble_lightning.utils.atomic_files import local_path, remove_unfinished, scratch_for, atomic_write
+from marble_lightning.utils.atomic_files import atomic_write, local_path, remove_unfinished, scratch_for
 
 
 def test_two_who_write_the_same_file_do_not_meet(tmp_path):

@@ -38,7 +38,7 @@ KINDS = ("partial", "strict", "accuracy")
 
 
 def test_judge_gives_all_three_at_once(BrightBlobs: type[Detector]) -> None:
-    verdicts = GenEval(BrightBlobs()).judge(images=PICTURES, prompts=[TWO_CATS] * 3)
+    verdicts = GenEval(BrightBlobs()).reward_model(images=PICTURES, prompts=[TWO_CATS] * 3)
     assert verdicts == [Verdict(True, True, 1.0), Verdict(False, False, 0.25), Verdict(False, False, 0.0)]
 
 

@@ -126,7 +126,7 @@ def new_clip(tokenizer: CLIPTokenizer) -> CLIPModel:
 TASTES: dict[str, Taste] = {"clipscore": contrast, "pickscore": faithful, "hpsv2": fastidious}
 
 
-def train_judges(tokenizer: CLIPTokenizer, work: Path, out: Path, steps: int, pairs: int) -> None:
+def train_reward_models(tokenizer: CLIPTokenizer, work: Path, out: Path, steps: int, pairs: int) -> None:
     """Train the three models and save each as a transformers folder with its processor."""
     torch.manual_seed(3)
     model = new_clip(tokenizer)
