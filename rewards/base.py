@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from rewards.deprecated import Renamed, adopt_old_names
 from rewards.frozen import frozen
 from rewards.redaction import redacted
 
@@ -85,7 +86,12 @@ class Reward(nn.Module, ABC):
     batch_size: int = 32
     identity_fields: tuple[str, ...] = ("path", "revision", "file", "dtype", "sources")
     """Attributes that its scores depend on, those of them that it has; results of runs that differ in one are told apart."""
+    scored_by, judges = Renamed("identity_fields"), Renamed("supports")
     _missing: int = 0
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        adopt_old_names(cls)
 
     def __init__(self, batch_size: int | None = None, sources: Sequence[str] | None = None) -> None:
         super().__init__()

@@ -8,6 +8,8 @@ from typing import Any
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from rewards.deprecated import Renamed, adopt_old_names
+
 
 @dataclass(frozen=True)
 class Detection:
@@ -39,6 +41,11 @@ class Detector(nn.Module, ABC):
     """Candidates that score no more are not returned."""
     identity_fields: tuple[str, ...] = ("path", "revision", "dtype", "min_score")
     """Attributes that what it finds depends on, as of a reward."""
+    scored_by = Renamed("identity_fields")
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        adopt_old_names(cls)
 
     def setup(self) -> None:
         """Load weights. Safe to call twice; the base has nothing to load."""

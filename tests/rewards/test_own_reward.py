@@ -40,6 +40,20 @@ def test_sources_hold_whatever_it_applies_to() -> None:
     assert Brightness(sources=["b"]).identity != Brightness().identity
 
 
+def test_old_names_work_and_warn() -> None:
+    with pytest.warns(FutureWarning, match=r"`Reward\.scored_by` is now `identity_fields`"):
+        fields = (*Reward.scored_by, "gain")
+    with pytest.warns(FutureWarning, match=r"`Old\.scored_by` is now `identity_fields`"):
+
+        class Old(Brightness):
+            scored_by = fields
+            gain = 3
+
+    assert Old().identity["gain"] == "3"
+    with pytest.warns(FutureWarning, match=r"`Old\.judges` is now `supports`"):
+        assert Old().judges(PROMPTS[0]) == Old().supports(PROMPTS[0])
+
+
 def test_batch_size_from_class_or_argument() -> None:
     sizes = []
 
