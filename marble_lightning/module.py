@@ -113,7 +113,7 @@ class DiffusionNFT(LightningModule):
         """The run's configuration as YAML, where there is one, to be kept in checkpoints."""
 
     @property
-    def supports(self) -> dict[str, Reward]:
+    def reward_models(self) -> dict[str, Reward]:
         """Rewards and metrics: what held-out images are scored by."""
         return cast(dict[str, Reward], {**dict(self.rewards.items()), **dict(self.metrics.items())})
 

@@ -53,7 +53,7 @@ class Evaluator:
         """Encoded held-out prompts, of this batch and of those that follow, on the CPU."""
 
     @property
-    def supports(self) -> Mapping[str, Reward]:
+    def reward_models(self) -> Mapping[str, Reward]:
         """Rewards and metrics: what held-out images are scored by."""
         return self.scorer.rewards
 

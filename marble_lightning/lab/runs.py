@@ -69,7 +69,7 @@ class Run:
         return ", ".join([judged.get("balancer", "not said in its results.json"), *cadence])
 
     @property
-    def supports(self) -> list[str]:
+    def reward_models(self) -> list[str]:
         """Names of the rewards and metrics that judged held-out pictures."""
         return list(self.results["rewards"])
 

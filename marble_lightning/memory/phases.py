@@ -95,7 +95,7 @@ class Phases:
         return bytes_of(tensors, self.block)
 
     @cached_property
-    def supports(self) -> dict[str, Reward]:
+    def reward_models(self) -> dict[str, Reward]:
         """Rewards and metrics on this device."""
         places = self.module.scorer.settings.devices
         devices = {name: torch.device(places.get(name, self.device)) for name in self.module.reward_models}
