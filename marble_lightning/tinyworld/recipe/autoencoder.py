@@ -9,7 +9,7 @@ from diffusers import AutoencoderKL
 from torch import Tensor
 from tqdm import tqdm
 
-from marble_lightning.tinyworld.recipe.pictures import HeldOutImages, to_unit
+from marble_lightning.tinyworld.recipe.pictures import TrainingImages, to_unit
 from marble_lightning.tinyworld.recipe.stage import Stage, run
 
 
@@ -29,7 +29,7 @@ class AutoencoderStage(Stage):
         return loss
 
 
-def train_autoencoder(pictures: HeldOutImages, work: Path, steps: int) -> AutoencoderKL:
+def train_autoencoder(pictures: TrainingImages, work: Path, steps: int) -> AutoencoderKL:
     """Train the autoencoder; its `scaling_factor` and `shift_factor` bring latents to mean 0 and deviation 1."""
     torch.manual_seed(1)
     model = AutoencoderKL(

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection, CLIPTokenizer
 
 from marble_lightning.tinyworld.recipe.autoencoder import latents_of
-from marble_lightning.tinyworld.recipe.pictures import HeldOutImages, kept
+from marble_lightning.tinyworld.recipe.pictures import TrainingImages, kept
 from marble_lightning.tinyworld.recipe.stage import Stage, run
 
 EMPTY_TOKENS = 4
@@ -91,7 +91,7 @@ class BaseStage(Stage):
 
 
 def train_base(
-    pictures: HeldOutImages, tokenizer: CLIPTokenizer, vae: AutoencoderKL, work: Path, steps: int
+    pictures: TrainingImages, tokenizer: CLIPTokenizer, vae: AutoencoderKL, work: Path, steps: int
 ) -> StableDiffusion3Pipeline:
     """Train transformer and text encoders on the pictures; returns the whole pipeline.
 

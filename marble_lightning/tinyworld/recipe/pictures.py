@@ -17,7 +17,7 @@ from marble_lightning.tinyworld.degradations import spoil
 from marble_lightning.tinyworld.scenes import draw
 
 
-class HeldOutImages(NamedTuple):
+class TrainingImages(NamedTuple):
     """`images` uint8 (N, 3, 32, 32), and a caption for each."""
 
     images: Tensor
@@ -36,7 +36,7 @@ def kept(file: Path, make: Callable[[], Any]) -> Any:
     return torch.load(file, weights_only=True)
 
 
-def drawn_pictures(work: Path, count: int, spoiled: float, seed: int) -> HeldOutImages:
+def drawn_pictures(work: Path, count: int, spoiled: float, seed: int) -> TrainingImages:
     """Draw training scenes, a share of them with a fault.
 
     Args:
@@ -55,7 +55,7 @@ def drawn_pictures(work: Path, count: int, spoiled: float, seed: int) -> HeldOut
             captions.append(shown.caption)
         return torch.stack(images), captions
 
-    return HeldOutImages(*kept(work / f"pictures-{count}-{spoiled}-{seed}.pt", drawn))
+    return TrainingImages(*kept(work / f"pictures-{count}-{spoiled}-{seed}.pt", drawn))
 
 
 def to_unit(images: Tensor) -> Tensor:
