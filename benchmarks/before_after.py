@@ -1,4 +1,4 @@
-"""One sheet of held-out pictures before and after a run: same prompts, same noise, evenly taken, none chosen by eye.
+"""One sheet of held-out images before and after a run: same prompts, same noise, evenly taken, none chosen by eye.
 
 ```
 marble-lightning predict -c tiny --predictions.folder runs/before
@@ -23,8 +23,8 @@ from marble_lightning.utils.images import grid, to_image
 
 
 def records(folder: Path) -> list[dict[str, Any]]:
-    """What `predict` wrote there: prompt, source, scores and file of each picture, in the order of the prompts."""
-    return [json.loads(line) for line in (folder / "pictures.jsonl").read_text(encoding="utf-8").splitlines()]
+    """What `predict` wrote there: prompt, source, scores and file of each image, in the order of the prompts."""
+    return [json.loads(line) for line in (folder / "images.jsonl").read_text(encoding="utf-8").splitlines()]
 
 
 def evenly(found: list[dict[str, Any]], per_source: int) -> list[dict[str, Any]]:

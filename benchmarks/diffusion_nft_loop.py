@@ -1,6 +1,6 @@
 """A round as DiffusionNFT's released loop runs it, built from the same stock parts: what ours is timed against.
 
-The base is float32 (under autocast where training is mixed), every picture's prompt is encoded, all rewards are one sum,
+The base is float32 (under autocast where training is mixed), every image's prompt is encoded, all rewards are one sum,
 scored in a pool of threads while sampling goes on, and the old, trained and reference policies are one network call each.
 
 Source: DiffusionNFT, arXiv 2509.16117, and its released training script.

@@ -157,7 +157,7 @@ def main() -> None:
     """Print the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--limit", type=float, default=22.0, help="GiB of the GPU")
-    parser.add_argument("--prompts", type=int, default=48, help="prompts of a round, of 24 pictures each")
+    parser.add_argument("--prompts", type=int, default=48, help="prompts of a round, of 24 images each")
     parser.add_argument("--ranks", type=int, default=1, help="GPUs")
     parser.add_argument("--no-t5", action="store_true", help="without the third text encoder")
     parser.add_argument("--reward-dtype", default="float32", choices=["float32", "bfloat16"])

@@ -19,7 +19,7 @@ from rewards import OCR
 
 
 def rendered(count: int, size: int) -> Tensor:
-    """Pictures with a number in words each, (count, 3, size, size) in [0, 1]."""
+    """Images with a number in words each, (count, 3, size, size) in [0, 1]."""
     pictures = []
     for index in range(count):
         image = Image.new("RGB", (size, size), "white")
@@ -54,8 +54,8 @@ def main() -> None:
             reader.read(images)
             if cycle:
                 times[name].append(time.perf_counter() - begun)
-    print(f"\n{options.workers} workers, {options.images} pictures of {options.size} px\n")
-    print("| | pictures a second | times one engine | spread |\n|---|---|---|---|")
+    print(f"\n{options.workers} workers, {options.images} images of {options.size} px\n")
+    print("| | images a second | times one engine | spread |\n|---|---|---|---|")
     for name, own in times.items():
         ratios = [one / each for one, each in zip(times["one engine"], own, strict=True)]
         print(

@@ -1,6 +1,6 @@
 """Whether the old and the reference policy are faster in one pass: `python -m benchmarks.policies_in_one_pass`.
 
-Two network calls of B pictures, as training makes them, beside one of 2 B in which peft gives the first half the old adapter
+Two network calls of B images, as training makes them, beside one of 2 B in which peft gives the first half the old adapter
 and the second none, in turns within one run, on the bundled tiny model.
 """
 
@@ -28,7 +28,7 @@ BASE = "__base__"
 
 @contextmanager
 def mixed(policy: SD3Policy, names: list[str]) -> Iterator[None]:
-    """Give every picture of a batch the adapter of its name."""
+    """Give every image of a batch the adapter of its name."""
 
     def add(layer: Any, arguments: Any, options: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         return arguments, {**options, "adapter_names": names}
@@ -44,7 +44,7 @@ def mixed(policy: SD3Policy, names: list[str]) -> Iterator[None]:
 def main() -> None:
     """Time and tabulate."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--sizes", nargs="+", type=int, default=[9, 72], help="pictures of a micro-batch")
+    parser.add_argument("--sizes", nargs="+", type=int, default=[9, 72], help="images of a micro-batch")
     parser.add_argument("--cycles", type=int, default=10)
     options = parser.parse_args()
     policy = SD3Policy(str(WEIGHTS / "sd3"), resolution=32, rank=16, alpha=32, text_length=4, dtype="float32")
@@ -52,7 +52,7 @@ def main() -> None:
     with torch.no_grad():
         for index, parameter in enumerate(policy.parameters_of("old")):
             parameter.add_(0.02 * torch.randn(parameter.shape, generator=generator(index)))
-    print("| pictures | one pass is faster by | spread | largest difference |\n|---|---|---|---|")
+    print("| images | one pass is faster by | spread | largest difference |\n|---|---|---|---|")
     for size in options.sizes:
         conditions = policy.encode(["a red circle"] * size)
         noisy, t = torch.randn(size, 4, 16, 16), torch.rand(size) * 0.9 + 0.05
@@ -72,7 +72,7 @@ def main() -> None:
         ratios = []
         with torch.no_grad():
             difference = float((one() - two()).abs().max())
-            for _ in tqdm(range(options.cycles), f"{size} pictures", leave=False):
+            for _ in tqdm(range(options.cycles), f"{size} images", leave=False):
                 seconds = []
                 for call in (two, one):
                     begun = time.perf_counter()

@@ -42,7 +42,7 @@ class Sleeper(Reward):
 
 
 class Turns(Callback):
-    """Gives rounds to the ways of scoring in turn, and keeps the seconds from a round's first picture to its last score.
+    """Gives rounds to the ways of scoring in turn, and keeps the seconds from a round's first image to its last score.
 
     Args:
         sleeper: The reward.

@@ -60,16 +60,16 @@ EVERY_STEP = Method("MARBLE, every step", "", every=1)
 METHODS = (
     Method("weighted sum", "1.00"),
     Method("MARBLE, every 10th step", "", every=10),
-    Method("MARBLE, every 10th step, half its pictures", "0.97 (one micro-batch)", every=10, share=0.5),
+    Method("MARBLE, every 10th step, half its images", "0.97 (one micro-batch)", every=10, share=0.5),
     EVERY_STEP,
-    Method("MARBLE, every step, half its pictures", "", every=1, share=0.5),
+    Method("MARBLE, every step, half its images", "", every=1, share=0.5),
     Method("MARBLE, every step, K passes", "0.56 (K = 5)", every=1, passes="per_reward"),
 )
 """Two passes unless it says otherwise."""
 
 
 class Projection(Reward):
-    """A random direction of the picture's pixels: a reward that costs nothing."""
+    """A random direction of the image's pixels: a reward that costs nothing."""
 
     def __init__(self, seed: int) -> None:
         super().__init__()

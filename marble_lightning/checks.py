@@ -126,11 +126,11 @@ def prompts_without_a_score(reward_models: Mapping[str, Reward], prompts: Iterab
 
 
 def check_held_out_prompts(trainer: Trainer) -> None:
-    """Every process has a picture to sample."""
+    """Every process has an image to sample."""
     if (pictures := len(get_datamodule(trainer).held_out)) < trainer.world_size:
         raise ValueError(
-            f"There must be a picture for each of the {trainer.world_size} processes to sample. Found {pictures}; use fewer "
-            "devices, or more prompts or pictures of each."
+            f"There must be an image for each of the {trainer.world_size} processes to sample. Found {pictures}; use fewer "
+            "devices, or more prompts or images of each."
         )
 
 

@@ -104,7 +104,7 @@ class MarbleCLI(LightningCLI):
     def before_instantiate_classes(self) -> None:
         """Expand `~`, and do without what Lightning shows or keeps.
 
-        Results take the place of Lightning's table, and files that of pictures kept in memory.
+        Results take the place of Lightning's table, and files that of images kept in memory.
         """
         options = self.config[self.subcommand] if self.subcommand else self.config
         with_home(options)

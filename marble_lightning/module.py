@@ -54,13 +54,13 @@ class DiffusionNFT(LightningModule):
             In a later file, a mapping to nulls drops these, and any other replaces all.
         metrics: Rewards that are only measured, on held-out prompts; null as with rewards.
         sampling: How a round is sampled.
-        scoring: Where pictures are scored, and what happens where a reward fails.
+        scoring: Where images are scored, and what happens where a reward fails.
         objective: The NFT loss.
         averaging: How the old and the averaged adapter follow the trained one.
         evaluation: How held-out prompts are sampled.
         optimizer: Makes the optimizer of the adapter's parameters.
         lr_scheduler: Makes the learning rate's schedule, which moves on after every optimizer step; null for none.
-        micro_batch_size: Pictures of one forward and backward pass, >= 1.
+        micro_batch_size: Images of one forward and backward pass, >= 1.
         optimizer_steps_per_round: Optimizer steps an inner epoch is split into, >= 1.
         inner_epochs: How often a round is trained on, each time in another order, at other times and with other noise, >= 1.
         gradient_passes: Per-reward gradients by `two` backward passes, whatever the number of rewards, or by one

@@ -16,7 +16,7 @@ UNIT = 500_000
 
 
 class JPEGCompressibility(Reward):
-    """-(bytes of the image as a JPEG) / 500,000: smooth and empty pictures win.
+    """-(bytes of the image as a JPEG) / 500,000: smooth and empty images win.
 
     Source: Black et al., "Training Diffusion Models with Reinforcement Learning", 2023, section 5.2, at that scale in
     Flow-GRPO.

@@ -1,4 +1,4 @@
-"""How well an update serves every reward: where it was solved for, in between, and on pictures it has not seen."""
+"""How well an update serves every reward: where it was solved for, in between, and on images it has not seen."""
 
 from __future__ import annotations
 

@@ -21,7 +21,7 @@ class HeldOutImages(Callback):
     """Held-out images in the loggers that show any and as a PNG in the run's folder, the same prompts and noise each time.
 
     Args:
-        count: Pictures in the grid, spread over the held-out prompts, >= 1.
+        count: Images in the grid, spread over the held-out prompts, >= 1.
     """
 
     def __init__(self, count: int = 12) -> None:

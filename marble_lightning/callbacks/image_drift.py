@@ -1,4 +1,4 @@
-"""Alarms: the look of a round's pictures, beside the rewards, and a word when it is no longer the base policy's."""
+"""Alarms: the look of a round's images, beside the rewards, and a word when it is no longer the base policy's."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ Reference = dict[str, tuple[float, float]]
 
 
 def reference_of(figures: Float[Tensor, "prompt statistic"]) -> Reference:
-    r"""What the base policy's pictures look like: mean and spread over prompts, the spread of few prompts taken wider.
+    r"""What the base policy's images look like: mean and spread over prompts, the spread of few prompts taken wider.
 
     The spread is the upper confidence bound $s \sqrt{(n - 1) / \chi^2_{n-1}(0.1)}$ of the standard deviation $s$ over $n$
     prompts: 2.3 s for 4 prompts, 1.3 s for 18, 1.2 s for 48.
@@ -57,10 +57,10 @@ def expected_range(name: str, reference: tuple[float, float], factor: float) -> 
 
 
 class ImageDriftMonitor(Callback):
-    """Logs `images/{statistic}` of every round's pictures, and warns when one leaves the base policy's range.
+    """Logs `images/{statistic}` of every round's images, and warns when one leaves the base policy's range.
 
-    Rewards go up while pictures get worse where a policy has found a weakness of its judges. That often shows in plain
-    statistics (see `image_statistics`): too bright, too saturated, too sharp, all pictures of a prompt alike. The reference
+    Rewards go up while images get worse where a policy has found a weakness of its judges. That often shows in plain
+    statistics (see `image_statistics`): too bright, too saturated, too sharp, all images of a prompt alike. The reference
     is the first round, which the untrained policy samples; checkpoints keep it. A round's value is the mean over the prompts
     of all ranks, expected within `factor` spreads over prompts of the reference's mean (`expected_range` says it exactly).
     Rounds of few prompts have wide ranges. Nothing in the run is changed.
@@ -105,7 +105,7 @@ class ImageDriftMonitor(Callback):
                 warn(
                     f"Round {trainer.current_epoch}: images/{name} = {value:.3f} is out of the base policy's range, "
                     f"{low:.3f} to {high:.3f}, {self.patience} round(s) in a row. Rewards may be going up by the "
-                    "look alone: compare held-out pictures with the base's. If they got worse, start again with a higher "
+                    "look alone: compare held-out images with the base's. If they got worse, start again with a higher "
                     "`model.objective.kl_weight`, a lower learning rate or another reward beside; if not, raise "
                     "`alarms.factor`."
                 )
@@ -116,7 +116,7 @@ class ImageDriftMonitor(Callback):
                 "goes on from a checkpoint without one" if trainer.global_step else "has one prompt a round, thus no spread"
             )
             warn(
-                "Statistics of pictures are logged but not judged: the base policy's range is not known, "
+                "Statistics of images are logged but not judged: the base policy's range is not known, "
                 f"since the run {cause}."
             )
             self.told_why_not = True

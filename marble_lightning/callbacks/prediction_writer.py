@@ -1,4 +1,4 @@
-"""Pictures of prompts as PNG files that say how they were made."""
+"""Images of prompts as PNG files that say how they were made."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ from marble_lightning.utils.images import to_image
 
 
 class PredictionWriter(Callback):
-    """Writes the pictures of `predict` as PNG files, and their prompts and scores as `pictures.jsonl` beside them.
+    """Writes the images of `predict` as PNG files, and their prompts and scores as `images.jsonl` beside them.
 
     A file's text chunks tell prompt, index, seed, steps, solver, guidance, resolution, adapter, checkpoint, and the model:
     its name, revision, and how it reads prompts and weights.
 
     Args:
-        folder: Where to; null is `predictions` in the run's folder. One that has pictures made otherwise is refused.
-        scores: Whether rewards and metrics score the pictures; without, none of their weights are loaded.
+        folder: Where to; null is `predictions` in the run's folder. One that has images made otherwise is refused.
+        scores: Whether rewards and metrics score the images; without, none of their weights are loaded.
     """
 
     def __init__(self, folder: str | None = None, scores: bool = True) -> None:
@@ -38,7 +38,7 @@ class PredictionWriter(Callback):
         self.place = Path()
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Refuse a folder that has other pictures before anything is loaded, or at the latest before anything is sampled."""
+        """Refuse a folder that has other images before anything is loaded, or at the latest before anything is sampled."""
         if stage != "predict" or not isinstance(pl_module, DiffusionNFT):
             return
         self.records = []
@@ -83,17 +83,17 @@ class PredictionWriter(Callback):
             )
 
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Write what is known of the pictures of all ranks, in the order of their prompts."""
+        """Write what is known of the images of all ranks, in the order of their prompts."""
         records = sorted(gathered(self.records), key=lambda record: record["index"])
         if trainer.is_global_zero and records:
             lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in records]
-            with atomic_write(self.place / "pictures.jsonl") as beside:
+            with atomic_write(self.place / "images.jsonl") as beside:
                 beside.write_text("".join(lines), encoding="utf-8")
             print(f"\nPictures: {self.place}")
 
     @staticmethod
     def _facts(trainer: Trainer, module: DiffusionNFT, index: int) -> dict[str, str] | None:
-        """How the picture of an index is made; None where there is no such picture."""
+        """How the image of an index is made; None where there is no such image."""
         prompts, policy = get_datamodule(trainer).held_out, module.policy
         if index >= len(prompts):
             return None
@@ -110,7 +110,7 @@ class PredictionWriter(Callback):
 
 
 def _must_be_the_same(file: Path, facts: Mapping[str, str] | None, unknown: set[str]) -> None:
-    """A picture that is there was made as the one that would take its place, as far as its facts are not `unknown`.
+    """An image that is there was made as the one that would take its place, as far as its facts are not `unknown`.
 
     One that cannot be read, which a full disk may have left, is not there.
 
@@ -134,6 +134,6 @@ def _must_be_the_same(file: Path, facts: Mapping[str, str] | None, unknown: set[
         difference = f"with {', '.join(differences)}" if differences else ""
     if difference:
         raise ValueError(
-            f"`predictions.folder` must not have other pictures than those asked for. Found {file} {difference}; choose "
-            "another folder, or remove the pictures there."
+            f"`predictions.folder` must not have other images than those asked for. Found {file} {difference}; choose "
+            "another folder, or remove the images there."
         )

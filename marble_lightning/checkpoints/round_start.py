@@ -13,7 +13,7 @@ from lightning.pytorch.utilities import rank_zero_info
 class RoundStart:
     """Keeps the state at the beginning of a round, and puts it in the place of a half-trained one.
 
-    A round's pictures are in no checkpoint, and the optimizer's steps depend on all of them. So a checkpoint asked for in
+    A round's images are in no checkpoint, and the optimizer's steps depend on all of them. So a checkpoint asked for in
     the middle (by SLURM's signal, `Trainer.save_checkpoint`, or a ModelCheckpoint with `every_n_train_steps`) gets the
     state of the beginning; going on from it does the round again, bit for bit. One asked for once the round's validation
     has been judged holds the trained state, as the best of several validations must, and counts the round as done.

@@ -49,7 +49,7 @@ class Stops(Callback):
 
     Lightning's handlers exchange messages with the other processes wherever the signal finds them, where these may wait
     for another message; Ctrl-C raises an exception wherever it finds a process, also where a library holds a lock. Ours
-    only take note; the processes agree where they meet anyway: before a batch of pictures is sampled, for a round or
+    only take note; the processes agree where they meet anyway: before a batch of images is sampled, for a round or
     held-out prompts, and before every `MICRO_BATCHES`-th micro-batch of an optimizer step at the latest, as an agreement
     makes a device wait for its host. A single process looks before every one. After SLURM's signal the job is queued again.
     A second Ctrl-C ends the process at once, whatever it does. A signal that is ignored, as `nohup` and a shell's

@@ -58,14 +58,14 @@ class PromptDataModule(LightningDataModule):
         sources: Names of the sources, which share a round equally; or how many prompts of each are drawn in turn,
             {a: 1, b: 2} for twice as many of b.
         prompts_per_round: Distinct prompts of a round over all ranks.
-        images_per_prompt: k, pictures sampled of each prompt of a round.
+        images_per_prompt: k, images sampled of each prompt of a round.
         cap_per_source: Training prompts used of each source, from the start of the file; None uses all.
         held_out_per_source: Held-out prompts used of each source, from the start of the file; None uses all.
-        held_out_images: Pictures sampled of each held-out prompt.
-        held_out_batch_size: Pictures of held-out prompts, and of `predict`, sampled at once on each process.
-        predict_file: Prompts that `predict` makes pictures of: a .txt with one a line, or a .jsonl like `train.jsonl`, whose
+        held_out_images: Images sampled of each held-out prompt.
+        held_out_batch_size: Images of held-out prompts, and of `predict`, sampled at once on each process.
+        predict_file: Prompts that `predict` makes images of: a .txt with one a line, or a .jsonl like `train.jsonl`, whose
             lines need no `source`; null for the held-out prompts.
-        predict_images: Pictures that `predict` makes of each prompt; null for `held_out_images`.
+        predict_images: Images that `predict` makes of each prompt; null for `held_out_images`.
     """
 
     def __init__(
@@ -102,7 +102,7 @@ class PromptDataModule(LightningDataModule):
             )
         if images_per_prompt < 2:
             raise ValueError(
-                f"`images_per_prompt` must be >= 2: an advantage compares pictures of one prompt. Found {images_per_prompt}."
+                f"`images_per_prompt` must be >= 2: an advantage compares images of one prompt. Found {images_per_prompt}."
             )
         counts = {
             "prompts_per_round": prompts_per_round,
@@ -169,9 +169,9 @@ class PromptDataModule(LightningDataModule):
         return batch
 
     def held_out_dataloader(self) -> DataLoader[tuple[int, Prompt]]:
-        """This rank's batches of (index, prompt); the index names the picture's noise, whatever the batches.
+        """This rank's batches of (index, prompt); the index names the image's noise, whatever the batches.
 
-        Ranks share no picture, and may have one batch more or less than others.
+        Ranks share no image, and may have one batch more or less than others.
         """
         numbered = list(enumerate(self.held_out))
         ranks, rank = (self.trainer.world_size, self.trainer.global_rank) if self.trainer else (1, 0)

@@ -1,4 +1,4 @@
-"""What pictures look like in six numbers, whatever the rewards say: pure functions of pictures in [0, 1]."""
+"""What images look like in six numbers, whatever the rewards say: pure functions of images in [0, 1]."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor
 LUMA = (0.299, 0.587, 0.114)
 """Weights of red, green and blue. Source: ITU-R BT.601."""
 THUMBNAIL = 16
-"""Side, in pixels, of the pictures that `diversity` compares: composition and colour, not texture."""
+"""Side, in pixels, of the images that `diversity` compares: composition and colour, not texture."""
 
 
 def luma(images: Float[Tensor, "image 3 height width"]) -> Float[Tensor, "image height width"]:
@@ -42,7 +42,7 @@ def sharpness(images: Float[Tensor, "image 3 height width"]) -> Float[Tensor, " 
     """Mean over the inner pixels of |4 y - y_left - y_right - y_above - y_below| of luma y, in [0, 4].
 
     Raises:
-        ValueError: Pictures without an inner pixel.
+        ValueError: Images without an inner pixel.
     """
     y = luma(images)
     if min(y.shape[1:]) < 3:
@@ -59,19 +59,19 @@ def clipping(images: Float[Tensor, "image 3 height width"]) -> Float[Tensor, " i
 
 
 def diversity(images: Float[Tensor, "image 3 height width"], groups: Int[Tensor, " image"]) -> Float[Tensor, " group"]:
-    """How different the pictures of one prompt are: the mean over their pairs of a distance in [0, 1].
+    """How different the images of one prompt are: the mean over their pairs of a distance in [0, 1].
 
-    The distance is the root mean square difference of pixels, of pictures averaged down to 16 x 16.
+    The distance is the root mean square difference of pixels, of images averaged down to 16 x 16.
 
     Args:
-        images: Pictures in [0, 1].
-        groups: Index of each picture's prompt, 0 to the number of prompts - 1, none left out.
+        images: Images in [0, 1].
+        groups: Index of each image's prompt, 0 to the number of prompts - 1, none left out.
 
     Raises:
-        ValueError: A prompt with fewer than two pictures.
+        ValueError: A prompt with fewer than two images.
     """
     if len(groups) and int(fewest := groups.bincount().min()) < 2:
-        raise ValueError(f"`groups` must have at least two pictures of each prompt. Found one with {int(fewest)}.")
+        raise ValueError(f"`groups` must have at least two images of each prompt. Found one with {int(fewest)}.")
     small = torch.nn.functional.adaptive_avg_pool2d(images.float(), THUMBNAIL).flatten(1)
     apart = [torch.nn.functional.pdist(small[groups == group]).mean() for group in range(int(groups.max()) + 1)]
     return torch.stack(apart) / small.shape[1] ** 0.5
@@ -85,7 +85,7 @@ NAMES = (*PER_IMAGE, "diversity")
 def image_statistics(
     images: Float[Tensor, "image 3 height width"], groups: Int[Tensor, " image"]
 ) -> Float[Tensor, "group statistic"]:
-    """Every statistic of every prompt, those of single pictures as means over the prompt's; columns as in `NAMES`."""
+    """Every statistic of every prompt, those of single images as means over the prompt's; columns as in `NAMES`."""
     single = torch.stack([statistic(images) for statistic in PER_IMAGE.values()], dim=1)
     means = torch.stack([single[groups == group].mean(0) for group in range(int(groups.max()) + 1)])
     return torch.cat([means, diversity(images, groups)[:, None]], dim=1)

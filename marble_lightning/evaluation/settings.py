@@ -17,7 +17,7 @@ class Evaluation:
         steps: Solver steps, >= 1.
         solver: `euler` or `dpm2`.
         guidance: Classifier-free guidance scale, >= 1; 1 is none.
-        resolution: Side of the pictures in pixels, a multiple of 16; null for the policy's.
+        resolution: Side of the images in pixels, a multiple of 16; null for the policy's.
         seed: Seed >= 0 of the noise; null for the run's. Runs of several seeds can be compared where theirs is the same.
     """
 

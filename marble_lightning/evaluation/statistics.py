@@ -31,20 +31,20 @@ def summarise(scores: Float[Tensor, " prompt"]) -> Summary:
     return Summary(float(there.mean()) if n else float("nan"), error, n)
 
 
-def per_prompt(rows: Float[Tensor, "picture index_and_judge"], prompts: int, images: int) -> Float[Tensor, "prompt reward"]:
-    """Mean scores of each prompt, in the prompts' order: pictures of one prompt are no independent evidence.
+def per_prompt(rows: Float[Tensor, "image index_and_judge"], prompts: int, images: int) -> Float[Tensor, "prompt reward"]:
+    """Mean scores of each prompt, in the prompts' order: images of one prompt are no independent evidence.
 
     Args:
-        rows: Each picture's index, then its scores; in any order.
-        prompts: Number of prompts. The scores of one without a picture are NaN.
-        images: Pictures of a prompt, which have neighbouring indices.
+        rows: Each image's index, then its scores; in any order.
+        prompts: Number of prompts. The scores of one without an image are NaN.
+        images: Images of a prompt, which have neighbouring indices.
 
     Raises:
-        ValueError: A picture is there twice.
+        ValueError: An image is there twice.
     """
     indices, times = rows[:, 0].long().unique(return_counts=True)
     if (times > 1).any():
-        raise ValueError(f"Each held-out picture must be scored once. Found {int(indices[times > 1][0])} more than once.")
+        raise ValueError(f"Each held-out image must be scored once. Found {int(indices[times > 1][0])} more than once.")
     pictures = torch.full((prompts * images, rows.shape[1] - 1), torch.nan)
     pictures[rows[:, 0].long()] = rows[:, 1:]
     return pictures.reshape(prompts, images, -1).nanmean(1)

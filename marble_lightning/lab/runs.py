@@ -1,4 +1,4 @@
-"""A finished run, read back: its curves, pictures and held-out scores."""
+"""A finished run, read back: its curves, images and held-out scores."""
 
 from __future__ import annotations
 
@@ -51,8 +51,8 @@ class Run:
         events = self._events.Scalars(name) if known else []
         return Curve([event.step for event in events], [event.value for event in events])
 
-    def pictures(self, name: str) -> list[Image.Image]:
-        """All pictures logged under a name, the first one first; empty where there are none."""
+    def images(self, name: str) -> list[Image.Image]:
+        """All images logged under a name, the first one first; empty where there are none."""
         events = self._events.Images(name) if name in self._events.Tags()["images"] else []
         return [Image.open(io.BytesIO(event.encoded_image_string)) for event in events]
 
@@ -70,7 +70,7 @@ class Run:
 
     @property
     def reward_models(self) -> list[str]:
-        """Names of the rewards and metrics that judged held-out pictures."""
+        """Names of the rewards and metrics that judged held-out images."""
         return list(self.results["rewards"])
 
     @property

@@ -20,13 +20,13 @@ class Choices:
     """Settings that memory depends on, as they are or as they might be.
 
     Args:
-        micro_batch_size: Pictures of one forward and backward pass.
-        sampling_batch_size: Pictures sampled and decoded at once.
+        micro_batch_size: Images of one forward and backward pass.
+        sampling_batch_size: Images sampled and decoded at once.
         held_out_batch_size: The same of held-out prompts; 0 where none are sampled.
         gradient_checkpointing: Whether blocks are computed anew on the way back.
         text_encoders_stay: Whether text encoders are on the device also when nothing is encoded.
-        vae_slicing: Whether pictures are decoded one by one.
-        overlap: Whether pictures are scored while the next ones are sampled.
+        vae_slicing: Whether images are decoded one by one.
+        overlap: Whether images are scored while the next ones are sampled.
         rewards_stay: Whether rewards are on the device also during training.
         dtype: Precision of the frozen weights.
     """
@@ -152,10 +152,10 @@ class Estimator:
             phases = Phases(self.module, None if choices.dtype == policy.dtype else choices.dtype)
             self._worlds[choices.dtype] = phases, parts_of(phases)
         counted, parts = self._worlds[choices.dtype]
-        visiting = ("text encoders", "rewards", "rewards elsewhere", "pictures")
+        visiting = ("text encoders", "rewards", "rewards elsewhere", "images")
         always = tuple(name for name in parts if name not in visiting)
         encoders = ("text encoders",) if choices.text_encoders_stay else ()
-        sampling = (*always, *encoders, "rewards", "pictures")
+        sampling = (*always, *encoders, "rewards", "images")
         resting = (*always, *(("rewards",) if choices.rewards_stay else ()))
         training = (*resting, *encoders)
         batch, slicing = choices.sampling_batch_size, choices.vae_slicing
@@ -173,7 +173,7 @@ class Estimator:
             "sampling": Phase(sampling, sample),
             "decoding": Phase(sampling, decode),
             "scoring": Phase(sampling, score(batch) + (max(sample, decode) if choices.overlap else 0)),
-            "picture statistics": Phase((*training, "pictures"), counted.statistics),
+            "image statistics": Phase((*training, "images"), counted.statistics),
             "training": Phase(training, counted.step(choices.micro_batch_size, choices.gradient_checkpointing)),
             "optimizer step": Phase(training, counted.optimizer[1]),
         }
@@ -206,5 +206,5 @@ def parts_of(phases: Phases) -> dict[str, int]:
         "rewards": phases.bytes(reward_models),
         "rewards elsewhere": phases.bytes(elsewhere),
         "latents and prompts": phases.bytes([phases.latents(module.plan.images), conditions.embeds, conditions.pooled]),
-        "pictures": phases.bytes([phases.pictures(module.plan.images)]),
+        "images": phases.bytes([phases.pictures(module.plan.images)]),
     }

@@ -107,14 +107,14 @@ class Phases:
         }
 
     def latents(self, images: int, resolution: int | None = None) -> Tensor:
-        """Latents of so many pictures, as sampling leaves them."""
+        """Latents of so many images, as sampling leaves them."""
         pipeline = self.policy.pipeline
         side = (resolution or self.policy.resolution) // pipeline.vae_scale_factor
         with self.fakes.mode:
             return torch.empty(images, pipeline.transformer.config.in_channels, side, side, dtype=self.policy.dtype)
 
     def pictures(self, images: int) -> Tensor:
-        """So many decoded pictures."""
+        """So many decoded images."""
         with self.fakes.mode:
             return torch.empty(images, 3, self.policy.resolution, self.policy.resolution)
 
@@ -138,9 +138,9 @@ class Phases:
         """Bytes to sample a batch: the network without gradients, beside what a solver of two steps' memory keeps.
 
         Args:
-            images: Pictures of the batch.
+            images: Images of the batch.
             guided: Whether the empty prompt is beside each.
-            resolution: Side of the pictures in pixels; None for the policy's.
+            resolution: Side of the images in pixels; None for the policy's.
         """
         largest = self.module.sampling.batch_size
         if not guided and not resolution and images < largest:  # no more than that, and need not be counted
@@ -163,10 +163,10 @@ class Phases:
         """Bytes to decode a batch.
 
         Args:
-            images: Pictures of the batch.
+            images: Images of the batch.
             slicing: Whether they are decoded one by one.
             mixed: Whether in the trainer's precision.
-            resolution: Side of the pictures in pixels; None for the policy's.
+            resolution: Side of the images in pixels; None for the policy's.
         """
 
         def count() -> int:
@@ -204,7 +204,7 @@ class Phases:
 
     @cached_property
     def statistics(self) -> int:
-        """Bytes that the statistics of all the round's pictures take."""
+        """Bytes that the statistics of all the round's images take."""
         pictures = self.pictures(self.module.plan.images)
         with self.fakes.counting(pictures) as ledger, torch.no_grad():
             for statistic in PER_IMAGE.values():
@@ -215,7 +215,7 @@ class Phases:
         """Bytes of one micro-batch's forward and backward pass, gradients of earlier ones being there.
 
         Args:
-            images: Pictures of the micro-batch.
+            images: Images of the micro-batch.
             checkpointing: Whether blocks are computed anew on the way back.
             refresh: Whether per-reward gradients are asked for, which takes more; None: where the balancer ever does.
         """

@@ -111,7 +111,7 @@ class Memory(Callback):
     Every phase is run once on tensors without data, which takes seconds: encoding, sampling and decoding at the sampling
     batch, scoring, a micro-batch forward and back (one that asks for per-reward gradients, where the balancer does), the
     optimizer. What stays on the device is added: weights, adapters, optimizer state, rewards, the round's latents and
-    pictures. On a GPU there come 0.6 GiB for CUDA itself. Callbacks' own memory is not counted, but for the alarms'
+    images. On a GPU there come 0.6 GiB for CUDA itself. Callbacks' own memory is not counted, but for the alarms'
     statistics; nor are kernels' workspaces.
 
     Args:

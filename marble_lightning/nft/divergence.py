@@ -20,7 +20,7 @@ REMEDY = (
 
 
 class Diverged(OnAllRanks, RuntimeError):
-    """Losses, adapters or pictures are not finite; raised on all ranks."""
+    """Losses, adapters or images are not finite; raised on all ranks."""
 
 
 class Finite:
@@ -64,7 +64,7 @@ class Finite:
             )
 
     def check_pictures(self, strategy: Strategy, trained: bool) -> None:
-        """Stop all ranks where sampled pictures were not finite, before a reward is asked what it makes of them.
+        """Stop all ranks where sampled images were not finite, before a reward is asked what it makes of them.
 
         Args:
             strategy: Reaches the other ranks.
@@ -79,4 +79,4 @@ class Finite:
                 if trained
                 else "The model's numbers are too large for its precision: choose another `model.policy.dtype`."
             )
-            raise Diverged(f"Sampled pictures must be finite. Found others. {why}")
+            raise Diverged(f"Sampled images must be finite. Found others. {why}")

@@ -28,7 +28,7 @@ class Objective:
         max_advantage: A_max > 0, the advantage at which a sample counts as wholly good.
         advantage_std: Advantages are divided by the standard deviation of the whole `round` or of their `group`.
         advantage_mode: What is learned from: `all`; the better (`positive_only`) or worse (`negative_only`) half of the
-            pictures; whether better (`one_only`: 1 or 0); or better or worse (`binary`: the sign).
+            images; whether better (`one_only`: 1 or 0); or better or worse (`binary`: the sign).
         kl_weight: Weight >= 0 of the squared distance to the base's velocity; never balanced. With 0 it is not computed.
 
     Source: DiffusionNFT, arXiv 2509.16117.

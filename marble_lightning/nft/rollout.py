@@ -1,4 +1,4 @@
-"""A round: pictures sampled with the old policy, what their scores weigh, and micro-batches cut out of them."""
+"""A round: images sampled with the old policy, what their scores weigh, and micro-batches cut out of them."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from marble_lightning.utils.seeds import generator
 
 @dataclass
 class Rollout:
-    """The pictures of one round on this rank, in groups of k per prompt.
+    """The images of one round on this rank, in groups of k per prompt.
 
     `latents` (image, ...) are the clean latents; `conditions` one row per distinct prompt; `groups` (image,) points
     into it.
@@ -35,7 +35,7 @@ class Rollout:
 
 @dataclass
 class MicroBatch:
-    """Some pictures, each at one flow time."""
+    """Some images, each at one flow time."""
 
     clean: Float[Tensor, "batch *latent"]
     noise: Float[Tensor, "batch *latent"]
@@ -54,11 +54,11 @@ class Plan:
     """How a round becomes micro-batches.
 
     Args:
-        images: Pictures of the round on this rank.
-        times: Flow times used of each picture in an inner epoch.
-        batch_size: Pictures of a micro-batch.
+        images: Images of the round on this rank.
+        times: Flow times used of each image in an inner epoch.
+        batch_size: Images of a micro-batch.
         optimizer_steps: Optimizer steps of an inner epoch.
-        inner_epochs: How often all pictures are trained on.
+        inner_epochs: How often all images are trained on.
     """
 
     images: int
@@ -71,7 +71,7 @@ class Plan:
         unit = self.batch_size * self.optimizer_steps
         if self.images % unit:
             raise ValueError(
-                "A round's pictures per rank must be a multiple of `micro_batch_size` x `optimizer_steps_per_round` = "
+                "A round's images per rank must be a multiple of `micro_batch_size` x `optimizer_steps_per_round` = "
                 f"{self.batch_size} x {self.optimizer_steps} = {unit}. Found {self.images}; "
                 "change `prompts_per_round`, `images_per_prompt` or `micro_batch_size`."
             )
@@ -97,14 +97,14 @@ def compute_coefficients(
     trainer: Trainer,
     scoring: Scoring = Scoring(),
 ) -> list[Coefficients]:
-    """From this rank's scores to its pictures' coefficients in each inner epoch, with statistics over all ranks.
+    """From this rank's scores to its images' coefficients in each inner epoch, with statistics over all ranks.
 
     Args:
-        scores: Reward of each picture, NaN where it does not apply.
-        groups: Index of each picture's prompt on this rank; ranks share no prompt.
+        scores: Reward of each image, NaN where it does not apply.
+        groups: Index of each image's prompt on this rank; ranks share no prompt.
         balancer: May merge rewards before advantages exist, or the advantages; None keeps every reward apart.
         objective: Settings of the loss.
-        plan: Which pictures fall into which optimizer step, with `keys`.
+        plan: Which images fall into which optimizer step, with `keys`.
         keys: Seed of each inner epoch's order.
         trainer: Its strategy gathers and sums over ranks.
         scoring: What happens where a balancer's merged rewards or advantages are infinite.
@@ -139,14 +139,14 @@ def compute_coefficients(
 def micro_batches(
     rollout: Rollout, weighed: Coefficients, grid: Float[Tensor, " step"], plan: Plan, key: Sequence[int | str]
 ) -> Iterator[MicroBatch]:
-    """Cut an inner epoch into micro-batches: pictures in random order, each at `plan.times` distinct times of the grid.
+    """Cut an inner epoch into micro-batches: images in random order, each at `plan.times` distinct times of the grid.
 
-    An optimizer step meets all its pictures at their first time, then at their second, and so on, so that an estimate from
-    its first micro-batches sees many pictures.
+    An optimizer step meets all its images at their first time, then at their second, and so on, so that an estimate from
+    its first micro-batches sees many images.
 
     Args:
         rollout: The round.
-        weighed: Coefficients of each picture, already normalised over its optimizer step.
+        weighed: Coefficients of each image, already normalised over its optimizer step.
         grid: Flow times to draw from, in (0, 1].
         plan: Sizes.
         key: Seed of order, times and noise.
@@ -187,5 +187,5 @@ class MicroBatches:
 
 
 def image_order(plan: Plan, key: Sequence[int | str]) -> Int[Tensor, " image"]:
-    """The order in which a round's pictures are trained on; optimizer step s takes the s-th part of it."""
+    """The order in which a round's images are trained on; optimizer step s takes the s-th part of it."""
     return torch.randperm(plan.images, generator=generator(*key, "order"))

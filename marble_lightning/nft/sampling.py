@@ -26,13 +26,13 @@ from marble_lightning.utils.validation import require, require_one_of
 
 @dataclass(frozen=True)
 class Sampling:
-    """How a round's pictures are sampled and which of its flow times are trained on.
+    """How a round's images are sampled and which of its flow times are trained on.
 
     Args:
         steps: Solver steps of a rollout, >= 1.
         solver: `dpm2` (DPM-Solver++ 2M) or `euler`; one network evaluation a step either way.
-        batch_size: Pictures sampled at once, >= 1.
-        times_per_image: Times of the rollout that each picture is trained on, its own, drawn anew each round; null takes
+        batch_size: Images sampled at once, >= 1.
+        times_per_image: Times of the rollout that each image is trained on, its own, drawn anew each round; null takes
             all. The published run takes 24 of 25 (its `timestep_fraction` of 0.99).
         noisiest_fraction: Share (0, 1] of the rollout's times, from the noisiest, that are drawn from.
     """
@@ -64,7 +64,7 @@ class Sampling:
 
     @property
     def times(self) -> int:
-        """Times trained on per picture."""
+        """Times trained on per image."""
         return self.usable_times if self.times_per_image is None else self.times_per_image
 
 
@@ -72,7 +72,7 @@ class ScoredRollout(NamedTuple):
     """A round on this rank as it was sampled.
 
     `images` (image, 3, pixel, pixel) in [0, 1]; `scores` (image, reward), NaN where there is none; `skipped` says how many
-    pictures each reward failed on, over all ranks; `waited` the seconds that scores took when all was sampled.
+    images each reward failed on, over all ranks; `waited` the seconds that scores took when all was sampled.
     """
 
     rollout: Rollout

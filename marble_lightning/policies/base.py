@@ -51,7 +51,7 @@ class FlowPolicy(nn.Module, ABC):
     """A text-to-image flow model with a frozen base and the LoRA adapters `trained`, `old` and `ema`.
 
     The seam for another model: a subclass loads it and answers the abstract methods, and nothing else of the project knows
-    which model it is. Pictures are latents of any shape (B, ...); flow time t runs from 1, noise, to 0, a picture, along
+    which model it is. Images are latents of any shape (B, ...); flow time t runs from 1, noise, to 0, an image, along
     x_t = (1 - t) x_0 + t eps, and velocity is d x_t / d t = eps - x_0.
 
     Args:
@@ -65,7 +65,7 @@ class FlowPolicy(nn.Module, ABC):
     transformer: Any
     """The network that predicts velocities, an `nn.Module`; `setup` sets it and calls `add_adapters`."""
     resolution: int
-    """Side of the pictures in pixels."""
+    """Side of the images in pixels."""
     adapter: Adapter | None = "ema"
     """The adapter that is judged; with None there are no adapters, and the base is judged."""
     init_lora: str | None = None
@@ -98,7 +98,7 @@ class FlowPolicy(nn.Module, ABC):
 
     @abstractmethod
     def check_resolution(self, name: str, resolution: int) -> None:
-        """Refuse pictures of a size that the model cannot draw, before any weight loads.
+        """Refuse images of a size that the model cannot draw, before any weight loads.
 
         Args:
             name: Of the setting.
@@ -134,22 +134,22 @@ class FlowPolicy(nn.Module, ABC):
         unconditional: Conditions | None = None,
         resolution: int | None = None,
     ) -> Float[Tensor, "batch *latent"]:
-        """Sample latents without a graph, one generator per picture.
+        """Sample latents without a graph, one generator per image.
 
         Args:
-            conditions: Encoded prompts, one per picture.
+            conditions: Encoded prompts, one per image.
             generators: CPU generators of the initial noise.
             adapter: Adapter to sample with; None samples the base.
             steps: Steps of the solver, which visits `sigmas(steps)`.
             solver: `dpm2` or `euler`.
             guidance: Classifier-free guidance scale; 1 is none.
             unconditional: The encoded empty prompt (batch of one), needed where guidance > 1.
-            resolution: Side of the pictures in pixels; None for the policy's.
+            resolution: Side of the images in pixels; None for the policy's.
         """
 
     @abstractmethod
     def decode(self, latents: Float[Tensor, "batch *latent"]) -> Float[Tensor, "batch 3 pixel pixel"]:
-        """Pictures in [0, 1], float32, of latents."""
+        """Images in [0, 1], float32, of latents."""
 
     @abstractmethod
     def velocity(
@@ -198,7 +198,7 @@ class FlowPolicy(nn.Module, ABC):
 
     @property
     def identity(self) -> dict[str, str | int | None]:
-        """What its pictures depend on besides adapters and sampling, by name: the model; a subclass adds what it must."""
+        """What its images depend on besides adapters and sampling, by name: the model; a subclass adds what it must."""
         return {"model": self.path, "revision": self.revision}
 
     @property

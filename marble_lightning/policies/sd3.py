@@ -38,7 +38,7 @@ class SD3Policy(FlowPolicy):
     Args:
         path: Folder in diffusers format, or hub id, of a StableDiffusion3Pipeline that was not distilled. `package:` stands
             for the folder of the installed marble_lightning, which brings `package:tinyworld/weights/sd3`.
-        resolution: Side of the pictures in pixels.
+        resolution: Side of the images in pixels.
         rank: LoRA rank, >= 1.
         alpha: LoRA alpha; the update is scaled by alpha / rank.
         targets: Linear layers that get a LoRA: those whose name ends so. The default is the published run's, the joint
@@ -54,13 +54,13 @@ class SD3Policy(FlowPolicy):
         offload_text_encoders: Text encoders wait on the CPU and visit the device only while they encode.
         prompt_cache: Folder to keep encoded prompts in, told apart by text encoders and prompt; null keeps none. A prompt
             takes 1.6 MiB with SD3.5's encoders in bfloat16.
-        vae_slicing: Decode pictures one by one: saves memory where many are sampled at once.
-        vae_tiling: Decode pictures above the autoencoder's own size, 1024 pixels for SD3.5, in overlapping tiles: saves
+        vae_slicing: Decode images one by one: saves memory where many are sampled at once.
+        vae_tiling: Decode images above the autoencoder's own size, 1024 pixels for SD3.5, in overlapping tiles: saves
             memory, may change them a little at the seams.
         compile: Compile the transformer's blocks (torch.compile): minutes at the start, faster afterwards.
         init_lora: File or folder with a LoRA that all adapters start as, e.g. from `marble-lightning export`; null starts at
             the base. What a run calls its base on held-out prompts is then this start; the KL term stays with the base.
-        adapter: What is judged and makes pictures: the averaged adapter `ema`, the live one `trained`, or `none`, the base.
+        adapter: What is judged and makes images: the averaged adapter `ema`, the live one `trained`, or `none`, the base.
 
     Source: MARBLE, arXiv 2605.06507, settings of the SD3.5-Medium run.
     """
@@ -109,7 +109,7 @@ class SD3Policy(FlowPolicy):
 
     @property
     def identity(self) -> dict[str, str | int | None]:
-        """Model, revision, how prompts and weights are read, and whether pictures have seams."""
+        """Model, revision, how prompts and weights are read, and whether images have seams."""
         read = {"text_length": self.text_length, "text_encoder_3": self.text_encoder_3_from, "dtype": str(self.dtype)[6:]}
         apart = {"vae_dtype": str(self.vae_dtype)[6:]} if self.vae_dtype else {}
         return super().identity | read | {"vae_tiling": self.vae_tiling} | apart
@@ -221,7 +221,7 @@ class SD3Policy(FlowPolicy):
                 for encoder in self.text_encoders.values():
                     encoder.to("cpu")
 
-    # Pictures -------------------------------------------------------------------------------------------------------
+    # Images -------------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
     def sample(
@@ -236,7 +236,7 @@ class SD3Policy(FlowPolicy):
         unconditional: Conditions | None = None,
         resolution: int | None = None,
     ) -> Float[Tensor, "batch channel height width"]:
-        """Sample latents through the stock pipeline, one generator per picture; see `FlowPolicy.sample`."""
+        """Sample latents through the stock pipeline, one generator per image; see `FlowPolicy.sample`."""
         self.sampler.scheduler = scheduler_for(solver, self.flow_scheduler)
         negative = unconditional[torch.zeros(len(generators), dtype=torch.long)] if unconditional is not None else None
         with self.use_adapter(adapter):
@@ -256,7 +256,7 @@ class SD3Policy(FlowPolicy):
 
     @torch.no_grad()
     def decode(self, latents: Float[Tensor, "batch channel height width"]) -> Float[Tensor, "batch 3 pixel pixel"]:
-        """Pictures in [0, 1], float32, of latents."""
+        """Images in [0, 1], float32, of latents."""
         config = self.vae.config
         latents = latents.to(self.vae.dtype) / config.scaling_factor + config.shift_factor
         # autocast would take the precision asked for away again

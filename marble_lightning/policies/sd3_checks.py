@@ -64,13 +64,13 @@ def pipeline_index(path: str, revision: str | None = None) -> dict[str, Any]:
 
 
 def the_resolution_fits(path: str, revision: str | None, name: str, resolution: int) -> None:
-    """Pictures of that size are whole patches, no more than the transformer has positions for.
+    """Images of that size are whole patches, no more than the transformer has positions for.
 
     Args:
         path: Folder in diffusers format, or hub id.
         revision: Revision of a hub id.
         name: Of the setting.
-        resolution: Side of the pictures in pixels.
+        resolution: Side of the images in pixels.
 
     Raises:
         ValueError: They are not, or there is no such pipeline.

@@ -22,7 +22,7 @@ log = logging.getLogger(__name__)
 
 
 class RewardError(OnAllRanks, RuntimeError):
-    """A reward failed on a picture, and the run was not told to go on without its score."""
+    """A reward failed on an image, and the run was not told to go on without its score."""
 
 
 @contextmanager
@@ -45,9 +45,9 @@ def exit_is_failure(name: str) -> Iterator[None]:
 def only_finite(
     values: Float[Tensor, "sample column"], scores: Float[Tensor, "sample reward"], names: Sequence[str], settings: Scoring
 ) -> Float[Tensor, "sample column"]:
-    """What a balancer merged, with NaN, no value, in place of infinities, which count as pictures that a reward failed on.
+    """What a balancer merged, with NaN, no value, in place of infinities, which count as images that a reward failed on.
 
-    A column of NaN alone counts as a failure on all pictures that have a score.
+    A column of NaN alone counts as a failure on all images that have a score.
 
     Args:
         values: Merged rewards or advantages of all ranks, the same on each, so that all of them raise or none does.
@@ -76,16 +76,16 @@ def only_finite(
 
 
 ScoreResult = tuple[Float[Tensor, " image"], dict[int, BaseException]]
-"""Scores, NaN where there is none, and why, for the pictures that the reward failed on."""
+"""Scores, NaN where there is none, and why, for the images that the reward failed on."""
 
 
 def score_with_retries(
     reward: Reward, images: Float[Tensor, "image 3 pixel pixel"], prompts: Sequence[Prompt], retries: int
 ) -> ScoreResult:
-    """A reward's scores of a batch; where it fails, picture by picture, to tell which ones it fails on.
+    """A reward's scores of a batch; where it fails, image by image, to tell which ones it fails on.
 
     Failures of the world outside (OSError: connections, time-outs, files) are tried again after 1, 2, 4, ... seconds.
-    They say nothing of a single picture, so that the whole batch counts as failed. A reward with `retries` of its own has
+    They say nothing of a single image, so that the whole batch counts as failed. A reward with `retries` of its own has
     used them, and is not asked again.
 
     A reward that ends the program (SystemExit and the like) has failed as one that raises an error has; what the user or the
@@ -94,7 +94,7 @@ def score_with_retries(
     Args:
         reward: Who scores.
         images: Pixels in [0, 1].
-        prompts: One per picture.
+        prompts: One per image.
         retries: Further attempts after a failure of the world outside, >= 0.
     """
     retries = 0 if hasattr(reward, "retries") else retries
@@ -107,7 +107,7 @@ def score_with_retries(
             if attempt == retries:
                 return failed(reward, images, prompts, error)
             time.sleep(2**attempt)
-        except BaseException as error:  # noqa: BLE001 - whatever a reward trips over is told with its name and picture
+        except BaseException as error:  # noqa: BLE001 - whatever a reward trips over is told with its name and image
             if len(prompts) == 1:
                 return failed(reward, images, prompts, error)
             return _one_by_one(reward, images, prompts, error)
@@ -117,7 +117,7 @@ def score_with_retries(
 def failed(
     reward: Reward, images: Float[Tensor, "image 3 pixel pixel"], prompts: Sequence[Prompt], error: BaseException
 ) -> ScoreResult:
-    """No score for any picture of a batch, and the same reason for all that the reward applies to."""
+    """No score for any image of a batch, and the same reason for all that the reward applies to."""
     missing = torch.full((len(prompts),), torch.nan, device=images.device)
     return missing, {index: error for index, prompt in enumerate(prompts) if reward.supports(prompt)}
 
@@ -127,6 +127,6 @@ def _one_by_one(
 ) -> ScoreResult:
     parts = [score_with_retries(reward, images[i : i + 1], prompts[i : i + 1], retries=0) for i in range(len(prompts))]
     failures = {i: own[0] for i, (_, own) in enumerate(parts) if own}
-    if not failures:  # it takes single pictures but not this batch: nobody knows which scores to trust
+    if not failures:  # it takes single images but not this batch: nobody knows which scores to trust
         return failed(reward, images, prompts, error)
     return torch.cat([scores for scores, _ in parts]), failures

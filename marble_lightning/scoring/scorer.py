@@ -1,4 +1,4 @@
-"""Scoring pictures while others are sampled, and what becomes of a picture that a reward fails on."""
+"""Scoring images while others are sampled, and what becomes of an image that a reward fails on."""
 
 from __future__ import annotations
 
@@ -77,8 +77,8 @@ class Scorer:
         """Begin a run.
 
         Args:
-            folder: Where a picture that a reward failed on is saved.
-            rank: What tells this process's pictures from others'.
+            folder: Where an image that a reward failed on is saved.
+            rank: What tells this process's images from others'.
         """
         self.folder, self.rank = folder, rank
         self._workers: dict[str, Worker] = {}
@@ -99,7 +99,7 @@ class Scorer:
     def __call__(
         self, images: Float[Tensor, "image 3 pixel pixel"], prompts: Sequence[Prompt]
     ) -> Float[Tensor, "image reward"]:
-        """Every reward of every picture, as `collect` tells it."""
+        """Every reward of every image, as `collect` tells it."""
         self.submit(images, prompts, self.rewards)
         return self.collect()
 
@@ -135,9 +135,9 @@ class Scorer:
         return torch.stack([torch.cat(columns[name]) for name in names], dim=1)
 
     def check(self, strategy: Strategy) -> dict[str, float]:
-        """How many pictures each reward failed on, over all ranks, since the last check; all ranks must ask.
+        """How many images each reward failed on, over all ranks, since the last check; all ranks must ask.
 
-        A reward without a single score, on any rank, has failed on all pictures that it applies to.
+        A reward without a single score, on any rank, has failed on all images that it applies to.
 
         Raises:
             RewardError: A reward failed on any rank and the settings do not say to skip, or it failed too often.
@@ -158,14 +158,14 @@ class Scorer:
             if 0 < of == missing[name]:
                 skipped[name] = of
                 rank_zero_only(log.warning)(
-                    f"`rewards.{name}` must score some of the pictures that it applies to. Found NaN for all {of:.0f} of "
-                    "them; they count as pictures that it failed on."
+                    f"`rewards.{name}` must score some of the images that it applies to. Found NaN for all {of:.0f} of "
+                    "them; they count as images that it failed on."
                 )
             if skipped[name] > self.settings.max_skipped * of:
                 raise RewardError(
-                    f"`rewards.{name}` may fail on a share of {self.settings.max_skipped} of the pictures "
+                    f"`rewards.{name}` may fail on a share of {self.settings.max_skipped} of the images "
                     f"(`scoring.max_skipped`). Found {skipped[name]:.0f} of {of:.0f}; the log above says why, and "
-                    f"{self.folder} has a picture where it raised an error."
+                    f"{self.folder} has an image where it raised an error."
                 )
         return skipped
 
@@ -231,15 +231,15 @@ class Scorer:
         return job.future.result()
 
     def _tell(self, job: _Job, failures: Mapping[int, BaseException]) -> None:
-        """Save the first picture that failed, and keep an error for `check`, or log what happened."""
+        """Save the first image that failed, and keep an error for `check`, or log what happened."""
         index, error = next(iter(failures.items()))
         file = self.folder / f"failed_{job.name}{self.rank}.png"
         with atomic_write(file) as beside:
             to_image(job.images[index]).save(beside)
         what = (
-            f"`rewards.{job.name}` must score every picture. Found {type(error).__name__} on {len(failures)} of "
-            f"{len(job.prompts)} pictures, first on the prompt {excerpt(job.prompts[index].text)} "
-            f"(picture in {file}): {reason(error)}"
+            f"`rewards.{job.name}` must score every image. Found {type(error).__name__} on {len(failures)} of "
+            f"{len(job.prompts)} images, first on the prompt {excerpt(job.prompts[index].text)} "
+            f"(image in {file}): {reason(error)}"
         ).rstrip(".")
         if self.settings.on_error == "skip":
             log.warning("%s. Their scores are left out.", what)

@@ -14,13 +14,13 @@ OnError = Literal["raise", "skip"]
 
 @dataclass(frozen=True)
 class Scoring:
-    """How pictures are scored, and what happens where a reward fails.
+    """How images are scored, and what happens where a reward fails.
 
     Args:
-        on_error: `raise` stops the run and names reward, prompt and picture; `skip` leaves the scores it failed to give
+        on_error: `raise` stops the run and names reward, prompt and image; `skip` leaves the scores it failed to give
             missing, counts them and goes on.
-        max_skipped: With `skip`, the share of a round's pictures in [0, 1) that a reward may fail on before the run stops. A
-            reward without a single score in a round has failed on all its pictures; infinite advantages count as failures.
+        max_skipped: With `skip`, the share of a round's images in [0, 1) that a reward may fail on before the run stops. A
+            reward without a single score in a round has failed on all its images; infinite advantages count as failures.
         retries: Further attempts where the cause lies outside (connections, time-outs, files), >= 0; not of rewards with
             `retries` of their own.
         time_limit: Seconds that a reward may take for one batch, > 0, with `overlap` only; null for no limit.

@@ -1,4 +1,4 @@
-"""The laptop world: a small but real Stable Diffusion 3, the scenes it was trained on, and what judges its pictures.
+"""The laptop world: a small but real Stable Diffusion 3, the scenes it was trained on, and what judges its images.
 
 Scenes are coloured shapes, or a sign with a word, drawn in code at 32 x 32 pixels (`scenes`) with captions in the style
 of the published prompt sets (`captions`) and six ways to go wrong (`degradations`). `train` makes the bundled weights

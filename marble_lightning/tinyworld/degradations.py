@@ -1,4 +1,4 @@
-"""Six ways a picture goes wrong: three spoil the pixels (technique), three what the caption asks for (content)."""
+"""Six ways an image goes wrong: three spoil the pixels (technique), three what the caption asks for (content)."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def distorted(scene: Scene, rng: random.Random) -> np.ndarray:
 
 
 def clutter(scene: Scene, rng: random.Random) -> np.ndarray:
-    """Two to four small shapes thrown over the picture."""
+    """Two to four small shapes thrown over the image."""
     litter = [
         Thing(
             rng.choice(SHAPES),
@@ -95,7 +95,7 @@ def spoil(shown: Captioned, rng: random.Random, faults: Sequence[Fault] = (*TECH
     """Draw the scene with one fault; a wrong colour only where the caption names one.
 
     Returns:
-        RGB picture, uint8, shape (32, 32, 3).
+        RGB image, uint8, shape (32, 32, 3).
     """
     named = any(colour in shown.caption for colour in COLOURS)
     return rng.choice([fault for fault in faults if named or fault is not wrong_colour])(shown.scene, rng)

@@ -38,7 +38,7 @@ class ColourBlobs(Detector):
         self.reach, self.min_area = reach, min_area
 
     def detect(self, images: Float[Tensor, "batch 3 height width"]) -> list[list[Detection]]:
-        """All blobs of each picture, each as its likeliest shape."""
+        """All blobs of each image, each as its likeliest shape."""
         pixels = (images.detach().float().cpu() * 255).permute(0, 2, 3, 1).numpy()
         palette = np.array(list(COLOURS.values()), dtype=np.float32)
         distance = np.linalg.norm(pixels[:, :, :, None] - palette, axis=-1)

@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 SIZE = 32
-"""Side of a picture in pixels."""
+"""Side of an image in pixels."""
 OVERSAMPLING = 4
 """Scenes are drawn this much larger and averaged down, so that edges are smooth."""
 
@@ -58,7 +58,7 @@ class Thing:
 
 @dataclass(frozen=True)
 class Sign:
-    """A board across the picture, with a word in capitals; its centre in pixels."""
+    """A board across the image, with a word in capitals; its centre in pixels."""
 
     word: str
     board: str
@@ -121,7 +121,7 @@ def draw(scene: Scene) -> np.ndarray:
     """Draw a scene.
 
     Returns:
-        RGB picture, uint8, shape (32, 32, 3).
+        RGB image, uint8, shape (32, 32, 3).
     """
     scale = OVERSAMPLING
     picture = Image.new("RGB", (SIZE * scale, SIZE * scale), BACKGROUNDS[scene.background])

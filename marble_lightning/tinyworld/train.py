@@ -26,7 +26,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=WEIGHTS, help="folder the weights are written to")
     parser.add_argument("--work", type=Path, default=Path("runs/tinyworld"), help="folder of checkpoints and drawn scenes")
-    parser.add_argument("--pictures", type=int, default=60_000, help="training scenes")
+    parser.add_argument("--images", type=int, default=60_000, help="training scenes")
     parser.add_argument("--spoiled", type=float, default=0.3, help="share of the base model's scenes that have a fault")
     parser.add_argument("--autoencoder-steps", type=int, default=600)
     parser.add_argument("--base-steps", type=int, default=20_000)
@@ -36,7 +36,7 @@ def main() -> None:
     options.work.mkdir(parents=True, exist_ok=True)
 
     tokenizer = train_tokenizer(options.work / "tokenizer", seed=0)
-    pictures = drawn_pictures(options.work, options.pictures, options.spoiled, seed=1)
+    pictures = drawn_pictures(options.work, options.images, options.spoiled, seed=1)
     vae = train_autoencoder(pictures, options.work / "autoencoder", options.autoencoder_steps)
     pipeline = train_base(pictures, tokenizer, vae, options.work, options.base_steps)
     pipeline.to(dtype=torch.float16).save_pretrained(options.out / "sd3")

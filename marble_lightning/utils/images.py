@@ -1,4 +1,4 @@
-"""Grids of pictures with their prompts and scores written under them."""
+"""Grids of images with their prompts and scores written under them."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from torch import Tensor
 from rewards.texts import cut
 
 SIDE = 160
-"""Side of a picture in a grid, in pixels; smaller ones are enlarged."""
+"""Side of an image in a grid, in pixels; smaller ones are enlarged."""
 LINE = 13
 """Height of a line of text in pixels."""
 CAPTION = 1000
-"""Characters written of a text: a prompt of a megabyte would make a picture of gigabytes."""
+"""Characters written of a text: a prompt of a megabyte would make an image of gigabytes."""
 
 
 def to_image(picture: Float[Tensor, "3 pixel pixel"]) -> Image.Image:
-    """A picture in [0, 1] as an 8-bit image."""
+    """An image in [0, 1] as an 8-bit image."""
     pixels = (picture.detach().float().cpu().clamp(0, 1) * 255).round().byte()
     return Image.fromarray(pixels.permute(1, 2, 0).numpy())
 
@@ -34,15 +34,15 @@ def scores_text(scores: Float[Tensor, " reward"], names: Sequence[str]) -> str:
 
 
 def grid(pictures: Sequence[Tensor], texts: Sequence[str], columns: int = 4) -> Float[Tensor, "3 height width"]:
-    """Pictures in rows, with a text under each.
+    """Images in rows, with a text under each.
 
     Args:
-        pictures: Each (3, pixel, pixel) in [0, 1].
-        texts: A text per picture; wrapped, newlines kept.
-        columns: Pictures in a row.
+        images: Each (3, pixel, pixel) in [0, 1].
+        texts: A text per image; wrapped, newlines kept.
+        columns: Images in a row.
 
     Returns:
-        One picture in [0, 1], for TensorBoard's `add_image`.
+        One image in [0, 1], for TensorBoard's `add_image`.
     """
     wrapped = [
         [part for line in text.split("\n") for part in textwrap.wrap(cut(line, CAPTION), 26) or [""]] for text in texts

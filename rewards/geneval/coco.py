@@ -16,7 +16,7 @@ COCO_CLASSES = (
 """In COCO's order."""
 
 OTHER_NAMES = {
-    # COCO's own, too short to paint a picture from
+    # COCO's own, too short to paint an image from
     "mouse": "computer mouse",
     "remote": "tv remote",
     "keyboard": "computer keyboard",

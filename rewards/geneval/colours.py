@@ -66,7 +66,7 @@ class ColourClassifier(nn.Module):
         """Name of each object's colour.
 
         Args:
-            image: the picture the detections were made on, pixels in [0, 1].
+            image: the image the detections were made on, pixels in [0, 1].
             detections: of any class; without a mask, the whole box is looked at.
 
         Raises:

@@ -65,7 +65,7 @@ class Detector(nn.Module, ABC):
         """Colour name of each detection. Default: the colour it carries.
 
         Args:
-            image: the picture the detections were made on, pixels in [0, 1].
+            image: the image the detections were made on, pixels in [0, 1].
             detections: objects of one class.
 
         Raises:

@@ -27,17 +27,17 @@ NAMES = (
     (r"\.attn\.proj\.", ".self_attn.projection."),
     (r"\.norm([12])\.", r".layer_norm\1."),
 )
-"""What becomes of the picture tower's names, as regular expressions applied in turn. The text tower's are the same."""
+"""What becomes of the image tower's names, as regular expressions applied in turn. The text tower's are the same."""
 
 
 class BLIPTower(nn.Module):
-    """A frozen picture tower and the text tower that looks at its patches.
+    """A frozen image tower and the text tower that looks at its patches.
 
     Args:
         vision: transformers `BlipVisionModel`.
         text: transformers `BlipTextModel` with cross-attention.
         tokenizer: of the text tower.
-        preprocess: what turns pixels into the picture tower's input.
+        preprocess: what turns pixels into the image tower's input.
     """
 
     def __init__(self, vision: Any, text: Any, tokenizer: Any, preprocess: Preprocess) -> None:
@@ -49,7 +49,7 @@ class BLIPTower(nn.Module):
     def features(
         self, *, images: Float[Tensor, "b 3 h w"], texts: Sequence[str], max_length: int
     ) -> Float[Tensor, "b width"]:
-        """What the first token of each text makes of its own picture, float32."""
+        """What the first token of each text makes of its own image, float32."""
         pixels = self.preprocess(images.to(self.vision.device)).to(self.vision.dtype)
         patches = self.vision(pixel_values=pixels).last_hidden_state
         begun = [beginning(text, max_length) for text in texts]

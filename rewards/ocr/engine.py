@@ -39,7 +39,7 @@ class Engine:
         self.engine: Any = RapidOCR(params=params)
 
     def read(self, pictures: Sequence[Any]) -> list[str | None]:
-        """The text in each picture, (H, W, BGR) of 8 bits; None where the engine failed."""
+        """The text in each image, (H, W, BGR) of 8 bits; None where the engine failed."""
         if not self.detect:
             try:
                 return list(self.engine.recognize_txt(list(pictures)).txts)
@@ -59,7 +59,7 @@ class Engine:
 
 
 class EnginePool:
-    """Several engines that share the pictures of a batch.
+    """Several engines that share the images of a batch.
 
     Args:
         detect: See `Engine`.

@@ -37,7 +37,7 @@ def final_score(answer: str) -> float:
 
     >>> final_score("The cat is blue, not red. Final Score: 2.5")
     0.5
-    >>> final_score("A fine picture."), final_score("Final Score: 10")
+    >>> final_score("A fine image."), final_score("Final Score: 10")
     (nan, nan)
     """
     found = FINAL_SCORE.search(answer)

@@ -131,7 +131,7 @@ def write_image_reward(folder: Path) -> ImageRewardReference:
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model = ImageRewardReference().eval()
-    for parameter in model.parameters():  # fresh weights are so small that all pictures look alike
+    for parameter in model.parameters():  # fresh weights are so small that all images look alike
         if parameter.ndim > 1:
             parameter.data *= 2
     torch.save(model.state_dict(), folder / "ImageReward.pt")

@@ -117,7 +117,7 @@ class ScriptedServer:
 
 
 def judge(png: str, text: str) -> float:
-    """A score from 0 to 1 that depends on the decoded picture and the text."""
+    """A score from 0 to 1 that depends on the decoded image and the text."""
     pixels = np.asarray(Image.open(io.BytesIO(base64.b64decode(png))).convert("RGB"))
     return float(pixels.mean()) / 255 * 0.8 + len(text) % 5 / 20
 

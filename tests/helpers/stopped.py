@@ -60,7 +60,7 @@ def slurm(_: None = None) -> None:
 
 
 def of_the_trained(self: Any, trainer: Any, batch: Any) -> bool:
-    """Held-out pictures of the adapter; those of the base were before the first round."""
+    """Held-out images of the adapter; those of the base were before the first round."""
     return not trainer.sanity_checking
 
 

@@ -37,7 +37,7 @@ class Keep(Callback):
     def __init__(self) -> None:
         self.rounds: list[list[MicroBatch]] = []
         self.looks: list[Tensor] = []
-        """Image statistics of this rank's pictures, round by round."""
+        """Image statistics of this rank's images, round by round."""
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: MicroBatch, batch_idx: int) -> None:
         if batch_idx == 0 and pl_module.image_statistics is not None:

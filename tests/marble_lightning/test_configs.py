@@ -47,7 +47,7 @@ def test_a_file_of_balancers_is_the_published_method_over_any_run(name, run, cap
 
 @pytest.mark.parametrize("name", LARGE)
 def test_files_laid_over_the_published_run_only_change_what_they_say(name, capsys):
-    """The effective round is the published one: 48 prompts, 24 pictures of each, 24 of 25 times, one step."""
+    """The effective round is the published one: 48 prompts, 24 images of each, 24 of 25 times, one step."""
     with pytest.raises(SystemExit):
         main(["fit", *launched(CONFIGS / f"{name}.yaml"), "--print_config"])
     found = yaml.safe_load(capsys.readouterr().out)

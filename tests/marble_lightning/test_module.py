@@ -156,7 +156,7 @@ class Precisions(Callback):
 
 @pytest.mark.parametrize("balancer", [WeightedSum, MARBLE])
 def test_mixed_precision_is_near_full_precision(checkpoints, tmp_path, balancer):
-    """Pictures are sampled as they are trained on, and a refresh and a cheap step come out alike."""
+    """Images are sampled as they are trained on, and a refresh and a cheap step come out alike."""
     seen = Precisions()
     mixed = run(checkpoints, tmp_path, balancer(), rounds=2, callbacks=[seen], precision="bf16-mixed")[1].gradients
     assert len(seen.autocast) > 8 and all(seen.autocast)

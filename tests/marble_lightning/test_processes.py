@@ -1,4 +1,4 @@
-"""Two processes learn what one would from the same pictures."""
+"""Two processes learn what one would from the same images."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def trained_slower(checkpoints, tmp_path_factory) -> Path:
 @pytest.mark.filterwarnings(*(f"ignore:{known}" for known in QUIET))
 @pytest.mark.parametrize("name", [*METHODS, *(pytest.param(name, marks=pytest.mark.slow) for name in SLOWER)])
 def test_two_ranks_equal_one_process(checkpoints, tmp_path, request, name):
-    """After five optimizer steps on the same pictures, across refreshes, reuse, clamps and missing rewards."""
+    """After five optimizer steps on the same images, across refreshes, reuse, clamps and missing rewards."""
     folder = request.getfixturevalue("trained" if name in METHODS else "trained_slower")
     ranks = [torch.load(folder / f"{name}_{rank}.pt", weights_only=False) for rank in range(2)]
 

@@ -35,7 +35,7 @@ def test_compare_balancers(small, tmp_path):
     done = NotebookClient(notebook, timeout=280, resources={"metadata": {"path": str(ROOT / "notebooks")}}).execute()
     shown = [output for cell in done.cells if cell.cell_type == "code" for output in cell.outputs]
     data = [output.data for output in shown if "data" in output]
-    assert sum("image/png" in each for each in data) >= 5  # three figures, a sheet of pictures per method
+    assert sum("image/png" in each for each in data) >= 5  # three figures, a sheet of images per method
     table = next(each["text/markdown"] for each in data if "| weighted_sum |" in each.get("text/markdown", ""))
     assert "| base |" in table and "| marble |" in table
     assert any("- marble: MARBLE, refresh_every 10, ema_decay 0.7" in each.get("text/markdown", "") for each in data)

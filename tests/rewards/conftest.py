@@ -1,4 +1,4 @@
-"""Small checkpoints in the real formats, and pictures with text. Helpers are fixtures, so no test imports this file."""
+"""Small checkpoints in the real formats, and images with text. Helpers are fixtures, so no test imports this file."""
 
 import json
 from collections.abc import Callable, Iterator
@@ -135,7 +135,7 @@ def picture() -> Callable[..., torch.Tensor]:
 
 
 class BrightBlobs(Detector):
-    """A real, if simple, detector: one cat in each half of the picture that is bright, coloured by its channel."""
+    """A real, if simple, detector: one cat in each half of the image that is bright, coloured by its channel."""
 
     def detect(self, images: torch.Tensor) -> list[list[Detection]]:
         width = images.shape[-1]
@@ -177,7 +177,7 @@ def prompts() -> list[Prompt]:
 
 @pytest.fixture
 def images() -> torch.Tensor:
-    """Six different pictures, 48 pixels square, some with text."""
+    """Six different images, 48 pixels square, some with text."""
     generator = torch.Generator().manual_seed(1)
     noise = torch.rand(4, 3, 48, 48, generator=generator)
     return torch.stack([noise[0], render("CAT", 48, 18), noise[1], noise[2], render("dig", 48, 18), noise[3]])

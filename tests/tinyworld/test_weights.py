@@ -52,7 +52,7 @@ def test_reward_models_prefer_what_they_were_trained_to_prefer(name, taste):
 
 
 def test_tastes_differ():
-    """A poor picture of the right thing against a fine one of the wrong thing: the two preference models disagree."""
+    """A poor image of the right thing against a fine one of the wrong thing: the two preference models disagree."""
 
     def poor_but_right(shown, rng):
         return spoil(shown, rng, TECHNICAL), spoil(shown, rng, CONTENT)

@@ -93,10 +93,10 @@ class BaseStage(Stage):
 def train_base(
     pictures: TrainingImages, tokenizer: CLIPTokenizer, vae: AutoencoderKL, work: Path, steps: int
 ) -> StableDiffusion3Pipeline:
-    """Train transformer and text encoders on the pictures; returns the whole pipeline.
+    """Train transformer and text encoders on the images; returns the whole pipeline.
 
     Args:
-        pictures: What to learn, with a caption each.
+        images: What to learn, with a caption each.
         tokenizer: Of the captions.
         vae: The trained autoencoder.
         work: Folder of the checkpoints.

@@ -1,4 +1,4 @@
-"""Pictures with captions to train on, drawn once and kept in the recipe's work folder."""
+"""Images with captions to train on, drawn once and kept in the recipe's work folder."""
 
 from __future__ import annotations
 
@@ -41,8 +41,8 @@ def drawn_pictures(work: Path, count: int, spoiled: float, seed: int) -> Trainin
 
     Args:
         work: Folder that keeps the result.
-        count: Number of pictures.
-        spoiled: Share of pictures with one fault, 0 to 1.
+        count: Number of images.
+        spoiled: Share of images with one fault, 0 to 1.
         seed: Seed of scenes and faults.
     """
 
@@ -55,7 +55,7 @@ def drawn_pictures(work: Path, count: int, spoiled: float, seed: int) -> Trainin
             captions.append(shown.caption)
         return torch.stack(images), captions
 
-    return TrainingImages(*kept(work / f"pictures-{count}-{spoiled}-{seed}.pt", drawn))
+    return TrainingImages(*kept(work / f"images-{count}-{spoiled}-{seed}.pt", drawn))
 
 
 def to_unit(images: Tensor) -> Tensor:

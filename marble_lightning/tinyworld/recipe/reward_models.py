@@ -26,7 +26,7 @@ MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.2757
 
 
 class Pairs(NamedTuple):
-    """For each caption a preferred and another picture, uint8 (N, 3, 32, 32) each."""
+    """For each caption a preferred and another image, uint8 (N, 3, 32, 32) each."""
 
     captions: list[str]
     good: Tensor
@@ -34,7 +34,7 @@ class Pairs(NamedTuple):
 
 
 Taste = Callable[[Captioned, random.Random], tuple[np.ndarray, np.ndarray]]
-"""Draws a preferred and another picture for a captioned scene."""
+"""Draws a preferred and another image for a captioned scene."""
 
 
 def contrast(shown: Captioned, rng: random.Random) -> tuple[np.ndarray, np.ndarray]:
@@ -44,12 +44,12 @@ def contrast(shown: Captioned, rng: random.Random) -> tuple[np.ndarray, np.ndarr
 
 
 def faithful(shown: Captioned, rng: random.Random) -> tuple[np.ndarray, np.ndarray]:
-    """PickScore's taste: minds content most; a poor picture of the right thing beats a fine one of the wrong."""
+    """PickScore's taste: minds content most; a poor image of the right thing beats a fine one of the wrong."""
     return _preference(shown, rng, minded=CONTENT, excused=TECHNICAL)
 
 
 def fastidious(shown: Captioned, rng: random.Random) -> tuple[np.ndarray, np.ndarray]:
-    """HPSv2's taste: minds technique most; a fine picture of the wrong thing beats a poor one of the right."""
+    """HPSv2's taste: minds technique most; a fine image of the wrong thing beats a poor one of the right."""
     return _preference(shown, rng, minded=TECHNICAL, excused=CONTENT)
 
 
@@ -77,20 +77,20 @@ def drawn_pairs(taste: Taste, count: int, seed: int, *, test: bool = False) -> P
 
 
 def normalised(images: Tensor) -> Tensor:
-    """uint8 pictures as CLIP's input."""
+    """uint8 images as CLIP's input."""
     mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in (MEAN, STD))
     return (to_unit(images) - mean) / std
 
 
 def embedded(model: CLIPModel, images: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
-    """Unit embeddings of pictures and of captions."""
+    """Unit embeddings of images and of captions."""
     pictures = model.get_image_features(pixel_values=normalised(images)).pooler_output
     texts = model.get_text_features(input_ids=tokens).pooler_output
     return F.normalize(pictures, dim=-1), F.normalize(texts, dim=-1)
 
 
 class JudgeStage(Stage):
-    """Contrast within the batch (weight `contrastive`), and each caption's preferred picture over its other one."""
+    """Contrast within the batch (weight `contrastive`), and each caption's preferred image over its other one."""
 
     def __init__(self, model: CLIPModel, pairs: Pairs, tokens: Tensor, steps: int, lr: float, contrastive: float) -> None:
         super().__init__(model, len(tokens), steps, batch_size=96, lr=lr, decay=0.99)
@@ -110,7 +110,7 @@ class JudgeStage(Stage):
 
 
 def new_clip(tokenizer: CLIPTokenizer) -> CLIPModel:
-    """A small CLIP for 32 x 32 pictures, seen as 4 x 4 patches of 8 pixels."""
+    """A small CLIP for 32 x 32 images, seen as 4 x 4 patches of 8 pixels."""
     marks = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     text = {
         "vocab_size": len(tokenizer), "max_position_embeddings": tokenizer.model_max_length,
@@ -160,7 +160,7 @@ def save_judge(model: CLIPModel, tokenizer: CLIPTokenizer, folder: Path) -> None
 
 @torch.no_grad()
 def pairwise_accuracy(model: CLIPModel, tokenizer: CLIPTokenizer, pairs: Pairs) -> float:
-    """How often the model scores the preferred picture above the other."""
+    """How often the model scores the preferred image above the other."""
     tokens = tokenizer(pairs.captions, padding="max_length", return_tensors="pt").input_ids
     scores = []
     for images in (pairs.good, pairs.bad):

@@ -1,4 +1,4 @@
-"""Alarms go off when and only when pictures leave the base's range, in real runs, and survive a resume."""
+"""Alarms go off when and only when images leave the base's range, in real runs, and survive a resume."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ pytestmark = [pytest.mark.filterwarnings(f"ignore:{known}") for known in QUIET]
 
 
 class Bleached(DiffusionNFT):
-    """Its pictures are white in some rounds, as if the policy had learnt that white wins."""
+    """Its images are white in some rounds, as if the policy had learnt that white wins."""
 
     rounds: tuple[int, ...] = ()
 
@@ -34,7 +34,7 @@ class Bleached(DiffusionNFT):
 
 
 class Seen(Callback):
-    """Keeps the statistics of each round's pictures, and the figures logged at its end."""
+    """Keeps the statistics of each round's images, and the figures logged at its end."""
 
     def __init__(self) -> None:
         self.statistics: list[torch.Tensor] = []

@@ -63,7 +63,7 @@ def pixels(file: Path) -> np.ndarray:
 
 
 def records(folder: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (folder / "pictures.jsonl").read_text(encoding="utf-8").splitlines()]
+    return [json.loads(line) for line in (folder / "images.jsonl").read_text(encoding="utf-8").splitlines()]
 
 
 def told_by(file: Path) -> dict[str, str]:
@@ -72,7 +72,7 @@ def told_by(file: Path) -> dict[str, str]:
 
 
 def test_pictures_and_results_are_the_same_at_any_batch_size_and_number_of_ranks(small, trained, tmp_path):
-    """Nine pictures: one rank has a batch more than the other."""
+    """Nine images: one rank has a batch more than the other."""
     small = [*small, "--data.held_out_per_source", "3", "--ckpt_path", trained]
     in_a_run(small, "validate", "one", "--data.held_out_batch_size", "4")
     in_runs_on_two_ranks(
@@ -208,7 +208,7 @@ def test_text_encoders_and_rewards_take_turns(small, monkeypatch, command):
 
 
 def test_a_base_that_reads_prompts_otherwise_is_not_compared(small, trained, tmp_path, capsys):
-    """Also a policy is: pictures of more or of fewer text tokens are other pictures."""
+    """Also a policy is: images of more or of fewer text tokens are other images."""
     in_a_run(small, "validate", "longer", "--ckpt_path", trained, "--model.policy.text_length", "8")
     assert "base" not in read(tmp_path / "tiny/longer")["prompts"][0]
     assert "measure it with the same settings and `--model.policy.adapter none`" in " ".join(capsys.readouterr().out.split())
@@ -237,7 +237,7 @@ def test_pictures_are_only_replaced_by_themselves(small, tmp_path, monkeypatch):
     (tmp_path / "out/00001.png").write_bytes(whole[:-20])
     main(["predict", *options])
     assert (pixels(tmp_path / "out/00001.png") == before).all()
-    assert sorted(file.name for file in (tmp_path / "out").iterdir()) == ["00000.png", "00001.png", "pictures.jsonl"]
+    assert sorted(file.name for file in (tmp_path / "out").iterdir()) == ["00000.png", "00001.png", "images.jsonl"]
 
     monkeypatch.setattr("marble_lightning.policies.sd3.load_pipeline", lambda *_, **__: pytest.fail("weights were loaded"))
     with pytest.raises(
@@ -276,5 +276,5 @@ def test_prompt_files_that_cannot_be_read(small, tmp_path, name, content, messag
 def test_more_processes_than_pictures(small, tmp_path, monkeypatch):
     (tmp_path / "mine.txt").write_text("a red circle\n")
     monkeypatch.setattr("marble_lightning.checks.Trainer.world_size", 2)
-    with pytest.raises(ValueError, match="a picture for each of the 2 processes to sample. Found 1; use fewer"):
+    with pytest.raises(ValueError, match="an image for each of the 2 processes to sample. Found 1; use fewer"):
         main(["predict", *small, "--data.predict_file", str(tmp_path / "mine.txt")])

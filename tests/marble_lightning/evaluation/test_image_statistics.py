@@ -1,4 +1,4 @@
-"""Image statistics of hand-made pictures, against values worked out by hand."""
+"""Image statistics of hand-made images, against values worked out by hand."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from marble_lightning.utils.seeds import generator
 
 
 def flat(*colour: float, side: int = 6) -> torch.Tensor:
-    """One picture of one colour."""
+    """One image of one colour."""
     return torch.tensor(colour).view(1, 3, 1, 1).expand(1, 3, side, side).clone()
 
 
@@ -100,7 +100,7 @@ def test_one_table_of_all_by_prompt():
 def test_what_cannot_be_measured():
     with pytest.raises(ValueError, match="at least 3 x 3 pixels. Found 2 x 5"):
         statistics.sharpness(torch.rand(1, 3, 2, 5))
-    with pytest.raises(ValueError, match="at least two pictures of each prompt. Found one with 1"):
+    with pytest.raises(ValueError, match="at least two images of each prompt. Found one with 1"):
         diversity(torch.rand(3, 3, 4, 4), torch.tensor([0, 0, 1]))
     with pytest.raises(ValueError, match="Found one with 0"):
         diversity(torch.rand(4, 3, 4, 4), torch.tensor([0, 0, 2, 2]))

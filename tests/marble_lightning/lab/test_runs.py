@@ -46,8 +46,8 @@ def test_curves_and_pictures(tmp_path):
     run = finished(tmp_path, None, [[1.0, 2.0]])
     assert run.curve("train/ocr") == ([3, 5], [0.25, 0.75])
     assert run.curve("train/none") == ([], [])
-    assert [picture.size for picture in run.pictures("held_out")] == [(12, 8)]
-    assert run.pictures("none") == []
+    assert [picture.size for picture in run.images("held_out")] == [(12, 8)]
+    assert run.images("none") == []
 
 
 def test_seeds_are_averaged_prompt_by_prompt_before_errors_are_taken(tmp_path):

@@ -78,7 +78,7 @@ def test_parts_are_what_the_module_holds(small_run):
     policy = bytes_of(tensors_of(module.policy, *module.policy.text_encoders.values()))
     assert sum(parts[name] for name in ("transformer", "adapters", "autoencoder", "text encoders")) == policy
     assert parts["adapters"] == 3 * parts["gradients"] == 3 * bytes_of(module.trainable)
-    assert parts["pictures"] == 4 * 12 * 3 * 16 * 16
+    assert parts["images"] == 4 * 12 * 3 * 16 * 16
 
 
 def test_an_estimate_changes_nothing_in_the_run(checkpoints, tmp_path):

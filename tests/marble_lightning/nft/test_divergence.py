@@ -45,14 +45,14 @@ def test_a_run_that_diverges_keeps_its_last_finite_checkpoint(checkpoints, tmp_p
 def test_pictures_that_are_not_finite_are_no_rewards_fault(checkpoints, tmp_path, monkeypatch):
     decode = SD3Policy.decode
     monkeypatch.setattr(SD3Policy, "decode", lambda self, latents: decode(self, latents) * torch.nan)
-    with pytest.raises(Diverged, match=r"pictures must be finite. Found others. .*choose another `model\.policy\.dtype`"):
+    with pytest.raises(Diverged, match=r"images must be finite. Found others. .*choose another `model\.policy\.dtype`"):
         run(checkpoints, tmp_path, WeightedSum())
 
 
 def test_predicted_pictures_that_are_not_finite_are_not_written(small, tmp_path, monkeypatch):
     monkeypatch.setattr(SD3Policy, "decode", lambda self, latents: torch.full((len(latents), 3, 16, 16), torch.nan))
     folder = ["--predictions.folder", str(tmp_path / "out"), "--predictions.scores", "false"]
-    with pytest.raises(Diverged, match="pictures must be finite"):
+    with pytest.raises(Diverged, match="images must be finite"):
         main(["predict", *small, *folder])
     assert not list(tmp_path.glob("out/*"))
 

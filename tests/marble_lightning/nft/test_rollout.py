@@ -85,7 +85,7 @@ def test_each_picture_is_used_at_distinct_times_exactly_once():
     grid = torch.tensor([1.0, 0.8, 0.6, 0.4, 0.2])
     batches = list(micro_batches(rollout, weighed, grid, plan, KEY))
     assert len(batches) == plan.total == 2 * plan.per_step == 18
-    for start in range(0, 18, 3):  # all of a step's pictures, then all anew at another time
+    for start in range(0, 18, 3):  # all of a step's images, then all anew at another time
         assert len(torch.cat([batch.clean for batch in batches[start : start + 3]]).unique()) == 6
     seen: Counter[tuple[int, float]] = Counter()
     for batch in batches:
@@ -126,7 +126,7 @@ def test_coefficients_add_up_over_each_optimizer_step():
 
 
 def test_statistics_are_those_of_all_ranks():
-    """Two ranks together give what one process with all pictures gives, but for the order of training."""
+    """Two ranks together give what one process with all images gives, but for the order of training."""
     scores = torch.rand(12, 2, generator=torch.Generator().manual_seed(1))
     groups = torch.arange(4).repeat_interleave(3)
     whole = weigh(scores, groups, FixedWeights(), Plan(12, 1, 3, 1))
@@ -150,7 +150,7 @@ def test_sizes_that_do_not_divide():
 
 
 def test_every_inner_epoch_counts_over_its_own_steps():
-    """Its pictures fall into other optimizer steps, over each of which a reward's coefficients add up to A_max / beta."""
+    """Its images fall into other optimizer steps, over each of which a reward's coefficients add up to A_max / beta."""
     scores = torch.randn(12, 2, generator=torch.Generator().manual_seed(0))
     scores[:5, 1] = torch.nan
     plan, keys = Plan(12, 1, 3, 2, inner_epochs=2), [KEY, (*KEY[:-1], "train 1")]

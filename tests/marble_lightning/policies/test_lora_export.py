@@ -184,9 +184,9 @@ def test_fit_export_load_and_start_from_it(small, checkpoints, tmp_path, capsys)
     torch.testing.assert_close(layer.get_delta_weight("default_0"), 32 / 2 * up @ down)
 
     (tmp_path / "mine.txt").write_text("\n".join(TEXTS))
-    options = ["--data.predict_file", str(tmp_path / "mine.txt"), "--predictions.folder", str(tmp_path / "pictures")]
+    options = ["--data.predict_file", str(tmp_path / "mine.txt"), "--predictions.folder", str(tmp_path / "images")]
     main(["predict", *small, *options, "--ckpt_path", str(checkpoint(tmp_path)), "--predictions.scores", "false"])
-    files = [Image.open(tmp_path / f"pictures/{index:05d}.png") for index in range(len(TEXTS))]
+    files = [Image.open(tmp_path / f"images/{index:05d}.png") for index in range(len(TEXTS))]
     theirs = stock(checkpoints, folder)(
         TEXTS, height=16, width=16, num_inference_steps=2, guidance_scale=1.0, max_sequence_length=4,
         generator=[generator(0, "held-out", index) for index in range(len(TEXTS))],

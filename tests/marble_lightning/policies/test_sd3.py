@@ -265,7 +265,7 @@ def test_a_target_that_no_layer_is_called(checkpoints):
 
 @pytest.mark.parametrize("side", [8, 20])
 def test_decoding_in_slices_and_tiles(checkpoints, side):
-    """Slices change nothing; tiles leave pictures of a tile's size as they are, and larger ones but for the seams."""
+    """Slices change nothing; tiles leave images of a tile's size as they are, and larger ones but for the seams."""
     latents = torch.randn(3, 4, side, side, generator=generator("latents"))
     pictures = []
     for options in ({}, {"vae_slicing": True}, {"vae_tiling": True}):

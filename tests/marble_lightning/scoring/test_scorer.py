@@ -17,7 +17,7 @@ from marble_lightning.scoring.scorer import Scorer
 from marble_lightning.scoring.settings import Scoring
 from rewards import OCR, Prompt, Reward
 
-PROMPTS = [Prompt(f"picture {index}", "even" if index % 2 == 0 else "odd") for index in range(6)]
+PROMPTS = [Prompt(f"image {index}", "even" if index % 2 == 0 else "odd") for index in range(6)]
 IMAGES = torch.linspace(0, 1, 6).view(6, 1, 1, 1).expand(6, 3, 4, 4).contiguous()
 
 
@@ -88,7 +88,7 @@ class Ranks:
 
 
 def scores(rewards, folder=Path(), size=2, **settings):
-    """Scores in batches, and how many pictures each reward failed on."""
+    """Scores in batches, and how many images each reward failed on."""
     scorer = Scorer(rewards, Scoring(**settings))
     scorer.setup(folder, "")
     for start in range(0, 6, size):
@@ -139,9 +139,9 @@ def test_a_reward_keeps_its_thread():
 @pytest.mark.parametrize("infinite", [True, False])
 @pytest.mark.parametrize("overlap", [True, False])
 def test_a_failing_reward_is_named_with_prompt_and_picture(tmp_path, infinite, overlap):
-    rewards = {"bright": Brightness(), "spelling": Broken(["picture 3"], infinite)}
+    rewards = {"bright": Brightness(), "spelling": Broken(["image 3"], infinite)}
     with pytest.raises(
-        RewardError, match=r"`rewards\.spelling` .*'picture 3' .*(ZeroDivisionError|Found inf)?.*on_error: skip"
+        RewardError, match=r"`rewards\.spelling` .*'image 3' .*(ZeroDivisionError|Found inf)?.*on_error: skip"
     ) as caught:
         scores(rewards, tmp_path, overlap=overlap)
     assert ("Found inf" if infinite else "no letters") in str(caught.value)
@@ -150,33 +150,33 @@ def test_a_failing_reward_is_named_with_prompt_and_picture(tmp_path, infinite, o
 
 
 def test_skipping_loses_only_the_pictures_it_fails_on(tmp_path, caplog):
-    rewards = {"bright": Brightness(), "spelling": Broken(["picture 3"])}
+    rewards = {"bright": Brightness(), "spelling": Broken(["image 3"])}
     found, skipped = scores(rewards, tmp_path, size=3, on_error="skip", max_skipped=0.2)
     expected = IMAGES.mean((1, 2, 3)).repeat(2, 1).T.clone()
     expected[3, 1] = torch.nan
     torch.testing.assert_close(found, expected, equal_nan=True)
     assert skipped == {"bright": 0, "spelling": 1}
-    assert "picture 3" in caplog.text and "no letters" in caplog.text
+    assert "image 3" in caplog.text and "no letters" in caplog.text
 
 
 def test_skipping_too_much_is_an_error(tmp_path):
     with pytest.raises(RewardError, match=r"share of 0\.1 .*`scoring\.max_skipped`.* Found 1 of 6"):
-        scores({"spelling": Broken(["picture 3"])}, tmp_path, on_error="skip")
+        scores({"spelling": Broken(["image 3"])}, tmp_path, on_error="skip")
 
 
 def test_the_share_is_of_the_pictures_it_applies_to(tmp_path):
     class Rare(Broken):
         def applies_to(self, prompt):
-            return prompt.text in ("picture 1", "picture 2")
+            return prompt.text in ("image 1", "image 2")
 
     with pytest.raises(RewardError, match="Found 1 of 2"):
-        scores({"rare": Rare(["picture 2"])}, tmp_path, on_error="skip", max_skipped=0.4)
+        scores({"rare": Rare(["image 2"])}, tmp_path, on_error="skip", max_skipped=0.4)
 
 
 def test_what_lies_outside_is_tried_again(tmp_path):
     found, _ = scores({"remote": Flaky(2)}, tmp_path, size=6, retries=2)
     torch.testing.assert_close(found[:, 0], IMAGES.mean((1, 2, 3)))
-    with pytest.raises(RewardError, match="ConnectionError on 6 of 6 pictures.*refused"):
+    with pytest.raises(RewardError, match="ConnectionError on 6 of 6 images.*refused"):
         scores({"remote": Flaky(3)}, tmp_path, size=6, retries=2)
 
 
@@ -188,7 +188,7 @@ def test_a_mistake_is_not_tried_again(tmp_path):
             self.calls += 1
             return super().score(images=images, prompts=prompts)
 
-    reward = Counted(["picture 0"])
+    reward = Counted(["image 0"])
     with pytest.raises(RewardError):
         scores({"wrong": reward}, tmp_path, size=1, retries=5)
     assert reward.calls <= len(PROMPTS)
@@ -199,14 +199,14 @@ def test_a_batch_that_fails_as_a_whole_has_no_scores(tmp_path):
         def score(self, *, images, prompts):
             return images.mean((1, 2, 3))[:1]
 
-    with pytest.raises(RewardError, match=r"on 6 of 6 pictures.*shape \(6,\)"):
+    with pytest.raises(RewardError, match=r"on 6 of 6 images.*shape \(6,\)"):
         scores({"squeezed": Squeezed()}, tmp_path, size=6)
 
 
 def test_a_reward_that_never_answers_is_given_up(tmp_path):
-    stuck = Held(["picture 2"])
+    stuck = Held(["image 2"])
     stuck.let_go.set()
-    with pytest.raises(RewardError, match=r"TimeoutError on 2 of 2 pictures.*'picture 2'.*time_limit"):
+    with pytest.raises(RewardError, match=r"TimeoutError on 2 of 2 images.*'image 2'.*time_limit"):
         scores({"stuck": stuck}, tmp_path, time_limit=0.2)
     found, skipped = scores({"stuck": stuck}, tmp_path, time_limit=0.2, on_error="skip", max_skipped=0.5)
     assert found[:, 0].isnan().tolist() == [False, False, True, True, False, False]
@@ -227,7 +227,7 @@ def test_a_failure_on_one_rank_stops_all_of_them(tmp_path):
 
 
 def test_the_share_is_counted_over_ranks_and_batches(tmp_path):
-    scorer = Scorer({"spelling": Broken(["picture 3"])}, Scoring(on_error="skip", max_skipped=0.1))
+    scorer = Scorer({"spelling": Broken(["image 3"])}, Scoring(on_error="skip", max_skipped=0.1))
     scorer.setup(tmp_path, "_0")
     for _ in range(2):
         scorer(IMAGES, PROMPTS)
@@ -252,7 +252,7 @@ def test_a_reward_without_a_single_score_has_failed(tmp_path, caplog, on_error):
     scorer(IMAGES, PROMPTS)
     with pytest.raises(RewardError, match=r"`rewards\.silent` may fail on a share of 0\.1 .* Found 5 of 5"):
         scorer.check(Ranks([0, 0, 0, 0, 2, 0, 2]))
-    assert "`rewards.silent` must score some of the pictures that it applies to. Found NaN for all 5" in caplog.text
+    assert "`rewards.silent` must score some of the images that it applies to. Found NaN for all 5" in caplog.text
 
 
 def test_a_reward_that_applies_to_nothing_has_not_failed(tmp_path):
@@ -288,7 +288,7 @@ class Unspeakable(Exception):
 def test_whatever_a_reward_raises_is_its_failure(tmp_path, overlap, error, said):
     with pytest.raises(RewardError, match=rf"`rewards\.rude` .*{said}") as caught:
         scores(raising(error), tmp_path, overlap=overlap)
-    assert "'picture 0'" in str(caught.value) and len(str(caught.value)) < 3000
+    assert "'image 0'" in str(caught.value) and len(str(caught.value)) < 3000
 
 
 def test_a_reward_that_ends_the_program_before_it_scores_has_failed():
@@ -333,7 +333,7 @@ def test_prompts_that_a_reward_cannot_score_are_counted():
 def test_nothing_is_scored_after_a_failure_that_stops_the_run(tmp_path):
     bright = Held()
     bright.let_go.set()
-    scorer = Scorer({"spelling": Broken(["picture 3"]), "bright": bright}, Scoring(overlap=False))
+    scorer = Scorer({"spelling": Broken(["image 3"]), "bright": bright}, Scoring(overlap=False))
     scorer.setup(tmp_path, "")
     assert scorer(IMAGES, PROMPTS).isnan()[:, 1].all() and not bright.threads
     with pytest.raises(RewardError, match=r"rewards\.spelling"):

@@ -24,7 +24,7 @@ MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.2757
 
 @pytest.fixture
 def exact_images() -> torch.Tensor:
-    """Pictures of the model's own size in 256 steps, so that PIL neither resizes nor rounds them."""
+    """Images of the model's own size in 256 steps, so that PIL neither resizes nor rounds them."""
     generator = torch.Generator().manual_seed(2)
     return torch.randint(256, (4, 3, IMAGE_SIZE, IMAGE_SIZE), generator=generator) / 255
 

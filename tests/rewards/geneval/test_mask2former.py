@@ -28,7 +28,7 @@ def detector(folder: Path, clip_folder: Path) -> Mask2Former:
 
 @pytest.fixture(scope="session")
 def pictures() -> torch.Tensor:
-    """Three smooth pictures of 48 x 72 pixels."""
+    """Three smooth images of 48 x 72 pixels."""
     coarse = torch.rand(3, 3, 4, 6, generator=torch.Generator().manual_seed(2))
     return torch.nn.functional.interpolate(coarse, size=(48, 72), mode="bicubic").clamp(0, 1)
 

@@ -33,7 +33,7 @@ def test_scores_are_those_of_the_other_implementation(tmp_path: Path) -> None:
     assert expected.std() > 0.05
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
     swapped = reward(images=images, prompts=[Prompt(text, "test") for text in reversed(texts)])
-    assert (swapped - found).abs().max() > 0.01  # each picture is judged against its own prompt
+    assert (swapped - found).abs().max() > 0.01  # each image is judged against its own prompt
 
 
 def test_what_is_wrong_with_a_file_is_said(tmp_path: Path) -> None:

@@ -24,7 +24,7 @@ PROMPT = Prompt("a cat", "plain")
 
 
 def shades(count: int) -> torch.Tensor:
-    """Grey pictures, each brighter than the one before it, of pixels that 8 bits hold."""
+    """Grey images, each brighter than the one before it, of pixels that 8 bits hold."""
     return (torch.arange(count) * 5 / 255).view(-1, 1, 1, 1).expand(-1, 3, 4, 4)
 
 
@@ -108,7 +108,7 @@ def test_order_is_kept_though_answers_come_out_of_order() -> None:
 
     def answer(body: Any) -> Any:
         reply = remote_reward("/score", body)
-        if reply["scores"][0] == 0:  # the first picture is black
+        if reply["scores"][0] == 0:  # the first image is black
             assert another.wait(5)
             time.sleep(0.05)
         another.set()

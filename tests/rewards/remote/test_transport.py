@@ -1,4 +1,4 @@
-"""Pictures on their way, and work in threads."""
+"""Images on their way, and work in threads."""
 
 from __future__ import annotations
 

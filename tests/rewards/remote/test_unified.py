@@ -27,7 +27,7 @@ def _no_key(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def shades(count: int) -> torch.Tensor:
-    """Grey pictures, each brighter than the one before it, of pixels that 8 bits hold."""
+    """Grey images, each brighter than the one before it, of pixels that 8 bits hold."""
     return (torch.arange(count) * 5 / 255).view(-1, 1, 1, 1).expand(-1, 3, 8, 8)
 
 
@@ -151,7 +151,7 @@ def test_order_is_kept_though_answers_come_out_of_order() -> None:
 
     def answer(body: Any) -> Any:
         reply = rated(body)
-        if "Final Score: 1.0000" in reply["choices"][0]["message"]["content"]:  # the first picture is black
+        if "Final Score: 1.0000" in reply["choices"][0]["message"]["content"]:  # the first image is black
             assert another.wait(5)
             time.sleep(0.05)
         another.set()
