@@ -1,4 +1,4 @@
-"""The steps between per-reward gradients and one update, as pure functions: who takes part, smoothing, merging."""
+"""From per-reward gradients to one update, as pure functions: active rewards, smoothing, merging."""
 
 from collections.abc import Callable, Sequence
 from itertools import compress
@@ -9,10 +9,10 @@ from torch import Tensor
 
 
 def active_rows(norms: Float[Tensor, "reward"]) -> Bool[Tensor, "reward"]:
-    """Which gradients take part: finite, and longer than the rounding that a sum of cancelling float32 terms leaves.
+    """Which gradients are merged: those that are finite and longer than the rounding error of a sum of float32 terms.
 
-    A zero gradient would make the zero vector the min-norm point and stop the step for every reward; a reward that had
-    nothing to tell apart leaves only rounding, which unit length would blow up to a full voice.
+    A zero gradient would make the zero vector the min-norm point, and the update would be zero for every reward. A reward
+    that scores all samples equally has a gradient of rounding errors only, which must not be scaled to unit length.
 
     Shape:
         norms (K,) -> (K,).
@@ -24,45 +24,45 @@ def active_rows(norms: Float[Tensor, "reward"]) -> Bool[Tensor, "reward"]:
     return norms.isfinite() & (norms > torch.finfo(torch.float32).eps ** 0.5 * longest)
 
 
-def weigh(
+def call_weights(
     method: Callable[[Tensor], Tensor], gram: Float[Tensor, "active active"], normalize: bool
 ) -> Float[Tensor, "active"]:
-    r"""What a method's `weights` makes of $G_{jk}$, or with `normalize` of $G_{jk} / (|g_j| |g_k|)$, in float64.
-
-    Source: MARBLE, arXiv 2605.06507, eq. 5 (unit gradients).
+    r"""A method's `weights` of $G_{jk}$, or with `normalize` of $G_{jk} / (|g_j| |g_k|)$, in float64.
 
     Shape:
         gram (K, K) -> (K,).
+
+    Source: MARBLE, arXiv 2605.06507, eq. 5 (unit gradients).
     """
     norms = gram.diagonal().sqrt()
     return method(gram / norms.outer(norms) if normalize else gram).detach().double()
 
 
-def narrowed(weights: Float[Tensor, "reward"], names: Sequence[str]) -> Float[Tensor, "reward"]:
-    """Weights as they multiply losses and gradients, in float32.
+def as_float32(weights: Float[Tensor, "reward"], names: Sequence[str]) -> Float[Tensor, "reward"]:
+    """Weights in float32, the precision in which they multiply losses and gradients.
 
     Shape:
         weights (K,) -> (K,).
 
     Raises:
-        ValueError: one of them is not finite in float32.
+        ValueError: A weight is not finite in float32.
     """
-    found = weights.float()
-    if not found.isfinite().all():
-        wrong = dict(compress(zip(names, weights.tolist(), strict=True), ~found.isfinite()))
-        raise ValueError(f"Weights must be finite in float32 once the norms have been divided out. Found {wrong}.")
-    return found
+    narrow = weights.float()
+    if not narrow.isfinite().all():
+        wrong = dict(compress(zip(names, weights.tolist(), strict=True), ~narrow.isfinite()))
+        raise ValueError(f"Weights must be finite in float32 after division by the norms. Found {wrong}.")
+    return narrow
 
 
 def smooth(
     old: Float[Tensor, "reward"], new: Float[Tensor, "reward"], active: Bool[Tensor, "reward"], decay: float
 ) -> Float[Tensor, "reward"]:
-    r"""$\rho \cdot \text{old} + (1 - \rho) \cdot \text{new}$ for the active, else `old`. NaN in `old`: no past.
-
-    Source: MARBLE, arXiv 2605.06507, eq. 12.
+    r"""$\rho \cdot \text{old} + (1 - \rho) \cdot \text{new}$ for active rewards, `old` for others; `new` if `old` is NaN.
 
     Shape:
         old, new, active (K,) -> (K,).
+
+    Source: MARBLE, arXiv 2605.06507, eq. 12.
 
     >>> smooth(torch.tensor([1.0, torch.nan, 1.0]), torch.zeros(3), torch.tensor([True, True, False]), 0.75).tolist()
     [0.75, 0.0, 1.0]
@@ -76,7 +76,7 @@ def merge_rows(
     coefficients: Float[Tensor, "reward"],
     active: Bool[Tensor, "reward"],
 ) -> Float[Tensor, "parameter"]:
-    r"""$\sum_k c_k g_k$ over the active rewards, row by row: a masked matrix product would copy all gradients.
+    r"""$\sum_k c_k g_k$ over the active rewards, row by row, since a masked matrix product would copy all gradients.
 
     Shape:
         gradients (K, P), coefficients (K,), active (K,) -> (P,).

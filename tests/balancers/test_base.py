@@ -207,7 +207,7 @@ def test_what_a_level_returns_is_checked_in_the_precision_it_is_used_in():
     """Numbers that fit float64 only would become infinite weights, or NaN advantages, in silence."""
     with pytest.raises(ValueError, match=r"`Scripted.weights` must return .* finite in float32"):
         step(bound(Scripted([0.1, 0.2, 1e300])), torch.eye(3))
-    with pytest.raises(ValueError, match=r"finite in float32 once the norms have been divided out. Found {'pick': "):
+    with pytest.raises(ValueError, match=r"finite in float32 after division by the norms. Found {'pick': "):
         step(bound(Scripted([1.0, 1.0, 3e38], normalize=True)), torch.diag(torch.tensor([1.0, 1.0, 0.01])))
     for balancer, level in ((Merging(), "merge_rewards"), (MergingAdvantages(), "merge_advantages")):
         with pytest.raises(ValueError, match=rf"`\w+.{level}` must return numbers that are finite in torch.float32"):

@@ -155,7 +155,7 @@ def test_short_names_and_single_options_on_the_command_line():
     assert (balancer.refresh_every, balancer.amortize, balancer.floor, balancer.ema_decay) == (5, "scaled", 0.1, 0.7)
     arguments = ["--balancer", "FixedWeights", "--balancer.weights", "{ocr: 2}", "--balancer.uniform_after_step", "7"]
     balancer = parser.instantiate(parser.parse_args(arguments)).balancer
-    assert (balancer.by_name, balancer.uniform_after_step) == ({"ocr": 2.0}, 7)
+    assert (balancer.named_weights, balancer.uniform_after_step) == ({"ocr": 2.0}, 7)
 
 
 def test_every_option_is_explained_by_help(capsys):

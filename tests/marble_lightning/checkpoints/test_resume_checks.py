@@ -95,7 +95,7 @@ def test_another_programs_checkpoint(checkpoints, first, tmp_path):
 
 @pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")
 def test_another_balancer_is_told_of(checkpoints, first, tmp_path):
-    with pytest.warns(UserWarning, match=rf"{first} was trained with MARBLE; this run goes on with WeightedSum"):
+    with pytest.warns(UserWarning, match=rf"{first} was trained with MARBLE; this run resumes with WeightedSum"):
         main(["fit", *options(checkpoints, tmp_path, balancer="WeightedSum", **TWO), "--ckpt_path", "last"])
 
 
