@@ -1,4 +1,4 @@
-"""Advantages: how much better an image is than the other images of its prompt, for each reward on its own."""
+"""Advantages: how much better an image is than the other images of its prompt, for each reward separately."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 AdvantageStd = Literal["round", "group"]
 AdvantageMode = Literal["all", "positive_only", "negative_only", "one_only", "binary"]
-"""Which part of an advantage is learned from; see `apply_advantage_mode`."""
+"""Which part of an advantage is used; see `apply_advantage_mode`."""
 
 EPSILON = 1e-4
 """Added to the standard deviation, as in the published implementation."""
@@ -23,15 +23,15 @@ def group_advantages(
 
     A_ik = (R_ik - mean over i's group) / (std_k + 1e-4), over valid samples only.
 
-    Source: MARBLE, arXiv 2605.06507, eq. 3; `std="round"` is what its released code takes.
-
     Args:
-        rewards: Reward of each sample; NaN where it does not apply or is missing.
+        rewards: Rewards of each sample; NaN where a reward does not apply or is missing.
         groups: Index of each sample's prompt, from 0.
-        std: Standard deviation over the whole round's valid samples (`round`) or over the prompt's own (`group`).
+        std: Standard deviation over all valid samples of the round (`round`) or of the prompt (`group`).
 
     Returns:
-        Advantages, NaN exactly where the rewards are.
+        Advantages, NaN exactly where the rewards are NaN.
+
+    Source: MARBLE, arXiv 2605.06507, eq. 3; its released code uses `std="round"`.
     """
     valid = ~rewards.isnan()
     values = torch.where(valid, rewards, 0.0).double()
@@ -49,15 +49,13 @@ def group_advantages(
 
 
 def apply_advantage_mode(advantages: Float[Tensor, "sample reward"], mode: AdvantageMode) -> Float[Tensor, "sample reward"]:
-    r"""The part of advantages that is learned from.
-
-    A, max(A, 0), min(A, 0), [A > 0] or sign(A), in the order of the modes.
-
-    Source: DiffusionNFT, arXiv 2509.16117, released code (`adv_mode`).
+    r"""The part of advantages that is used: A, max(A, 0), min(A, 0), [A > 0] or sign(A), in the order of the modes.
 
     Args:
-        advantages: NaN where a reward does not apply; they stay so.
+        advantages: NaN where a reward does not apply; NaN stays NaN.
         mode: `all`, `positive_only`, `negative_only`, `one_only` or `binary`.
+
+    Source: DiffusionNFT, arXiv 2509.16117, released code (`adv_mode`).
     """
     parts = {
         "all": advantages,

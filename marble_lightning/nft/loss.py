@@ -1,8 +1,8 @@
-"""The DiffusionNFT objective as pure functions, with one coefficient per sample and reward.
+"""The DiffusionNFT objective as pure functions, with two loss coefficients per sample and reward.
 
-For each sample there are two losses: L+, of the policy moved towards the trained one, and L-, of the policy moved away
-from it. A reward enters only through how it weighs the two. So the loss of any mixture of rewards is one weighted sum of
-L+ and L-, exact also where an advantage is clamped or a reward does not apply to a sample.
+Each sample has two losses: L+, of the velocity moved from the old towards the trained one, and L-, of the velocity moved
+away from it. A reward affects only the coefficients of the two losses. So the loss of any mixture of rewards is one
+weighted sum of L+ and L-. This is exact even if an advantage is clamped or a reward does not apply to a sample.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ class Objective:
     """The NFT loss.
 
     Args:
-        beta: β > 0, how far the positive and negative policies are from the old one.
-        max_advantage: A_max > 0, the advantage at which a sample counts as wholly good.
+        beta: β > 0, the distance of the positive and negative policies from the old one.
+        max_advantage: A_max > 0, the advantage from which a sample counts as fully optimal.
         advantage_std: Advantages are divided by the standard deviation of the whole `round` or of their `group`.
-        advantage_mode: What is learned from: `all`; the better (`positive_only`) or worse (`negative_only`) half of the
-            images; whether better (`one_only`: 1 or 0); or better or worse (`binary`: the sign).
+        advantage_mode: The part of an advantage A that is used: `all`; max(A, 0) (`positive_only`); min(A, 0)
+            (`negative_only`); 1 if A > 0, otherwise 0 (`one_only`); or the sign of A (`binary`).
         kl_weight: Weight >= 0 of the squared distance to the base's velocity; never balanced. With 0 it is not computed.
 
     Source: DiffusionNFT, arXiv 2509.16117.
@@ -53,24 +53,24 @@ SCALE_FLOOR = 1e-5
 
 
 class Coefficients(NamedTuple):
-    """What L+ and L- of each sample count for in the loss of each reward; both (sample, reward)."""
+    """Loss coefficients c+ and c- of L+ and L- of each sample in the loss of each reward; both (sample, reward)."""
 
     plus: Float[Tensor, "sample reward"]
     minus: Float[Tensor, "sample reward"]
 
     def losses(self, plus: Float[Tensor, " sample"], minus: Float[Tensor, " sample"]) -> Float[Tensor, " reward"]:
-        """The loss of each reward: sum_i c+_ik L+_i + c-_ik L-_i; no matrix product, which autocast would round."""
+        """The loss of each reward: sum_i c+_ik L+_i + c-_ik L-_i, without a matrix product, which autocast would round."""
         return (self.plus * plus[:, None] + self.minus * minus[:, None]).sum(0)
 
     def beside(self, others: Coefficients) -> Coefficients:
-        """The same samples' coefficients under these rewards, then under others."""
+        """The same samples' coefficients for these rewards, followed by those for other rewards."""
         return Coefficients(torch.cat([self.plus, others.plus], 1), torch.cat([self.minus, others.minus], 1))
 
 
 def noised(
     clean: Float[Tensor, "batch *latent"], noise: Float[Tensor, "batch *latent"], t: Float[Tensor, " batch"]
 ) -> Float[Tensor, "batch *latent"]:
-    """x_t = (1 - t) x_0 + t eps, the rectified flow's path; t in (0, 1]."""
+    """x_t = (1 - t) x_0 + t eps, the path of rectified flow; t in (0, 1]."""
     t = _column(t, clean)
     return (1 - t) * clean + t * noise
 
@@ -87,15 +87,15 @@ def nft_losses(
 
     v± = (1 ∓ β) v_old ± β v_θ,  x̂± = x_t - t v±,  w± = stop_grad(mean |x̂± - x_0|),  L± = mean (x̂± - x_0)² / w±.
 
-    Source: DiffusionNFT, arXiv 2509.16117, the implicit positive and negative policies and the adaptive loss weighting.
-
     Args:
-        velocity: v_θ, of the trained policy; carries the gradient.
-        old_velocity: v_old, of the policy that sampled the round.
+        velocity: v_θ, of the trained adapter; has the graph.
+        old_velocity: v_old, of the adapter that sampled the round.
         noisy: x_t.
         clean: x_0, the sampled latents.
         t: Flow time in (0, 1].
-        beta: β > 0, how far the two policies are from the old one.
+        beta: β > 0, the distance of the positive and negative policies from the old one.
+
+    Source: DiffusionNFT, arXiv 2509.16117, the implicit positive and negative policies and the adaptive loss weighting.
     """
 
     def loss(mixed: Tensor) -> Tensor:
@@ -112,20 +112,21 @@ def coefficients(
     beta: float,
     max_advantage: float,
 ) -> Coefficients:
-    r"""How each reward weighs L+ and L- of each sample.
+    r"""Loss coefficients c+ and c- of each sample for each reward.
 
-    r = clamp(1/2 + A / (2 A_max), 0, 1);  c+ = (A_max / β) m r / n,  c- = (A_max / β) m (1 - r) / n, where m is 1 where
-    the reward applies and n counts those samples over the whole optimizer step, a rank's share of all ranks.
-
-    Source: DiffusionNFT, arXiv 2509.16117 (loss); MARBLE, arXiv 2605.06507, Prop. 1, here for coefficients instead of
-    advantages, which makes it hold with clamps and missing rewards too.
+    r = clamp(1/2 + A / (2 A_max), 0, 1);  c+ = (A_max / β) m r / n,  c- = (A_max / β) m (1 - r) / n. m is 1 if the reward
+    applies to the sample, otherwise 0. n is the number of samples with m = 1 in the whole optimizer step, as the mean over
+    ranks.
 
     Args:
-        advantages: Advantage of each sample under each reward; NaN where the reward does not apply.
+        advantages: Advantage of each sample for each reward; NaN where the reward does not apply.
         counts: n, the number of samples of the whole optimizer step that each reward applies to; the mean over ranks,
-            where gradients are averaged over ranks.
+            since gradients are averaged over ranks.
         beta: β of the loss.
-        max_advantage: A_max, the advantage at which a sample counts as wholly good.
+        max_advantage: A_max, the advantage from which a sample counts as fully optimal.
+
+    Source: DiffusionNFT, arXiv 2509.16117 (loss); MARBLE, arXiv 2605.06507, Prop. 1, here for coefficients instead of
+    advantages, so that it also holds with clamps and missing rewards.
     """
     applies = ~advantages.isnan()
     optimality = (0.5 + torch.where(applies, advantages, 0.0) / (2 * max_advantage)).clamp(0, 1)

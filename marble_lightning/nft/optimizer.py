@@ -1,4 +1,4 @@
-"""The optimizer: the published one, what it must be able to do, and clipping."""
+"""The optimizer: the published settings, checks of other optimizers, and clipping."""
 
 from __future__ import annotations
 
@@ -18,11 +18,15 @@ def adamw(parameters: Any) -> torch.optim.Optimizer:
 
 
 def check_optimizer(optimizer: Optimizer, scheduler: object, scaler: GradScaler | None) -> None:
-    """A merged gradient can be written before its step, and its learning rate goes by steps."""
+    """Check that a merged gradient can be written before the step, and that the schedule counts optimizer steps.
+
+    Raises:
+        ValueError: The optimizer is fused while a loss scaler is in use, or the scheduler is ReduceLROnPlateau.
+    """
     if scaler is not None and getattr(optimizer, "_step_supports_amp_scaling", False):
         raise ValueError(
-            "`optimizer` must not be a fused one with `precision` 16-mixed: it undoes the loss scaling within its step, so "
-            f"that no merged gradient can be written before. Found a fused {type(optimizer).__name__}; use bf16-mixed, or "
+            "`optimizer` must not be a fused one with `precision` 16-mixed: it undoes the loss scaling within its step, and "
+            f"a merged gradient must be written after that. Found a fused {type(optimizer).__name__}; use bf16-mixed, or "
             "`fused: false`."
         )
     if isinstance(scheduler, ReduceLROnPlateau):
@@ -32,6 +36,6 @@ def check_optimizer(optimizer: Optimizer, scheduler: object, scaler: GradScaler 
 
 
 def clip_unscaled(plugin: Precision, optimizer: Optimizer, value: float | None, algorithm: Any = None) -> None:
-    """Clip gradients that no loss scaler has scaled, also of fused optimizers, which Lightning refuses under autocast."""
+    """Clip unscaled gradients, also those of fused optimizers, which Lightning refuses to clip under autocast."""
     if value:
         Precision.clip_gradients(plugin, optimizer, value, algorithm or GradClipAlgorithmType.NORM)

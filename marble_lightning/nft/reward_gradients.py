@@ -1,9 +1,9 @@
-"""Per-reward gradients of one micro-batch: by one autograd pass per reward, or by two whatever their number.
+"""Per-reward gradients of one micro-batch, by one backward pass per reward or by two for any number of rewards.
 
 Each reward's loss is a weighted sum of the same per-sample losses, sum_i (c+_ik L+_i + c-_ik L-_i), and no layer couples
-samples. So one backward pass of sum_i L+_i meets, at every linear layer, all that the gradients of all rewards need: the
-layer's input and the gradient of its output, sample by sample. Weighing the samples by c+_ik there gives every reward's
-share at once; a second pass does the same for L-.
+samples. So in one backward pass of sum_i L+_i, every linear layer has all that the gradients of all rewards need: its
+input and the gradient of its output, for each sample. Weighting the samples by c+_ik there gives the contribution to
+every reward's gradient; a second pass does the same for L-.
 """
 
 from __future__ import annotations
@@ -21,12 +21,13 @@ from marble_lightning.nft.loss import Coefficients
 def gradients_by_passes(
     losses: Float[Tensor, " reward"], parameters: Sequence[nn.Parameter], loss_scale: float = 1.0
 ) -> Float[Tensor, "reward parameter"]:
-    """One autograd pass per reward: the reference, whose time grows with the number of rewards.
+    """One backward pass per reward: the reference method, with a time proportional to the number of rewards.
 
     Args:
-        losses: Loss of each reward, from one graph, which is kept.
+        losses: Loss of each reward; their graph is kept.
         parameters: Trainable parameters, in the order of the flat result.
-        loss_scale: Multiplies losses on the way back, so that half precision does not underflow; undone in the result.
+        loss_scale: Factor of the losses in the backward pass, so that half precision does not underflow; the result is
+            divided by it.
     """
     with torch.autocast(losses.device.type, enabled=False):
         return torch.stack(
@@ -39,44 +40,46 @@ def gradients_by_passes(
 
 
 class LinearTaps:
-    """Per-reward gradients of linear layers in two backward passes, whatever the number of rewards.
+    """Per-reward gradients of linear layers in two backward passes, for any number of rewards.
 
-    While `on`, every forward pass that builds a graph leaves taps in it, identities whose way back tells a layer's input
-    and the gradient of its output. Switch it between micro-batches only: gradient checkpointing runs layers again on the
-    way back and must find them as they were.
+    While `on`, every forward pass with a graph inserts a tap after each linear layer: an identity function (`CaptureGrad`)
+    that captures the layer's input and the gradient of its output in the backward pass. Switch it between micro-batches
+    only: gradient checkpointing runs layers again in the backward pass and needs the same taps there.
 
     Args:
-        module: What is trained.
+        module: The module that is trained.
         parameters: Its trainable parameters, in the order of the flat result.
 
     Raises:
-        ValueError: A parameter is not the weight or bias of an `nn.Linear` of its own.
+        ValueError: A parameter is not the weight or bias of exactly one `nn.Linear`.
     """
 
     def __init__(self, module: nn.Module, parameters: Sequence[nn.Parameter]) -> None:
-        places = {parameter: index for index, parameter in enumerate(parameters)}
+        positions = {parameter: index for index, parameter in enumerate(parameters)}
         self.sizes = [parameter.numel() for parameter in parameters]
         self.layers: list[tuple[nn.Module, int | None, int | None]] = []
-        found: set[nn.Parameter] = set()
+        covered: set[nn.Parameter] = set()
         for layer in module.modules():
-            own = {parameter for parameter in layer.parameters(recurse=False) if parameter in places}
-            if own and type(layer).forward is nn.Linear.forward and not own & found:
+            trained = {parameter for parameter in layer.parameters(recurse=False) if parameter in positions}
+            if trained and type(layer).forward is nn.Linear.forward and not trained & covered:
                 named = dict(layer.named_parameters(recurse=False))
-                weight, bias = (places[named[name]] if named.get(name) in own else None for name in ("weight", "bias"))
+                weight, bias = (
+                    positions[named[name]] if named.get(name) in trained else None for name in ("weight", "bias")
+                )
                 self.layers.append((layer, weight, bias))
-                found |= own
-        if missed := set(parameters) - found:
-            names = sorted(name for name, parameter in module.named_parameters() if parameter in missed)
+                covered |= trained
+        if missing := set(parameters) - covered:
+            names = sorted(name for name, parameter in module.named_parameters() if parameter in missing)
             raise ValueError(
                 "`gradient_passes: two` needs every trainable parameter to be the weight or bias of one nn.Linear. Found "
-                f"{len(missed)} that are not, such as {names[0] if names else 'one outside the module'}; "
+                f"{len(missing)} that are not, such as {names[0] if names else 'one outside the module'}; "
                 "set `gradient_passes: per_reward`."
             )
 
         self.on = True
         self.anchor = torch.zeros((), requires_grad=True)
         self.parts: list[Tensor] | None = None
-        """What is being gathered, a part of the result per parameter; None in the backward pass of any other loss."""
+        """Columns of the result for each parameter, which the backward pass adds to; None outside `gradients`."""
         for layer, weight, bias in self.layers:
             layer.register_forward_hook(self._hook(weight, bias))
 
@@ -86,7 +89,7 @@ class LinearTaps:
                 return output
             if self.anchor.device != output.device:
                 self.anchor = torch.zeros((), requires_grad=True, device=output.device)
-            return CaptureGrad.apply(output, as_multiplied(inputs[0]), self.anchor, self, weight, bias)
+            return CaptureGrad.apply(output, to_autocast_dtype(inputs[0]), self.anchor, self, weight, bias)
 
         return hook
 
@@ -100,10 +103,11 @@ class LinearTaps:
         """Gradients of every reward's loss; the graph is kept.
 
         Args:
-            plus: L+ of each sample, from a forward pass while this was on.
-            minus: L- of each sample, from the same.
-            coefficients: What they count for in each reward's loss.
-            loss_scale: Multiplies losses on the way back, so that half precision does not underflow; undone in the result.
+            plus: L+ of each sample, from a forward pass with the taps `on`.
+            minus: L- of each sample, from the same forward pass.
+            coefficients: Loss coefficients c+ and c- of each sample and reward.
+            loss_scale: Factor of the losses in the backward pass, so that half precision does not underflow; the result is
+                divided by it.
         """
         rewards = coefficients.plus.shape[1]
         total = torch.zeros(rewards, sum(self.sizes), device=plus.device)
@@ -117,7 +121,7 @@ class LinearTaps:
         return total if loss_scale == 1 else total.div_(loss_scale)
 
     def _add(self, inputs: Tensor, gradient: Tensor, weight: int | None, bias: int | None) -> None:
-        """Add what one layer's input and output gradient, sample by sample, mean for every reward."""
+        """Add the gradients of one layer for every reward, from its input and the gradient of its output."""
         if self.parts is None:
             return
         samples, c = len(gradient), self.weights.float()
@@ -130,11 +134,11 @@ class LinearTaps:
 
 
 class RewardGradients:
-    """Every reward's gradient of a micro-batch, (reward, parameter).
+    """Computes the gradients of all rewards of a micro-batch, (reward, parameter).
 
     Args:
-        passes: `two` backward passes, whatever the number of rewards, or one `per_reward`, the reference.
-        module: What is trained.
+        passes: `two` backward passes for any number of rewards, or one `per_reward`, the reference method.
+        module: The module that is trained.
         parameters: Its trainable parameters, in the order of the flat result.
     """
 
@@ -142,14 +146,14 @@ class RewardGradients:
         self.parameters = parameters
         self.taps = LinearTaps(module, parameters) if passes == "two" else None
 
-    def set_capture(self, expected: bool) -> None:
-        """Say whether the next forward pass is for per-reward gradients.
+    def set_capture(self, enabled: bool) -> None:
+        """Set whether the next forward pass captures per-reward gradients.
 
-        They go back through it several times, which compiled code cannot: it runs as written meanwhile.
+        They need several backward passes through one graph, which compiled code does not support, so the pass is eager.
         """
-        torch.compiler.set_stance("force_eager" if expected else "default")
+        torch.compiler.set_stance("force_eager" if enabled else "default")
         if self.taps:
-            self.taps.on = expected
+            self.taps.on = enabled
 
     def __call__(
         self,
@@ -158,7 +162,7 @@ class RewardGradients:
         coefficients: Coefficients,
         scaler: torch.amp.GradScaler | None,
     ) -> Float[Tensor, "reward parameter"]:
-        """Gradients of every reward's loss; the graph of L+ and L-, from a pass that was expected, is kept."""
+        """Gradients of every reward's loss; the graph of L+ and L-, from a pass with capture enabled, is kept."""
         loss_scale = 1.0 if scaler is None else scaler.get_scale()
         if self.taps:
             return self.taps.gradients(plus, minus, coefficients, loss_scale)
@@ -166,35 +170,35 @@ class RewardGradients:
 
 
 class CaptureGrad(torch.autograd.Function):
-    """The identity, which on the way back tells its owner a layer's input and the gradient of its output."""
+    """The identity; its backward pass gives a layer's input and the gradient of its output to the `LinearTaps`."""
 
     @staticmethod
     def forward(
         ctx: Any, output: Tensor, inputs: Tensor, anchor: Tensor, taps: LinearTaps, weight: int | None, bias: int | None
     ) -> Tensor:
         ctx.save_for_backward(inputs)
-        ctx.taps, ctx.places = taps, (weight, bias)
+        ctx.taps, ctx.positions = taps, (weight, bias)
         return output.view_as(output)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Any:
-        ctx.taps._add(*ctx.saved_tensors, gradients[0], *ctx.places)
+        ctx.taps._add(*ctx.saved_tensors, gradients[0], *ctx.positions)
         return gradients[0], None, None, None, None, None
 
 
-def as_multiplied(inputs: Tensor) -> Tensor:
-    """A linear layer's input in the precision it is multiplied in: autocast's where that is on, to keep half the bytes."""
-    kind = inputs.device.type
-    return inputs.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else inputs
+def to_autocast_dtype(inputs: Tensor) -> Tensor:
+    """A linear layer's input in autocast's precision, if autocast is enabled: half the bytes are kept."""
+    device_type = inputs.device.type
+    return inputs.to(torch.get_autocast_dtype(device_type)) if torch.is_autocast_enabled(device_type) else inputs
 
 
 def flat(tensors: Sequence[Tensor]) -> Float[Tensor, " parameter"]:
-    """Tensors as one vector, in float32."""
+    """Tensors as one flat vector in float32."""
     return torch.cat([tensor.detach().float().reshape(-1) for tensor in tensors])
 
 
 def add_flat(gradient: Float[Tensor, " parameter"], parameters: Sequence[nn.Parameter]) -> None:
-    """Add a flat gradient to what the parameters have gathered."""
+    """Add a flat gradient to the parameters' `grad`."""
     pieces = gradient.split([parameter.numel() for parameter in parameters])
     for parameter, piece in zip(parameters, pieces, strict=True):
         piece = piece.view_as(parameter).to(parameter.dtype)
@@ -202,11 +206,11 @@ def add_flat(gradient: Float[Tensor, " parameter"], parameters: Sequence[nn.Para
 
 
 class MergedGradient:
-    """A refresh's merged gradient between its solution and the optimizer step.
+    """Holds a refresh's merged gradient from its solution until the optimizer step.
 
-    It is solved for in `training_step`, and written only when Lightning is about to step. Written at once, it would be
-    erased where Lightning zeroes the gradients, between a step's first forward and backward pass, and divided by a loss
-    scale that it was never multiplied by.
+    The gradient is computed in `training_step` and written just before Lightning steps. If it were written at once,
+    Lightning would zero it between the step's first forward and backward pass, and would divide it by a loss scale that it
+    was not multiplied by.
     """
 
     def __init__(self) -> None:
@@ -217,11 +221,11 @@ class MergedGradient:
         self.gradient = gradient
 
     def added_to(self, update: Float[Tensor, " parameter"]) -> Float[Tensor, " parameter"]:
-        """An update with what is held."""
+        """The sum of an update and the held gradient."""
         return update if self.gradient is None else update + self.gradient
 
     def write(self, parameters: Sequence[nn.Parameter]) -> None:
-        """Add what is held to the parameters' `grad`, and let go of it."""
+        """Add the held gradient to the parameters' `grad`, and free it."""
         if self.gradient is not None:
             add_flat(self.gradient, parameters)
             self.gradient = None

@@ -1,4 +1,4 @@
-"""A round: images sampled with the old policy, what their scores weigh, and micro-batches cut out of them."""
+"""A round: images sampled with the old adapter, their loss coefficients, and the micro-batches made of them."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ from marble_lightning.utils.seeds import generator
 class Rollout:
     """The images of one round on this rank, in groups of k per prompt.
 
-    `latents` (image, ...) are the clean latents; `conditions` one row per distinct prompt; `groups` (image,) points
-    into it.
+    `latents` (image, ...) are the clean latents. `conditions` has one row per distinct prompt. `groups` (image,) is the
+    row of each image's prompt in `conditions`.
     """
 
     conditions: Conditions
@@ -45,20 +45,20 @@ class MicroBatch:
 
     @property
     def noisy(self) -> Float[Tensor, "batch *latent"]:
-        """x_t, what the policy sees."""
+        """x_t, the input of the policy."""
         return noised(self.clean, self.noise, self.t)
 
 
 @dataclass(frozen=True)
 class Plan:
-    """How a round becomes micro-batches.
+    """How a round is split into micro-batches.
 
     Args:
         images: Images of the round on this rank.
-        times: Flow times used of each image in an inner epoch.
+        times: Number of flow times of each image in an inner epoch.
         batch_size: Images of a micro-batch.
         optimizer_steps: Optimizer steps of an inner epoch.
-        inner_epochs: How often all images are trained on.
+        inner_epochs: Passes over all images of the round.
     """
 
     images: int
@@ -97,58 +97,58 @@ def compute_coefficients(
     trainer: Trainer,
     scoring: Scoring = Scoring(),
 ) -> list[Coefficients]:
-    """From this rank's scores to its images' coefficients in each inner epoch, with statistics over all ranks.
+    """Loss coefficients of this rank's images in each inner epoch, with statistics over all ranks.
 
     Args:
-        scores: Reward of each image, NaN where it does not apply.
+        scores: Rewards of each image, NaN where a reward does not apply.
         groups: Index of each image's prompt on this rank; ranks share no prompt.
-        balancer: May merge rewards before advantages exist, or the advantages; None keeps every reward apart.
+        balancer: May merge the rewards or the advantages; None merges neither.
         objective: Settings of the loss.
-        plan: Which images fall into which optimizer step, with `keys`.
+        plan: Assigns images to optimizer steps, together with `keys`.
         keys: Seed of each inner epoch's order.
-        trainer: Its strategy gathers and sums over ranks.
-        scoring: What happens where a balancer's merged rewards or advantages are infinite.
+        trainer: Its strategy gathers and averages over ranks.
+        scoring: Settings for infinite values among a balancer's merged rewards or advantages.
 
     Raises:
-        RewardError: They are, and `scoring` does not allow it; on all ranks.
+        RewardError: A merged value is infinite, and `scoring` does not allow it; raised on all ranks.
     """
     strategy, rank = trainer.strategy, trainer.global_rank
     groups = groups + rank * (int(groups.max()) + 1)
-    everyone, all_groups = (strategy.all_gather(part).reshape(-1, *part.shape[1:]) for part in (scores, groups))
-    merged = everyone
+    all_scores, all_groups = (strategy.all_gather(part).reshape(-1, *part.shape[1:]) for part in (scores, groups))
+    merged = all_scores
     if balancer:
-        merged = balancer.merge_rewards(everyone, ~everyone.isnan())
-        names = balancer.reward_names if merged.shape == everyone.shape else balancer.names
-        merged = only_finite(merged, everyone, names, scoring)
+        merged = balancer.merge_rewards(all_scores, ~all_scores.isnan())
+        names = balancer.reward_names if merged.shape == all_scores.shape else balancer.names
+        merged = only_finite(merged, all_scores, names, scoring)
     advantages = group_advantages(merged, all_groups, objective.advantage_std)
     if balancer:
-        advantages = only_finite(balancer.merge_advantages(advantages), everyone, balancer.names, scoring)
+        advantages = only_finite(balancer.merge_advantages(advantages), all_scores, balancer.names, scoring)
     advantages = apply_advantage_mode(advantages[rank * len(scores) : (rank + 1) * len(scores)], objective.advantage_mode)
 
-    weighed = []
+    per_inner_epoch = []
     for key in keys:
         plus, minus = torch.empty_like(advantages), torch.empty_like(advantages)
         for step in image_order(plan, key).chunk(plan.optimizer_steps):
             counts = plan.times * (~advantages[step].isnan()).sum(0).float()
             counts = strategy.reduce(counts, reduce_op="mean")  # not the sum: gradients are averaged over ranks
             plus[step], minus[step] = coefficients(advantages[step], counts, objective.beta, objective.max_advantage)
-        weighed.append(Coefficients(plus, minus))
-    return weighed
+        per_inner_epoch.append(Coefficients(plus, minus))
+    return per_inner_epoch
 
 
 def micro_batches(
     rollout: Rollout, weighed: Coefficients, grid: Float[Tensor, " step"], plan: Plan, key: Sequence[int | str]
 ) -> Iterator[MicroBatch]:
-    """Cut an inner epoch into micro-batches: images in random order, each at `plan.times` distinct times of the grid.
+    """Split an inner epoch into micro-batches: images in random order, each at `plan.times` distinct times of the grid.
 
-    An optimizer step meets all its images at their first time, then at their second, and so on, so that an estimate from
-    its first micro-batches sees many images.
+    An optimizer step takes all its images at their first time, then all at their second, and so on. So an estimate from
+    its first micro-batches covers many images.
 
     Args:
         rollout: The round.
         weighed: Coefficients of each image, already normalised over its optimizer step.
         grid: Flow times to draw from, in (0, 1].
-        plan: Sizes.
+        plan: Sizes of the micro-batches and optimizer steps.
         key: Seed of order, times and noise.
     """
     device = rollout.latents.device
@@ -161,7 +161,7 @@ def micro_batches(
             noise = torch.randn(clean.shape, generator=draws, pin_memory=device.type == "cuda")
             yield MicroBatch(
                 clean=clean,
-                noise=noise.to(device, non_blocking=True),  # or the host would wait for the device to catch up
+                noise=noise.to(device, non_blocking=True),  # otherwise the host would wait for the device
                 t=times[chosen, column],
                 conditions=rollout.conditions[rollout.groups[chosen]],
                 coefficients=Coefficients(weighed.plus[chosen], weighed.minus[chosen]),
@@ -169,11 +169,11 @@ def micro_batches(
 
 
 class MicroBatches:
-    """A round's micro-batches as a data loader: their number is known before the round is sampled.
+    """A round's micro-batches as a data loader with a length that is known before the round is sampled.
 
     Args:
         number: Micro-batches of a round.
-        cut: Cuts the round at hand, once it is there.
+        cut: Splits the sampled round into micro-batches.
     """
 
     def __init__(self, number: int, cut: Callable[[], Iterator[MicroBatch]]) -> None:
@@ -183,9 +183,9 @@ class MicroBatches:
         return self.number
 
     def __iter__(self) -> Iterator[MicroBatch]:
-        yield from self.cut()  # lazily: Lightning asks for the first round's iterator before it is sampled
+        yield from self.cut()  # lazily: Lightning requests the iterator before the first round is sampled
 
 
 def image_order(plan: Plan, key: Sequence[int | str]) -> Int[Tensor, " image"]:
-    """The order in which a round's images are trained on; optimizer step s takes the s-th part of it."""
+    """The random order of a round's images; optimizer step s takes its s-th part."""
     return torch.randperm(plan.images, generator=generator(*key, "order"))

@@ -1,4 +1,4 @@
-"""A round as it is sampled: images of the old policy, scored while the next ones are sampled."""
+"""Sampling of a round: the old adapter samples images, which are scored while the next ones are sampled."""
 
 from __future__ import annotations
 
@@ -26,15 +26,15 @@ from marble_lightning.utils.validation import require, require_one_of
 
 @dataclass(frozen=True)
 class Sampling:
-    """How a round's images are sampled and which of its flow times are trained on.
+    """Settings of the sampling of a round, and of the flow times that are trained on.
 
     Args:
         steps: Solver steps of a rollout, >= 1.
-        solver: `dpm2` (DPM-Solver++ 2M) or `euler`; one network evaluation a step either way.
+        solver: `dpm2` (DPM-Solver++ 2M) or `euler`; both need one network evaluation per step.
         batch_size: Images sampled at once, >= 1.
-        times_per_image: Times of the rollout that each image is trained on, its own, drawn anew each round; null takes
-            all. The published run takes 24 of 25 (its `timestep_fraction` of 0.99).
-        noisiest_fraction: Share (0, 1] of the rollout's times, from the noisiest, that are drawn from.
+        times_per_image: Number of the rollout's times that each image is trained on, drawn for each image and each round;
+            null takes all. The published run takes 24 of 25 (its `timestep_fraction` of 0.99).
+        noisiest_fraction: Share (0, 1] of the rollout's times, from the noisiest, from which the times are drawn.
     """
 
     steps: int = 25
@@ -59,20 +59,21 @@ class Sampling:
 
     @property
     def usable_times(self) -> int:
-        """Times of the grid that are drawn from."""
-        return int(self.noisiest_fraction * self.steps + 1e-9)  # 0.58 * 50 is a rounding below 29
+        """Number of times of the grid from which the times of an image are drawn."""
+        return int(self.noisiest_fraction * self.steps + 1e-9)  # 0.58 * 50 is slightly below 29
 
     @property
     def times(self) -> int:
-        """Times trained on per image."""
+        """Number of times that each image is trained on."""
         return self.usable_times if self.times_per_image is None else self.times_per_image
 
 
 class ScoredRollout(NamedTuple):
-    """A round on this rank as it was sampled.
+    """A sampled and scored round on this rank.
 
-    `images` (image, 3, pixel, pixel) in [0, 1]; `scores` (image, reward), NaN where there is none; `skipped` says how many
-    images each reward failed on, over all ranks; `waited` the seconds that scores took when all was sampled.
+    `images` (image, 3, pixel, pixel) are in [0, 1]. `scores` (image, reward) are NaN where there is none. `skipped` is the
+    number of images that each reward failed on, over all ranks. `waited` is the time from the last sampled image to the
+    last score, in seconds.
     """
 
     rollout: Rollout
@@ -83,7 +84,7 @@ class ScoredRollout(NamedTuple):
 
 
 def key_of(trainer: Trainer, seed: int, purpose: str) -> tuple[int | str, ...]:
-    """What seeds one purpose of this round on this rank."""
+    """Seed of one purpose in this round on this rank."""
     return seed, trainer.current_epoch, trainer.global_rank, purpose
 
 
@@ -96,49 +97,49 @@ def sample_round(
     finite: Finite,
     seed: int,
 ) -> ScoredRollout:
-    """Sample the k images of each distinct prompt, encoded once, with the old adapter, scoring them meanwhile.
+    """Sample k images of each distinct prompt with the old adapter, and score each batch while the next is sampled.
 
     Args:
-        trainer: Whose round it is.
-        policy: Samples.
-        scorer: Scores.
-        names: Rewards that score.
-        sampling: How.
-        finite: Takes note of latents and images that are not finite.
-        seed: Of prompts and noise: the run's for the round to train on, another for an independent one.
+        trainer: The trainer, with the index of the round, the rank and the data module.
+        policy: The model that samples.
+        scorer: Runs the rewards.
+        names: Rewards that score the images.
+        sampling: Settings of the sampling.
+        finite: Records latents and images that are not finite.
+        seed: Seed of prompts and noise: the run's for the round that is trained on, another for an independent round.
 
     Raises:
-        Diverged: Images are not finite; on all ranks.
-        RewardError: A reward failed; on all ranks, whichever it was.
+        Diverged: Images are not finite; raised on all ranks.
+        RewardError: A reward failed on any rank; raised on all ranks.
     """
-    scorer.release()  # Lightning put them there, and text encoders need the room
+    scorer.release()  # Lightning has moved the rewards to the device, and the text encoders need the memory
     data = get_datamodule(trainer)
     prompts = data.round(seed, trainer.current_epoch, trainer.global_rank, trainer.world_size)
     conditions = policy.encode([prompt.text for prompt in prompts])
     groups = torch.arange(len(prompts)).repeat_interleave(data.images_per_prompt)
     latents, side, device = [], policy.resolution, policy.device
-    images = torch.empty(len(groups), 3, side, side, device=device)  # to be filled: there is no room for them twice
+    images = torch.empty(len(groups), 3, side, side, device=device)  # filled in place, since a second copy would not fit
     for chunk in progress(trainer, torch.arange(len(groups)).split(sampling.batch_size), "sampling"):
         end_if_asked(trainer)
         noise = [generator(*key_of(trainer, seed, "rollout"), index) for index in chunk.tolist()]
-        own = groups[chunk]
-        with trainer.precision_plugin.forward_context():  # as in training, so that the loss sees its own policy
-            sampled = policy.sample(conditions[own.to(device)], noise, "old", steps=sampling.steps, solver=sampling.solver)
+        rows = groups[chunk]
+        with trainer.precision_plugin.forward_context():  # as in training, where the old velocities are computed again
+            sampled = policy.sample(conditions[rows.to(device)], noise, "old", steps=sampling.steps, solver=sampling.solver)
         latents.append(sampled)
-        drawn = images[chunk[0] : chunk[-1] + 1].copy_(policy.decode(sampled))
-        finite.note(sampled, drawn)
-        scorer.submit(drawn, [prompts[group] for group in own.tolist()], names)
-    sampled_all = time.perf_counter()
+        decoded = images[chunk[0] : chunk[-1] + 1].copy_(policy.decode(sampled))
+        finite.note(sampled, decoded)
+        scorer.submit(decoded, [prompts[row] for row in rows.tolist()], names)
+    sampling_ended = time.perf_counter()
     scores = scorer.collect(lambda jobs: progress(trainer, jobs, "scoring"))
-    waited = time.perf_counter() - sampled_all
-    end_if_asked(trainer)  # some scores may have been given up
+    waited = time.perf_counter() - sampling_ended
+    end_if_asked(trainer)  # scores may be incomplete after a request to stop
     finite.check_pictures(trainer.strategy, trained=trainer.global_step > 0)
     skipped = scorer.check(trainer.strategy)
     scorer.release()
     return ScoredRollout(Rollout(conditions, groups.to(device), torch.cat(latents)), images, scores, skipped, waited)
 
 
-def progress(trainer: Trainer, iterable: Any, doing: str) -> Any:
-    """A bar for a part of a round, where the trainer shows any."""
+def progress(trainer: Trainer, iterable: Any, task: str) -> Any:
+    """Wrap an iterable in a progress bar for one task of a round, if the trainer shows progress bars."""
     silent = not trainer.is_global_zero or trainer.progress_bar_callback is None
-    return tqdm(iterable, f"Round {trainer.current_epoch}: {doing}", leave=False, dynamic_ncols=True, disable=silent)
+    return tqdm(iterable, f"Round {trainer.current_epoch}: {task}", leave=False, dynamic_ncols=True, disable=silent)

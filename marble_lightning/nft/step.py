@@ -1,4 +1,4 @@
-"""What a training step computes of one micro-batch: the loss, or on a refresh the gradients of all rewards."""
+"""The training step of one micro-batch: the loss, or on a refresh the gradients of all rewards."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from marble_lightning.policies.base import Adapter, FlowPolicy
 
 
 class TrainingStep:
-    """The scalarised loss of a micro-batch, or on a refresh its per-reward gradients; the KL term beside either.
+    """Computes the scalarised loss of a micro-batch, or on a refresh its per-reward gradients; both with the KL term.
 
     Args:
-        policy: The model that learns.
+        policy: The model that is trained.
         objective: The NFT loss.
-        trainable: Its parameters that learn.
-        gradient_passes: How per-reward gradients are taken, see `RewardGradients`.
+        trainable: The policy's trainable parameters.
+        gradient_passes: How per-reward gradients are computed, see `RewardGradients`.
 
     Source: DiffusionNFT, arXiv 2509.16117; MARBLE, arXiv 2605.06507, algorithm 1.
     """
@@ -42,7 +42,11 @@ class TrainingStep:
 
     @cached_property
     def per_reward(self) -> RewardGradients:
-        """Takes per-reward gradients; raises ValueError where they cannot be had."""
+        """Computes per-reward gradients.
+
+        Raises:
+            ValueError: `gradient_passes` does not support a trainable parameter.
+        """
         return RewardGradients(self.gradient_passes, self.policy.transformer, self.trainable)
 
     def __call__(
@@ -53,44 +57,47 @@ class TrainingStep:
         reduce: Callable[[Tensor], Tensor],
         scaler: GradScaler | None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """What `training_step` returns, and what it logs.
+        """Compute the loss that `training_step` returns, and the values that it logs.
 
         Args:
             batch: Some images, each at one flow time.
             balancer: Merges the rewards.
             per_step: Micro-batches of an optimizer step.
-            reduce: Means over ranks.
-            scaler: Of the loss, in half precision.
+            reduce: Averages a tensor over the ranks.
+            scaler: The loss scaler in half precision, or None.
+
+        Returns:
+            The loss, and the values to log by name.
         """
         if balancer.needs_gradients:
             self.per_reward.set_capture(balancer.wants_gradients)
         velocity = self.velocity(batch, "trained")
         plus, minus = self.sample_losses(batch, velocity)
         losses = batch.coefficients.losses(plus, minus)
-        shown = {"loss": losses.detach().sum() * per_step}
-        weighted_kl = self._nothing()
+        logged = {"loss": losses.detach().sum() * per_step}
+        weighted_kl = self._zero_loss()
         if self.objective.kl_weight:
             kl = (velocity - self.velocity(batch, None)).square().mean()
-            shown["kl"], weighted_kl = kl.detach(), self.objective.kl_weight * kl
+            logged["kl"], weighted_kl = kl.detach(), self.objective.kl_weight * kl
 
         if balancer.wants_gradients:
             balancer.add_gradients(self.per_reward(plus, minus, batch.coefficients, scaler))
             overflow = False
             if not balancer.wants_gradients:
                 self.merged.hold(balancer.solve(reduce, loss_scaled=scaler is not None))
-                # A scaler only sees this loss: where a gradient did not fit half precision, it must skip the step
+                # The scaler checks only this loss: if a per-reward gradient overflowed, it must skip the step
                 overflow = balancer.any_gradient_overflowed
-            return weighted_kl * (torch.inf if overflow else 1.0), shown
+            return weighted_kl * (torch.inf if overflow else 1.0), logged
         weights = balancer.loss_weights.to(losses, non_blocking=True)
-        # Lightning divides by the micro-batches of a step; the coefficients already count over all of them
-        return (weights * losses).sum() * per_step + weighted_kl, shown
+        # Lightning divides by the micro-batches of a step, but the coefficients are already normalised over the step
+        return (weights * losses).sum() * per_step + weighted_kl, logged
 
-    def _nothing(self) -> Tensor:
-        """Zero, whose gradient is zero for every parameter: DistributedDataParallel waits for all of them."""
+    def _zero_loss(self) -> Tensor:
+        """A zero loss with a zero gradient for every parameter, since DistributedDataParallel waits for all of them."""
         return torch.stack([(parameter * 0).sum() for parameter in self.trainable]).sum()
 
     def velocity(self, batch: MicroBatch, adapter: Adapter | None) -> Tensor:
-        """v(x_t, t) of an adapter, or without any; with a graph for the trained one only."""
+        """v(x_t, t) with one adapter, or with none; with a graph for the trained adapter only."""
         with torch.set_grad_enabled(adapter == "trained"), self.policy.use_adapter(adapter):
             return self.policy.velocity(batch.noisy, batch.t, batch.conditions)
 
