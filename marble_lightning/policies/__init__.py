@@ -1,5 +1,8 @@
-"""Flow-matching policies: `FlowPolicy` is what a base model has to offer, `SD3Policy` is Stable Diffusion 3. LoRA files are
-read, written and exported here."""
+"""Flow-matching policies and LoRA files.
+
+`FlowPolicy` is the interface that a base model implements, `SD3Policy` is Stable Diffusion 3. LoRA files are read, written
+and exported here.
+"""
 
 from marble_lightning.policies.averaging import Averaging
 from marble_lightning.policies.base import FlowPolicy

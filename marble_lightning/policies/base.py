@@ -1,4 +1,4 @@
-"""What training and evaluation ask of a text-to-image flow model, and the three LoRA adapters that any such model has."""
+"""The interface of a text-to-image flow model for training and evaluation, and its three LoRA adapters."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from marble_lightning.utils.seeds import derived_seed
 
 Adapter = Literal["trained", "old", "ema"]
 ADAPTERS: tuple[Adapter, ...] = ("trained", "old", "ema")
-"""`trained` learns, `old` samples the rollouts, `ema` is the average that is evaluated and exported."""
+"""`trained` is trained, `old` samples the rollouts, `ema` is the average that is evaluated and exported."""
 
 
 def is_adapter(name: str) -> bool:
@@ -42,7 +42,7 @@ class Conditions:
 
 
 def joined(rows: Sequence[Conditions], device: torch.device) -> Conditions:
-    """Batches of encoded prompts as one, on a device."""
+    """Batches of encoded prompts joined into one batch on a device."""
     embeds, pooled = (torch.cat([getattr(row, part).to(device) for row in rows]) for part in ("embeds", "pooled"))
     return Conditions(embeds, pooled)
 
@@ -50,16 +50,17 @@ def joined(rows: Sequence[Conditions], device: torch.device) -> Conditions:
 class FlowPolicy(nn.Module, ABC):
     """A text-to-image flow model with a frozen base and the LoRA adapters `trained`, `old` and `ema`.
 
-    The seam for another model: a subclass loads it and answers the abstract methods, and nothing else of the project knows
-    which model it is. Images are latents of any shape (B, ...); flow time t runs from 1, noise, to 0, an image, along
-    x_t = (1 - t) x_0 + t eps, and velocity is d x_t / d t = eps - x_0.
+    For another model, write a subclass that loads it and implements the abstract methods; the rest of the project does not
+    depend on the model. Latents have any shape (B, ...). Flow time t runs from 1 (noise) to 0 (image) along
+    x_t = (1 - t) x_0 + t eps, and the velocity is d x_t / d t = eps - x_0.
 
     Args:
-        path: Where the model is loaded from.
-        revision: Which version of it, or None.
+        path: Folder or hub id from which the model is loaded.
+        revision: Revision of a hub id, or None.
         rank: LoRA rank, >= 1.
         alpha: LoRA alpha; the update is scaled by alpha / rank.
-        targets: Linear layers of `transformer` that get a LoRA: those whose name is, or ends with a dot and, one of these.
+        targets: Linear layers of `transformer` that get a LoRA: a layer's name is one of these, or ends with a dot and one
+            of these.
     """
 
     transformer: Any
@@ -67,9 +68,9 @@ class FlowPolicy(nn.Module, ABC):
     resolution: int
     """Side of the images in pixels."""
     adapter: Adapter | None = "ema"
-    """The adapter that is judged; with None there are no adapters, and the base is judged."""
+    """The adapter that is evaluated; with None there are no adapters, and the base model is evaluated."""
     init_lora: str | None = None
-    """What the adapters start as, where that is not the base."""
+    """The LoRA that the adapters start from; None starts them at the base model."""
     _in_use = False
 
     def __init__(self, path: str, revision: str | None, rank: int, alpha: float, targets: Sequence[str]) -> None:
@@ -83,43 +84,43 @@ class FlowPolicy(nn.Module, ABC):
         self.path, self.revision = path, revision
         self.rank, self.alpha, self.targets = rank, alpha, tuple(targets)
 
-    # For a model to answer ------------------------------------------------------------------------------------------
+    # Methods that a subclass implements -----------------------------------------------------------------------------
 
     @abstractmethod
     def setup(self, seed: int) -> None:
-        """Load the model, freeze it and add the adapters; the same seed gives the same ones. Called often, works once.
+        """Load the model, freeze it and add the adapters, equal for equal seeds. Only the first call has an effect.
 
         Raises:
-            ValueError: The model is not one that this class can train.
+            ValueError: This class cannot train the model.
         """
 
     def check(self) -> None:
-        """Refuse settings that can be refused before any weight loads. Default: nothing."""
+        """Check the settings that can be checked before any weight loads. Default: no check."""
 
     @abstractmethod
     def check_resolution(self, name: str, resolution: int) -> None:
-        """Refuse images of a size that the model cannot draw, before any weight loads.
+        """Check that the model can generate images of a size, before any weight loads.
 
         Args:
-            name: Of the setting.
-            resolution: Side in pixels.
+            name: Name of the setting, for the error message.
+            resolution: Side of the images in pixels.
 
         Raises:
-            ValueError: With the sizes that it can.
+            ValueError: The model cannot; the message names the sizes that it can generate.
         """
 
     @property
     @abstractmethod
     def max_prompt_tokens(self) -> int:
-        """Tokens that are read of a prompt, as `truncated_prompts` counts them."""
+        """Maximum number of tokens of a prompt before it is truncated, as `truncated_prompts` counts them."""
 
     @abstractmethod
     def truncated_prompts(self, texts: Iterable[str]) -> list[str]:
-        """Those texts whose end the model does not read."""
+        """The texts that the model truncates."""
 
     @abstractmethod
     def encode(self, texts: Sequence[str]) -> Conditions:
-        """Encode prompts, on the transformer's device, without a graph. What a prompt becomes depends on it alone."""
+        """Encode prompts on the transformer's device, without a graph. Other prompts do not affect an encoding."""
 
     @abstractmethod
     def sample(
@@ -139,48 +140,53 @@ class FlowPolicy(nn.Module, ABC):
         Args:
             conditions: Encoded prompts, one per image.
             generators: CPU generators of the initial noise.
-            adapter: Adapter to sample with; None samples the base.
-            steps: Steps of the solver, which visits `sigmas(steps)`.
+            adapter: Adapter to sample with; None samples with the base model.
+            steps: Steps of the solver, at the flow times `sigmas(steps)`.
             solver: `dpm2` or `euler`.
-            guidance: Classifier-free guidance scale; 1 is none.
-            unconditional: The encoded empty prompt (batch of one), needed where guidance > 1.
-            resolution: Side of the images in pixels; None for the policy's.
+            guidance: Scale of classifier-free guidance; 1 disables it.
+            unconditional: The encoded empty prompt (batch of one), required if guidance > 1.
+            resolution: Side of the images in pixels; None for the policy's resolution.
         """
 
     @abstractmethod
     def decode(self, latents: Float[Tensor, "batch *latent"]) -> Float[Tensor, "batch 3 pixel pixel"]:
-        """Images in [0, 1], float32, of latents."""
+        """Decode latents to images in [0, 1], float32."""
 
     @abstractmethod
     def velocity(
         self, noisy: Float[Tensor, "batch *latent"], t: Float[Tensor, " batch"], conditions: Conditions
     ) -> Float[Tensor, "batch *latent"]:
-        """Velocity at x_t of the adapter in use; t in (0, 1]. Float32, with a graph where gradients are on."""
+        """Velocity at x_t with the adapter in use; t in (0, 1]. Float32, with a graph if gradients are enabled."""
 
     @abstractmethod
     def sigmas(self, steps: int) -> Float[Tensor, " step"]:
-        """Flow times a rollout of that many steps visits, from 1 down, without the final 0."""
+        """Flow times of a rollout with `steps` steps, in descending order from 1, without the final 0."""
 
     # Adapters -------------------------------------------------------------------------------------------------------
 
     def add_adapters(self, seed: int, start: Lora | None = None) -> None:
-        """Give the transformer its adapters, all equal and in float32, of which `trained` is in use and trainable.
+        """Add the three adapters to the transformer, equal and in float32; `trained` is in use and trainable.
 
         Args:
-            seed: Seed of A, where they start at the base: with B zero.
-            start: What they start as instead.
+            seed: Seed of the matrices A if the adapters start at the base model, with B zero.
+            start: The LoRA that the adapters start from instead.
+
+        Raises:
+            ValueError: A target names no linear layer of the transformer, or `start` does not fit.
         """
         config = LoraConfig(
             r=self.rank, lora_alpha=self.alpha, init_lora_weights="gaussian", target_modules=list(self.targets)
         )
         with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="Already found a `peft_config`")  # three adapters are the point
+            warnings.filterwarnings("ignore", message="Already found a `peft_config`")  # three adapters are intended
             torch.manual_seed(derived_seed(seed, "lora"))
             for name in ADAPTERS if self.adapter else ():
                 self.transformer.add_adapter(config, name)
         layers = {name: module for name, module in self.transformer.named_modules() if isinstance(module, LoraLayer)}
         if unknown := [
-            own for own in self.targets if self.adapter and not any(f".{name}".endswith(f".{own}") for name in layers)
+            target
+            for target in self.targets
+            if self.adapter and not any(f".{name}".endswith(f".{target}") for name in layers)
         ]:
             raise ValueError(
                 f"`policy.targets` must name linear layers of the transformer. Found no {unknown[0]!r} in {self.path}."
@@ -198,12 +204,12 @@ class FlowPolicy(nn.Module, ABC):
 
     @property
     def identity(self) -> dict[str, str | int | None]:
-        """What its images depend on besides adapters and sampling, by name: the model; a subclass adds what it must."""
+        """Settings that its images depend on besides adapters and sampling, by name; a subclass adds its own."""
         return {"model": self.path, "revision": self.revision}
 
     @property
     def lora(self) -> dict[str, object]:
-        """What a checkpoint's adapters must have been trained with to fit."""
+        """LoRA settings, which must equal those of a checkpoint that is loaded."""
         return {"rank": self.rank, "alpha": float(self.alpha), "targets": list(self.targets)}
 
     def parameters_of(self, adapter: Adapter) -> list[nn.Parameter]:
@@ -212,24 +218,25 @@ class FlowPolicy(nn.Module, ABC):
 
     @torch.no_grad()
     def lerp_adapter(self, adapter: Adapter, *, towards: Adapter, by: float) -> None:
-        """Move one adapter a share `by` in [0, 1] of the way to another."""
-        for own, goal in zip(self.parameters_of(adapter), self.parameters_of(towards), strict=True):
-            own.lerp_(goal, by)
+        """Interpolate one adapter towards another by a share `by` in [0, 1]."""
+        for parameter, goal in zip(self.parameters_of(adapter), self.parameters_of(towards), strict=True):
+            parameter.lerp_(goal, by)
 
     @contextmanager
     def use_adapter(self, adapter: Adapter | None) -> Iterator[None]:
-        """Run the transformer with one adapter, or with none (the reference policy).
+        """Run the transformer with one adapter, or with none (the base model).
 
-        Where gradients are off and all is float32, the adapter is merged into the weights for as long: the same velocities
-        up to rounding, at the price of the base's. In half precision W + B A would round a small B A away.
+        If gradients are disabled and all weights are float32, the adapter is merged into the weights meanwhile: the
+        velocities are equal up to rounding, at the cost of the base model. In half precision, rounding in W + B A would
+        lose a small B A.
 
         Raises:
-            RuntimeError: One is in use already.
+            RuntimeError: An adapter is already in use.
         """
         if self._in_use:
             raise RuntimeError("`use_adapter` must not be nested: leave one adapter before the next. Found one in use.")
         weights = self._mergeable(adapter)
-        own = [weight.data for weight in weights]
+        unmerged = [weight.data for weight in weights]
         self._in_use = True
         try:
             for layer, weight in zip(self._lora_layers if weights else (), weights, strict=True):
@@ -238,12 +245,12 @@ class FlowPolicy(nn.Module, ABC):
             yield
         finally:
             self._in_use = False
-            for weight, data in zip(weights, own, strict=True):  # subtracting again would leave a rounding behind
+            for weight, data in zip(weights, unmerged, strict=True):  # subtracting the update would add rounding errors
                 weight.data = data
             self._activate("trained")
 
     def _mergeable(self, adapter: Adapter | None) -> list[nn.Parameter]:
-        """The weights to merge an adapter into, one per LoRA layer; none where it must stay apart."""
+        """The weights to merge an adapter into, one per LoRA layer; empty if the adapter must stay separate."""
         half = torch.is_autocast_enabled(self.device.type) or torch.get_float32_matmul_precision() != "highest"
         if adapter is None or half or torch.is_grad_enabled():
             return []
@@ -251,13 +258,13 @@ class FlowPolicy(nn.Module, ABC):
         return weights if all(weight.dtype == torch.float32 for weight in weights) else []
 
     def _activate(self, adapter: Adapter | None) -> None:
-        # peft's own switches also flip requires_grad, which would cut DistributedDataParallel's gradient hooks
+        # peft's own methods also change requires_grad, which would disable DistributedDataParallel's gradient hooks
         for layer in self._lora_layers:
             layer._disable_adapters = adapter is None
             layer._active_adapter = [adapter or "trained"]
 
     @property
     def device(self) -> torch.device:
-        """Where the transformer is."""
-        found: torch.device = self.transformer.device
-        return found
+        """The device of the transformer."""
+        device: torch.device = self.transformer.device
+        return device

@@ -1,4 +1,4 @@
-"""Encoded prompts on disk, so that text encoders run once per prompt and not once per run."""
+"""A cache of encoded prompts on disk, so that text encoders run once per prompt and not once per run."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ from marble_lightning.utils.atomic_files import atomic_write
 from rewards.texts import excerpt
 
 ENDS = 256
-"""Elements from either end of every tensor that tell one set of weights from another."""
+"""Number of elements from either end of every tensor that enter the fingerprint."""
 
 
 def fingerprint(encoders: Mapping[str, nn.Module], *settings: object) -> str:
-    """A name for what text encoders make of a prompt: their tensors' names, shapes, types and ends, and the settings.
+    """Hash of text encoders and settings: names, shapes, types and ends of the encoders' tensors, and the settings.
 
     Args:
-        encoders: By name.
-        settings: Whatever else the encoding depends on.
+        encoders: Text encoders by name.
+        settings: Other values that the encoding depends on.
     """
     digest = hashlib.blake2b(repr(settings).encode(), digest_size=12)
     for encoder, module in encoders.items():
@@ -37,13 +37,13 @@ def fingerprint(encoders: Mapping[str, nn.Module], *settings: object) -> str:
 
 
 class PromptCache:
-    """Encoded prompts, one file each, in a folder named after the encoders that made them.
+    """Encoded prompts, one file each, in a folder named after the fingerprint of the encoders.
 
-    A file is complete as soon as it has its name, so that processes may share the folder.
+    Files are written atomically, so that processes can share the folder.
 
     Args:
-        folder: Where caches are kept.
-        encoders: What `fingerprint` gave.
+        folder: Folder of all caches.
+        encoders: The encoders' `fingerprint`.
     """
 
     def __init__(self, folder: str | Path, encoders: str) -> None:
@@ -51,7 +51,7 @@ class PromptCache:
         self.folder.mkdir(parents=True, exist_ok=True)
 
     def get(self, text: str) -> Conditions | None:
-        """What was kept of a prompt, a batch of one on the CPU; None where nothing was.
+        """The cached encoding of a prompt, a batch of one on the CPU; None if there is none.
 
         Raises:
             ValueError: The file is damaged.
@@ -60,8 +60,8 @@ class PromptCache:
         if not file.exists():
             return None
         try:
-            found = load_file(file)
-            return Conditions(found["embeds"], found["pooled"])
+            tensors = load_file(file)
+            return Conditions(tensors["embeds"], tensors["pooled"])
         except (SafetensorError, KeyError) as error:
             raise ValueError(
                 f"`prompt_cache` must hold whole files. Found a damaged one, {file}, for {excerpt(text)}: {error}; "
@@ -69,11 +69,11 @@ class PromptCache:
             ) from error
 
     def put(self, text: str, encoded: Conditions) -> None:
-        """Keep a prompt's encoding, a batch of one."""
+        """Store a prompt's encoding, a batch of one."""
         file = self._file(text)
         tensors: dict[str, Float[Tensor, "1 ..."]] = {"embeds": encoded.embeds, "pooled": encoded.pooled}
-        with atomic_write(file) as beside:
-            save_file({name: tensor.contiguous().cpu() for name, tensor in tensors.items()}, beside, {"prompt": text})
+        with atomic_write(file) as temporary:
+            save_file({name: tensor.contiguous().cpu() for name, tensor in tensors.items()}, temporary, {"prompt": text})
 
     def _file(self, text: str) -> Path:
         return self.folder / f"{hashlib.blake2b(text.encode(), digest_size=16).hexdigest()}.safetensors"

@@ -1,4 +1,4 @@
-"""A low-rank update of a transformer by itself: without the model it was trained in."""
+"""A low-rank update of a transformer, without the transformer itself."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ class Lora:
     Args:
         tensors: A (rank, in) and B (out, rank) of every layer, as `{layer}.lora_A.weight` and `{layer}.lora_B.weight`.
         rank: Rank of every layer, >= 1.
-        alpha: What the update is scaled by, times the rank.
-        origin: Where it is from, for messages.
+        alpha: LoRA alpha; the update is scaled by alpha / rank.
+        origin: File that it comes from, for error messages.
     """
 
     tensors: Mapping[str, Tensor]
@@ -32,17 +32,17 @@ class Lora:
         return list(dict.fromkeys(map(layer_of, self.tensors)))
 
     def scaled(self, by: float) -> dict[str, Tensor]:
-        """Its tensors, every B multiplied."""
+        """The tensors with every B multiplied by a factor."""
         return {name: tensor * by if ".lora_B." in name else tensor for name, tensor in self.tensors.items()}
 
     @torch.no_grad()
     def copy_to(self, transformer: nn.Module, adapter: str) -> None:
-        """Make one of the transformer's adapters equal to this.
+        """Copy this LoRA to one of the transformer's adapters.
 
         Raises:
-            ValueError: It is not for those layers, all of them and no others, in their sizes.
+            ValueError: Layers or sizes differ from those of the adapter.
         """
-        own = {
+        parameters = {
             name.replace(f".{adapter}.", "."): parameter
             for name, parameter in transformer.named_parameters()
             if f".lora_A.{adapter}." in name or f".lora_B.{adapter}." in name
@@ -53,30 +53,30 @@ class Lora:
                 f"`policy.init_lora` must be for layers that the transformer has. Found {unknown[0]!r} in {self.origin}; "
                 "it is for another model."
             )
-        wanted, found = sorted(set(map(target_of, own))), sorted(set(map(target_of, self.tensors)))
-        if wanted != found:
+        policy_targets, lora_targets = (sorted(set(map(target_of, names))) for names in (parameters, self.tensors))
+        if policy_targets != lora_targets:
             raise ValueError(
-                f"`policy.init_lora` must be for the policy's `targets`, {', '.join(wanted)}. Found {', '.join(found)} in "
-                f"{self.origin}; set `policy.targets` to these."
+                f"`policy.init_lora` must be for the policy's `targets`, {', '.join(policy_targets)}. Found "
+                f"{', '.join(lora_targets)} in {self.origin}; set `policy.targets` to these."
             )
-        if different := own.keys() ^ self.tensors.keys():
-            missing = len(own.keys() - self.tensors.keys())
+        if different := parameters.keys() ^ self.tensors.keys():
+            missing = len(parameters.keys() - self.tensors.keys())
             raise ValueError(
                 f"`policy.init_lora` must have every tensor of the policy's adapter and no other. Found {missing} missing "
                 f"and {len(different) - missing} too many in {self.origin}, for example {min(different)!r}."
             )
-        for name, parameter in own.items():
+        for name, parameter in parameters.items():
             if parameter.shape != self.tensors[name].shape:
                 raise ValueError(
                     f"`policy.init_lora` must be for this transformer: {name!r} {tuple(parameter.shape)}. "
                     f"Found {tuple(self.tensors[name].shape)} in {self.origin}; it is for another model."
                 )
-        for name, parameter in own.items():
+        for name, parameter in parameters.items():
             parameter.copy_(self.tensors[name])
 
 
 def layer_of(name: str) -> str:
-    """The layer that a tensor of a LoRA belongs to.
+    """The layer of a LoRA tensor, from the tensor's name.
 
     >>> layer_of("transformer_blocks.3.attn2.to_out.0.lora_A.weight")
     'transformer_blocks.3.attn2.to_out.0'
@@ -85,7 +85,7 @@ def layer_of(name: str) -> str:
 
 
 def target_of(name: str) -> str:
-    """What the layers of one kind have in common, as a policy's `targets` name them.
+    """The target of a LoRA tensor as in a policy's `targets`: the layer's name within a transformer block.
 
     >>> target_of("transformer_blocks.3.attn2.to_out.0.lora_A.weight")
     'attn2.to_out.0'

@@ -1,4 +1,4 @@
-"""What was trained, for use elsewhere: a checkpoint's adapter as a LoRA that diffusers and ComfyUI load."""
+"""Export of a checkpoint's adapter as a LoRA file that diffusers and ComfyUI load."""
 
 from __future__ import annotations
 
@@ -18,22 +18,22 @@ from rewards.redaction import redacted
 
 Which = Literal["ema", "policy"]
 ADAPTER_OF = {"ema": "ema", "policy": "trained"}
-"""The adapter's name in a checkpoint."""
+"""Name of the adapter in a checkpoint."""
 
 
 def export(ckpt_path: str | Path, to: str | Path, which: Which = "ema", overwrite: bool = False) -> Path:
     """Write a checkpoint's adapter as a LoRA that diffusers and ComfyUI load; neither base model nor GPU is needed.
 
-    The header of the file also says what it was trained from and by: base model, rewards, the run's config, round.
+    The header of the file also names the base model, the rewards, the run's config and the round.
 
     Args:
         ckpt_path: Checkpoint that `fit` wrote, e.g. checkpoints/last.ckpt in a run's folder.
-        to: Folder that gets pytorch_lora_weights.safetensors; made where it does not exist.
-        which: `ema`, the average that held-out prompts are judged with, or `policy`, the adapter that was trained last.
-        overwrite: Whether a file of that name in `to` is replaced.
+        to: Folder for pytorch_lora_weights.safetensors; created if it does not exist.
+        which: `ema`, the averaged adapter, which is evaluated on held-out prompts, or `policy`, the adapter `trained`.
+        overwrite: Whether an existing file of that name in `to` is replaced.
 
     Raises:
-        ValueError: The checkpoint is damaged or not from `fit`, or there is such a file already.
+        ValueError: The checkpoint is damaged or not from `fit`, or the file exists already.
     """
     file, folder = local_path("ckpt_path", ckpt_path), Path(to).expanduser()
     check_folder("to", folder)
@@ -49,17 +49,17 @@ def export(ckpt_path: str | Path, to: str | Path, which: Which = "ema", overwrit
     print(
         f"{written}\n"
         f"diffusers:  pipeline.load_lora_weights({str(folder)!r})\n"
-        "ComfyUI:    copy it to models/loras under a name of its own, for the node LoraLoaderModelOnly\n"
+        "ComfyUI:    copy it to models/loras under a unique name, for the node LoraLoaderModelOnly\n"
         f"start here: marble-lightning fit ... --model.policy.init_lora {folder}"
     )
     return written
 
 
 def adapter_of(checkpoint: dict[str, Any], which: Which, file: Path) -> Lora:
-    """One adapter of a checkpoint.
+    """Read one adapter of a checkpoint.
 
     Raises:
-        ValueError: A layer lacks a tensor or has one of another rank.
+        ValueError: A layer lacks a tensor or has a tensor of another rank.
     """
     rank, alpha = checkpoint["lora"]["rank"], checkpoint["lora"]["alpha"]
     pattern = re.compile(rf"policy\.transformer\.(.+\.lora_[AB])\.{ADAPTER_OF[which]}\.weight")
@@ -76,20 +76,20 @@ def adapter_of(checkpoint: dict[str, Any], which: Which, file: Path) -> Lora:
 
 
 def about(checkpoint: dict[str, Any], which: Which) -> dict[str, str]:
-    """What is told of a LoRA in its header; what the checkpoint does not know is left out."""
-    known = {
+    """Entries of the LoRA file's header, as far as the checkpoint has them."""
+    entries = {
         "version": version("marble-lightning"),
         "adapter": which,
         "optimizer_step": str(checkpoint["global_step"]),
         "round": str(checkpoint["epoch"]),
     }
     base = checkpoint.get("base_model", {})
-    known |= {f"base_{name}": str(value) for name, value in base.items() if value is not None}
+    entries |= {f"base_{name}": str(value) for name, value in base.items() if value is not None}
     if "rewards" in checkpoint:
-        known["rewards"] = json.dumps(checkpoint["rewards"])
+        entries["rewards"] = json.dumps(checkpoint["rewards"])
     if config := checkpoint.get("config"):
-        known["config"] = redacted_yaml(config)  # again: older checkpoints may hold secrets
-    return known
+        entries["config"] = redacted_yaml(config)  # older checkpoints may contain secrets
+    return entries
 
 
 def redacted_yaml(text: str) -> str:

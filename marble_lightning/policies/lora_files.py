@@ -1,4 +1,4 @@
-"""Adapters as files that diffusers and ComfyUI read, and back again to start from."""
+"""LoRA files: writing files that diffusers and ComfyUI read, and reading files that adapters start from."""
 
 from __future__ import annotations
 
@@ -19,40 +19,44 @@ from marble_lightning.policies.lora import Lora
 from marble_lightning.utils.atomic_files import atomic_write, local_path
 
 FILE = LORA_WEIGHT_NAME_SAFE
-"""The name under which diffusers looks for a LoRA in a folder."""
+"""File name of a LoRA that diffusers looks for in a folder."""
 
-OURS = "marble_lightning."
+HEADER_PREFIX = "marble_lightning."
 """Prefix of this package's entries in a file's header."""
 
-ALPHA = f"{OURS}alpha"
+ALPHA = f"{HEADER_PREFIX}alpha"
 
-UNLIKE_OURS = ("rank_pattern", "alpha_pattern", "use_rslora", "use_dora", "lora_bias")
-"""Fields of a LoraConfig under which an update is another function of its tensors than alpha / rank B A."""
+UNSUPPORTED = ("rank_pattern", "alpha_pattern", "use_rslora", "use_dora", "lora_bias")
+"""Fields of a LoraConfig with which the update differs from alpha / rank B A."""
 
 
 def write_lora(lora: Lora, folder: Path, targets: Sequence[str], about: Mapping[str, str]) -> Path:
     """Write a LoRA that has the right scale for every reader.
 
-    Diffusers takes alpha from the LoraConfig in the header, its older versions take it to be the rank, and ComfyUI looks for
-    a tensor that diffusers refuses and scales by 1 where there is none. Hence B is multiplied by alpha / rank in the file,
-    and its LoraConfig says alpha = rank; the policy's own alpha is kept in the header, for `read_lora` to undo this.
+    Diffusers reads alpha from the LoraConfig in the header. Its older versions assume that alpha equals the rank. ComfyUI
+    looks for a tensor that diffusers refuses, and scales by 1 without it. So B is multiplied by alpha / rank in the file,
+    and its LoraConfig says alpha = rank. The header keeps the policy's alpha, with which `read_lora` reverses the scaling.
 
     Args:
-        lora: What is written.
-        folder: Where `pytorch_lora_weights.safetensors` is written, whole or not at all; made where it does not exist.
+        lora: The LoRA to write.
+        folder: Folder for `pytorch_lora_weights.safetensors`, which is written atomically; created if it does not exist.
         targets: The policy's `targets`.
-        about: More for the header, each name prefixed with `marble_lightning.`.
+        about: Further entries of the header; their names are prefixed with `marble_lightning.`.
+
+    Returns:
+        Path of the file.
     """
     layers = lora.scaled(lora.alpha / lora.rank)
-    # Nothing but what differs from peft's defaults: an older peft refuses fields that it does not know.
+    # Only values that differ from peft's defaults: an older peft refuses fields that it does not know.
     config = {"r": lora.rank, "lora_alpha": lora.rank, "target_modules": list(targets)}
     with atomic_write(folder / FILE) as file:
         StableDiffusion3Pipeline.save_lora_weights(
             file.parent, transformer_lora_layers=layers, transformer_lora_adapter_metadata=config
         )
-        header = _header(file) | {ALPHA: repr(float(lora.alpha))} | {f"{OURS}{name}": text for name, text in about.items()}
+        entries = {f"{HEADER_PREFIX}{name}": text for name, text in about.items()}
+        header = _header(file) | {ALPHA: repr(float(lora.alpha))} | entries
         content = save(load_file(file), metadata=header)
-        file.unlink()  # it was written by `save_file`, whose files only their owner may read
+        file.unlink()  # `save_file` creates files that only their owner can read
         file.write_bytes(content)
     return folder / FILE
 
@@ -61,12 +65,12 @@ def read_lora(path: str, *, rank: int, alpha: float) -> Lora:
     """Read a LoRA for a transformer of the given rank and alpha, in any format that StableDiffusion3Pipeline loads.
 
     Args:
-        path: File, or folder with one, as `marble-lightning export` writes it.
+        path: A LoRA file, or a folder with one, as `marble-lightning export` writes it.
         rank: Rank that it must have, >= 1.
-        alpha: Alpha that it must have; where a file says nothing of it, it is the rank, as diffusers takes it.
+        alpha: Alpha that it must have; if a file has none, its alpha is its rank, as in diffusers.
 
     Raises:
-        ValueError: There is no such file, it is damaged or not a plain LoRA, or its rank or alpha is another.
+        ValueError: There is no such file, it is damaged or not a plain LoRA, or its rank or alpha differs.
     """
     file = _file(local_path("policy.init_lora", path))
     try:
@@ -76,7 +80,7 @@ def read_lora(path: str, *, rank: int, alpha: float) -> Lora:
         header = _header(file) if file.suffix == ".safetensors" else {}
     except (OSError, SafetensorError) as error:
         raise ValueError(
-            f"`policy.init_lora` must be a LoRA's file. Found a damaged or another one, {file}: {error}."
+            f"`policy.init_lora` must be a LoRA file. Found a damaged or another file, {file}: {error}."
         ) from error
     if state and not any("lora_A" in name for name in state):
         state = convert_unet_state_dict_to_peft(state)
@@ -89,18 +93,18 @@ def read_lora(path: str, *, rank: int, alpha: float) -> Lora:
             raise ValueError(f"`policy.init_lora` must hold finite numbers. Found others in {name!r} of {file}.")
     tensors = {name.removeprefix("transformer."): tensor.float() for name, tensor in state.items()}
     config = _config(tensors, metadata or {}, file)
-    own_alpha = float(header.get(ALPHA, config.lora_alpha))
-    if (config.r, own_alpha) != (rank, alpha):
+    file_alpha = float(header.get(ALPHA, config.lora_alpha))
+    if (config.r, file_alpha) != (rank, alpha):
         raise ValueError(
             f"`policy.init_lora` must have the policy's rank and alpha, {rank} and {alpha:g}. Found {config.r} and "
-            f"{own_alpha:g} in {file}; set `policy.rank` and `policy.alpha` to these."
+            f"{file_alpha:g} in {file}; set `policy.rank` and `policy.alpha` to these."
         )
     lora = Lora(tensors, rank, alpha, str(file))
-    return replace(lora, tensors=lora.scaled(config.lora_alpha / own_alpha))  # `write_lora` multiplied B
+    return replace(lora, tensors=lora.scaled(config.lora_alpha / file_alpha))  # `write_lora` multiplied B
 
 
 def _config(tensors: Mapping[str, Tensor], metadata: Mapping[str, object], file: Path) -> LoraConfig:
-    """The LoraConfig in a file's header; where there is none, the one that diffusers takes from the tensors."""
+    """The LoraConfig in a file's header; without one, the LoraConfig that diffusers derives from the tensors."""
     fields = {
         name.removeprefix("transformer."): value for name, value in metadata.items() if name.startswith("transformer.")
     }
@@ -113,8 +117,8 @@ def _config(tensors: Mapping[str, Tensor], metadata: Mapping[str, object], file:
         config = LoraConfig(**fields)
     except TypeError as error:
         raise ValueError(f"`policy.init_lora` must have a LoraConfig in its header. Found {fields} in {file}.") from error
-    if unlike := {name: getattr(config, name) for name in UNLIKE_OURS if getattr(config, name)}:
-        raise ValueError(f"`policy.init_lora` must be a plain LoRA of one rank and alpha. Found {unlike} in {file}.")
+    if unsupported := {name: getattr(config, name) for name in UNSUPPORTED if getattr(config, name)}:
+        raise ValueError(f"`policy.init_lora` must be a plain LoRA of one rank and alpha. Found {unsupported} in {file}.")
     return config
 
 
@@ -124,19 +128,19 @@ def _header(file: Path) -> dict[str, str]:
 
 
 def _file(path: Path) -> Path:
-    """The LoRA's file that a path names."""
+    """The LoRA file at a path, which may be its folder."""
     if not path.exists():
         raise ValueError(
-            f"`policy.init_lora` must be a LoRA's file or a folder with one. Found no such file {path} from {Path.cwd()}; "
-            "null starts at the base, and a checkpoint (--ckpt_path) needs none."
+            f"`policy.init_lora` must be a LoRA file or a folder with one. Found no such file {path} from {Path.cwd()}; "
+            "null starts at the base model, and a checkpoint (--ckpt_path) needs no `init_lora`."
         )
     if path.is_file():
         return path
-    named = [path / name for name in (FILE, LORA_WEIGHT_NAME) if (path / name).is_file()]
-    found = named[:1] or sorted(path.glob("*.safetensors"))
-    if len(found) != 1:
+    standard = [path / name for name in (FILE, LORA_WEIGHT_NAME) if (path / name).is_file()]
+    files = standard[:1] or sorted(path.glob("*.safetensors"))
+    if len(files) != 1:
         raise ValueError(
-            f"`policy.init_lora` must be a folder with {FILE} or one other safetensors file. Found {len(found)} in {path}; "
-            "name the file."
+            f"`policy.init_lora` must be a folder with {FILE} or one other safetensors file. Found {len(files)} in {path}; "
+            "use the path of the file."
         )
-    return found[0]
+    return files[0]

@@ -1,4 +1,4 @@
-"""Samplers on the policy's own flow grid, as stock diffusers schedulers."""
+"""Samplers on the policy's flow grid, as diffusers schedulers."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ Solver = Literal["dpm2", "euler"]
 class FlowDPMSolver(DPMSolverMultistepScheduler):
     """DPM-Solver++ of second order for velocities, on the sigma grid of the flow-matching Euler scheduler.
 
-    The stock scheduler has the right updates but lays out its own flow grid; the published runs step on the Euler grid.
-
-    Source: DiffusionNFT, arXiv 2509.16117 ("dpm2" rollouts).
+    The stock scheduler has the same updates but another flow grid; the published runs use the Euler grid.
 
     Args:
-        euler: The checkpoint's scheduler, whose grid is used.
+        euler: The checkpoint's scheduler; its grid is used.
+
+    Source: DiffusionNFT, arXiv 2509.16117 ("dpm2" rollouts).
     """
 
     def __init__(self, euler: FlowMatchEulerDiscreteScheduler) -> None:
@@ -32,7 +32,7 @@ class FlowDPMSolver(DPMSolverMultistepScheduler):
         self.euler = euler
 
     def set_timesteps(self, num_inference_steps: int, device: Any = None, **options: Any) -> None:  # type: ignore[override]
-        """Lay out `num_inference_steps` steps; one network evaluation each."""
+        """Set the grid of `num_inference_steps` steps, with one network evaluation each."""
         super().set_timesteps(num_inference_steps, device=device, **options)
         self.sigmas = flow_sigmas(self.euler, num_inference_steps)
         self.timesteps = (1000 * self.sigmas[:-1]).to(device)
@@ -46,7 +46,7 @@ def flow_sigmas(euler: FlowMatchEulerDiscreteScheduler, steps: int) -> torch.Ten
 
 
 def scheduler_for(solver: Solver, euler: FlowMatchEulerDiscreteScheduler) -> Any:
-    """A fresh scheduler of the named solver."""
+    """A new scheduler for the named solver."""
     if solver == "euler":
         return FlowMatchEulerDiscreteScheduler.from_config(euler.config)
     return FlowDPMSolver(euler)

@@ -1,4 +1,4 @@
-"""The policy: a stock SD3 pipeline, its frozen base, and three LoRA adapters on the transformer."""
+"""Stable Diffusion 3 as a policy: a stock pipeline with frozen weights and three LoRA adapters of its transformer."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from marble_lightning.policies.base import Adapter, Conditions, FlowPolicy, join
 from marble_lightning.policies.embedding_cache import PromptCache, fingerprint
 from marble_lightning.policies.lora_files import read_lora
 from marble_lightning.policies.samplers import Solver, flow_sigmas, scheduler_for
-from marble_lightning.policies.sd3_checks import pipeline_index, the_resolution_fits
+from marble_lightning.policies.sd3_checks import check_resolution_fits, pipeline_index
 from marble_lightning.policies.sd3_loading import load_pipeline
 from marble_lightning.utils.atomic_files import check_folder, local_path
 from rewards.files import resolve_path
@@ -29,7 +29,7 @@ TARGETS = tuple(
 """Linear layers of a block's joint attention that get a LoRA, as in the published runs: 191 layers of SD3.5 Medium."""
 
 ENCODE_BATCH_SIZE = 32
-"""Prompts that the text encoders read at once."""
+"""Prompts that the text encoders encode at once."""
 
 
 class SD3Policy(FlowPolicy):
@@ -41,26 +41,30 @@ class SD3Policy(FlowPolicy):
         resolution: Side of the images in pixels.
         rank: LoRA rank, >= 1.
         alpha: LoRA alpha; the update is scaled by alpha / rank.
-        targets: Linear layers that get a LoRA: those whose name ends so. The default is the published run's, the joint
-            attention `attn` (191 layers of SD3.5 Medium, 18.78 million parameters at rank 32). Without `attn.`, as in
-            [to_q, to_k, to_v, to_out.0, add_q_proj, add_k_proj, add_v_proj, to_add_out], they are also those of SD3.5
-            Medium's second attention, `attn2` (243 layers, 23.89 million).
-        text_length: Tokens of the third text encoder (zeros where it is absent).
-        text_encoder_3: Null leaves T5 out, as if the checkpoint had none: 9 GiB less to load, prompts of many words suffer.
+        targets: Linear layers that get a LoRA: those with a name that ends with one of these. The default is that of the
+            published run, the joint attention `attn` (191 layers of SD3.5 Medium, 18.78 million parameters at rank 32).
+            Without `attn.`, as in [to_q, to_k, to_v, to_out.0, add_q_proj, add_k_proj, add_v_proj, to_add_out], the layers
+            of SD3.5 Medium's second attention, `attn2`, are included (243 layers, 23.89 million).
+        text_length: Tokens of the third text encoder (zeros if it is absent).
+        text_encoder_3: Null leaves T5 out, as if the checkpoint had none: 9 GiB less to load, but long prompts are
+            followed less well.
         dtype: Precision of the frozen weights: `float32`, `bfloat16` or `float16`. Adapters are always float32.
-        vae_dtype: Precision of the autoencoder, where it is another: the published run decodes in `float32`. Null: `dtype`.
+        vae_dtype: Precision of the autoencoder if it differs: the published run decodes in `float32`. Null: `dtype`.
         revision: Revision of a hub id.
-        gradient_checkpointing: Keep less for the way back and compute it anew: saves memory, costs time.
-        offload_text_encoders: Text encoders wait on the CPU and visit the device only while they encode.
-        prompt_cache: Folder to keep encoded prompts in, told apart by text encoders and prompt; null keeps none. A prompt
-            takes 1.6 MiB with SD3.5's encoders in bfloat16.
-        vae_slicing: Decode images one by one: saves memory where many are sampled at once.
-        vae_tiling: Decode images above the autoencoder's own size, 1024 pixels for SD3.5, in overlapping tiles: saves
-            memory, may change them a little at the seams.
+        gradient_checkpointing: Recompute activations in the backward pass instead of storing them: saves memory, takes
+            more time.
+        offload_text_encoders: Keep text encoders on the CPU and move them to the device only while they encode.
+        prompt_cache: Folder for encoded prompts, separate for each set of text encoders; null stores none. A prompt takes
+            1.6 MiB with SD3.5's encoders in bfloat16.
+        vae_slicing: Decode images one by one: saves memory if many are sampled at once.
+        vae_tiling: Decode images larger than the autoencoder's own size, 1024 pixels for SD3.5, in overlapping tiles:
+            saves memory, may change the images slightly at the seams.
         compile: Compile the transformer's blocks (torch.compile): minutes at the start, faster afterwards.
-        init_lora: File or folder with a LoRA that all adapters start as, e.g. from `marble-lightning export`; null starts at
-            the base. What a run calls its base on held-out prompts is then this start; the KL term stays with the base.
-        adapter: What is judged and makes images: the averaged adapter `ema`, the live one `trained`, or `none`, the base.
+        init_lora: File or folder with a LoRA that all adapters start from, e.g. from `marble-lightning export`; null starts
+            at the base model. In evaluations on held-out prompts, the base is then this LoRA; the KL term uses the base
+            model without it.
+        adapter: Weights that are evaluated and generate images: the averaged adapter `ema`, the adapter `trained`, or
+            `none`, the base model.
 
     Source: MARBLE, arXiv 2605.06507, settings of the SD3.5-Medium run.
     """
@@ -109,19 +113,19 @@ class SD3Policy(FlowPolicy):
 
     @property
     def identity(self) -> dict[str, str | int | None]:
-        """Model, revision, how prompts and weights are read, and whether images have seams."""
-        read = {"text_length": self.text_length, "text_encoder_3": self.text_encoder_3_from, "dtype": str(self.dtype)[6:]}
-        apart = {"vae_dtype": str(self.vae_dtype)[6:]} if self.vae_dtype else {}
-        return super().identity | read | {"vae_tiling": self.vae_tiling} | apart
+        """Model, revision, settings of text encoders and precision, and whether images are decoded in tiles."""
+        text = {"text_length": self.text_length, "text_encoder_3": self.text_encoder_3_from}
+        vae_dtype = {"vae_dtype": str(self.vae_dtype)[6:]} if self.vae_dtype else {}
+        return super().identity | text | {"dtype": str(self.dtype)[6:], "vae_tiling": self.vae_tiling} | vae_dtype
 
     def check_resolution(self, name: str, resolution: int) -> None:
-        """Whole patches, no more than the transformer has positions for; reads configurations only."""
-        the_resolution_fits(self.path, self.revision, name, resolution)
+        """Check that images consist of whole patches that the transformer has positions for; reads configurations only."""
+        check_resolution_fits(self.path, self.revision, name, resolution)
 
-    # Setting up -----------------------------------------------------------------------------------------------------
+    # Setup ----------------------------------------------------------------------------------------------------------
 
     def check(self) -> None:
-        """Refuse a folder for prompts that cannot be one, and a LoRA that the adapters cannot start from."""
+        """Check that `prompt_cache` can be a folder, and that the adapters can start from `init_lora`."""
         if self.prompt_cache is not None:
             check_folder("policy.prompt_cache", Path(self.prompt_cache).expanduser())
         if self.init_lora is not None:
@@ -145,15 +149,15 @@ class SD3Policy(FlowPolicy):
         self.transformer, self.vae = pipeline.transformer, pipeline.vae
         names = ("text_encoder", "text_encoder_2", "text_encoder_3")
         self.text_encoders = {name: module for name in names if (module := getattr(pipeline, name)) is not None}
-        if not self.offload_text_encoders:  # as parts of this module they go where it goes
+        if not self.offload_text_encoders:  # as submodules they move with this module
             for name, module in self.text_encoders.items():
                 setattr(self, name, module)
-        # without text encoders, wherever they are, it runs where transformer and autoencoder do
+        # without text encoders, which may be on the CPU, the pipeline runs on the device of transformer and autoencoder
         self.sampler = StableDiffusion3Pipeline(**{**pipeline.components, **dict.fromkeys(names)})
         self.sampler.set_progress_bar_config(disable=True)
         if self.prompt_cache is not None:
-            made_by = fingerprint(self.text_encoders, self.text_length, pipeline.tokenizer_max_length)
-            self.cache = PromptCache(self.prompt_cache, made_by)
+            encoders = fingerprint(self.text_encoders, self.text_length, pipeline.tokenizer_max_length)
+            self.cache = PromptCache(self.prompt_cache, encoders)
         if self.vae_slicing:
             self.vae.enable_slicing()
         if self.vae_tiling:
@@ -168,40 +172,40 @@ class SD3Policy(FlowPolicy):
 
     @property
     def max_prompt_tokens(self) -> int:
-        """Tokens that the CLIP text encoders read of a prompt, with those that mark its beginning and end."""
+        """Maximum number of tokens of a prompt in the CLIP text encoders, including the start and end tokens."""
         return self.pipeline.tokenizer_max_length
 
     def truncated_prompts(self, texts: Iterable[str]) -> list[str]:
-        """Those texts whose end the CLIP text encoders do not read: more than `max_prompt_tokens` of either tokenizer."""
+        """The texts that a CLIP text encoder truncates: those with more than `max_prompt_tokens` of either tokenizer."""
         texts = list(texts)
         tokenizers = (self.pipeline.tokenizer, self.pipeline.tokenizer_2)
-        begun = [beginning(text, self.max_prompt_tokens) for text in texts]
-        tokens = [tokenizer(begun, verbose=False).input_ids if texts else [] for tokenizer in tokenizers]
-        return [text for text, *each in zip(texts, *tokens, strict=True) if max(map(len, each)) > self.max_prompt_tokens]
+        beginnings = [beginning(text, self.max_prompt_tokens) for text in texts]
+        tokens = [tokenizer(beginnings, verbose=False).input_ids if texts else [] for tokenizer in tokenizers]
+        return [text for text, *ids in zip(texts, *tokens, strict=True) if max(map(len, ids)) > self.max_prompt_tokens]
 
     @torch.no_grad()
     def encode(self, texts: Sequence[str]) -> Conditions:
-        """Encode prompts with the pipeline's text encoders, or take them from the cache."""
+        """Encode prompts with the pipeline's text encoders, or read them from the cache."""
         if self.prompt_cache is None:
-            with self._text_encoders_at_hand():
+            with self._text_encoders_on_device():
                 return joined(
                     [self._encode(texts[i : i + ENCODE_BATCH_SIZE]) for i in range(0, len(texts), ENCODE_BATCH_SIZE)],
                     self.device,
                 )
         distinct = dict.fromkeys(texts)
-        kept = {text: found for text in distinct if (found := self.cache.get(text)) is not None}
-        if missing := [text for text in distinct if text not in kept]:
-            with self._text_encoders_at_hand():
-                for text in missing:  # one by one, so that what is kept does not depend on its neighbours by a rounding
-                    kept[text] = self._encode([text])
-                    self.cache.put(text, kept[text])
-        return joined([kept[text] for text in texts], self.device)
+        encoded = {text: cached for text in distinct if (cached := self.cache.get(text)) is not None}
+        if missing := [text for text in distinct if text not in encoded]:
+            with self._text_encoders_on_device():
+                for text in missing:  # one by one, since rounding depends on the other prompts of a batch
+                    encoded[text] = self._encode([text])
+                    self.cache.put(text, encoded[text])
+        return joined([encoded[text] for text in texts], self.device)
 
     def _encode(self, texts: Sequence[str]) -> Conditions:
-        read = max(self.max_prompt_tokens, self.text_length)
-        with _cut_prompts_unquoted(type(self.pipeline).__module__):
+        max_tokens = max(self.max_prompt_tokens, self.text_length)
+        with _without_truncation_warnings(type(self.pipeline).__module__):
             embeds, _, pooled, _ = self.pipeline.encode_prompt(
-                prompt=[beginning(text, read) for text in texts],
+                prompt=[beginning(text, max_tokens) for text in texts],
                 prompt_2=None,
                 prompt_3=None,
                 device=self.device,
@@ -211,7 +215,7 @@ class SD3Policy(FlowPolicy):
         return Conditions(embeds, pooled)
 
     @contextmanager
-    def _text_encoders_at_hand(self) -> Iterator[None]:
+    def _text_encoders_on_device(self) -> Iterator[None]:
         for encoder in self.text_encoders.values():
             encoder.to(self.device)
         try:
@@ -236,7 +240,7 @@ class SD3Policy(FlowPolicy):
         unconditional: Conditions | None = None,
         resolution: int | None = None,
     ) -> Float[Tensor, "batch channel height width"]:
-        """Sample latents through the stock pipeline, one generator per image; see `FlowPolicy.sample`."""
+        """Sample latents with the stock pipeline, one generator per image; see `FlowPolicy.sample`."""
         self.sampler.scheduler = scheduler_for(solver, self.flow_scheduler)
         negative = unconditional[torch.zeros(len(generators), dtype=torch.long)] if unconditional is not None else None
         with self.use_adapter(adapter):
@@ -256,10 +260,10 @@ class SD3Policy(FlowPolicy):
 
     @torch.no_grad()
     def decode(self, latents: Float[Tensor, "batch channel height width"]) -> Float[Tensor, "batch 3 pixel pixel"]:
-        """Images in [0, 1], float32, of latents."""
+        """Decode latents to images in [0, 1], float32."""
         config = self.vae.config
         latents = latents.to(self.vae.dtype) / config.scaling_factor + config.shift_factor
-        # autocast would take the precision asked for away again
+        # autocast would override `vae_dtype`
         with torch.autocast(latents.device.type, enabled=False) if self.vae_dtype else nullcontext():
             pixels = self.vae.decode(latents).sample
         return self.sampler.image_processor.postprocess(pixels.float(), output_type="pt")
@@ -267,7 +271,7 @@ class SD3Policy(FlowPolicy):
     def velocity(
         self, noisy: Tensor, t: Float[Tensor, " batch"], conditions: Conditions
     ) -> Float[Tensor, "batch channel height width"]:
-        """Velocity at x_t of the adapter in use; t in (0, 1]. Float32."""
+        """Velocity at x_t with the adapter in use; t in (0, 1]. Float32."""
         prediction = self.transformer(
             hidden_states=noisy.to(self.dtype),
             timestep=1000 * t,
@@ -278,21 +282,21 @@ class SD3Policy(FlowPolicy):
         return prediction.float()
 
     def sigmas(self, steps: int) -> Float[Tensor, " step"]:
-        """Noise levels a rollout of that many steps visits, from 1 down, without the final 0."""
+        """Flow times of a rollout with `steps` steps, in descending order from 1, without the final 0."""
         return flow_sigmas(self.flow_scheduler, steps)[:-1]
 
 
 def compile_blocks(transformer: SD3Transformer2DModel) -> None:
-    """Compile the blocks, which are alike, rather than the whole: less to compile, and nearly all of the time."""
-    # a variant for each adapter, with and without a graph, of each kind of block; the default limit is 8
+    """Compile the transformer block by block: blocks of a kind share compiled code and take nearly all of the run time."""
+    # each kind of block has a variant for each adapter, with and without a graph; the default limit is 8
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)  # type: ignore[attr-defined]
     for block in transformer.transformer_blocks:
         block.compile()
 
 
 @contextmanager
-def _cut_prompts_unquoted(module: str) -> Iterator[None]:
-    """Keep a pipeline from printing the unread end of every prompt: `truncated_prompts` says which ones have one."""
+def _without_truncation_warnings(module: str) -> Iterator[None]:
+    """Suppress a pipeline's warnings about truncated prompts, which quote them; see `truncated_prompts` instead."""
 
     def keep(record: logging.LogRecord) -> bool:
         return "truncated" not in record.msg

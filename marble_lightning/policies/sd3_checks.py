@@ -1,4 +1,4 @@
-"""Which checkpoints SD3Policy can train, told from their configuration before any weight loads."""
+"""Checks whether SD3Policy can train a checkpoint, from its configuration and before any weight loads."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from rewards.files import resolve_path
 from rewards.hub import hub_reason
 
 PARTS = {"transformer": "SD3Transformer2DModel", "scheduler": "FlowMatchEulerDiscreteScheduler", "vae": "AutoencoderKL"}
-"""Parts of the pipeline that must be of these classes, since training relies on what they predict and on which grid."""
+"""Required classes of parts of the pipeline: training depends on their predictions and their grid of flow times."""
 
 
 def pipeline_index(path: str, revision: str | None = None) -> dict[str, Any]:
-    """The pipeline's model_index.json, from a folder or the hub; no weight is loaded.
+    """Read the pipeline's model_index.json from a folder or the hub, without loading weights.
 
     Args:
         path: Folder in diffusers format, or hub id; see `resolve_path`.
         revision: Revision of a hub id.
 
     Raises:
-        ValueError: There is none, it is no StableDiffusion3Pipeline's, or it is a distilled model's.
+        ValueError: There is none, it is not of a StableDiffusion3Pipeline, or the model is distilled.
     """
     path = resolve_path(path)
     folder = Path(path)
@@ -48,32 +48,32 @@ def pipeline_index(path: str, revision: str | None = None) -> dict[str, Any]:
             f"`policy.path` must hold a StableDiffusion3Pipeline. Found {index.get('_class_name')} in {path!r}; "
             "choose a Stable Diffusion 3 or 3.5 checkpoint."
         )
-    for part, wanted in PARTS.items():
-        if (found := (index.get(part) or [None, None])[1]) != wanted:
+    for part, required in PARTS.items():
+        if (class_name := (index.get(part) or [None, None])[1]) != required:
             raise ValueError(
-                f"`policy.path` must hold a pipeline whose {part} is a {wanted}. Found {found} in {path!r}: its velocities "
-                "or its grid of flow times are not those that are trained on; choose the original checkpoint."
+                f"`policy.path` must hold a pipeline whose {part} is a {required}. Found {class_name} in {path!r}: its "
+                "velocities or its grid of flow times differ from those that training needs; choose the original checkpoint."
             )
     names = (folder.resolve().name if folder.exists() else path, index.get("_name_or_path") or "")
     if any("turbo" in name.lower() for name in names):
         raise ValueError(
             f"`policy.path` must hold a model that was not distilled to a few steps. Found {path!r}: a turbo model predicts "
-            "jumps, not the velocity of the flow that the loss moves; choose stable-diffusion-3.5-medium or -large."
+            "jumps, not the velocity of the flow, which the loss needs; choose stable-diffusion-3.5-medium or -large."
         )
     return index
 
 
-def the_resolution_fits(path: str, revision: str | None, name: str, resolution: int) -> None:
-    """Images of that size are whole patches, no more than the transformer has positions for.
+def check_resolution_fits(path: str, revision: str | None, name: str, resolution: int) -> None:
+    """Check that images of a size consist of whole patches that the transformer has positions for.
 
     Args:
         path: Folder in diffusers format, or hub id.
         revision: Revision of a hub id.
-        name: Of the setting.
+        name: Name of the setting, for the error message.
         resolution: Side of the images in pixels.
 
     Raises:
-        ValueError: They are not, or there is no such pipeline.
+        ValueError: The size does not fit, or there is no such pipeline.
     """
     pipeline_index(path, revision)
     folder = resolve_path(path)
@@ -86,9 +86,9 @@ def the_resolution_fits(path: str, revision: str | None, name: str, resolution: 
             f"Found {path!r}: {hub_reason(error, folder)}."
         ) from error
     patch = transformer["patch_size"] * 2 ** (len(autoencoder["block_out_channels"]) - 1)
-    most = transformer["pos_embed_max_size"]
-    if resolution % patch or resolution > most * patch:
+    max_patches = transformer["pos_embed_max_size"]
+    if resolution % patch or resolution > max_patches * patch:
         raise ValueError(
-            f"`{name}` must be a multiple of {patch}, at most {most * patch}: the transformer of {path} has "
-            f"positions for {most} patches of {patch} pixels a side (`pos_embed_max_size`). Found {resolution}."
+            f"`{name}` must be a multiple of {patch}, at most {max_patches * patch}: the transformer of {path} has "
+            f"positions for {max_patches} patches of {patch} pixels a side (`pos_embed_max_size`). Found {resolution}."
         )

@@ -1,4 +1,4 @@
-"""Loading SD3Policy's pipeline so that nothing of it is left random, not finite or without its vocabulary."""
+"""Loading of SD3Policy's pipeline, with checks for missing or non-finite weights and incomplete tokenizers."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from rewards.hub import hub_reason
 
 DIFFUSERS: dict[str, Any] = {"transformer": SD3Transformer2DModel, "vae": AutoencoderKL}
 PADDING = 128
-"""T5's table of embeddings is filled up to a multiple of this."""
+"""T5's embedding table is padded to a multiple of this size."""
 
 
 def load_pipeline(
@@ -27,7 +27,7 @@ def load_pipeline(
     without: Iterable[str] = (),
     dtypes: Mapping[str, torch.dtype] | None = None,
 ) -> StableDiffusion3Pipeline:
-    """The pipeline, on the CPU.
+    """Load the pipeline on the CPU.
 
     Args:
         path: Folder in diffusers format, or hub id.
@@ -35,16 +35,17 @@ def load_pipeline(
         dtype: Precision of the weights.
         revision: Revision of a hub id.
         without: Parts that are left out.
-        dtypes: Precision of parts that have another one, by name.
+        dtypes: Precision of parts that differ from `dtype`, by name.
 
     Raises:
-        ValueError: A file is missing or damaged, a tensor is missing or not finite, or a tokenizer is not the model's.
+        ValueError: A file is missing or damaged, a tensor is missing or not finite, or a tokenizer does not fit its text
+            encoder.
     """
     parts: dict[str, Any] = dict.fromkeys(without)
     names = [name for name, (library, _) in _parts(index) if name not in parts and library == "transformers"]
     for name in (*DIFFUSERS, *(name for name in names if name.startswith("text_encoder"))):
-        kind = DIFFUSERS.get(name) or getattr(transformers, index[name][1])
-        parts[name] = _load(kind, name, path, (dtypes or {}).get(name, dtype), revision)
+        model_class = DIFFUSERS.get(name) or getattr(transformers, index[name][1])
+        parts[name] = _load(model_class, name, path, (dtypes or {}).get(name, dtype), revision)
     try:
         pipeline = StableDiffusion3Pipeline.from_pretrained(path, dtype=dtype, revision=revision, **parts)
     except (OSError, ValueError) as error:
@@ -59,12 +60,13 @@ def _parts(index: dict[str, Any]) -> list[tuple[str, list[Any]]]:
     return [(name, value) for name, value in index.items() if isinstance(value, list) and len(value) == 2 and value[0]]
 
 
-def _load(kind: Any, name: str, path: str, dtype: torch.dtype, revision: str | None) -> nn.Module:
+def _load(model_class: Any, name: str, path: str, dtype: torch.dtype, revision: str | None) -> nn.Module:
+    options = {"subfolder": name, "dtype": dtype, "revision": revision, "output_loading_info": True}
     try:
-        model, report = kind.from_pretrained(path, subfolder=name, dtype=dtype, revision=revision, output_loading_info=True)
+        model, report = model_class.from_pretrained(path, **options)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise _unreadable(name, path, error) from error
-    # the libraries would leave them random
+    # the libraries initialise missing tensors at random
     if missing := sorted({*report["missing_keys"], *(key[0] for key in report["mismatched_keys"])}):
         raise ValueError(
             f"`policy.path` must hold every tensor of its {name}. Found {len(missing)} missing or of another shape in "
@@ -80,22 +82,22 @@ def _load(kind: Any, name: str, path: str, dtype: torch.dtype, revision: str | N
 
 def _unreadable(name: str, path: str, error: Exception) -> ValueError:
     return ValueError(
-        f"`policy.path` must hold a whole pipeline. Found {path!r}, of which the {name} cannot be loaded: "
+        f"`policy.path` must hold a whole pipeline. Found {path!r}, whose {name} cannot be loaded: "
         f"{hub_reason(error, path)}."
     )
 
 
 def _check_tokenizer(name: str, tokenizer: Any, config: Any, path: str) -> None:
-    """The libraries build an all but empty tokenizer where its files are missing."""
+    """Check that a tokenizer is complete: if its files are missing, the libraries build an almost empty one."""
     spare = 1 if config.vocab_size % PADDING else PADDING
     if tokenizer is None or not config.vocab_size - spare < len(tokenizer) <= config.vocab_size:
         raise ValueError(
             f"`policy.path` must hold a {name} with the {config.vocab_size} tokens of its text encoder. Found "
             f"{0 if tokenizer is None else len(tokenizer)} in {path!r}. Put that model's tokenizer files into {name}."
         )
-    most = getattr(config, "max_position_embeddings", None)
-    if most is not None and tokenizer.model_max_length > most:
+    max_length = getattr(config, "max_position_embeddings", None)
+    if max_length is not None and tokenizer.model_max_length > max_length:
         raise ValueError(
-            f"`policy.path` must hold a {name} whose tokenizer_config.json says a `model_max_length` of at most {most}, the "
-            f"positions of its text encoder. Found {tokenizer.model_max_length:g} in {path!r}. Put that model's file there."
+            f"`policy.path` must hold a {name} whose tokenizer_config.json has a `model_max_length` of at most {max_length}, "
+            f"the positions of its text encoder. Found {tokenizer.model_max_length:g} in {path!r}. Use that model's file."
         )

@@ -126,7 +126,7 @@ def test_files_that_are_no_plain_lora_are_refused(exported, tmp_path):
     reading(tmp_path / "empty", "Found 0 in")
     damaged = tmp_path / "damaged.safetensors"
     damaged.write_bytes((exported / FILE).read_bytes()[:-10])
-    reading(damaged, r"Found a damaged or another one, .*damaged\.safetensors")
+    reading(damaged, r"Found a damaged or another file, .*damaged\.safetensors")
     layers = {key.removeprefix("transformer."): tensor for key, tensor in load_file(exported / FILE).items()}
     config = LoraConfig(r=2, lora_alpha=4, use_rslora=True, target_modules=list(TARGETS)).to_dict()
     StableDiffusion3Pipeline.save_lora_weights(tmp_path / "rs", layers, transformer_lora_adapter_metadata=config)
@@ -136,4 +136,4 @@ def test_files_that_are_no_plain_lora_are_refused(exported, tmp_path):
     reading(tmp_path / "ranks", r"one rank\. Found ranks \[1, 2\]")
     for name in ("one", "two"):
         save_file(layers, tmp_path / "empty" / f"{name}.safetensors")
-    reading(tmp_path / "empty", "Found 2 in .*name the file")
+    reading(tmp_path / "empty", "Found 2 in .*use the path of the file")

@@ -77,10 +77,10 @@ def test_a_tokenizer_that_does_not_say_where_texts_end(copy: Path) -> None:
 def test_a_file_that_is_cut_or_gone(copy: Path, part: str) -> None:
     (file,) = (copy / part).glob("*.safetensors")
     file.write_bytes(file.read_bytes()[:1000])
-    with pytest.raises(ValueError, match=f"must hold a whole pipeline. Found .*, of which the {part} cannot be loaded"):
+    with pytest.raises(ValueError, match=f"must hold a whole pipeline. Found .*, whose {part} cannot be loaded"):
         set_up(copy)
     file.unlink()
-    with pytest.raises(ValueError, match=f"of which the {part} cannot be loaded: .*o file named"):
+    with pytest.raises(ValueError, match=f"whose {part} cannot be loaded: .*o file named"):
         set_up(copy)
 
 
