@@ -1,4 +1,4 @@
-"""Prompts: the data module that draws each round's, and the files it reads."""
+"""Prompts: the data module that draws the prompts of each round, and the files that it reads."""
 
 from marble_lightning.data.datamodule import PromptDataModule
 

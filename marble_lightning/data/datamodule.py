@@ -1,4 +1,4 @@
-"""Prompts to learn on, drawn a round at a time, and held-out prompts."""
+"""Training prompts, drawn one round at a time, and held-out prompts."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ from rewards.files import resolve_path
 log = logging.getLogger(__name__)
 
 ALL = "all"
-"""What results call all sources together."""
+"""Name of all sources together in results."""
 
 
 def draw_round(
     pools: Mapping[str, Sequence[Prompt]], shares: Mapping[str, int], turns: int, seed: int, index: int
 ) -> list[Prompt]:
-    """The distinct prompts of one round, sources in turn, each with its share of the turn.
+    """Draw the distinct prompts of one round; the sources alternate, each with its share of prompts per turn.
 
     Args:
         pools: Prompts of each source.
@@ -49,23 +49,23 @@ def draw_round(
 
 
 class PromptDataModule(LightningDataModule):
-    """Prompts to learn on, a round at a time, and held-out prompts to be judged on.
+    """Training prompts, drawn one round at a time, and held-out prompts for evaluation.
 
     Args:
         folder: Folder with `train.jsonl` and `test.jsonl`, or with one folder per source in the published formats; see
-            `read_prompts`. `package:tinyworld/prompts` is the bundled one. Training prompts that a source has twice count
+            `read_prompts`. `package:tinyworld/prompts` is the bundled one. Duplicate training prompts of a source count
             once.
-        sources: Names of the sources, which share a round equally; or how many prompts of each are drawn in turn,
-            {a: 1, b: 2} for twice as many of b.
+        sources: Names of the sources, with equal shares of a round; or the shares by name, e.g. {a: 1, b: 2} for twice as
+            many prompts of b.
         prompts_per_round: Distinct prompts of a round over all ranks.
-        images_per_prompt: k, images sampled of each prompt of a round.
-        cap_per_source: Training prompts used of each source, from the start of the file; None uses all.
-        held_out_per_source: Held-out prompts used of each source, from the start of the file; None uses all.
-        held_out_images: Images sampled of each held-out prompt.
+        images_per_prompt: k, images sampled for each prompt of a round.
+        cap_per_source: Training prompts used of each source, from the start of the file; null uses all.
+        held_out_per_source: Held-out prompts used of each source, from the start of the file; null uses all.
+        held_out_images: Images sampled for each held-out prompt.
         held_out_batch_size: Images of held-out prompts, and of `predict`, sampled at once on each process.
-        predict_file: Prompts that `predict` makes images of: a .txt with one a line, or a .jsonl like `train.jsonl`, whose
-            lines need no `source`; null for the held-out prompts.
-        predict_images: Images that `predict` makes of each prompt; null for `held_out_images`.
+        predict_file: Prompts for which `predict` generates images: a .txt with one per line, or a .jsonl like
+            `train.jsonl`, without `source` if wanted; null for the held-out prompts.
+        predict_images: Images that `predict` generates for each prompt; null for `held_out_images`.
     """
 
     def __init__(
@@ -116,18 +116,18 @@ class PromptDataModule(LightningDataModule):
             if count < 1:
                 raise ValueError(f"`{name}` must be >= 1. Found {count}.")
         self.held_out: list[Prompt] = []
-        """Held-out prompts, or those of `predict`, each as often as it is sampled."""
+        """Held-out prompts, or those of `predict`, with one entry per image."""
         self.pools: dict[str, list[Prompt]] = {}
-        """Distinct training prompts of each source, once `setup` has read them for `fit`."""
+        """Distinct training prompts of each source, after `setup` for `fit`."""
 
     def setup(self, stage: str) -> None:
         """Read the prompt files."""
         images = self.predict_images if stage == "predict" else self.held_out_images
-        own = self.predict_file if stage == "predict" else None
-        self.held_out = [prompt for prompt in self._judged(own) for _ in range(images)]
+        file = self.predict_file if stage == "predict" else None
+        self.held_out = [prompt for prompt in self._read_held_out(file) for _ in range(images)]
         if stage != "fit":
             return
-        self.pools = {source: self._training(source) for source in self.shares}
+        self.pools = {source: self._read_training(source) for source in self.shares}
         self.turns = self.prompts_per_round // sum(self.shares.values())
         for source, prompts in self.pools.items():
             if len(prompts) < (needed := self.turns * self.shares[source]):
@@ -136,19 +136,19 @@ class PromptDataModule(LightningDataModule):
                     "lower `prompts_per_round`, raise `cap_per_source` or add prompts."
                 )
 
-    def _judged(self, file: Path | None) -> list[Prompt]:
+    def _read_held_out(self, file: Path | None) -> list[Prompt]:
         if file is not None:
             return read_prompt_file(file)
-        wanted = slice(self.held_out_per_source)
-        return [prompt for source in self.shares for prompt in read_prompts(self.folder, source, "test")[wanted]]
+        cap = self.held_out_per_source
+        return [prompt for source in self.shares for prompt in read_prompts(self.folder, source, "test")[:cap]]
 
-    def _training(self, source: str) -> list[Prompt]:
+    def _read_training(self, source: str) -> list[Prompt]:
         prompts = read_prompts(self.folder, source, "train")
-        once = distinct(prompts)
-        if repeated := len(prompts) - len(once):
+        unique = distinct(prompts)
+        if repeated := len(prompts) - len(unique):
             file = prompt_file(self.folder, source, "train")
-            rank_zero_only(log.warning)(f"{file}: {repeated} prompts of {source!r} were left out, being there before.")
-        return once[: self.cap_per_source]
+            rank_zero_only(log.warning)(f"{file}: {repeated} prompts of {source!r} were left out as duplicates.")
+        return unique[: self.cap_per_source]
 
     @property
     def training(self) -> list[Prompt]:
@@ -157,21 +157,21 @@ class PromptDataModule(LightningDataModule):
 
     def round(self, seed: int, index: int, rank: int, ranks: int) -> list[Prompt]:
         """This rank's distinct prompts of a round; ranks share no prompt."""
-        share = self.prompts_per_round // ranks  # neighbours, since sources take turns
+        share = self.prompts_per_round // ranks  # consecutive prompts, since the sources alternate
         return draw_round(self.pools, self.shares, self.turns, seed, index)[rank * share : (rank + 1) * share]
 
     def train_dataloader(self) -> Iterable[Any]:
-        """The micro-batches of a round, from the module that samples it: Lightning asks here when there is a data module."""
+        """The micro-batches of a round, from the module that samples it; Lightning calls the data module, if there is one."""
         return self.trainer.lightning_module.train_dataloader()  # type: ignore[union-attr]
 
     def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
-        """Nothing to move: micro-batches are cut where the round is, prompts are text."""
+        """Return the batch unchanged: micro-batches are on the device of the round already, and prompts are text."""
         return batch
 
     def held_out_dataloader(self) -> DataLoader[tuple[int, Prompt]]:
-        """This rank's batches of (index, prompt); the index names the image's noise, whatever the batches.
+        """This rank's batches of (index, prompt); the index seeds the image's noise, independently of the batches.
 
-        Ranks share no image, and may have one batch more or less than others.
+        Ranks share no image, and the number of batches may differ by one between ranks.
         """
         numbered = list(enumerate(self.held_out))
         ranks, rank = (self.trainer.world_size, self.trainer.global_rank) if self.trainer else (1, 0)

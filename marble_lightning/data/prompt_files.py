@@ -1,4 +1,4 @@
-"""Prompt files: one reader per format, and errors that name file and line."""
+"""Prompt files: one reader per format, with errors that name file and line."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ SHOWN = 60
 
 
 def read_prompts(folder: Path, source: str, split: Split) -> list[Prompt]:
-    """Read the prompts of one source, in the order of their file; blank lines do not count.
+    """Read the prompts of one source, in the order of their file; blank lines are ignored.
 
-    A folder has one of three formats, looked for in this order:
+    A folder has one of three formats, tried in this order:
 
-    - `{split}.jsonl`: all sources in one file, a JSON object a line. `prompt` is the text, `source` says which source it
-      belongs to, the other keys are the metadata.
-    - `{source}/{split}.txt`, as published: a prompt a line.
-    - `{source}/{split}_metadata.jsonl`, as published: a JSON object a line. `prompt` is the text, the other keys are the
-      metadata.
+    - `{split}.jsonl`: all sources in one file, with one JSON object per line. `prompt` is the text, `source` is its
+      source, the other keys are the metadata.
+    - `{source}/{split}.txt`, as published: one prompt per line.
+    - `{source}/{split}_metadata.jsonl`, as published: one JSON object per line. `prompt` is the text, the other keys are
+      the metadata.
 
     Args:
         folder: Folder with the files above.
@@ -33,17 +33,17 @@ def read_prompts(folder: Path, source: str, split: Split) -> list[Prompt]:
         split: `train` or `test`.
 
     Raises:
-        ValueError: An unknown source, an empty file, or a line that is not UTF-8, not a JSON object that can be written
-            again as JSON in UTF-8, or without a text where there must be one; names file and line.
+        ValueError: The source is unknown, the file is empty, or a line is not UTF-8, is not a JSON object that can be
+            written as JSON in UTF-8, or lacks a text; the message names file and line.
     """
     file = prompt_file(folder, source, split)
     if file.suffix == ".txt":
         prompts = [Prompt(line, source) for _, line in _lines(file)]
     elif file.parent == folder:
-        everything = [_prompt(record, _text(record, "source", place), place, "source") for place, record in _records(file)]
-        prompts = [prompt for prompt in everything if prompt.source == source]
-        if everything and not prompts:
-            known = ", ".join(sorted({prompt.source for prompt in everything}))
+        all_prompts = [_prompt(record, _text(record, "source", place), place, "source") for place, record in _records(file)]
+        prompts = [prompt for prompt in all_prompts if prompt.source == source]
+        if all_prompts and not prompts:
+            known = ", ".join(sorted({prompt.source for prompt in all_prompts}))
             raise ValueError(
                 f"`sources` must name values of `source` in {file.resolve()}. Found {source!r}; known: {cut(known)}."
             )
@@ -55,23 +55,23 @@ def read_prompts(folder: Path, source: str, split: Split) -> list[Prompt]:
 
 
 def read_prompt_file(file: Path) -> list[Prompt]:
-    """Read a file of one's own: `.txt`, a prompt a line; or `.jsonl`, a JSON object a line, with `prompt` and its metadata.
+    """Read a custom file: `.txt`, a prompt per line; or `.jsonl`, a JSON object per line, with `prompt` and its metadata.
 
-    The source of a prompt is the file's name without its ending, where a JSON object does not say it under `source`.
+    The source of a prompt is `source` of its JSON object, if present, or else the file's name without its suffix.
 
     Raises:
-        ValueError: No such file, another ending, no prompt, or a line that `read_prompts` would not take.
+        ValueError: There is no such file, it has another suffix or no prompt, or `read_prompts` would refuse a line.
     """
     if file.suffix not in (".txt", ".jsonl") or not file.is_file():
         raise ValueError(
-            "`data.predict_file` must be a .txt with a prompt a line or a .jsonl with a JSON object a line. "
+            "`data.predict_file` must be a .txt with one prompt per line or a .jsonl with one JSON object per line. "
             f"Found {'' if file.is_file() else 'no file '}{file.resolve()}."
         )
     if file.suffix == ".txt":
         prompts = [Prompt(line, file.stem) for _, line in _lines(file)]
     else:
-        whole = [({"source": file.stem, **record}, place) for place, record in _records(file)]
-        prompts = [_prompt(record, _text(record, "source", place), place, "source") for record, place in whole]
+        records = [({"source": file.stem, **record}, place) for place, record in _records(file)]
+        prompts = [_prompt(record, _text(record, "source", place), place, "source") for record, place in records]
     if not prompts:
         raise ValueError(f"A prompt file must have at least one prompt. Found none in {file}.")
     return prompts
@@ -81,7 +81,7 @@ def prompt_file(folder: Path, source: str, split: Split) -> Path:
     """The file that `read_prompts` reads.
 
     Raises:
-        ValueError: Where there is none.
+        ValueError: There is none.
     """
     names = (f"{split}.jsonl", f"{source}/{split}.txt", f"{source}/{split}_metadata.jsonl")
     for name in names:
@@ -92,7 +92,7 @@ def prompt_file(folder: Path, source: str, split: Split) -> Path:
             f"`data.folder` must be a folder with prompt files. Found no folder {folder.resolve()}, looking for {source!r}."
         )
     known = sorted(
-        {there.parent.name for name in (f"{split}.txt", f"{split}_metadata.jsonl") for there in folder.glob(f"*/{name}")}
+        {file.parent.name for name in (f"{split}.txt", f"{split}_metadata.jsonl") for file in folder.glob(f"*/{name}")}
     )
     raise ValueError(
         f"`sources` must name folders of {folder.resolve()} with {split}.txt or {split}_metadata.jsonl, or values of "
@@ -101,7 +101,7 @@ def prompt_file(folder: Path, source: str, split: Split) -> Path:
 
 
 def distinct(prompts: Sequence[Prompt]) -> list[Prompt]:
-    """The first of all prompts that have the same text, source and metadata, in the same order.
+    """Remove prompts with the same text, source and metadata as an earlier one; the order stays.
 
     >>> [prompt.text for prompt in distinct([Prompt("b", "x"), Prompt("a", "x"), Prompt("b", "x")])]
     ['b', 'a']
@@ -113,8 +113,8 @@ def distinct(prompts: Sequence[Prompt]) -> list[Prompt]:
 
 
 def _lines(file: Path) -> Iterator[tuple[str, str]]:
-    """Lines that are not blank, each with its place, `file:number`."""
-    # Bytes end lines at line feeds and carriage returns only; text would also at characters that prompts may contain.
+    """Non-blank lines, each with its place, `file:number`."""
+    # Bytes are split at line feeds and carriage returns only; str.splitlines also splits at characters within prompts.
     for number, line in enumerate(file.read_bytes().splitlines(), start=1):
         try:
             text = line.decode("utf-8-sig").strip()
@@ -128,9 +128,9 @@ def _records(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     for place, line in _lines(file):
         try:
             record = json.loads(line)
-            # Python reads more than it can write as UTF-8 (half of a surrogate pair) or others read as JSON (NaN, 1e999).
+            # Python also reads text that it cannot write as UTF-8 (half of a surrogate pair) and invalid JSON (NaN, 1e999).
             json.dumps(record, ensure_ascii=False, allow_nan=False).encode()
-        except (ValueError, RecursionError) as error:  # ValueError: also a number of thousands of digits
+        except (ValueError, RecursionError) as error:  # ValueError: includes numbers with thousands of digits
             raise ValueError(
                 f"{place} must be a JSON object in UTF-8, with finite numbers. Found {excerpt(line, SHOWN)}: "
                 f"{reason(error)}."
@@ -143,8 +143,8 @@ def _records(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
 def _text(record: dict[str, Any], key: str, place: str) -> str:
     text = record.get(key)
     if not isinstance(text, str) or not text.strip():
-        found = excerpt(text, SHOWN) if key in record else f"no `{key}` in {excerpt(record, SHOWN)}"
-        raise ValueError(f"{place} must be a JSON object with a text under `{key}`. Found {found}.")
+        wrong = excerpt(text, SHOWN) if key in record else f"no `{key}` in {excerpt(record, SHOWN)}"
+        raise ValueError(f"{place} must be a JSON object with a text under `{key}`. Found {wrong}.")
     return text
 
 

@@ -98,6 +98,7 @@ def _check_tokenizer(name: str, tokenizer: Any, config: Any, path: str) -> None:
     max_length = getattr(config, "max_position_embeddings", None)
     if max_length is not None and tokenizer.model_max_length > max_length:
         raise ValueError(
-            f"`policy.path` must hold a {name} whose tokenizer_config.json has a `model_max_length` of at most {max_length}, "
-            f"the positions of its text encoder. Found {tokenizer.model_max_length:g} in {path!r}. Use that model's file."
+            f"`policy.path` must hold a {name} whose tokenizer_config.json has a `model_max_length` of at most "
+            f"{max_length}, the positions of its text encoder. Found {tokenizer.model_max_length:g} in {path!r}. "
+            "Use that model's file."
         )

@@ -123,7 +123,7 @@ def test_repeated_training_prompts_count_once_and_are_told_of(folder, caplog):
     data.setup("fit")
     assert [prompt.text for prompt in data.pools["a"]] == [f"a train {i}" for i in range(10)] + ["new"]
     told = [record.getMessage() for record in caplog.records]
-    assert told == [f"{folder / 'a' / 'train.txt'}: 3 prompts of 'a' were left out, being there before."]
+    assert told == [f"{folder / 'a' / 'train.txt'}: 3 prompts of 'a' were left out as duplicates."]
 
 
 @pytest.fixture
