@@ -161,7 +161,7 @@ class PromptDataModule(LightningDataModule):
         return draw_round(self.pools, self.shares, self.turns, seed, index)[rank * share : (rank + 1) * share]
 
     def train_dataloader(self) -> Iterable[Any]:
-        """The micro-batches of a round, from the module that samples it; Lightning calls the data module, if there is one."""
+        """The micro-batches of a round, from the module that samples it: with a data module, Lightning calls this one."""
         return self.trainer.lightning_module.train_dataloader()  # type: ignore[union-attr]
 
     def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
