@@ -1,4 +1,4 @@
-"""Cosines from inner products against cosines from the vectors themselves."""
+"""Cosines from inner products, compared with cosines from the vectors."""
 
 import pytest
 import torch
@@ -16,7 +16,7 @@ def test_cosines_equal_those_of_the_vectors(rank):
     torch.testing.assert_close(cosines(rows @ rows.T, 1e6 * coefficients), expected)
 
 
-def test_vectors_lost_in_rounding_have_cosine_zero():
+def test_vectors_of_rounding_errors_have_cosine_zero():
     opposite = torch.tensor([[1.0, -1.0], [-1.0, 1.0]], dtype=torch.float64)
     assert cosines(opposite, torch.tensor([0.5, 0.5])).tolist() == [0, 0]
     assert cosines(torch.diag(torch.tensor([1.0, 0.0])), torch.tensor([1.0, 1.0])).tolist() == [1, 0]
@@ -30,7 +30,7 @@ def test_gram_matrix_is_float64_and_the_same_in_chunks(monkeypatch):
     torch.testing.assert_close(gram_matrix(rows), expected)
 
 
-def test_a_broken_gradient_spoils_only_its_own_products():
+def test_a_non_finite_gradient_affects_only_its_own_products():
     rows = torch.eye(3)
     rows[1, 1] = torch.nan
     gram = gram_matrix(rows)
@@ -39,22 +39,22 @@ def test_a_broken_gradient_spoils_only_its_own_products():
     assert gram[0, 2] == 0
 
 
-def test_agreement_is_compare_for_any_directions():
+def test_agreement_equals_compare_for_its_directions():
     rows = torch.randn(3, 20, generator=torch.Generator().manual_seed(1))
     weights, units = torch.tensor([0.2, 0.5, 0.3]), rows / rows.norm(dim=1, keepdim=True)
     directions = {"update": weights @ rows, "mean": rows.mean(0), "unit_mean": units.mean(0)}
     assert agreement(directions, rows) == pytest.approx(compare(gram_matrix(rows), weights), abs=1e-6)
-    one = agreement({"against": -rows[0], "along": rows[0]}, rows[:1])
-    assert one["against/cos_min"] == pytest.approx(-1) and one["along/cos_min"] == pytest.approx(1)
+    statistics = agreement({"against": -rows[0], "along": rows[0]}, rows[:1])
+    assert statistics["against/cos_min"] == pytest.approx(-1) and statistics["along/cos_min"] == pytest.approx(1)
 
 
 @pytest.mark.parametrize("k", [1, 2, 5, 8])
-def test_chance_of_a_conflict_of_orthogonal_gradients(k):
+def test_conflict_by_chance_with_orthogonal_gradients(k):
     lengths = torch.linspace(0.1, 10, k)
     assert conflict_by_chance(torch.diag(lengths)) == pytest.approx(1 - 2.0**-k, abs=2e-4)
 
 
-def test_chance_of_a_conflict_is_that_of_random_directions():
+def test_conflict_by_chance_equals_that_of_random_directions():
     half = torch.eye(5) / 2 + 0.5
     assert conflict_by_chance(half) == pytest.approx(1 - 1 / 6, abs=2e-4)  # 1 / (K + 1) for correlations of 1/2
     assert conflict_by_chance(torch.ones(4, 4)) == pytest.approx(0.5, abs=2e-4)
