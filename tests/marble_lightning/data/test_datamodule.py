@@ -1,4 +1,4 @@
-"""Rounds of prompts, and prompts that are told of or refused before a run begins."""
+"""Prompts of a round, and checks of prompts before a run starts."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from tests.helpers.small_runs import run
 
 SOURCES = ("pickscore", "ocr", "geneval")
 PUBLISHED = ROOT.parent / "shared/prompts"
-"""The published test files, where they lie beside the repository."""
+"""Folder of the published test files; without it, their test is skipped."""
 
 pytestmark = [pytest.mark.filterwarnings(f"ignore:{known}") for known in QUIET]
 
@@ -43,7 +43,7 @@ def test_held_out_prompts_are_not_trained_on(source):
     assert not train & test
 
 
-def test_a_round_is_balanced_distinct_and_split_over_ranks(folder):
+def test_a_round_has_balanced_distinct_prompts_split_over_ranks(folder):
     data = PromptDataModule(str(folder), ["a", "b"], prompts_per_round=8, images_per_prompt=2)
     data.setup("fit")
     ranks = [data.round(seed=1, index=3, rank=rank, ranks=2) for rank in range(2)]
@@ -73,7 +73,7 @@ def test_sources_may_have_unequal_shares(folder):
     assert len({prompt.text for part in ranks for prompt in part}) == 8
 
 
-def test_held_out_pictures_are_repeated_and_capped(folder):
+def test_held_out_images_are_repeated_and_capped(folder):
     data = PromptDataModule(str(folder), ["a", "b"], prompts_per_round=2, held_out_per_source=3, held_out_images=2)
     data.setup("validate")
     assert [prompt.text for prompt in data.held_out[:3]] == ["a test 0", "a test 0", "a test 1"]
@@ -94,18 +94,18 @@ def test_held_out_pictures_are_repeated_and_capped(folder):
         ({"held_out_per_source": -1}, "`held_out_per_source` must be >= 1. Found -1"),
     ],
 )
-def test_impossible_sizes(folder, options, message):
+def test_invalid_options(folder, options, message):
     with pytest.raises(ValueError, match=message):
         PromptDataModule(**{"folder": str(folder), "sources": ["a", "b"], "prompts_per_round": 4, **options})
 
 
-def test_more_prompts_than_the_file_has(folder):
+def test_a_round_needs_enough_prompts(folder):
     data = PromptDataModule(str(folder), ["a", "b"], prompts_per_round=22)
     with pytest.raises(ValueError, match="takes 11 distinct prompts of 'a'. Found 10"):
         data.setup("fit")
 
 
-def test_a_cap_takes_the_start_of_each_file_and_leaves_held_out_prompts_alone(folder):
+def test_a_cap_takes_the_start_of_each_training_file(folder):
     data = PromptDataModule(str(folder), ["a", "b"], prompts_per_round=4, cap_per_source=3)
     data.setup("fit")
     assert {source: [prompt.text for prompt in pool] for source, pool in data.pools.items()} == {
@@ -116,19 +116,19 @@ def test_a_cap_takes_the_start_of_each_file_and_leaves_held_out_prompts_alone(fo
         PromptDataModule(str(folder), ["a", "b"], prompts_per_round=8, cap_per_source=3).setup("fit")
 
 
-def test_repeated_training_prompts_count_once_and_are_told_of(folder, caplog):
+def test_repeated_training_prompts_count_once_with_a_warning(folder, caplog):
     with (folder / "a" / "train.txt").open("a") as file:
         file.write("a train 2\na train 2\na train 7\nnew\n")
     data = PromptDataModule(str(folder), ["a", "b"], prompts_per_round=4, cap_per_source=11)
     data.setup("fit")
     assert [prompt.text for prompt in data.pools["a"]] == [f"a train {i}" for i in range(10)] + ["new"]
-    told = [record.getMessage() for record in caplog.records]
-    assert told == [f"{folder / 'a' / 'train.txt'}: 3 prompts of 'a' were left out as duplicates."]
+    messages = [record.getMessage() for record in caplog.records]
+    assert messages == [f"{folder / 'a' / 'train.txt'}: 3 prompts of 'a' were left out as duplicates."]
 
 
 @pytest.fixture
 def published(tmp_path: Path) -> Path:
-    """A folder with the published test prompts, which stand in for the training prompts too."""
+    """A folder with the published test prompts, which also serve as training prompts."""
     if not PUBLISHED.is_dir():
         pytest.skip("the published prompt files are not there")
     for file in PUBLISHED.rglob("test*"):
@@ -139,48 +139,49 @@ def published(tmp_path: Path) -> Path:
 
 
 def sampled_by_two_ranks(prompts, sources, checkpoints, tmp_path, monkeypatch):
-    """Equal shares of all sets: what is really sampled and scored by each rank, round after round."""
+    """Check the prompts that each of two ranks samples and scores in three rounds, with equal shares of all sources."""
     k, turns = 3, 2 * len(sources)
     data = PromptDataModule(str(prompts), sources, prompts_per_round=turns, images_per_prompt=k)
     module, _ = run(checkpoints, tmp_path, WeightedSum(), rounds=1, data=data)
     submitted: list[Prompt] = []
     submit = module.scorer.submit
 
-    def seen_submit(images, prompts, names):
+    def recording_submit(images, prompts, names):
         submitted.extend(prompts)
         submit(images, prompts, names)
 
-    monkeypatch.setattr(module.scorer, "submit", seen_submit)
+    monkeypatch.setattr(module.scorer, "submit", recording_submit)
     monkeypatch.setattr(Trainer, "world_size", 2)
     for round_ in range(3):
         monkeypatch.setattr(Trainer, "current_epoch", round_)
-        seen: list[set[str]] = []
+        texts_of_ranks: list[set[str]] = []
         for rank in range(2):
             monkeypatch.setattr(Trainer, "global_rank", rank)
             submitted.clear()
             rollout, images, *_ = module.sample_round(seed=5)
-            pictures = Counter((prompt.source, prompt.text) for prompt in submitted)
+            counts = Counter((prompt.source, prompt.text) for prompt in submitted)
             assert len(submitted) == len(images) == len(rollout.latents) == len(sources) * k
-            assert set(pictures.values()) == {k}
-            assert Counter(source for source, _ in pictures) == dict.fromkeys(sources, 1)
+            assert set(counts.values()) == {k}
+            assert Counter(source for source, _ in counts) == dict.fromkeys(sources, 1)
             assert [rollout.groups[i] for i in range(0, len(images), k)] == list(range(len(sources)))
-            seen.append({text for _, text in pictures})
-        assert not seen[0] & seen[1]
-        assert len(seen[0] | seen[1]) == turns
+            texts_of_ranks.append({text for _, text in counts})
+        first, second = texts_of_ranks
+        assert not first & second
+        assert len(first | second) == turns
     return data
 
 
-def test_two_ranks_sample_k_pictures_of_each_prompt(checkpoints, tmp_path, monkeypatch):
+def test_two_ranks_sample_k_images_of_each_prompt(checkpoints, tmp_path, monkeypatch):
     sampled_by_two_ranks(PROMPTS, list(SOURCES), checkpoints, tmp_path, monkeypatch)
 
 
-def test_two_ranks_sample_k_pictures_of_each_published_prompt(published, checkpoints, tmp_path, monkeypatch):
+def test_two_ranks_sample_k_images_of_each_published_prompt(published, checkpoints, tmp_path, monkeypatch):
     sources = ["pickscore", "ocr", "drawbench", "geneval"]
     data = sampled_by_two_ranks(published, sources, checkpoints, tmp_path, monkeypatch)
     assert all(len(pool) > 100 for pool in data.pools.values())
 
 
-def test_prompts_that_the_text_encoders_cut_are_counted(checkpoints, tmp_path, folder, caplog):
+def test_truncated_prompts_are_counted(checkpoints, tmp_path, folder, caplog):
     long = "a red circle " * 20
     with (folder / "a" / "train.txt").open("a") as file:
         file.write(long + "\n")
@@ -188,9 +189,9 @@ def test_prompts_that_the_text_encoders_cut_are_counted(checkpoints, tmp_path, f
         file.write("a blue square " * 20 + "\n")
     data = PromptDataModule(str(folder), ["a", "b"], prompts_per_round=4, images_per_prompt=3, held_out_images=2)
     run(checkpoints, tmp_path, WeightedSum(), data=data, rewards=("bright", "contrast"))
-    (told,) = [record.getMessage() for record in caplog.records if record.name == "marble_lightning.checks"]
-    assert "the end of 2 of 42 prompts" in told
-    assert excerpt(long.strip()) in told and len(told) < 500
+    (message,) = [record.getMessage() for record in caplog.records if record.name == "marble_lightning.checks"]
+    assert "the end of 2 of 42 prompts" in message
+    assert excerpt(long.strip()) in message and len(message) < 500
 
 
 @pytest.mark.parametrize("split", ["train", "test"])
@@ -209,7 +210,7 @@ def test_malformed_metadata_fails_before_any_weight_loads(small, tmp_path, split
         main(["fit", *small, "--data.folder", str(folder)])
 
 
-def test_classes_that_the_detector_does_not_know_are_found_beforehand():
+def test_classes_that_the_detector_does_not_know_are_refused():
     reward_models = {"geneval": GenEval(ColourBlobs())}
     fine = Prompt("a circle", "x", {"include": [{"class": "circle", "count": 1}]})
     check_prompts(reward_models, [fine, Prompt("without metadata", "x")])

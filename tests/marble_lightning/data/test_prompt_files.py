@@ -1,4 +1,4 @@
-"""Readers of prompt files: every format, and every bad line by file and number."""
+"""Readers of prompt files: every format, and errors that name file and line."""
 
 from __future__ import annotations
 
@@ -37,21 +37,21 @@ def test_one_file_of_all_sources(folder):
     assert [prompt.text for prompt in data.held_out[:2]] == ["b test 0", "b test 1"]
 
 
-def test_one_file_of_all_sources_goes_before_a_folder_of_the_source(folder):
+def test_one_file_of_all_sources_has_priority_over_folders(folder):
     (folder / "a").mkdir()
     (folder / "a" / "train.txt").write_text("other\n")
     assert read_prompts(folder, "a", "train")[0].text == "a train 0"
 
 
-def test_only_line_ends_end_a_line(tmp_path):
-    """Also a prompt with a line separator inside, a byte order mark and Windows' line ends are read as they are."""
+def test_lines_end_at_line_feeds_only(tmp_path):
+    """Other line separators stay part of a prompt; a byte order mark and Windows line ends are removed."""
     (tmp_path / "a").mkdir()
     (tmp_path / "a" / "train.txt").write_bytes("\ufeffone\u2028still one\r\n\r\ntwo\x85still two\n".encode())
     texts = [prompt.text for prompt in read_prompts(tmp_path, "a", "train")]
     assert texts == ["one\u2028still one", "two\x85still two"]
 
 
-def test_distinct_looks_at_the_metadata_too():
+def test_distinct_compares_metadata_too():
     one, other = Prompt("x", "a", {"p": 1, "q": [2]}), Prompt("x", "a", {"p": 1, "q": [3]})
     assert distinct([one, other, Prompt("x", "a", {"q": [2], "p": 1})]) == [one, other]
 
@@ -77,7 +77,7 @@ def test_distinct_looks_at_the_metadata_too():
     ],
 )
 @pytest.mark.parametrize("name", ["c/train_metadata.jsonl", "train.jsonl"])
-def test_a_bad_line_is_named_by_file_and_number(tmp_path, name, line, message):
+def test_errors_of_bad_lines_name_file_and_line(tmp_path, name, line, message):
     file = tmp_path / name
     file.parent.mkdir(exist_ok=True)
     line = line.replace(b'{"tag"', b'{"source": "c", "tag"')
@@ -87,12 +87,12 @@ def test_a_bad_line_is_named_by_file_and_number(tmp_path, name, line, message):
     assert f"{file}:3 must " in str(error.value) and len(str(error.value)) < 600
 
 
-@pytest.mark.parametrize(("source", "found"), [({}, "no `source`"), ({"source": None}, "None"), ({"source": 7}, "7")])
-def test_a_file_of_all_sources_must_name_them(folder, source, found):
-    """In every line, also where another source is asked for."""
+@pytest.mark.parametrize(("source", "shown"), [({}, "no `source`"), ({"source": None}, "None"), ({"source": 7}, "7")])
+def test_a_file_of_all_sources_must_name_them(folder, source, shown):
+    """In every line, also when another source is read."""
     with (folder / "train.jsonl").open("a") as file:
         file.write(json.dumps({"prompt": "x", **source}) + "\n")
-    with pytest.raises(ValueError, match=f"train.jsonl:9 must be a JSON object with a text under `source`. Found {found}"):
+    with pytest.raises(ValueError, match=f"train.jsonl:9 must be a JSON object with a text under `source`. Found {shown}"):
         read_prompts(folder, "a", "train")
 
 

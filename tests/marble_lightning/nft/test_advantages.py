@@ -1,4 +1,4 @@
-"""Advantages by hand, with missing values."""
+"""Advantages, compared with values by hand, with missing rewards."""
 
 from __future__ import annotations
 
@@ -57,6 +57,6 @@ def test_a_constant_reward_has_no_advantage():
         ("binary", [-1.0, 0.0, 1.0]),
     ],
 )
-def test_modes_of_the_released_code_leave_missing_ones_missing(mode, expected):
-    found = apply_advantage_mode(torch.tensor([[-3.0], [0.0], [2.0], [NAN]]), mode)
-    torch.testing.assert_close(found[:, 0], torch.tensor([*expected, NAN]), equal_nan=True)
+def test_advantage_modes_keep_nan(mode, expected):
+    advantages = apply_advantage_mode(torch.tensor([[-3.0], [0.0], [2.0], [NAN]]), mode)
+    torch.testing.assert_close(advantages[:, 0], torch.tensor([*expected, NAN]), equal_nan=True)

@@ -1,4 +1,4 @@
-"""The NFT loss against autograd of the plain formula, and amortisation in coefficient space."""
+"""The NFT loss, compared with autograd of the plain formula, and mixtures of rewards as weighted sums."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def draws(batch: int = 6, seed: int = 0) -> dict[str, torch.Tensor]:
 
 
 def plain_loss(velocity, old_velocity, noisy, clean, t, advantage) -> torch.Tensor:
-    """The published loss of one reward, sample by sample, with no sharing between rewards."""
+    """The published loss of one reward, computed sample by sample."""
     total = velocity.new_zeros(())
     n = int((~advantage.isnan()).sum())
     for i in range(len(t)):
@@ -38,13 +38,13 @@ def plain_loss(velocity, old_velocity, noisy, clean, t, advantage) -> torch.Tens
 def test_autocast_does_not_round_the_losses_of_rewards():
     generator = torch.Generator().manual_seed(0)
     plus, minus = torch.rand(2, 9, 5, generator=generator)
-    own = torch.rand(2, 9, generator=generator) * 5
+    sample_losses = torch.rand(2, 9, generator=generator) * 5
     with torch.autocast("cpu", torch.bfloat16):
-        found = Coefficients(plus, minus).losses(*own)
-    torch.testing.assert_close(found, plus.T @ own[0] + minus.T @ own[1], rtol=1e-6, atol=0)
+        losses = Coefficients(plus, minus).losses(*sample_losses)
+    torch.testing.assert_close(losses, plus.T @ sample_losses[0] + minus.T @ sample_losses[1], rtol=1e-6, atol=0)
 
 
-def test_noised_is_the_straight_path():
+def test_noised_is_linear_in_time():
     drawn = draws()
     noisy = noised(drawn["clean"], drawn["noise"], torch.tensor([0.0, 1.0, 0.25, 0.5, 0.5, 0.5], dtype=torch.float64))
     torch.testing.assert_close(noisy[0], drawn["clean"][0])
@@ -54,7 +54,7 @@ def test_noised_is_the_straight_path():
 
 @pytest.mark.parametrize("extreme", [1.0, 4.0])
 def test_every_mixture_of_rewards_is_one_weighted_sum(extreme):
-    """Loss and gradient for any weights, with clamped advantages (|A| > A_max when extreme) and missing rewards."""
+    """Loss and gradient for any weights, with clamped advantages (|A| > A_max if extreme) and missing rewards."""
     drawn = draws()
     advantages = torch.randn(6, 4, generator=torch.Generator().manual_seed(1), dtype=torch.float64) * extreme * 2
     advantages[:3, 1] = torch.nan
@@ -78,7 +78,7 @@ def test_every_mixture_of_rewards_is_one_weighted_sum(extreme):
     torch.testing.assert_close(gradient, expected, rtol=1e-9, atol=1e-12)
 
 
-def test_missing_rewards_weigh_nothing():
+def test_missing_rewards_have_zero_coefficients():
     advantages = torch.tensor([[torch.nan, 0.0], [1.0, torch.nan]])
     plus, minus = coefficients(advantages, torch.tensor([1, 1]), BETA, A_MAX)
     assert plus[0, 0] == minus[0, 0] == plus[1, 1] == minus[1, 1] == 0
@@ -86,7 +86,7 @@ def test_missing_rewards_weigh_nothing():
     torch.testing.assert_close(plus[1, 0] + minus[1, 0], torch.tensor(A_MAX / BETA))
 
 
-def test_a_perfect_prediction_is_floored_not_divided_by_zero():
+def test_the_loss_of_a_perfect_prediction_is_zero():
     zero = torch.zeros(1, 1, 2, 2)
     plus, minus = nft_losses(zero, zero, zero, zero, torch.tensor([0.5]), BETA)
     assert plus.item() == minus.item() == 0.0

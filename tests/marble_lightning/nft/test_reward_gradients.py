@@ -1,4 +1,4 @@
-"""Per-reward gradients in two passes against one autograd pass per reward."""
+"""Per-reward gradients by two backward passes, compared with one backward pass per reward."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ def policy(checkpoints):
     policy = SD3Policy(str(checkpoints / "sd3"), resolution=16, rank=3, alpha=6, text_length=4, dtype="float32")
     policy.setup(0)
     generator = torch.Generator().manual_seed(1)
-    for parameter in policy.parameters_of("trained"):  # B starts at zero, which would leave A without gradient
+    for parameter in policy.parameters_of("trained"):  # B is zero at the start, and the gradient of A would be zero
         parameter.data += 0.2 * torch.randn(parameter.shape, generator=generator)
     return policy
 
 
 def half_clamped(rewards: int):
-    """Coefficients of advantages half of which are clamped and a third missing."""
+    """Loss coefficients of advantages of which half are clamped and a third are missing."""
     generator = torch.Generator().manual_seed(rewards)
     advantages = 7 * torch.randn(SAMPLES, rewards, generator=generator)
     assert rewards < 5 or 0.3 < (advantages.abs() > 5).float().mean() < 0.7
@@ -43,7 +43,7 @@ def sample_losses(policy):
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("rewards", [1, 2, 5, 20])
-def test_two_passes_are_k_passes(policy, rewards, checkpointing):
+def test_two_passes_equal_one_pass_per_reward(policy, rewards, checkpointing):
     parameters, c = policy.parameters_of("trained"), half_clamped(rewards)
     taps = LinearTaps(policy.transformer, parameters)
     policy.transformer.train(checkpointing)
@@ -51,11 +51,11 @@ def test_two_passes_are_k_passes(policy, rewards, checkpointing):
         policy.transformer.enable_gradient_checkpointing()
     try:
         plus, minus, velocity = sample_losses(policy)
-        found = taps.gradients(plus, minus, c, loss_scale=64.0)
+        gradients = taps.gradients(plus, minus, c, loss_scale=64.0)
         expected = gradients_by_passes(c.losses(plus, minus), parameters)
         assert expected.norm(dim=1).min() > 1e-3
-        assert ((found - expected).norm(dim=1) / expected.norm(dim=1)).max() < 1e-5
-        # the graph is still good for the KL term, and the taps stay silent in it
+        assert ((gradients - expected).norm(dim=1) / expected.norm(dim=1)).max() < 1e-5
+        # the graph can still be used for the KL term, and the taps do not affect it
         torch.testing.assert_close(
             torch.autograd.grad(velocity.square().mean(), parameters[0])[0],
             torch.autograd.grad(sample_losses(policy)[2].square().mean(), parameters[0])[0],
@@ -65,8 +65,8 @@ def test_two_passes_are_k_passes(policy, rewards, checkpointing):
         policy.transformer.eval()
 
 
-def test_two_passes_are_k_passes_under_autocast(policy):
-    """As near as bfloat16 activations allow, whether the gradients are asked for within autocast or outside."""
+def test_two_passes_equal_one_pass_per_reward_under_autocast(policy):
+    """Up to the precision of bfloat16 activations, whether the gradients are computed within autocast or outside."""
     parameters, c = policy.parameters_of("trained"), half_clamped(5)
     taps = LinearTaps(policy.transformer, parameters)
     with torch.autocast("cpu", torch.bfloat16):
@@ -79,8 +79,8 @@ def test_two_passes_are_k_passes_under_autocast(policy):
     assert ((within - expected).norm(dim=1) / expected.norm(dim=1)).max() < 0.02
 
 
-def test_any_weights_of_the_rewards_are_one_backward_pass(policy):
-    """Exact amortisation: autograd of sum_k w_k loss_k, whatever w."""
+def test_weighted_reward_gradients_equal_one_backward_pass(policy):
+    """Exact amortisation: autograd of sum_k w_k loss_k for any w."""
     parameters, c = policy.parameters_of("trained"), half_clamped(5)
     taps = LinearTaps(policy.transformer, parameters)
     weights = torch.tensor([0.3, -1.0, 2.0, 0.0, 5.0])
@@ -102,7 +102,7 @@ def test_biases_and_layers_used_twice():
     torch.testing.assert_close(taps.gradients(plus, minus, c), expected, rtol=1e-5, atol=1e-6)
 
 
-def test_what_it_cannot_handle_is_named():
+def test_unsupported_parameters_raise():
     module = nn.Sequential(nn.Linear(2, 2), nn.LayerNorm(2))
     with pytest.raises(ValueError, match=r"Found 2 that are not, such as 1.bias; set `gradient_passes: per_reward`"):
         LinearTaps(module, list(module.parameters()))
