@@ -1,4 +1,4 @@
-"""Training starts from an exported LoRA, or from any that a stock pipeline loads; others are refused by name."""
+"""Training starts from an exported LoRA or from any that a stock pipeline loads; other files raise errors."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def exported(policy, tmp_path) -> Path:
 
 @pytest.mark.parametrize("alpha", [4, 3])
 @pytest.mark.parametrize("as_file", [True, False])
-def test_training_starts_from_what_was_exported(checkpoints, tmp_path, alpha, as_file):
+def test_training_starts_from_an_exported_lora(checkpoints, tmp_path, alpha, as_file):
     before = make(checkpoints, alpha=alpha)
     shake(before, "ema")
     written = export(saved(before, tmp_path), tmp_path / "lora")
@@ -42,12 +42,13 @@ def test_training_starts_from_what_was_exported(checkpoints, tmp_path, alpha, as
         for key, tensor in adapter(before, "ema").items():
             torch.testing.assert_close(adapter(policy, name)[key], tensor, rtol=1e-6 if alpha == 3 else 0, atol=0)
     assert differ(outputs(policy, "trained"), outputs(policy, None)) > 1e-3
-    assert {id(each) for each in policy.parameters() if each.requires_grad} == set(map(id, policy.parameters_of("trained")))
+    trainable = {id(parameter) for parameter in policy.parameters() if parameter.requires_grad}
+    assert trainable == set(map(id, policy.parameters_of("trained")))
 
 
 @pytest.mark.parametrize("kind", ["metadata", "none", "lora.up", "bin"])
-def test_training_starts_from_what_others_wrote(checkpoints, policy, tmp_path, kind):
-    """Whatever a stock pipeline loads: with alpha in a LoraConfig, without (alpha is the rank), in the older format."""
+def test_training_starts_from_loras_of_other_programs(checkpoints, policy, tmp_path, kind):
+    """With alpha in a LoraConfig, without one (alpha is the rank), and in older formats."""
     layers = adapter(policy, "ema")
     if kind == "lora.up":
         layers = {key.replace("lora_A", "lora.down").replace("lora_B", "lora.up"): tensor for key, tensor in layers.items()}
@@ -61,7 +62,7 @@ def test_training_starts_from_what_others_wrote(checkpoints, policy, tmp_path, k
 
 
 def rewritten(folder: Path, change) -> Path:
-    """The exported file with other tensors."""
+    """A copy of the exported file with edited tensors."""
     state = load_file(folder / FILE)
     with safe_open(folder / FILE, "pt") as opened:
         header = opened.metadata()
@@ -90,7 +91,7 @@ LAYER = "transformer.transformer_blocks.0.attn.to_q"
         (lambda state: state[f"{LAYER}.lora_A.weight"].fill_(torch.nan), "finite numbers. Found others in .*attn.to_q"),
     ],
 )
-def test_a_start_that_does_not_fit_is_refused(checkpoints, exported, change, message):
+def test_a_lora_that_does_not_fit_raises(checkpoints, exported, change, message):
     with pytest.raises(ValueError, match=rf"(?s)`policy\.init_lora` must .*{message}"):
         make(checkpoints, init_lora=str(rewritten(exported, change)))
 
@@ -103,7 +104,7 @@ def test_a_start_that_does_not_fit_is_refused(checkpoints, exported, change, mes
         ({"init_lora": "nowhere"}, "Found no such file nowhere from"),
     ],
 )
-def test_what_can_be_said_without_weights_is_said_before_they_load(checkpoints, exported, options, message, monkeypatch):
+def test_rank_alpha_and_file_are_checked_before_weights_load(checkpoints, exported, options, message, monkeypatch):
     def loading(*arguments, **keywords):
         raise AssertionError("weights were loaded")
 
@@ -112,12 +113,12 @@ def test_what_can_be_said_without_weights_is_said_before_they_load(checkpoints, 
         make(checkpoints, **{"init_lora": str(exported), **options})
 
 
-def test_other_targets_are_both_named(checkpoints, exported):
+def test_other_targets_raise_an_error_with_both(checkpoints, exported):
     with pytest.raises(ValueError, match=r"`targets`, attn2\.to_k, attn2\.to_q\. Found attn\.add_k_proj, .*attn\.to_v in"):
         make(checkpoints, init_lora=str(exported), targets=["attn2.to_q", "attn2.to_k"])
 
 
-def test_files_that_are_no_plain_lora_are_refused(exported, tmp_path):
+def test_files_without_a_plain_lora_raise(exported, tmp_path):
     def reading(path: Path, message: str) -> None:
         with pytest.raises(ValueError, match=message):
             read_lora(str(path), rank=2, alpha=4)

@@ -13,7 +13,7 @@ from marble_lightning.policies.samplers import FlowDPMSolver
 
 
 def test_grid_of_the_published_run():
-    """25 steps, shift 3: sigma = 3 s / (1 + 2 s) of 25 even s, where the smallest s is itself the shifted 1/1000."""
+    """25 steps, shift 3: sigma = 3 s / (1 + 2 s) for 25 evenly spaced s from 1 to the shifted 1/1000."""
     smallest = 3 * 0.001 / (1 + 2 * 0.001)
     even = torch.linspace(1, smallest, 25, dtype=torch.float64)
     expected = torch.cat([3 * even / (1 + 2 * even), torch.zeros(1, dtype=torch.float64)])
@@ -25,7 +25,7 @@ def test_grid_of_the_published_run():
 
 @pytest.mark.parametrize("steps", [4, 8, 25])
 def test_a_straight_flow_is_solved_exactly(steps):
-    """With a constant clean prediction the velocity is (x - x0) / sigma; any order must land on x0."""
+    """With a constant clean prediction the velocity is (x - x0) / sigma; a solver of any order must reach x0."""
     clean = torch.tensor([[0.3, -1.2]])
     solver = FlowDPMSolver(FlowMatchEulerDiscreteScheduler(shift=3.0))
     solver.set_timesteps(steps)
@@ -36,12 +36,12 @@ def test_a_straight_flow_is_solved_exactly(steps):
 
 
 def curved(x: torch.Tensor, sigma: float, deviation: float = 0.4) -> torch.Tensor:
-    """Velocity of Gaussian data of that deviation."""
+    """Velocity of Gaussian data with a standard deviation of `deviation`."""
     return x * (sigma - (1 - sigma) * deviation**2) / ((1 - sigma) ** 2 * deviation**2 + sigma**2)
 
 
 @pytest.mark.parametrize("steps", [8, 25])
-def test_updates_are_those_of_dpm_solver_plus_plus_2m(steps):
+def test_updates_equal_those_of_dpm_solver_plus_plus_2m(steps):
     """arXiv 2211.01095, algorithm 2, in log-SNR for alpha = 1 - sigma; the first and last step are of first order."""
     solver = FlowDPMSolver(FlowMatchEulerDiscreteScheduler(shift=3.0))
     solver.set_timesteps(steps)

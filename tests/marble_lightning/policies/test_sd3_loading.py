@@ -1,4 +1,4 @@
-"""Damaged copies of a pipeline are refused by the name of what is damaged."""
+"""Errors for damaged copies of a pipeline, which name the damaged part."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ def copy(checkpoints: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(checkpoints / "sd3_t5", tmp_path / "copy"))
 
 
-def change(folder: Path, do: Callable[[dict[str, torch.Tensor], str], None]) -> str:
-    """Change the tensors of a folder's file of weights; returns the name of one."""
+def change(folder: Path, edit: Callable[[dict[str, torch.Tensor], str], None]) -> str:
+    """Edit the tensors of a folder's weights file; returns the name of one tensor."""
     (file,) = folder.glob("*.safetensors")
     tensors = load_file(file)
     name = sorted(tensors)[3]
-    do(tensors, name)
+    edit(tensors, name)
     save_file(tensors, file, {"format": "pt"})
     return name
 
@@ -50,8 +50,8 @@ def test_a_tensor_that_is_not_finite(copy: Path, part: str, value: float) -> Non
         set_up(copy)
 
 
-def test_what_is_finite_only_in_the_file(copy: Path) -> None:
-    """Numbers are checked in the precision that they are read in."""
+def test_weights_must_be_finite_in_the_dtype_of_the_policy(copy: Path) -> None:
+    """Numbers are checked after conversion to the policy's `dtype`."""
     change(copy / "vae", lambda tensors, name: tensors[name].fill_(1e30))
     set_up(copy)
     with pytest.raises(ValueError, match=r"of the vae .*read as float16. .*choose `policy.dtype` bfloat16 or float32"):
@@ -67,14 +67,14 @@ def test_a_missing_tokenizer(copy: Path, name: str, files: str) -> None:
         set_up(copy)
 
 
-def test_a_tokenizer_that_does_not_say_where_texts_end(copy: Path) -> None:
+def test_a_tokenizer_without_a_maximum_length(copy: Path) -> None:
     (copy / "tokenizer" / "tokenizer_config.json").unlink()
     with pytest.raises(ValueError, match="`model_max_length` of at most 20, .* Found 1e.30"):
         set_up(copy)
 
 
 @pytest.mark.parametrize("part", PARTS)
-def test_a_file_that_is_cut_or_gone(copy: Path, part: str) -> None:
+def test_a_truncated_or_missing_file(copy: Path, part: str) -> None:
     (file,) = (copy / part).glob("*.safetensors")
     file.write_bytes(file.read_bytes()[:1000])
     with pytest.raises(ValueError, match=f"must hold a whole pipeline. Found .*, whose {part} cannot be loaded"):
@@ -84,7 +84,7 @@ def test_a_file_that_is_cut_or_gone(copy: Path, part: str) -> None:
         set_up(copy)
 
 
-def test_a_reward_s_weights_are_finite_too(checkpoints: Path, tmp_path: Path) -> None:
+def test_weights_of_a_reward_must_be_finite(checkpoints: Path, tmp_path: Path) -> None:
     copy = Path(shutil.copytree(checkpoints / "clip", tmp_path / "clip"))
     name = change(copy, lambda tensors, name: tensors[name].view(-1)[:1].fill_(torch.nan))
     with pytest.raises(ValueError, match=f"CLIPScore: .* finite numbers. Found others in 1 weights, such as {name}"):

@@ -1,4 +1,4 @@
-"""Three text encoders: where they wait, what is kept of them on disk, and how to do without the third."""
+"""Three text encoders: offloading, the cache on disk, and policies without the third encoder."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ def equal(one, other) -> bool:
     return torch.equal(one.embeds, other.embeds) and torch.equal(one.pooled, other.pooled)
 
 
-def test_t5_is_read(checkpoints):
-    """Its tokens follow CLIP's, and are zeros where it is left out."""
+def test_t5_is_used(checkpoints):
+    """Its tokens follow CLIP's, and are zeros if T5 is left out."""
     with_t5, without = policy_of(checkpoints), policy_of(checkpoints, text_encoder_3=None)
     clip_tokens = with_t5.max_prompt_tokens
     one, other = with_t5.encode(TEXTS), without.encode(TEXTS)
@@ -34,44 +34,44 @@ def test_t5_is_read(checkpoints):
     assert without.pipeline.text_encoder_3 is None
 
 
-def test_offloaded_encoders_are_no_part_of_the_module(checkpoints):
-    """What is no part of it stays on the CPU when Lightning moves it."""
-    waiting, staying = policy_of(checkpoints), policy_of(checkpoints, offload_text_encoders=False)
+def test_offloaded_encoders_are_no_submodules(checkpoints):
+    """So they stay on the CPU when Lightning moves the module."""
+    offloaded, resident = policy_of(checkpoints), policy_of(checkpoints, offload_text_encoders=False)
     names = ("text_encoder", "text_encoder_2", "text_encoder_3")
-    assert not any(name.startswith(names) for name, _ in waiting.named_parameters())
-    assert {name for name, _ in staying.named_children()} >= set(names)
-    assert equal(waiting.encode(TEXTS), staying.encode(TEXTS))
-    assert not any(parameter.requires_grad for e in waiting.text_encoders.values() for parameter in e.parameters())
+    assert not any(name.startswith(names) for name, _ in offloaded.named_parameters())
+    assert {name for name, _ in resident.named_children()} >= set(names)
+    assert equal(offloaded.encode(TEXTS), resident.encode(TEXTS))
+    assert not any(parameter.requires_grad for e in offloaded.text_encoders.values() for parameter in e.parameters())
 
 
-def test_offloaded_encoders_visit_the_device_to_encode(checkpoints, monkeypatch):
-    """On another device, here the one without data, they are there while they encode and back afterwards."""
+def test_offloaded_encoders_are_on_the_device_while_they_encode(checkpoints, monkeypatch):
+    """The device is `meta` here; afterwards they are on the CPU again."""
     policy = policy_of(checkpoints)
     policy.transformer.to("meta")
-    seen: list[str] = []
+    devices: list[str] = []
 
-    def look(texts):
-        seen.extend(encoder.device.type for encoder in policy.text_encoders.values())
+    def record_devices(texts):
+        devices.extend(encoder.device.type for encoder in policy.text_encoders.values())
         raise InterruptedError
 
-    monkeypatch.setattr(policy, "_encode", look)
+    monkeypatch.setattr(policy, "_encode", record_devices)
     for encoder in policy.text_encoders.values():
-        monkeypatch.setattr(encoder, "to", lambda device, own=encoder: vars(own).update(at=str(device)))
-        monkeypatch.setattr(type(encoder), "device", property(lambda own: torch.device(vars(own)["at"])))
+        monkeypatch.setattr(encoder, "to", lambda device, module=encoder: vars(module).update(at=str(device)))
+        monkeypatch.setattr(type(encoder), "device", property(lambda module: torch.device(vars(module)["at"])))
     with pytest.raises(InterruptedError):
         policy.encode(TEXTS)
-    assert seen == ["meta"] * 3
+    assert devices == ["meta"] * 3
     assert [vars(encoder)["at"] for encoder in policy.text_encoders.values()] == ["cpu"] * 3
 
 
-def test_pictures_do_not_need_the_encoders(checkpoints):
-    """The sampler has none, so that it runs on the transformer's device wherever they wait."""
+def test_the_sampler_has_no_text_encoders(checkpoints):
+    """So it runs on the transformer's device, wherever the encoders are."""
     policy = policy_of(checkpoints)
     assert [policy.sampler.components[name] for name in policy.text_encoders] == [None] * 3
     assert policy.sampler.transformer is policy.transformer
 
 
-def test_the_cache_gives_what_encoding_gives(checkpoints, tmp_path, monkeypatch):
+def test_the_cache_equals_encoding(checkpoints, tmp_path, monkeypatch):
     plain = policy_of(checkpoints).encode(TEXTS)
     policy = policy_of(checkpoints, prompt_cache=str(tmp_path))
     first = policy.encode(TEXTS)
@@ -84,10 +84,10 @@ def test_the_cache_gives_what_encoding_gives(checkpoints, tmp_path, monkeypatch)
     assert equal(again.encode(TEXTS[1:2]), first[torch.tensor([1])])
 
 
-def test_what_is_kept_does_not_depend_on_its_neighbours(checkpoints, tmp_path):
+def test_cached_encodings_do_not_depend_on_other_prompts(checkpoints, tmp_path):
     alone = policy_of(checkpoints, prompt_cache=str(tmp_path / "a")).encode(TEXTS[:1])
-    among = policy_of(checkpoints, prompt_cache=str(tmp_path / "b")).encode(["a cross", *TEXTS])
-    assert equal(alone, among[torch.tensor([1])])
+    together = policy_of(checkpoints, prompt_cache=str(tmp_path / "b")).encode(["a cross", *TEXTS])
+    assert equal(alone, together[torch.tensor([1])])
 
 
 def test_other_encoders_and_lengths_have_other_caches(checkpoints, tmp_path):
@@ -105,7 +105,7 @@ def test_other_encoders_and_lengths_have_other_caches(checkpoints, tmp_path):
     assert fingerprint(encoders, 6) != before
 
 
-def test_a_damaged_file_is_named(checkpoints, tmp_path):
+def test_a_damaged_file_raises(checkpoints, tmp_path):
     policy = policy_of(checkpoints, prompt_cache=str(tmp_path))
     policy.encode(TEXTS)
     (file,) = [file for file in policy.cache.folder.iterdir() if file == policy.cache._file(TEXTS[0])]
@@ -114,7 +114,7 @@ def test_a_damaged_file_is_named(checkpoints, tmp_path):
         policy.encode(TEXTS)
 
 
-def test_nothing_unfinished_is_left(checkpoints, tmp_path):
+def test_no_temporary_file_is_left(checkpoints, tmp_path):
     cache = PromptCache(tmp_path, "encoders")
     cache.put("a", policy_of(checkpoints).encode(["a"]))
     assert [file.suffix for file in cache.folder.iterdir()] == [".safetensors"]
