@@ -25,9 +25,9 @@ def check_optimizer(optimizer: Optimizer, scheduler: object, scaler: GradScaler 
     """
     if scaler is not None and getattr(optimizer, "_step_supports_amp_scaling", False):
         raise ValueError(
-            "`optimizer` must not be a fused one with `precision` 16-mixed: it undoes the loss scaling within its step, and "
-            f"a merged gradient must be written after that. Found a fused {type(optimizer).__name__}; use bf16-mixed, or "
-            "`fused: false`."
+            "`optimizer` must not be a fused one with `precision` 16-mixed: it undoes the loss scaling within its step, but "
+            "a merged gradient must be written after the unscaling and before the update. Found a fused "
+            f"{type(optimizer).__name__}; use bf16-mixed, or `fused: false`."
         )
     if isinstance(scheduler, ReduceLROnPlateau):
         raise ValueError(

@@ -99,6 +99,8 @@ def sample_round(
 ) -> ScoredRollout:
     """Sample k images of each distinct prompt with the old adapter, and score each batch while the next is sampled.
 
+    Each distinct prompt is encoded once.
+
     Args:
         trainer: The trainer, with the index of the round, the rank and the data module.
         policy: The model that samples.
