@@ -86,7 +86,7 @@ def test_missing_scores_are_counted_and_stay_missing() -> None:
 @pytest.mark.parametrize(
     ("result", "message"),
     [
-        (torch.zeros(2, 1), r"shape \(2,\), one score an image. Found \(2, 1\)"),
+        (torch.zeros(2, 1), r"shape \(2,\), one score per image. Found \(2, 1\)"),
         (torch.zeros(2, 2), r"Found \(2, 2\)"),  # every prompt against every image
         (torch.zeros(()), r"Found \(\)"),
         ([0.0, 0.0], r"Found list\. Convert it"),

@@ -46,7 +46,7 @@ def test_one_clip_model_serves_both_rewards(clip_folder: Path) -> None:
 
 def test_what_is_wrong_with_a_head_is_said(clip_folder: Path, write_clip: Callable[..., Path], tmp_path: Path) -> None:
     path = str(clip_folder)
-    with pytest.raises(FileNotFoundError, match=r"Aesthetic: no\.pth must be a file .* is there, the file is not"):
+    with pytest.raises(FileNotFoundError, match=r"Aesthetic: no\.pth must be a file .* exists, the file does not"):
         Aesthetic(path, path, "no.pth").setup()
     torch.save({"layers.0.weight": torch.zeros(1024, 3)}, tmp_path / "other.pth")
     with pytest.raises(ValueError, match="Aesthetic: .*other.pth must hold the five linear layers .* 16 features"):

@@ -37,8 +37,8 @@ def test_accuracy_and_strict_differ(BrightBlobs: type[Detector]) -> None:
 KINDS = ("partial", "strict", "accuracy")
 
 
-def test_judge_gives_all_three_at_once(BrightBlobs: type[Detector]) -> None:
-    verdicts = GenEval(BrightBlobs()).reward_model(images=PICTURES, prompts=[TWO_CATS] * 3)
+def test_verdicts_have_all_three_scores(BrightBlobs: type[Detector]) -> None:
+    verdicts = GenEval(BrightBlobs()).verdicts(images=PICTURES, prompts=[TWO_CATS] * 3)
     assert verdicts == [Verdict(True, True, 1.0), Verdict(False, False, 0.25), Verdict(False, False, 0.0)]
 
 
@@ -75,7 +75,7 @@ def test_detector_without_colours_says_so() -> None:
         def detect(self, images):
             return [[see("cat"), see("cat")] for _ in images]
 
-    with pytest.raises(ValueError, match="Colourless: .*carry one. Found none on a 'cat'"):
+    with pytest.raises(ValueError, match="Colourless: .*have one. Found none on a 'cat'"):
         GenEval(Colourless())(images=PICTURES[:1], prompts=[TWO_CATS])
 
 
@@ -96,7 +96,7 @@ def test_detector_must_answer_for_each_image() -> None:
         def detect(self, images):
             return []
 
-    with pytest.raises(ValueError, match="`Short.detect` must return one list an image. Found 0 for 3 images"):
+    with pytest.raises(ValueError, match="`Short.detect` must return one list per image. Found 0 for 3 images"):
         GenEval(Short())(images=PICTURES, prompts=[TWO_CATS] * 3)
 
 

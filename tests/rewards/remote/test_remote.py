@@ -151,7 +151,7 @@ def test_trouble_that_stays_is_reported_as_the_server_tells_it() -> None:
         asked.append(1)
         return 500, {"error": "PickScore: CUDA is out of memory."}
 
-    with pytest.raises(ConnectionError, match=r"after 3 of 3 tries, .*: 500 Internal Server Error.*CUDA is out of memory"):
+    with pytest.raises(ConnectionError, match=r"after 3 of 3 attempts, .*: 500 Internal Server Error.*CUDA is out of memory"):
         scored(answer)
     assert len(asked) == 3
 
@@ -202,12 +202,12 @@ def test_gone() -> None:
     with ScriptedServer(remote_reward) as server:
         reward = ready(server)
         server.stop()
-        with pytest.raises(ConnectionError, match=r"/score must answer.*refused.*See that the server runs"):
+        with pytest.raises(ConnectionError, match=r"/score must answer.*refused.*Check that the server runs"):
             reward(images=shades(1), prompts=[PROMPT])
 
 
 def test_gone_in_the_middle_of_an_answer() -> None:
-    with pytest.raises(ConnectionError, match=r"/score must answer.*See that the server runs"):
+    with pytest.raises(ConnectionError, match=r"/score must answer.*Check that the server runs"):
         scored(lambda body: CUT)
 
 
@@ -271,7 +271,7 @@ def test_a_server_cannot_ask_for_any_pause(wait: str, monkeypatch: pytest.Monkey
     busy = f"HTTP/1.1 503 Busy\r\nRetry-After: {wait}\r\nContent-Length: 0\r\nConnection: close\r\n\r\n".encode()
     replies = iter([iter([busy])])
     begun = time.monotonic()
-    with pytest.raises(ConnectionError, match="after 1 of 3 tries, within `deadline`, 1 s: 503 Busy"):
+    with pytest.raises(ConnectionError, match="after 1 of 3 attempts, within `deadline`, 1 s: 503 Busy"):
         scored(lambda body: iter([busy]), deadline=1)
     assert time.monotonic() - begun < 1
     monkeypatch.setattr("rewards.remote.http_client.LONGEST_PAUSE", 0.3)

@@ -225,7 +225,7 @@ OTHER_SIZE = encode_png(torch.zeros(3, 4, 5, dtype=torch.uint8))
     [
         (b"not JSON", "the body must be JSON"),
         (b"\xff\xfe\xfd", "the body must be JSON"),
-        ([], "`images` and `prompts` must be lists of one length, not empty. Found NoneType and NoneType"),
+        ([], "`images` and `prompts` must be lists of the same length, not empty. Found NoneType and NoneType"),
         ({"images": [PNG]}, "Found 1 and NoneType"),
         ({"images": [], "prompts": []}, "Found 0 and 0"),
         ({"images": [PNG, PNG], "prompts": [PROMPT]}, "Found 2 and 1"),
@@ -233,7 +233,7 @@ OTHER_SIZE = encode_png(torch.zeros(3, 4, 5, dtype=torch.uint8))
         ({"images": ["*"], "prompts": [PROMPT]}, "images[0]: an image must be a base64 PNG"),
         ({"images": [PNG[:60]], "prompts": [PROMPT]}, "images[0]: an image must be a base64 PNG"),
         ({"images": [GREY], "prompts": [PROMPT]}, "images[0]: an image must be an RGB PNG. Found mode L"),
-        ({"images": [PNG, OTHER_SIZE], "prompts": [PROMPT] * 2}, "must be of one size. Found [(4, 4), (4, 5)]"),
+        ({"images": [PNG, OTHER_SIZE], "prompts": [PROMPT] * 2}, "must be of the same size. Found [(4, 4), (4, 5)]"),
         ({"images": [PNG], "prompts": ["a cat"]}, "prompts[0] must be"),
         ({"images": [PNG], "prompts": [{"text": "a cat"}]}, "prompts[0] must be"),
         ({"images": [PNG], "prompts": [{**PROMPT, "text": 3}]}, "prompts[0] must be"),
@@ -415,7 +415,7 @@ def test_a_token(monkeypatch: pytest.MonkeyPatch) -> None:
         for headers in ({}, {"Authorization": "Bearer other"}, {"Authorization": "s3cret"}):
             answer = requests.get(f"{url}/health", headers=headers, timeout=10)
             assert (answer.status_code, answer.headers["WWW-Authenticate"]) == (401, "Bearer")
-        with pytest.raises(ConnectionError, match="401 .*must bring this server's token.*Set `token_variable`"):
+        with pytest.raises(ConnectionError, match="401 .*must have this server's token.*Set `token_variable`"):
             remote(url)
 
 
@@ -438,9 +438,9 @@ def test_help(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
         main(["--reward.help", "rewards.PickScore"])
     assert ended.value.code == 0
-    assert "folder or hub id of the weights" in capsys.readouterr().out
+    assert "Folder or hub id of the weights" in capsys.readouterr().out
     with pytest.raises(SystemExit):
         main(["--help"])
     shown = " ".join(capsys.readouterr().out.split())
-    assert "address to listen at" in shown
+    assert "Address to listen at" in shown
     assert "rewards.PickScore" in shown

@@ -194,7 +194,7 @@ def test_trouble_that_stays_is_reported_as_the_server_tells_it() -> None:
     with ScriptedServer(
         lambda path, body: (500, {"error": {"message": "EngineDeadError"}}) if body else chat(path, body)
     ) as server:
-        with pytest.raises(ConnectionError, match=r"/chat/completions must answer.*3 tries.*500.*EngineDeadError"):
+        with pytest.raises(ConnectionError, match=r"/chat/completions must answer.*3 attempts.*500.*EngineDeadError"):
             ready(server)(images=shades(1), prompts=[PROMPT])
         assert len(server.asked) == 3
 
@@ -233,12 +233,12 @@ def test_gone() -> None:
     with ScriptedServer(chat) as server:
         reward = ready(server, retries=1)
         server.stop()
-        with pytest.raises(ConnectionError, match=r"http://127.*must answer.*refused.*See that the server runs"):
+        with pytest.raises(ConnectionError, match=r"http://127.*must answer.*refused.*Check that the server runs"):
             reward(images=shades(1), prompts=[PROMPT])
 
 
 def test_gone_in_the_middle_of_an_answer() -> None:
-    with pytest.raises(ConnectionError, match=r"http://127.*must answer.*See that the server runs"):
+    with pytest.raises(ConnectionError, match=r"http://127.*must answer.*Check that the server runs"):
         scored(lambda body: CUT, retries=0)
 
 
