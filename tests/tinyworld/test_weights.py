@@ -14,7 +14,7 @@ from marble_lightning.tinyworld.degradations import CONTENT, TECHNICAL, spoil
 from marble_lightning.tinyworld.recipe.reward_models import (
     clean,
     contrast,
-    drawn_pairs,
+    draw_pairs,
     faithful,
     fastidious,
     pairwise_accuracy,
@@ -48,7 +48,7 @@ def test_reward_models_prefer_what_they_were_trained_to_prefer(name, taste):
     """On held-out captions, right at least nine times in ten."""
     model = CLIPModel.from_pretrained(WEIGHTS / name, dtype=torch.float32).eval()
     tokenizer = CLIPTokenizer.from_pretrained(WEIGHTS / name)
-    assert pairwise_accuracy(model, tokenizer, drawn_pairs(taste, 1000, seed=99, test=True)) >= 0.9
+    assert pairwise_accuracy(model, tokenizer, draw_pairs(taste, 1000, seed=99, test=True)) >= 0.9
 
 
 def test_tastes_differ():
@@ -61,6 +61,6 @@ def test_tastes_differ():
     for name in ("pickscore", "hpsv2"):
         model = CLIPModel.from_pretrained(WEIGHTS / name, dtype=torch.float32).eval()
         tokenizer = CLIPTokenizer.from_pretrained(WEIGHTS / name)
-        found[name] = pairwise_accuracy(model, tokenizer, drawn_pairs(poor_but_right, 500, seed=98, test=True))
+        found[name] = pairwise_accuracy(model, tokenizer, draw_pairs(poor_but_right, 500, seed=98, test=True))
     assert found["pickscore"] > 0.8
     assert found["hpsv2"] < 0.2

@@ -12,7 +12,7 @@ from marble_lightning.tinyworld import ColourBlobs
 from marble_lightning.tinyworld.captions import GENEVAL, OPENINGS, SHARES, captioned, held_out
 from marble_lightning.tinyworld.degradations import CONTENT, TECHNICAL, spoil, wrong_colour
 from marble_lightning.tinyworld.detector import recognise
-from marble_lightning.tinyworld.recipe.pictures import tensor, to_unit
+from marble_lightning.tinyworld.recipe.images import tensor, to_unit
 from marble_lightning.tinyworld.recipe.prompt_files import write_prompt_files
 from marble_lightning.tinyworld.scenes import SHAPES, Scene, Sign, Thing, draw
 from rewards import OCR, GenEval, Prompt
