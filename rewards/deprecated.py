@@ -1,4 +1,4 @@
-"""Old names of attributes that custom classes override or read, for one release."""
+"""Support for old attribute names in custom classes, for one release."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from typing import Any
 
 
 class Renamed:
-    """A class's attribute under its old name: reading it warns and gives the new one.
+    """A class attribute under its old name: reading it warns and returns the attribute with the new name.
 
     Args:
-        new: Its name now.
+        new: The new name.
     """
 
     def __init__(self, new: str) -> None:
@@ -24,15 +24,15 @@ class Renamed:
         return getattr(owner if instance is None else instance, self.new)
 
     def warn(self, owner: type) -> None:
-        """Say what to write instead."""
+        """Warn that the attribute has a new name."""
         warnings.warn(f"`{owner.__name__}.{self.old}` is now `{self.new}`. Use that name.", FutureWarning, stacklevel=3)
 
 
 def adopt_old_names(owner: type) -> None:
-    """Take what a subclass defines under an old name as if it were under the new one, and warn.
+    """Copy attributes that a subclass defines under old names to the new names, and warn.
 
     Args:
-        owner: The subclass, in its `__init_subclass__`.
+        owner: The subclass, passed by its `__init_subclass__`.
     """
     for base in owner.__mro__[1:]:
         for old, renamed in vars(base).items():

@@ -1,4 +1,4 @@
-"""Rewards on CLIP models: PickScore, HPSv2, CLIPScore and the LAION aesthetic score."""
+"""Rewards based on CLIP models: PickScore, HPSv2, CLIPScore and the LAION aesthetic score."""
 
 from rewards.clip.aesthetic import Aesthetic
 from rewards.clip.clipscore import CLIPScore

@@ -1,4 +1,4 @@
-"""Aesthetic: how good-looking people would find an image, whatever its caption."""
+"""Aesthetic: predicted human rating of an image's beauty, independent of its caption."""
 
 from collections.abc import Sequence
 
@@ -15,22 +15,22 @@ from rewards.files import below, find_file, load_weights
 class Aesthetic(Reward):
     """LAION's aesthetic predictor: an MLP on the L2-normalised CLIP image embedding; raw, about 1 to 10.
 
-    Source: Schuhmann, "CLIP+MLP Aesthetic Score Predictor", 2022, weights `sac+logos+ava1-l14-linearMSE`.
-
     Args:
-        path: folder or hub id of a transformers-format CLIPModel with its tokenizer and preprocessor_config.json.
-        head_path: folder or hub id of the MLP's weights.
-        head_file: name of the file there, safetensors or PyTorch.
-        revision: branch, tag or commit of `path`. None: the pinned commit, see `rewards.files`.
-        head_revision: branch, tag or commit of `head_path`. None: its main branch.
-        dtype: number format of the CLIP weights: "float32", "bfloat16" or "float16". Scores are always float32.
-        batch_size: images scored at once, >= 1.
+        path: Folder or hub id of a transformers-format CLIPModel with its tokenizer and preprocessor_config.json.
+        head_path: Folder or hub id of the MLP's weights.
+        head_file: Name of the file in `head_path`, safetensors or PyTorch.
+        revision: Branch, tag or commit of `path`. None: the pinned commit, see `rewards.files`.
+        head_revision: Branch, tag or commit of `head_path`. None: its main branch.
+        dtype: Number format of the CLIP weights: "float32", "bfloat16" or "float16". Scores are always float32.
+        batch_size: Images scored at once, >= 1.
 
     Shape:
         - images: (B, 3, H, W), result: (B,)
 
     Raises:
         ValueError: if an argument is out of range.
+
+    Source: Schuhmann, "CLIP+MLP Aesthetic Score Predictor", 2022, weights `sac+logos+ava1-l14-linearMSE`.
     """
 
     identity_fields = (*Reward.identity_fields, "head_path", "head_file", "head_revision")
@@ -62,5 +62,5 @@ class Aesthetic(Reward):
             self.tower = tower
 
     def score(self, *, images: Float[Tensor, "b 3 h w"], prompts: Sequence[Prompt]) -> Float[Tensor, "b"]:
-        """The head's output; the captions are not looked at."""
+        """Return the output of the head; captions are ignored."""
         return self._loaded(self.head)(self._loaded(self.tower).embed_images(images)).squeeze(-1)

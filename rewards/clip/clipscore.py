@@ -1,4 +1,4 @@
-"""CLIPScore: how well an image fits its caption in the eyes of CLIP."""
+"""CLIPScore: how well an image matches its caption, according to CLIP."""
 
 from collections.abc import Sequence
 from typing import get_args
@@ -14,25 +14,25 @@ from rewards.clip.tower import CLIPTower, Resize
 class CLIPScore(Reward):
     """Text alignment: logits_per_image / 100 = exp(logit_scale) * cos(text, image) / 100.
 
-    The logit scale of the published models is 100, so this is their cosine. It can be negative: unlike the metric of
-    the paper it is neither clamped at 0 nor multiplied by 2.5.
-
-    Source: Radford et al., "Learning Transferable Visual Models From Natural Language Supervision", 2021; as a score,
-    Hessel et al., "CLIPScore: A Reference-free Evaluation Metric for Image Captioning", 2021, section 3.
+    The logit scale of the published models is 100, so their score equals the cosine. It can be negative. Unlike the metric
+    of the paper, it is neither clamped at 0 nor multiplied by 2.5.
 
     Args:
-        path: folder or hub id of a transformers-format CLIPModel with its tokenizer and preprocessor_config.json.
-        revision: branch, tag or commit of `path`. None: the pinned commit, see `rewards.files`.
-        dtype: number format of the weights: "float32", "bfloat16" or "float16". Scores are always float32.
-        batch_size: images scored at once, >= 1.
-        resize: "bilinear" as in the published runs of DiffusionNFT and MARBLE, "bicubic" as CLIP was trained. Images of the
-            model's own size are not resized.
+        path: Folder or hub id of a transformers-format CLIPModel with its tokenizer and preprocessor_config.json.
+        revision: Branch, tag or commit of `path`. None: the pinned commit, see `rewards.files`.
+        dtype: Number format of the weights: "float32", "bfloat16" or "float16". Scores are always float32.
+        batch_size: Images scored at once, >= 1.
+        resize: "bilinear" as in the published runs of DiffusionNFT and MARBLE, "bicubic" as in CLIP's training. Images of
+            the model's input size are not resized.
 
     Shape:
         - images: (B, 3, H, W), result: (B,)
 
     Raises:
         ValueError: if an argument is out of range.
+
+    Source: Radford et al., "Learning Transferable Visual Models From Natural Language Supervision", 2021; as a score,
+    Hessel et al., "CLIPScore: A Reference-free Evaluation Metric for Image Captioning", 2021, section 3.
     """
 
     identity_fields = (*Reward.identity_fields, "resize")

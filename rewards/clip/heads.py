@@ -1,4 +1,4 @@
-"""The small regression head that two rewards end in."""
+"""The small regression head of `Aesthetic` and `ImageReward`."""
 
 from collections.abc import Mapping
 
@@ -7,20 +7,20 @@ from torch import Tensor, nn
 from rewards.checkpoints import check_finite
 
 WIDTHS = (1024, 128, 64, 16, 1)
-"""Outputs of its layers. There is no activation between them."""
+"""Output widths of the layers. There is no activation between them."""
 
 
 def regression_head(owner: str, *, width: int, weights: Mapping[str, Tensor], source: object) -> nn.Sequential:
-    """Five linear layers on features of that width, float32 and frozen, numbered as published: with dropout counted.
+    """Build the head: five linear layers, float32 and frozen, with indices as published, which count dropout layers.
 
     Args:
-        owner: name of the reward, for error messages.
-        width: numbers in the features.
-        weights: by name, `0.weight` to `7.bias`.
-        source: where they come from, for error messages.
+        owner: Name of the reward, for error messages.
+        width: Dimension of the input features.
+        weights: Weights by name, `0.weight` to `7.bias`.
+        source: Origin of the weights, for error messages.
 
     Raises:
-        ValueError: if the weights are not those of such a head.
+        ValueError: if the weights do not fit such a head.
     """
     layers: list[nn.Module] = []
     for number, (inputs, outputs) in enumerate(zip((width, *WIDTHS), WIDTHS, strict=False)):

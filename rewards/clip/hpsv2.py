@@ -1,4 +1,4 @@
-"""HPSv2: a CLIP model trained on people's rankings of generated images."""
+"""HPSv2: a CLIP model trained on human rankings of generated images."""
 
 from collections.abc import Sequence
 
@@ -14,28 +14,28 @@ from rewards.clip.tower import CLIPTower
 class HPSv2(Reward):
     """Human preference: cos(text, image), without the logit scale, in [-1, 1].
 
-    The image's longer side is resized to the model's size and the rest filled with black bars, so nothing is cropped. The
-    text is cleaned as open_clip does, see `rewards.clip.open_clip.cleaned`.
+    The longer side of the image is resized to the model's input size. Black bars fill the rest, so nothing is cropped. The
+    text is cleaned as in open_clip, see `rewards.clip.open_clip.cleaned`.
 
-    The default is version 2.1, whose published file is read as it is.
-
-    Source: Wu et al., "Human Preference Score v2: A Solid Benchmark for Evaluating Human Preferences of Text-to-Image
-    Synthesis", 2023, section 4.
+    The default is version 2.1. The published file is read unchanged.
 
     Args:
-        path: folder or hub id of the weights.
-        file: name of the file there, of an open_clip ViT-H-14, or of the model that an open_clip_config.json beside it
-            describes. None: `path` is a transformers-format CLIPModel.
-        processor_path: folder or hub id of tokenizer and preprocessor_config.json. None: `path`.
-        revision: branch, tag or commit of `path`. None: the pinned commit, see `rewards.files`.
-        dtype: number format of the weights: "float32", "bfloat16" or "float16". Scores are always float32.
-        batch_size: images scored at once, >= 1.
+        path: Folder or hub id of the weights.
+        file: Name of a file in `path` with open_clip weights. An open_clip_config.json in the same folder describes the
+            model; without one it is a ViT-H-14. None: `path` is a transformers-format CLIPModel.
+        processor_path: Folder or hub id of tokenizer and preprocessor_config.json. None: `path`.
+        revision: Branch, tag or commit of `path`. None: the pinned commit, see `rewards.files`.
+        dtype: Number format of the weights: "float32", "bfloat16" or "float16". Scores are always float32.
+        batch_size: Images scored at once, >= 1.
 
     Shape:
         - images: (B, 3, H, W), result: (B,)
 
     Raises:
         ValueError: if an argument is out of range.
+
+    Source: Wu et al., "Human Preference Score v2: A Solid Benchmark for Evaluating Human Preferences of Text-to-Image
+    Synthesis", 2023, section 4.
     """
 
     def __init__(

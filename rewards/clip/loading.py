@@ -1,4 +1,4 @@
-"""Loading CLIP towers from local folders or the hub, in transformers' format or open_clip's; each model once a process."""
+"""Load CLIP towers from local folders or the hub, in transformers or open_clip format; each model once per process."""
 
 import json
 from collections.abc import Callable, Iterator
@@ -16,7 +16,7 @@ from rewards.files import find_file, load_weights, pinned, resolve_path
 from rewards.hub import hub_reason
 
 _models: WeakValueDictionary[tuple[str | None, ...], Any] = WeakValueDictionary()
-"""Models in use, by where they come from, so that rewards with the same tower share it."""
+"""Loaded models by path, file, revision and dtype, so that rewards with the same tower share it."""
 
 
 def load_tower(
@@ -34,45 +34,45 @@ def load_tower(
 ) -> CLIPTower:
     """Load a CLIP model, its tokenizer and its preprocessing from a local folder or a hub id.
 
-    A model that another reward of this process has loaded in the same precision is shared with it.
+    Rewards of one process share a model with the same weights and precision.
 
     Args:
-        owner: name of the reward, for error messages.
-        path: folder or hub id of a transformers-format `CLIPModel`, or of the open_clip `file`.
-        file: name of a file of open_clip weights; its model is described by an open_clip_config.json beside it, or else is
-            a ViT-H-14. None: transformers' format.
-        processor_path: folder or hub id of tokenizer and preprocessor_config.json. None: `path`.
-        revision: branch, tag or commit of `path`. None: the pinned commit, see `rewards.files`.
+        owner: Name of the reward, for error messages.
+        path: Folder or hub id of a transformers-format `CLIPModel`, or of the open_clip `file`.
+        file: Name of a file with open_clip weights. An open_clip_config.json in the same folder describes the model;
+            without one it is a ViT-H-14. None: transformers format.
+        processor_path: Folder or hub id of tokenizer and preprocessor_config.json. None: `path`.
+        revision: Branch, tag or commit of `path`. None: the pinned commit, see `rewards.files`.
         dtype: "float32", "bfloat16" or "float16".
-        fit: how images become square, see `Preprocess`.
-        resize: how they are resized, see `Preprocess`.
-        centre: where they are cropped, see `Preprocess`.
-        clean: what becomes of a text before it is tokenised.
+        fit: How images become square, see `Preprocess`.
+        resize: How images are resized, see `Preprocess`.
+        centre: Where images are cropped, see `Preprocess`.
+        clean: Function applied to each text before tokenization.
 
     Raises:
         FileNotFoundError: if a file is missing or the hub cannot be reached.
-        ValueError: if the folder holds another model, lacks weights, or its files do not fit together.
+        ValueError: if the folder holds another kind of model, weights are missing, or its files do not fit together.
     """
     from transformers import CLIPTokenizer
     from transformers.image_processing_base import ImageProcessingMixin
 
     path, source = resolve_path(path), resolve_path(processor_path or path)
-    # A revision names a commit of one repository, so it must not be looked up in another.
+    # A revision belongs to one repository, so it does not apply to another one.
     pin = _pin(source, revision if source == path else None)
     key = (path, file, revision, dtype)
     model = _models.get(key)
     if model is None:
         model = _load(owner, source, path, file, revision, getattr(torch, dtype))
     with _explained(owner, path, source, source):
-        numbers, _ = ImageProcessingMixin.get_image_processor_dict(source, **pin)
+        processor_config, _ = ImageProcessingMixin.get_image_processor_dict(source, **pin)
         tokenizer = CLIPTokenizer.from_pretrained(source, **pin)
     vocabulary, image_size = model.config.text_config.vocab_size, model.config.vision_config.image_size
-    if len(tokenizer) != vocabulary:  # transformers builds an all but empty tokenizer where the files are missing
+    if len(tokenizer) != vocabulary:  # transformers builds a nearly empty tokenizer if the files are missing
         raise ValueError(
             f"{owner}: the tokenizer in '{source}' must have the {vocabulary} tokens of the model in '{path}'. "
             f"Found {len(tokenizer)}. Put vocab.json and merges.txt, or tokenizer.json, of that model there."
         )
-    preprocess = replace(Preprocess.from_config(numbers, fit), resize=resize, centre=centre)
+    preprocess = replace(Preprocess.from_config(processor_config, fit), resize=resize, centre=centre)
     if preprocess.crop != image_size:
         raise ValueError(
             f"{owner}: preprocessor_config.json in '{source}' must crop to the {image_size} pixels of the model in "
@@ -89,20 +89,20 @@ def _load(owner: str, source: str, path: str, file: str | None, revision: str | 
     options: dict[str, Any] = {"dtype": torch.float32, "output_loading_info": True}
     if file is not None:
         weights = find_file(owner, path=path, name=file, revision=revision)
-        beside = weights.with_name("open_clip_config.json")
-        description = json.loads(beside.read_text())["model_cfg"] if beside.exists() else VIT_H_14
+        config_file = weights.with_name("open_clip_config.json")
+        description = json.loads(config_file.read_text())["model_cfg"] if config_file.exists() else VIT_H_14
         state = renamed(load_weights(owner, weights))
         try:
             loaded: Any = CLIPModel.from_pretrained(None, config=architecture(description), state_dict=state, **options)
         except RuntimeError as error:
             raise ValueError(
-                f"{owner}: {weights} must hold the weights of the model that {beside.name} beside it describes, or else "
-                "of a ViT-H-14. Found weights of other shapes. Put open_clip's description of the model there."
+                f"{owner}: {weights} must hold the weights of the model that {config_file.name} in its folder describes, or "
+                "of a ViT-H-14 without that file. Found weights of other shapes. Put open_clip's configuration there."
             ) from error
     else:
         with _explained(owner, path, source, path):
             config, _ = PretrainedConfig.get_config_dict(path, **pin)
-            if not config:  # what transformers returns where a folder has no config.json
+            if not config:  # transformers returns an empty config if the folder has no config.json
                 raise OSError("there is no config.json")
         if config.get("model_type") != "clip":
             raise ValueError(
@@ -112,7 +112,7 @@ def _load(owner: str, source: str, path: str, file: str | None, revision: str | 
         with _explained(owner, path, source, path):
             loaded = CLIPModel.from_pretrained(path, **options, **pin)
     model, report = loaded
-    if report["missing_keys"]:  # transformers would leave them random, and a random judge gives scores all the same
+    if report["missing_keys"]:  # transformers would keep random weights, and the model would still return scores
         raise ValueError(
             f"{owner}: the checkpoint in '{path}' must hold every weight of its CLIPModel. Found "
             f"{len(report['missing_keys'])} missing, such as {min(report['missing_keys'])}. Download it again."
@@ -123,11 +123,11 @@ def _load(owner: str, source: str, path: str, file: str | None, revision: str | 
 
 
 def in_precision(model: Any, dtype: torch.dtype) -> Any:
-    """A `CLIPModel` with weights in a precision, and exp(logit_scale) as a float32 buffer `scale`, as `CLIPTower` wants it.
+    """Convert a `CLIPModel` to a precision, and add exp(logit_scale) as a float32 buffer `scale` for `CLIPTower`.
 
     Args:
-        model: with weights in float32.
-        dtype: what they become.
+        model: Model with weights in float32.
+        dtype: Number format of the converted weights.
     """
     scale = model.logit_scale.detach().exp()  # half precision would round a scale of 100 to 98.9
     model.to(dtype).register_buffer("scale", scale, persistent=False)
@@ -135,25 +135,25 @@ def in_precision(model: Any, dtype: torch.dtype) -> Any:
 
 
 def _pin(path: str, revision: str | None) -> dict[str, Any]:
-    found = pinned(path, revision)
-    return {} if found is None else {"revision": found}
+    pinned_revision = pinned(path, revision)
+    return {} if pinned_revision is None else {"revision": pinned_revision}
 
 
 @contextmanager
-def _explained(owner: str, path: str, source: str, asked: str) -> Iterator[None]:
-    """Say what a folder must hold instead of what the library tripped over; `asked` is the one of both that is read."""
+def _explained(owner: str, path: str, source: str, accessed: str) -> Iterator[None]:
+    """Replace a library's error by one that says what the folders must hold; `accessed` is the folder being read."""
     try:
         yield
     except (OSError, ValueError) as error:
         raise FileNotFoundError(
             f"{owner}: `path` must be a folder or hub id of a transformers-format CLIPModel (config.json and weights), "
-            "and the processor's one (`processor_path` if given, else `path`) must hold tokenizer files and "
-            f"preprocessor_config.json. Found '{path}' and '{source}': {hub_reason(error, asked)}."
+            "and the processor's folder (`processor_path` if given, else `path`) must hold tokenizer files and "
+            f"preprocessor_config.json. Found '{path}' and '{source}': {hub_reason(error, accessed)}."
         ) from error
 
 
 def check_dtype(owner: str, dtype: str) -> str:
-    """`dtype`, if a CLIP tower can be loaded in it.
+    """Return `dtype` if CLIP weights can be loaded in it.
 
     Raises:
         ValueError: if it is not "float32", "bfloat16" or "float16".

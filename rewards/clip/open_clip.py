@@ -1,4 +1,4 @@
-"""open_clip's checkpoints as transformers models, the same network under other names; and how it cleans texts."""
+"""Convert open_clip checkpoints to transformers models, and clean texts as open_clip does."""
 
 import html
 import re
@@ -13,7 +13,7 @@ VIT_H_14: dict[str, Any] = {
     "vision_cfg": {"image_size": 224, "layers": 32, "width": 1280, "head_width": 80, "patch_size": 14},
     "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 1024, "heads": 16, "layers": 24},
 }
-"""open_clip's own description of the model that HPSv2 starts from."""
+"""open_clip's configuration of the base model of HPSv2."""
 
 NAMES = (
     (r"^visual\.conv1\.", "vision_model.embeddings.patch_embedding."),
@@ -33,11 +33,11 @@ NAMES = (
     (r"\.mlp\.c_fc\.", ".mlp.fc1."),
     (r"\.mlp\.c_proj\.", ".mlp.fc2."),
 )
-"""What becomes of open_clip's names, as regular expressions that are applied in turn."""
+"""(pattern, replacement) pairs from open_clip names to transformers names, applied in this order."""
 
 
 def architecture(description: Mapping[str, Any]) -> Any:
-    """The CLIPConfig of an open_clip model description (`model_cfg` of its open_clip_config.json), with exact GELU."""
+    """Convert an open_clip configuration (`model_cfg` of open_clip_config.json) to a CLIPConfig with exact GELU."""
     from transformers import CLIPConfig
 
     vision, text = description["vision_cfg"], description["text_cfg"]
@@ -69,9 +69,9 @@ def architecture(description: Mapping[str, Any]) -> Any:
 
 
 def renamed(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Weights of an open_clip model under the names of transformers' `CLIPModel`.
+    """Rename the weights of an open_clip model to the names of transformers' `CLIPModel`.
 
-    Queries, keys and values, one matrix there, are three here; the two projections are transposed.
+    The joint matrix of queries, keys and values is split into three. The two projections are transposed.
     """
     result: dict[str, Tensor] = {}
     for name, tensor in state.items():
@@ -87,7 +87,7 @@ def renamed(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def cleaned(text: str) -> str:
-    """A text as open_clip tokenises it: repaired by ftfy, HTML entities resolved twice, blanks made one, lower case.
+    """Clean a text as open_clip does: ftfy repair, HTML entities unescaped twice, whitespace collapsed, lower case.
 
     >>> cleaned("Salt &amp;amp;  pepper in a CafÃ©")
     'salt & pepper in a café'

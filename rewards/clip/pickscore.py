@@ -1,4 +1,4 @@
-"""PickScore: a CLIP model trained on which of two images people picked."""
+"""PickScore: a CLIP model trained on human choices between two images."""
 
 from collections.abc import Sequence
 
@@ -13,26 +13,26 @@ from rewards.clip.tower import CLIPTower
 class PickScore(Reward):
     """Human preference: exp(logit_scale) * cos(text, image) / 26.
 
-    Tables in papers print the undivided value, about 20 to 24; divided, the reward is near 1. Set `divide_by` to 1 to
-    get theirs.
-
-    Source: Kirstain et al., "Pick-a-Pic: An Open Dataset of User Preferences for Text-to-Image Generation", 2023,
-    section 4.
+    Tables in papers report the undivided value, about 20 to 24. After division the reward is near 1. Set `divide_by` to 1
+    to get the value of the tables.
 
     Args:
-        path: folder or hub id of the weights, a transformers-format CLIPModel.
-        processor_path: folder or hub id of tokenizer and preprocessor_config.json; the published weights were trained
-            with those of another repository. None: `path`.
-        revision: branch, tag or commit of `path`. None: the pinned commit, see `rewards.files`.
-        dtype: number format of the weights: "float32", "bfloat16" or "float16". Scores are always float32.
-        divide_by: the score is divided by this, > 0.
-        batch_size: images scored at once, >= 1.
+        path: Folder or hub id of the weights, a transformers-format CLIPModel.
+        processor_path: Folder or hub id of tokenizer and preprocessor_config.json. The published weights were trained with
+            the files of another repository. None: `path`.
+        revision: Branch, tag or commit of `path`. None: the pinned commit, see `rewards.files`.
+        dtype: Number format of the weights: "float32", "bfloat16" or "float16". Scores are always float32.
+        divide_by: Divisor of the score, > 0.
+        batch_size: Images scored at once, >= 1.
 
     Shape:
         - images: (B, 3, H, W), result: (B,)
 
     Raises:
         ValueError: if an argument is out of range.
+
+    Source: Kirstain et al., "Pick-a-Pic: An Open Dataset of User Preferences for Text-to-Image Generation", 2023,
+    section 4.
     """
 
     identity_fields = (*Reward.identity_fields, "divide_by")

@@ -1,4 +1,4 @@
-"""CLIP towers as rewards use them: image preprocessing on tensors, embeddings, cosines."""
+"""CLIP towers of rewards: image preprocessing on tensors, embeddings and cosine similarities."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,22 +15,22 @@ BICUBIC = 3
 
 Resize = Literal["bicubic", "bilinear"]
 Centre = Literal["floor", "even"]
-"""Where a crop begins that leaves an odd number of pixels over: half of it rounded down, as in transformers, or to the even
-number, as in torchvision. They differ where 3, 7, 11, ... pixels are left over."""
+"""How half of the surplus pixels is rounded to get the start of a crop: "floor" rounds down, as in transformers; "even"
+rounds half to even, as in torchvision. The two differ for a surplus of 3, 7, 11, ... pixels."""
 
 
 @dataclass(frozen=True)
 class Preprocess:
-    """Resize without aliases, make square, normalise.
+    """Resize with antialiasing, make square, normalise.
 
     Args:
-        size: pixels of the side that is resized, the shorter one for "crop", the longer one for "pad".
-        crop: pixels of the square result; equal to `size` for "pad".
-        mean: per channel, subtracted from pixels in [0, 1].
-        std: per channel, divided by.
-        fit: "crop" keeps the centre, as CLIP was trained; "pad" shows all of it between black bars, as HPSv2 was.
+        size: Target pixels of the resized side: the shorter one for "crop", the longer one for "pad".
+        crop: Side of the square result in pixels; equal to `size` for "pad".
+        mean: Mean per channel, subtracted from pixels in [0, 1].
+        std: Standard deviation per channel, the divisor.
+        fit: "crop" keeps the centre, as in CLIP's training; "pad" adds black bars, as in HPSv2's training.
         resize: "bicubic" or "bilinear".
-        centre: how the beginning of a crop is rounded: "floor" or "even".
+        centre: How the start of a crop is rounded: "floor" or "even".
 
     Shape:
         - images: (B, 3, H, W), result: (B, 3, crop, crop)
@@ -53,7 +53,7 @@ class Preprocess:
             long = max(height, width)
             shape = (max(1, round(self.size * height / long)), max(1, round(self.size * width / long)))
         if shape != (height, width):
-            # antialias=True also makes torch's kernels those of PIL. The bicubic one overshoots, PIL clips: so do we.
+            # antialias=True makes torch's kernels equal PIL's. Bicubic resampling overshoots; PIL clips, and so does this.
             images = F.interpolate(images, size=shape, mode=self.resize, antialias=True).clamp(0, 1)
         spare_y, spare_x = self.crop - shape[0], self.crop - shape[1]
         if self.fit == "crop":
@@ -66,10 +66,10 @@ class Preprocess:
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any], fit: Literal["crop", "pad"] = "crop") -> "Preprocess":
-        """Read the numbers of a preprocessor_config.json, whose sizes are numbers in old files and mappings in new ones.
+        """Read a preprocessor_config.json; its sizes are numbers in old files and mappings in new ones.
 
         Raises:
-            ValueError: if the file asks for another resampling, a fixed-aspect resize or a crop larger than the image.
+            ValueError: if the file specifies another resampling, a fixed-aspect resize or a crop larger than the image.
         """
         size, crop = config.get("size", 224), config.get("crop_size", 224)
         size = size.get("shortest_edge") if isinstance(size, Mapping) else size
@@ -88,10 +88,10 @@ class CLIPTower(nn.Module):
     """A frozen `CLIPModel` with its tokenizer and preprocessing. Built by `rewards.clip.loading.load_tower`.
 
     Args:
-        model: transformers `CLIPModel`, with exp(logit_scale) in float32 as a buffer `scale`.
-        tokenizer: its tokenizer.
-        preprocess: what turns pixels into its input.
-        clean: what becomes of a text before it is tokenised.
+        model: The transformers `CLIPModel`, with exp(logit_scale) in float32 as a buffer `scale`.
+        tokenizer: Tokenizer of the model.
+        preprocess: Converts pixels to the model's input.
+        clean: Function applied to each text before tokenization.
     """
 
     def __init__(self, model: Any, tokenizer: Any, preprocess: Preprocess, clean: Callable[[str], str] = str) -> None:
@@ -103,17 +103,17 @@ class CLIPTower(nn.Module):
 
     @property
     def scale(self) -> Float[Tensor, ""]:
-        """exp(logit_scale), what CLIP multiplies cosines with, float32."""
+        """exp(logit_scale), CLIP's factor of the cosine, float32."""
         return self.model.scale
 
     def embed_images(self, images: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b d"]:
-        """L2-normalised image embeddings, float32."""
+        """Return L2-normalised image embeddings, float32."""
         pixels = self.preprocess(images.to(self.model.device)).to(self.model.dtype)
         # transformers 5 returns the whole model output here; the projected embedding is its pooler_output.
         return F.normalize(self.model.get_image_features(pixel_values=pixels).pooler_output.float(), dim=-1)
 
     def embed_texts(self, texts: Sequence[str]) -> Float[Tensor, "b d"]:
-        """L2-normalised text embeddings, float32; texts are cut to the positions the model has."""
+        """Return L2-normalised text embeddings, float32; texts are truncated to the model's number of positions."""
         positions = self.model.config.text_config.max_position_embeddings
         tokens = self.tokenizer(
             [self.clean(beginning(text, positions)) for text in texts],
@@ -126,7 +126,7 @@ class CLIPTower(nn.Module):
         return F.normalize(features.pooler_output.float(), dim=-1)
 
     def cosine(self, *, images: Float[Tensor, "b 3 h w"], texts: Sequence[str]) -> Float[Tensor, "b"]:
-        """Cosine of each image with its own text. A text shared by several images is embedded once."""
+        """Return the cosine of each image with its own text; a text shared by several images is embedded once."""
         position = {text: index for index, text in enumerate(dict.fromkeys(texts))}
         embedded = self.embed_texts(list(position))[[position[text] for text in texts]]
         return (self.embed_images(images) * embedded).sum(dim=-1)

@@ -1,4 +1,4 @@
-"""GenEval: objects, counts, colours and positions, by a detector."""
+"""GenEval: objects, counts, colours and positions, checked by an object detector."""
 
 from rewards.geneval.detectors import Detection, Detector
 from rewards.geneval.mask2former import Mask2Former

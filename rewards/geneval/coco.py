@@ -1,4 +1,4 @@
-"""COCO's 80 classes under the names that GenEval's prompts use, whatever a checkpoint calls them."""
+"""COCO's 80 classes under GenEval's names, and the other names that checkpoints use."""
 
 from collections.abc import Mapping
 
@@ -13,14 +13,14 @@ COCO_CLASSES = (
     "computer keyboard", "cell phone", "microwave", "oven", "toaster", "sink", "refrigerator", "book", "clock",
     "vase", "scissors", "teddy bear", "hair drier", "toothbrush",
 )  # fmt: skip
-"""In COCO's order."""
+"""GenEval's names of COCO's classes, in COCO's order."""
 
 OTHER_NAMES = {
-    # COCO's own, too short to paint an image from
+    # COCO's names, too short for a prompt
     "mouse": "computer mouse",
     "remote": "tv remote",
     "keyboard": "computer keyboard",
-    # Pascal VOC's, which transformers' converted checkpoints have
+    # Pascal VOC's names, used in transformers' converted checkpoints
     "motorbike": "motorcycle",
     "aeroplane": "airplane",
     "sofa": "couch",
@@ -28,27 +28,27 @@ OTHER_NAMES = {
     "diningtable": "dining table",
     "tvmonitor": "tv",
 }
-"""What else the classes are called."""
+"""Other names of the classes, mapped to GenEval's names."""
 
 
 def coco_names(owner: str, id2label: Mapping[str, str], source: str) -> list[str]:
-    """GenEval's name of each of a model's outputs.
+    """Return GenEval's class name for each output of a model.
 
     Args:
-        owner: name of the detector, for error messages.
-        id2label: of the model's config.json, from the number of an output, as text, to the name of its class.
-        source: folder or hub id, for error messages.
+        owner: Name of the detector, for error messages.
+        id2label: Class names in the model's config.json, by the output's number as text.
+        source: Folder or hub id, for error messages.
 
     Raises:
-        ValueError: if these are not COCO's 80 classes.
+        ValueError: if the classes are not COCO's 80 classes.
     """
-    found = [id2label.get(str(index)) for index in range(len(id2label))]
-    names = [OTHER_NAMES.get(name, name) for name in found if name is not None]
+    labels = [id2label.get(str(index)) for index in range(len(id2label))]
+    names = [OTHER_NAMES.get(name, name) for name in labels if name is not None]
     if len(names) != len(COCO_CLASSES) or set(names) != set(COCO_CLASSES):
-        odd = next((name for name in names if name not in COCO_CLASSES), None)
+        unknown = next((name for name in names if name not in COCO_CLASSES), None)
         raise ValueError(
             f"{owner}: `id2label` in config.json of '{source}' must name the {len(COCO_CLASSES)} classes of COCO instances. "
-            f"Found {len(id2label)} classes{'' if odd is None else f', one of them {odd!r}'}. Use a model trained on COCO "
-            "instance segmentation, not on panoptic COCO, Cityscapes or ADE20K."
+            f"Found {len(id2label)} classes{'' if unknown is None else f', one of them {unknown!r}'}. Use a model trained "
+            "on COCO instance segmentation, not on panoptic COCO, Cityscapes or ADE20K."
         )
     return names

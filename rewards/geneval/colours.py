@@ -1,4 +1,4 @@
-"""Names the colours of objects that a detector found, by zero-shot CLIP."""
+"""Classify the colours of detected objects by zero-shot CLIP."""
 
 from collections.abc import Sequence
 
@@ -15,29 +15,30 @@ from rewards.geneval.rules import COLOURS
 
 TEMPLATES = ("a photo of a {colour} {label}", "a photo of a {colour}-colored {label}", "a photo of a {colour} object")
 BACKGROUND = 0x99 / 255
-"""Grey, #999999, in place of everything that is not the object."""
+"""Grey, #999999, which replaces all pixels outside the object."""
 
 
 class ColourClassifier(nn.Module):
-    """The one of GenEval's ten colours whose texts CLIP finds nearest to the object, cut out and put on grey.
+    """Classify an object's colour: the one of GenEval's ten colours with the highest CLIP similarity to the object.
 
-    A detector of your own calls `classify` in its `colours`:
+    The object is cut out and placed on grey. A custom detector calls `classify` in its `colours`:
 
         def colours(self, image, detections):
             return self.classifier.classify(image, detections)
 
-    A colour's text embedding is the normalised mean of those of its three texts, cleaned as open_clip does.
-
-    Source: Ghosh, Hajishirzi, Schmidt, "GenEval", 2023, section 3.2, with CLIP ViT-L/14 and a grey background.
+    The text embedding of a colour is the normalised mean of the embeddings of its three texts. The texts are cleaned as in
+    open_clip.
 
     Args:
-        path: folder or hub id of a transformers-format CLIPModel with its tokenizer and preprocessor_config.json. A
-            reward that has loaded the same one in the same precision shares it.
-        revision: branch, tag or commit of `path`. None: the pinned commit, see `rewards.files`.
-        dtype: number format of the weights: "float32", "bfloat16" or "float16".
+        path: Folder or hub id of a transformers-format CLIPModel with its tokenizer and preprocessor_config.json. Rewards
+            that use the same model in the same precision share it.
+        revision: Branch, tag or commit of `path`. None: the pinned commit, see `rewards.files`.
+        dtype: Number format of the weights: "float32", "bfloat16" or "float16".
 
     Raises:
-        ValueError: if `dtype` is none of these.
+        ValueError: if `dtype` is another value.
+
+    Source: Ghosh, Hajishirzi, Schmidt, "GenEval", 2023, section 3.2, with CLIP ViT-L/14 and a grey background.
     """
 
     def __init__(
@@ -63,23 +64,23 @@ class ColourClassifier(nn.Module):
 
     @torch.no_grad()
     def classify(self, image: Float[Tensor, "3 h w"], detections: Sequence[Detection]) -> list[str]:
-        """Name of each object's colour.
+        """Return the name of each object's colour.
 
         Args:
-            image: the image the detections were made on, pixels in [0, 1].
-            detections: of any class; without a mask, the whole box is looked at.
+            image: The image of the detections, pixels in [0, 1].
+            detections: Detections of any class; the whole box is used for a detection without a mask.
 
         Raises:
             RuntimeError: if `setup` was not called.
-            ValueError: if a mask has another size than the image, or a box holds none of its pixels.
+            ValueError: if the size of a mask differs from the image's, or a box contains no pixel of the image.
         """
         if self.tower is None:
             raise RuntimeError(
-                "ColourClassifier: weights must be loaded before colours are named. Found none. Call `setup()` once."
+                "ColourClassifier: weights must be loaded before classifying. Found none. Call `setup()` once."
             )
         names = []
         for detection in detections:
-            feature = self.tower.embed_images(cut_out(image, detection)[None]).squeeze(0)  # each has a size of its own
+            feature = self.tower.embed_images(cut_out(image, detection)[None]).squeeze(0)  # crops differ in size: no batch
             texts = self._embedded(self.tower, detection.label).to(feature.device)
             names.append(COLOURS[int((texts @ feature).argmax())])
         return names
@@ -87,16 +88,16 @@ class ColourClassifier(nn.Module):
     def _embedded(self, tower: CLIPTower, label: str) -> Float[Tensor, "colour d"]:
         if label not in self._texts:
             texts = [template.format(colour=colour, label=label) for colour in COLOURS for template in TEMPLATES]
-            each = tower.embed_texts(texts).unflatten(0, (len(COLOURS), len(TEMPLATES)))
-            self._texts[label] = F.normalize(each.mean(dim=1), dim=-1)
+            embeddings = tower.embed_texts(texts).unflatten(0, (len(COLOURS), len(TEMPLATES)))
+            self._texts[label] = F.normalize(embeddings.mean(dim=1), dim=-1)
         return self._texts[label]
 
 
 def cut_out(image: Float[Tensor, "3 h w"], detection: Detection) -> Float[Tensor, "3 h2 w2"]:
-    """The box of a detection, grey outside its mask.
+    """Crop the image to the box of a detection, with grey outside its mask.
 
     Raises:
-        ValueError: if the mask has another size than the image, or the box holds none of its pixels.
+        ValueError: if the size of the mask differs from the image's, or the box contains no pixel of the image.
     """
     height, width = image.shape[-2:]
     if detection.mask is not None:

@@ -1,4 +1,4 @@
-"""The seam between `GenEval` and whatever finds objects in images."""
+"""The interface between `GenEval` and object detectors."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -13,14 +13,14 @@ from rewards.deprecated import Renamed, adopt_old_names
 
 @dataclass(frozen=True)
 class Detection:
-    """One object a detector believes it sees.
+    """One detected object.
 
     Args:
-        label: class name, spelled as in the prompts' metadata.
-        score: confidence in [0, 1].
-        box: corners (x0, y0, x1, y1) in pixels, x to the right and y downwards.
-        mask: boolean array or tensor of shape (H, W), True on the object, or None.
-        colour: name of the object's colour where the detector knows it, or None.
+        label: Class name, spelled as in the prompts' metadata.
+        score: Confidence in [0, 1].
+        box: Corners (x0, y0, x1, y1) in pixels, x to the right and y downwards.
+        mask: Boolean array or tensor of shape (H, W), True on the object, or None.
+        colour: Name of the object's colour if the detector knows it, or None.
     """
 
     label: str
@@ -31,16 +31,16 @@ class Detection:
 
 
 class Detector(nn.Module, ABC):
-    """Finds objects and names their colours. Subclass it, override `detect`, and hand it to `GenEval`."""
+    """Detect objects and name their colours. Subclass it, override `detect`, and pass it to `GenEval`."""
 
     classes: frozenset[str] | None = None
-    """Names of the classes it can find; None where that cannot be told beforehand."""
+    """Names of the classes it can detect; None if they are not known in advance."""
     colour_names: frozenset[str] | None = None
-    """Names of the colours it can see; None where that cannot be told beforehand."""
+    """Names of the colours it can return; None if they are not known in advance."""
     min_score: float = 0.0
-    """Candidates that score no more are not returned."""
+    """Candidates with a score <= `min_score` are not returned."""
     identity_fields: tuple[str, ...] = ("path", "revision", "dtype", "min_score")
-    """Attributes that what it finds depends on, as of a reward."""
+    """Attributes that the detections depend on, as in `Reward`."""
     scored_by = Renamed("identity_fields")
 
     def __init_subclass__(cls, **options: Any) -> None:
@@ -48,34 +48,34 @@ class Detector(nn.Module, ABC):
         adopt_old_names(cls)
 
     def setup(self) -> None:
-        """Load weights. Safe to call twice; the base has nothing to load."""
+        """Load weights. It is safe to call this twice. The base class has nothing to load."""
 
     @abstractmethod
     def detect(self, images: Float[Tensor, "b 3 h w"]) -> list[list[Detection]]:
-        """All candidates of each image, in any order and unthresholded: `GenEval` sorts and drops them by its rules.
+        """Return all candidates of each image, in any order; `GenEval` sorts them and applies its thresholds.
 
         Args:
-            images: float32 pixels in [0, 1].
+            images: Pixels in [0, 1], float32.
 
         Returns:
             One list per image.
         """
 
     def colours(self, image: Float[Tensor, "3 h w"], detections: Sequence[Detection]) -> list[str]:
-        """Colour name of each detection. Default: the colour it carries.
+        """Return the colour name of each detection. Default: `Detection.colour`.
 
         Args:
-            image: the image the detections were made on, pixels in [0, 1].
-            detections: objects of one class.
+            image: The image of the detections, pixels in [0, 1].
+            detections: Detections of one class.
 
         Raises:
-            ValueError: if a detection carries no colour.
+            ValueError: if a detection has no colour.
         """
         names = []
         for detection in detections:
             if detection.colour is None:
                 raise ValueError(
-                    f"{type(self).__name__}: a prompt asks for a colour, so each detection must carry one. "
+                    f"{type(self).__name__}: a prompt specifies a colour, so each detection must have one. "
                     f"Found none on a {detection.label!r}. Set `Detection.colour` in `detect` or override `colours`."
                 )
             names.append(detection.colour)

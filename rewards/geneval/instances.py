@@ -1,4 +1,4 @@
-"""What goes into an instance segmenter and what comes out of it: images to its input, its raw outputs to detections."""
+"""Preprocessing for an instance segmentation model, and conversion of its raw outputs to detections."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -17,17 +17,17 @@ BILINEAR = 2
 
 @dataclass(frozen=True)
 class DetectorPreprocess:
-    """Resize bilinearly so that the shorter side has a given length, up to a limit for the longer one, and normalise.
+    """Resize bilinearly to a given shorter side, with a limit for the longer side, and normalise.
 
-    Both sides are then stretched to the next multiple of `divisor`, as transformers' processor does.
+    Both sides are then stretched to the next multiple of `divisor`, as in transformers' processor.
 
     Args:
-        short_side: pixels of the shorter side.
-        long_side: most pixels of the longer side; the shorter one gives way.
-        divisor: both sides of the result are multiples of it.
-        scale: pixels in [0, 1] are multiplied by it before normalising.
-        mean: per channel, subtracted.
-        std: per channel, divided by.
+        short_side: Pixels of the shorter side.
+        long_side: Maximum pixels of the longer side; the shorter side shrinks in proportion.
+        divisor: Both sides of the result are multiples of it.
+        scale: Factor applied to pixels in [0, 1] before normalising.
+        mean: Mean per channel, which is subtracted.
+        std: Standard deviation per channel, the divisor.
 
     Shape:
         - images: (B, 3, H, W), result: (B, 3, H', W')
@@ -48,7 +48,7 @@ class DetectorPreprocess:
         return (images * self.scale - mean) / std
 
     def shape(self, height: int, width: int) -> tuple[int, int]:
-        """Height and width that an image of this size is brought to.
+        """Return height and width of the resized image.
 
         >>> DetectorPreprocess(800, 1333, 32, 1.0, (0, 0, 0), (1, 1, 1)).shape(512, 512)
         (800, 800)
@@ -56,17 +56,17 @@ class DetectorPreprocess:
         short, long = min(height, width), max(height, width)
         exact = min(self.short_side, self.long_side * short / long)
         new_short = round(exact)
-        # The order of the operations is the library's, whose results are cut off.
+        # Same order of operations as in transformers, because `int` truncates the result.
         new_long = long if short == new_short else int(exact * long / short)
         new_short, new_long = (math.ceil(side / self.divisor) * self.divisor for side in (new_short, new_long))
         return (new_short, new_long) if height <= width else (new_long, new_short)
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any], short_side: int, long_side: int) -> "DetectorPreprocess":
-        """Read a preprocessor_config.json; its `size` is not read, as it need not be the benchmark's.
+        """Read a preprocessor_config.json, except its `size`, which can differ from the benchmark's.
 
         Raises:
-            ValueError: if the file asks for another resampling or has no normalisation.
+            ValueError: if the file specifies another resampling or has no normalisation.
         """
         steps = all(config.get(step, True) for step in ("do_resize", "do_rescale", "do_normalize"))
         normalised = len(config.get("image_mean") or ()) == len(config.get("image_std") or ()) == 3
@@ -94,24 +94,25 @@ def find_instances(
     image_size: tuple[int, int],
     min_score: float,
 ) -> list[Detection]:
-    """Every (query, class) pair of one image whose score is above `min_score`.
+    """Return every (query, class) pair of one image with a score above `min_score`.
 
-    score = p(class) * mean of sigmoid(mask logit) over the pixels where the logit is positive, which are the mask. Logits
-    are enlarged bilinearly to the network's input first and to the image then, as where GenEval was published.
-
-    Source: Cheng et al., "Masked-attention Mask Transformer for Universal Image Segmentation", 2022, appendix on instance
-    inference, without its limit to 100 pairs.
+    score = p(class) * mean of sigmoid(mask logit) over the mask. The mask consists of the pixels with a positive logit.
+    Logits are enlarged bilinearly to the size of the network's input and then to the size of the image, as in GenEval's
+    published code.
 
     Args:
-        class_logits: the last one of a query says that it sees nothing.
-        mask_logits: at the network's own resolution.
-        names: of the classes.
-        input_size: height and width of the network's input.
-        image_size: height and width of the image, in whose pixels masks and boxes are.
-        min_score: in [0, 1).
+        class_logits: Class logits per query; the last one means "no object".
+        mask_logits: Mask logits at the network's output resolution.
+        names: Names of the classes.
+        input_size: Height and width of the network's input.
+        image_size: Height and width of the image; masks and boxes are in its pixels.
+        min_score: Lower bound of returned scores (exclusive), in [0, 1).
+
+    Source: Cheng et al., "Masked-attention Mask Transformer for Universal Image Segmentation", 2022, appendix on instance
+    inference, without the paper's limit of 100 pairs.
     """
     probabilities = class_logits.float().softmax(dim=-1)[:, :-1]
-    # The mean of a mask is at most 1, so the masks of all other queries need not be enlarged.
+    # A mask's mean is at most 1, so no other query can exceed `min_score` and its mask need not be enlarged.
     queries = (probabilities > min_score).any(dim=1).nonzero().squeeze(1)
     if not len(queries):
         return []
@@ -121,8 +122,8 @@ def find_instances(
     logits = logits.squeeze(1)
     masks = logits > 0
     # 1e-6 as published; it also makes the score of an empty mask 0.
-    certainty = (logits.sigmoid() * masks).sum(dim=(1, 2)) / (masks.sum(dim=(1, 2)) + 1e-6)
-    scores = probabilities[queries] * certainty[:, None]
+    mask_scores = (logits.sigmoid() * masks).sum(dim=(1, 2)) / (masks.sum(dim=(1, 2)) + 1e-6)
+    scores = probabilities[queries] * mask_scores[:, None]
     values, boxes = scores.tolist(), mask_boxes(masks)
     return [
         Detection(names[index], values[query][index], boxes[query], masks[query])
@@ -131,7 +132,7 @@ def find_instances(
 
 
 def mask_boxes(masks: Bool[Tensor, "n h w"]) -> list[tuple[float, float, float, float]]:
-    """Corners (x0, y0, x1, y1) around the pixels of each mask; (x1, y1) is one past the last. None may be empty.
+    """Return the bounding box (x0, y0, x1, y1) of each non-empty mask; x1 and y1 are exclusive.
 
     >>> import torch
     >>> mask_boxes(torch.tensor([[[0, 0, 0, 0], [0, 1, 1, 0]]]).bool())
@@ -139,7 +140,7 @@ def mask_boxes(masks: Bool[Tensor, "n h w"]) -> list[tuple[float, float, float, 
     """
     corners = []
     for axis in (1, 2):  # columns, then rows
-        hit = masks.any(dim=axis).int()
-        corners.append((hit.argmax(dim=1), hit.shape[1] - hit.flip(1).argmax(dim=1)))
+        occupied = masks.any(dim=axis).int()
+        corners.append((occupied.argmax(dim=1), occupied.shape[1] - occupied.flip(1).argmax(dim=1)))
     (x0, x1), (y0, y1) = corners
     return list(zip(x0.tolist(), y0.tolist(), x1.tolist(), y1.tolist(), strict=True))

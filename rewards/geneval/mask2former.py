@@ -1,4 +1,4 @@
-"""The detector GenEval was published with: Mask2Former on COCO, and CLIP for colours."""
+"""The detector of the published GenEval: Mask2Former on COCO, and CLIP for colours."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -20,36 +20,36 @@ from rewards.geneval.rules import COLOURS, THRESHOLD
 from rewards.hub import hub_reason
 
 _models: WeakValueDictionary[tuple[str | None, ...], Any] = WeakValueDictionary()
-"""Models in use, by where they come from, so that detectors of one checkpoint share it."""
+"""Loaded models by path, revision and dtype, so that detectors with the same checkpoint share it."""
 
 
 class Mask2Former(Detector):
-    """COCO's 80 classes by instance segmentation, their colours by zero-shot CLIP.
+    """Detect COCO's 80 classes by instance segmentation, and classify colours by zero-shot CLIP.
 
-    Every class of every query is a candidate, and its score is the class's probability times the mean probability of its
-    mask, see `rewards.geneval.instances.find_instances`. Boxes are drawn around the masks.
-
-    Source: Cheng et al., "Masked-attention Mask Transformer for Universal Image Segmentation", 2022, as used by Ghosh,
-    Hajishirzi, Schmidt, "GenEval", 2023.
+    Every class of every query is a candidate. Its score is the class probability times the mean probability of its mask,
+    see `rewards.geneval.instances.find_instances`. Boxes are the bounding boxes of the masks.
 
     Args:
-        path: folder or hub id of a transformers-format Mask2FormerForUniversalSegmentation trained on COCO instances,
+        path: Folder or hub id of a transformers-format Mask2FormerForUniversalSegmentation trained on COCO instances,
             with its preprocessor_config.json.
-        revision: branch, tag or commit of `path`. None: its main branch.
-        dtype: number format of the weights of both networks: "float32", "bfloat16" or "float16". Scores are float32.
-        colour_path: folder or hub id of the CLIPModel that names colours.
-        colour_revision: branch, tag or commit of `colour_path`. None: the pinned commit, see `rewards.files`.
-        short_side: pixels that the shorter side of images is brought to, >= 1. The benchmark's is 800; the checkpoint's
-            own preprocessor_config.json may say otherwise.
-        long_side: most pixels of the longer side, >= `short_side`.
-        min_score: candidates that score no more are left out, in [0, 1). It must not be above GenEval's `threshold`,
-            which could not see them.
+        revision: Branch, tag or commit of `path`. None: its main branch.
+        dtype: Number format of the weights of both networks: "float32", "bfloat16" or "float16". Scores are float32.
+        colour_path: Folder or hub id of the CLIPModel that classifies colours.
+        colour_revision: Branch, tag or commit of `colour_path`. None: the pinned commit, see `rewards.files`.
+        short_side: Pixels to which the shorter side of images is resized, >= 1. The benchmark uses 800, regardless of the
+            checkpoint's preprocessor_config.json.
+        long_side: Maximum pixels of the longer side, >= `short_side`.
+        min_score: Candidates with a score <= `min_score` are left out, in [0, 1). It must not be above GenEval's
+            `threshold`; otherwise candidates above `threshold` would be lost.
 
     Shape:
         - images: (B, 3, H, W)
 
     Raises:
         ValueError: if an argument is out of range.
+
+    Source: Cheng et al., "Masked-attention Mask Transformer for Universal Image Segmentation", 2022, as used by Ghosh,
+    Hajishirzi, Schmidt, "GenEval", 2023.
     """
 
     classes = frozenset(COCO_CLASSES)
@@ -90,9 +90,9 @@ class Mask2Former(Detector):
         if self.model is not None:
             return
         path = resolve_path(self.path)
-        config, numbers = _describe(path, self.revision)
+        config, processor_config = _describe(path, self.revision)
         self.names = coco_names("Mask2Former", config.get("id2label", {}), path)
-        self.preprocess = DetectorPreprocess.from_config(numbers, self.short_side, self.long_side)
+        self.preprocess = DetectorPreprocess.from_config(processor_config, self.short_side, self.long_side)
         key = (path, self.revision, self.dtype)
         model = _models.get(key)
         if model is None:
@@ -101,7 +101,7 @@ class Mask2Former(Detector):
 
     @torch.no_grad()
     def detect(self, images: Float[Tensor, "b 3 h w"]) -> list[list[Detection]]:
-        """All candidates of each image that score above `min_score`.
+        """Return all candidates of each image with a score above `min_score`.
 
         Raises:
             RuntimeError: if `setup` was not called.
@@ -127,7 +127,7 @@ class Mask2Former(Detector):
         ]
 
     def colours(self, image: Float[Tensor, "3 h w"], detections: Sequence[Detection]) -> list[str]:
-        """What CLIP sees, see `ColourClassifier`."""
+        """Classify colours by CLIP, see `ColourClassifier`."""
         return self.classifier.classify(image, detections)
 
 
@@ -136,13 +136,13 @@ def _pin(revision: str | None) -> dict[str, Any]:
 
 
 def _describe(path: str, revision: str | None) -> tuple[dict[str, Any], dict[str, Any]]:
-    """config.json and preprocessor_config.json."""
+    """Return the contents of config.json and preprocessor_config.json."""
     from transformers import PretrainedConfig
     from transformers.image_processing_base import ImageProcessingMixin
 
     with _explained(path):
         config, _ = PretrainedConfig.get_config_dict(path, **_pin(revision))
-        if not config:  # what transformers returns where a folder has no config.json
+        if not config:  # transformers returns an empty config if the folder has no config.json
             raise OSError("there is no config.json")
     if config.get("model_type") != "mask2former":
         raise ValueError(
@@ -150,8 +150,8 @@ def _describe(path: str, revision: str | None) -> tuple[dict[str, Any], dict[str
             f"Found {config.get('model_type')!r} in '{path}'. Point it to a transformers-format Mask2Former folder."
         )
     with _explained(path):
-        numbers, _ = ImageProcessingMixin.get_image_processor_dict(path, **_pin(revision))
-    return config, numbers
+        processor_config, _ = ImageProcessingMixin.get_image_processor_dict(path, **_pin(revision))
+    return config, processor_config
 
 
 def _load(path: str, revision: str | None, dtype: torch.dtype) -> Any:
@@ -161,7 +161,7 @@ def _load(path: str, revision: str | None, dtype: torch.dtype) -> Any:
         model, report = Mask2FormerForUniversalSegmentation.from_pretrained(
             path, dtype=dtype, output_loading_info=True, **_pin(revision)
         )
-    # transformers would leave them random. The training loss has a buffer of its own, which detecting does without.
+    # transformers would keep missing weights random. The buffer of the training loss is not needed for detection.
     missing = sorted(name for name in report["missing_keys"] if not name.startswith("criterion."))
     if missing:
         raise ValueError(
@@ -174,7 +174,7 @@ def _load(path: str, revision: str | None, dtype: torch.dtype) -> Any:
 
 @contextmanager
 def _explained(path: str) -> Iterator[None]:
-    """Say what a folder must hold instead of what the library tripped over."""
+    """Replace a library's error by one that says what the folder must hold."""
     try:
         yield
     except (OSError, ValueError) as error:

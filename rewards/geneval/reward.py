@@ -1,4 +1,4 @@
-"""GenEval as a reward: are the asked objects there, in the asked number, colour and place?"""
+"""GenEval as a reward: whether an image shows the requested objects in the requested number, colour and position."""
 
 from collections.abc import Sequence
 from functools import partial
@@ -19,25 +19,25 @@ SCORES = ("partial", "strict", "accuracy")
 class GenEval(Reward):
     """Compositional correctness by object detection; the rules are in `rewards.geneval.rules`.
 
-    Applies only to prompts whose metadata has `include`, a list of clauses. `reward_model` gives all three scores of each
-    image in one pass, for reporting the accuracy of a policy trained on the partial score.
-
-    Source: Ghosh, Hajishirzi, Schmidt, "GenEval", 2023, whose score is the mean of "accuracy" over its six tags.
+    It applies only to prompts with a list of clauses `include` in their metadata. `verdicts` returns all three scores of
+    each image in one pass, for example to report the accuracy of a model trained on the partial score.
 
     Args:
-        detector: finds the objects and names their colours.
-        score: "partial", at most 1 and negative where many surplus objects are found, for training; "strict", 0 or 1;
-            "accuracy", 0 or 1 as published.
-        threshold: confidence in [0, 1] above which a detection counts.
-        counting_threshold: the same for prompts with the tag "counting".
-        max_objects: most objects kept per class, >= 1.
-        batch_size: images given to the detector at once, >= 1.
+        detector: Detects the objects and names their colours.
+        score: "partial", at most 1, negative if many surplus objects are detected, for training; "strict", 0 or 1;
+            "accuracy", 0 or 1, as published.
+        threshold: Confidence in [0, 1] above which a detection counts.
+        counting_threshold: The same for prompts with the tag "counting".
+        max_objects: Maximum number of objects kept per class, >= 1.
+        batch_size: Images passed to the detector at once, >= 1.
 
     Shape:
         - images: (B, 3, H, W), result: (B,)
 
     Raises:
-        ValueError: if `score` is none of the three, or an argument is out of range.
+        ValueError: if `score` is not one of the three, or an argument is out of range.
+
+    Source: Ghosh, Hajishirzi, Schmidt, "GenEval", 2023. The published score is the mean of "accuracy" over the six tags.
     """
 
     identity_fields = (*Reward.identity_fields, "kind", "threshold", "counting_threshold", "max_objects")
@@ -59,8 +59,8 @@ class GenEval(Reward):
                 raise ValueError(f"GenEval: `{name}` must be in [0, 1]. Found {value}. Detector scores lie there.")
             if value < detector.min_score:
                 raise ValueError(
-                    f"GenEval: `{name}` must be at least the detector's `min_score`, {detector.min_score}, below which it "
-                    f"returns nothing. Found {value}. Lower `detector.min_score`."
+                    f"GenEval: `{name}` must be at least the detector's `min_score`, {detector.min_score}: it returns no "
+                    f"detections below that. Found {value}. Lower `detector.min_score`."
                 )
         if max_objects < 1:
             raise ValueError(f"GenEval: `max_objects` must be >= 1. Found {max_objects}. The benchmark keeps 16.")
@@ -72,9 +72,9 @@ class GenEval(Reward):
 
     @property
     def identity(self) -> dict[str, str]:
-        """That of any reward, and its detector's."""
-        found = identity_of(self.detector, self.detector.identity_fields)
-        return super().identity | {f"detector {name}": value for name, value in found.items()}
+        """The identity of the reward and of its detector."""
+        detector = identity_of(self.detector, self.detector.identity_fields)
+        return super().identity | {f"detector {name}": value for name, value in detector.items()}
 
     def setup(self) -> None:
         """Load the detector and freeze it."""
@@ -82,36 +82,36 @@ class GenEval(Reward):
         self.detector.requires_grad_(False).eval()
 
     def applies_to(self, prompt: Prompt) -> bool:
-        """Only prompts that say which objects to include."""
+        """Whether the prompt lists objects to include."""
         return bool(prompt.metadata.get("include"))
 
     def tag(self, prompt: Prompt) -> str | None:
-        """One of the benchmark's six tasks; its score is the mean over them of `score: accuracy`."""
+        """Return one of the benchmark's six tasks; the benchmark's score is the mean of `score: accuracy` over them."""
         return prompt.metadata.get("tag")
 
     def check_prompt(self, prompt: Prompt) -> None:
-        """Reject metadata the rules cannot judge, and classes the detector is known not to know."""
+        """Reject metadata that the rules cannot evaluate, and classes or colours that the detector does not know."""
         check(prompt.metadata)
         self._check_names([prompt])
 
     @torch.no_grad()
-    def reward_model(self, *, images: Float[Tensor, "b 3 h w"], prompts: Sequence[Prompt]) -> list[Verdict]:
-        """Accuracy, strict and partial score of each image, from one pass of the detector.
+    def verdicts(self, *, images: Float[Tensor, "b 3 h w"], prompts: Sequence[Prompt]) -> list[Verdict]:
+        """Return accuracy, strict and partial score of each image, from one pass of the detector.
 
         Args:
-            images: float32 pixels in [0, 1].
-            prompts: one per image; `supports` holds for each.
+            images: Pixels in [0, 1], float32.
+            prompts: One prompt per image; `supports` is true for each.
 
         Raises:
-            ValueError: if the detector does not know a class a prompt names, or returns another number of lists than there
-                are images, or metadata is malformed.
+            ValueError: if the detector does not know a class or colour of a prompt, it does not return one list per image,
+                or metadata is malformed.
         """
         self._check_names(prompts)
-        found = self.detector.detect(images)
-        if len(found) != len(images):
+        detections_per_image = self.detector.detect(images)
+        if len(detections_per_image) != len(images):
             raise ValueError(
-                f"GenEval: `{type(self.detector).__name__}.detect` must return one list an image. Found {len(found)} for "
-                f"{len(images)} images. Return an empty list where nothing is seen."
+                f"GenEval: `{type(self.detector).__name__}.detect` must return one list per image. Found "
+                f"{len(detections_per_image)} for {len(images)} images. Return an empty list if nothing is detected."
             )
         return [
             evaluate(
@@ -122,23 +122,23 @@ class GenEval(Reward):
                 counting_threshold=self.counting_threshold,
                 max_objects=self.max_objects,
             )
-            for image, prompt, detections in zip(images, prompts, found, strict=True)
+            for image, prompt, detections in zip(images, prompts, detections_per_image, strict=True)
         ]
 
     def _check_names(self, prompts: Sequence[Prompt]) -> None:
-        """What prompts name must be among what the detector knows: a class or colour it never finds is never right."""
+        """Reject classes and colours that the detector does not know: such prompts could never be met."""
         clauses = [clause for prompt in prompts for key in ("include", "exclude") for clause in prompt.metadata.get(key, [])]
         for kind, key, known in (("class", "class", self.detector.classes), ("colour", "color", self.detector.colour_names)):
-            asked = {clause[key] for clause in clauses if key in clause}
-            if known is not None and (unknown := sorted(asked - known)):
+            requested = {clause[key] for clause in clauses if key in clause}
+            if known is not None and (unknown := sorted(requested - known)):
                 raise ValueError(
                     f"GenEval: `detector` must know every {kind} that prompts name. Found {cut(', '.join(unknown[:5]))}, "
                     f"which {type(self.detector).__name__} does not: it knows {', '.join(sorted(known))}. "
-                    f"Name a detector that knows them, or leave these prompts out."
+                    f"Use a detector that knows them, or remove these prompts."
                 )
 
     def score(self, *, images: Float[Tensor, "b 3 h w"], prompts: Sequence[Prompt]) -> Float[Tensor, "b"]:
-        """The chosen score of each image."""
+        """Return the score of the chosen kind for each image."""
         field = "correct" if self.kind == "accuracy" else self.kind
-        verdicts = self.reward_model(images=images, prompts=prompts)
+        verdicts = self.verdicts(images=images, prompts=prompts)
         return torch.tensor([float(getattr(verdict, field)) for verdict in verdicts], device=images.device)

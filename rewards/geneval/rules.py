@@ -1,7 +1,7 @@
-"""The rules of the GenEval benchmark as pure functions over detections: what counts as right, and how nearly right.
+"""The rules of the GenEval benchmark as pure functions of detections: correctness, strictness and a partial score.
 
 Source: Ghosh, Hajishirzi, Schmidt, "GenEval: An Object-Focused Framework for Evaluating Text-to-Image Alignment",
-2023, section 3; the partial score as used for RL by Flow-GRPO (2025), without its double count of failed relations.
+2023, section 3. The partial score is that of Flow-GRPO (2025), without its double count of failed relations.
 """
 
 import math
@@ -20,18 +20,18 @@ THRESHOLD = 0.3
 COUNTING_THRESHOLD = 0.9
 MAX_OBJECTS = 16
 OVERLAP_SHARE = 0.1
-"""Share of two boxes' summed sizes that their centres must be apart before a side is named."""
+"""Minimum distance of two box centres for a relation, as a share of the summed box sizes."""
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """What the rules say of one image.
+    """The scores of one image.
 
     Args:
-        correct: the benchmark's accuracy: enough objects, the best ones of the right colour and place, none excluded.
-        strict: exactly the asked number of objects, all of the right colour and place; exclusions ignored.
-        partial: mean over the parts of the request, 1 if all are met. One surplus object of `count` costs 1 / count,
-            so many surplus objects make it negative.
+        correct: The benchmark's accuracy: enough objects, the best ones with the right colour and position, none excluded.
+        strict: Exactly the requested number of objects, all with the right colour and position; exclusions are ignored.
+        partial: Mean over the parts of the request, 1 if all are met. Each surplus object costs 1 / count, so many surplus
+            objects make the score negative.
     """
 
     correct: bool
@@ -40,7 +40,7 @@ class Verdict:
 
 
 def keep(detections: Sequence[Detection], threshold: float, max_objects: int = MAX_OBJECTS) -> dict[str, list[Detection]]:
-    """Detections with score > `threshold`, by label, best first, at most `max_objects` of a label.
+    """Group detections with score > `threshold` by label, best first, at most `max_objects` per label.
 
     >>> [d.score for d in keep([Detection("cat", s, (0, 0, 1, 1)) for s in (0.3, 0.4, 0.9)], 0.3)["cat"]]
     [0.9, 0.4]
@@ -54,10 +54,11 @@ def keep(detections: Sequence[Detection], threshold: float, max_objects: int = M
 
 
 def relations(box: Box, other: Box) -> set[str]:
-    """Where `box` lies relative to `other`: any of left of, right of, above, below.
+    """Return the relations of `box` to `other`: any of left of, right of, above, below.
 
-    With off = centre(box) - centre(other), each axis keeps sign(off) * max(|off| - 0.1 (size + other size), 0). If both
-    are below 1e-3 no side is named; otherwise a side is named where the kept part exceeds half of the distance |off|.
+    With off = centre(box) - centre(other), kept = sign(off) * max(|off| - 0.1 (size + other size), 0) per axis. If both
+    |kept| are below 1e-3, there is no relation. Otherwise a relation holds if |kept| of its axis exceeds half of the
+    Euclidean distance |off|.
 
     >>> relations((0, 0, 10, 10), (50, 0, 60, 10))
     {'left of'}
@@ -73,8 +74,8 @@ def relations(box: Box, other: Box) -> set[str]:
         return set()
     distance = math.hypot(off_x, off_y)
     dx, dy = kept_x / distance, kept_y / distance
-    named = {"left of": dx < -0.5, "right of": dx > 0.5, "above": dy < -0.5, "below": dy > 0.5}
-    return {name for name, holds in named.items() if holds}
+    conditions = {"left of": dx < -0.5, "right of": dx > 0.5, "above": dy < -0.5, "below": dy > 0.5}
+    return {name for name, holds in conditions.items() if holds}
 
 
 def evaluate(
@@ -86,69 +87,70 @@ def evaluate(
     counting_threshold: float = COUNTING_THRESHOLD,
     max_objects: int = MAX_OBJECTS,
 ) -> Verdict:
-    """Judge one image by its detections.
+    """Evaluate one image from its detections.
 
-    Every clause of `include` adds 1 - |count - found| / count to the list whose mean is the partial score. If the number
-    is wrong, a clause that also asks a colour or a position adds one 0. If it is right, a colour adds
+    The partial score is the mean of these terms. Every clause of `include` adds 1 - |count - found| / count. If the number
+    is wrong, a clause that also specifies a colour or a position adds one 0. If the number is right, a colour adds
     1 - |count - matches| / count and a position adds 1 or 0.
 
     Args:
         metadata: `include` = [{class, count, color?, position? = [relation, index of an earlier clause]}], optionally
             `exclude` = [{class, count}] and `tag`; spelled as in the benchmark's files.
-        detections: all candidates of the image, unthresholded.
-        colours_fn: colour names of detections of one class; called only where a colour is asked of enough objects.
-        threshold: score above which a detection counts, in [0, 1].
-        counting_threshold: the same where `tag` is "counting".
-        max_objects: most objects kept per class.
+        detections: All candidates of the image, without a threshold.
+        colours_fn: Returns the colour names of detections of one class. It is called only if a clause specifies a colour and
+            enough objects are detected.
+        threshold: Score above which a detection counts, in [0, 1].
+        counting_threshold: The same if `tag` is "counting".
+        max_objects: Maximum number of objects kept per class.
 
     Raises:
-        ValueError: if `include` is empty or no list, a clause has no class or no count >= 1, or a position is none of the
-            four relations to an earlier clause.
+        ValueError: if `include` is empty or not a list, a clause has no class or no count >= 1, or a position is not one of
+            the four relations to an earlier clause.
     """
     check(metadata)
     objects = keep(detections, counting_threshold if metadata.get("tag") == "counting" else threshold, max_objects)
-    # Objects that met their clause, or None: a later clause may ask for a position relative to them.
+    # Objects of each clause, or None if the clause was not met: later clauses may specify a position relative to them.
     matched: list[list[Detection] | None] = []
     strictly_matched: list[list[Detection] | None] = []
     parts: list[float] = []
     for clause in metadata["include"]:
-        count, found = clause["count"], objects.get(clause["class"], [])
-        best = found[:count]
-        enough, exact = len(found) >= count, len(found) == count
+        count, candidates = clause["count"], objects.get(clause["class"], [])
+        best = candidates[:count]
+        enough, exact = len(candidates) >= count, len(candidates) == count
         matches = colours_fn(best).count(clause["color"]) if "color" in clause and enough else count
-        correct_place = strict_place = True
+        correct_position = strict_position = True
         if "position" in clause:
             relation, target = clause["position"]
-            correct_place = stands(best, relation, matched[target])
-            strict_place = stands(best, relation, strictly_matched[target])
-        matched.append(best if enough and matches == count and correct_place else None)
-        strictly_matched.append(best if exact and matches == count and strict_place else None)
+            correct_position = relation_holds(best, relation, matched[target])
+            strict_position = relation_holds(best, relation, strictly_matched[target])
+        matched.append(best if enough and matches == count and correct_position else None)
+        strictly_matched.append(best if exact and matches == count and strict_position else None)
 
-        parts.append(1 - abs(count - len(found)) / count)
+        parts.append(1 - abs(count - len(candidates)) / count)
         if not exact:
             parts += [0.0] if "color" in clause or "position" in clause else []
             continue
         if "color" in clause:
             parts.append(1 - abs(count - matches) / count)
         if "position" in clause:
-            parts.append(float(strict_place))
-    unwanted = any(len(objects.get(clause["class"], [])) >= clause["count"] for clause in metadata.get("exclude", []))
+            parts.append(float(strict_position))
+    excluded = any(len(objects.get(clause["class"], [])) >= clause["count"] for clause in metadata.get("exclude", []))
     return Verdict(
-        correct=None not in matched and not unwanted,
+        correct=None not in matched and not excluded,
         strict=None not in strictly_matched,
         partial=sum(parts) / len(parts),
     )
 
 
-def stands(objects: Sequence[Detection], relation: str, targets: Sequence[Detection] | None) -> bool:
-    """Whether each object has `relation` to each target; False where the targets' own clause was not met."""
+def relation_holds(objects: Sequence[Detection], relation: str, targets: Sequence[Detection] | None) -> bool:
+    """Whether each object has `relation` to each target; False if the clause of the targets was not met (None)."""
     if targets is None:
         return False
     return all(relation in relations(one.box, target.box) for one in objects for target in targets)
 
 
 def check(metadata: Mapping[str, Any]) -> None:
-    """Reject metadata the rules cannot judge.
+    """Reject metadata that the rules cannot evaluate.
 
     Raises:
         ValueError: as `evaluate`.
@@ -185,8 +187,8 @@ def check(metadata: Mapping[str, Any]) -> None:
 
 
 def _check_clause(clause: Any) -> None:
-    known = isinstance(clause, Mapping) and isinstance(clause.get("class"), str)
-    if not known or not isinstance(clause.get("count"), int) or clause["count"] < 1:
+    has_class = isinstance(clause, Mapping) and isinstance(clause.get("class"), str)
+    if not has_class or not isinstance(clause.get("count"), int) or clause["count"] < 1:
         raise ValueError(
             f"GenEval: each clause must have a `class` and a `count` >= 1. Found {excerpt(clause)}. Correct the prompt file."
         )

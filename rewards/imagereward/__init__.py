@@ -1,4 +1,4 @@
-"""ImageReward: a BLIP model with a head."""
+"""ImageReward: a BLIP model with a regression head."""
 
 from rewards.imagereward.reward import ImageReward
 

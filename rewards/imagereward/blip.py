@@ -1,4 +1,4 @@
-"""BLIP checkpoints as transformers models: the same network under other names, its sizes read off the weights."""
+"""Convert BLIP checkpoints to transformers models; network sizes are inferred from the weights."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -27,17 +27,17 @@ NAMES = (
     (r"\.attn\.proj\.", ".self_attn.projection."),
     (r"\.norm([12])\.", r".layer_norm\1."),
 )
-"""What becomes of the image tower's names, as regular expressions applied in turn. The text tower's are the same."""
+"""(pattern, replacement) pairs for the image tower's weight names, applied in this order. Text tower names are unchanged."""
 
 
 class BLIPTower(nn.Module):
-    """A frozen image tower and the text tower that looks at its patches.
+    """A frozen image tower and a frozen text tower with cross-attention to the image patches.
 
     Args:
-        vision: transformers `BlipVisionModel`.
-        text: transformers `BlipTextModel` with cross-attention.
-        tokenizer: of the text tower.
-        preprocess: what turns pixels into the image tower's input.
+        vision: The transformers `BlipVisionModel`.
+        text: The transformers `BlipTextModel` with cross-attention.
+        tokenizer: Tokenizer of the text tower.
+        preprocess: Converts pixels to the image tower's input.
     """
 
     def __init__(self, vision: Any, text: Any, tokenizer: Any, preprocess: Preprocess) -> None:
@@ -49,13 +49,16 @@ class BLIPTower(nn.Module):
     def features(
         self, *, images: Float[Tensor, "b 3 h w"], texts: Sequence[str], max_length: int
     ) -> Float[Tensor, "b width"]:
-        """What the first token of each text makes of its own image, float32."""
+        """Return the text tower's output at the first token for each (image, text) pair, float32."""
         pixels = self.preprocess(images.to(self.vision.device)).to(self.vision.dtype)
         patches = self.vision(pixel_values=pixels).last_hidden_state
-        begun = [beginning(text, max_length) for text in texts]
-        tokens = self.tokenizer(begun, padding="max_length", truncation=True, max_length=max_length, return_tensors="pt").to(
-            patches.device
-        )
+        tokens = self.tokenizer(
+            [beginning(text, max_length) for text in texts],
+            padding="max_length",
+            truncation=True,
+            max_length=max_length,
+            return_tensors="pt",
+        ).to(patches.device)
         output = self.text(
             input_ids=tokens.input_ids,
             attention_mask=tokens.attention_mask,
@@ -66,14 +69,14 @@ class BLIPTower(nn.Module):
 
 
 def build_tower(owner: str, weights: Mapping[str, Tensor], tokenizer: Any, dtype: torch.dtype, source: object) -> BLIPTower:
-    """A tower with the weights `visual_encoder.*` and `text_encoder.*`.
+    """Build the two towers from the weights `visual_encoder.*` and `text_encoder.*`.
 
     Args:
-        owner: name of the reward, for error messages.
-        weights: by BLIP's names; others are not looked at.
-        tokenizer: of the text tower.
-        dtype: number format of the weights.
-        source: where they come from, for error messages.
+        owner: Name of the reward, for error messages.
+        weights: Weights by BLIP's names; other names are ignored.
+        tokenizer: Tokenizer of the text tower.
+        dtype: Number format of the weights.
+        source: Origin of the weights, for error messages.
 
     Raises:
         ValueError: if weights are missing or do not fit together, or the tokenizer has more tokens than the model.
@@ -86,8 +89,10 @@ def build_tower(owner: str, weights: Mapping[str, Tensor], tokenizer: Any, dtype
     try:
         vision_config, text_config = _vision_config(vision), _text_config(text)
         options: dict[str, Any] = {"dtype": dtype, "output_loading_info": True}
-        picture, report = BlipVisionModel.from_pretrained(None, config=vision_config, state_dict=vision, **options)
-        reader, other = BlipTextModel.from_pretrained(
+        vision_model, vision_report = BlipVisionModel.from_pretrained(
+            None, config=vision_config, state_dict=vision, **options
+        )
+        text_model, text_report = BlipTextModel.from_pretrained(
             None, config=text_config, state_dict=text, add_pooling_layer=False, **options
         )
     except (KeyError, RuntimeError) as error:
@@ -95,21 +100,21 @@ def build_tower(owner: str, weights: Mapping[str, Tensor], tokenizer: Any, dtype
             f"{owner}: {source} must hold BLIP's `visual_encoder` and `text_encoder`. Found others: "
             f"{str(error).splitlines()[0]}. Use the published file."
         ) from error
-    if missing := sorted({*report["missing_keys"], *other["missing_keys"]}):
+    if missing := sorted({*vision_report["missing_keys"], *text_report["missing_keys"]}):
         raise ValueError(
             f"{owner}: {source} must hold every weight of BLIP's two towers. Found {len(missing)} missing, such as "
             f"{missing[0]}. Download it again."
         )
-    for model in (picture, reader):
+    for model in (vision_model, text_model):
         check_finite(owner, model, source)
     if len(tokenizer) > text_config.vocab_size:
         raise ValueError(
             f"{owner}: the tokenizer must have at most the model's {text_config.vocab_size} tokens. Found {len(tokenizer)}. "
-            "Use that of bert-base-uncased."
+            "Use the tokenizer of bert-base-uncased."
         )
     size = vision_config.image_size
     mean, std = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
-    return BLIPTower(picture, reader, tokenizer, Preprocess(size, size, mean, std, centre="even"))
+    return BLIPTower(vision_model, text_model, tokenizer, Preprocess(size, size, mean, std, centre="even"))
 
 
 def _renamed(name: str) -> str:
@@ -119,7 +124,7 @@ def _renamed(name: str) -> str:
 
 
 def _layers(weights: Mapping[str, Tensor]) -> int:
-    return 1 + max(int(found[1]) for name in weights if (found := re.search(r"\.layers?\.(\d+)\.", name)))
+    return 1 + max(int(match[1]) for name in weights if (match := re.search(r"\.layers?\.(\d+)\.", name)))
 
 
 def _vision_config(weights: Mapping[str, Tensor]) -> Any:

@@ -1,4 +1,4 @@
-"""ImageReward: a BLIP model trained on people's preferences between generated images."""
+"""ImageReward: a BLIP model trained on human preferences between generated images."""
 
 from collections.abc import Sequence
 
@@ -13,32 +13,32 @@ from rewards.files import below, find_file, load_weights
 from rewards.imagereward.blip import BLIPTower, build_tower
 
 MEAN, STD = 0.16717362830052426, 1.0333394966054072
-"""Of the raw scores over the training set, as published."""
+"""Published mean and standard deviation of the raw scores over the training set."""
 
 TOKENS = 35
-"""Length that captions are cut or filled up to."""
+"""Number of tokens to which captions are truncated or padded."""
 
 
 class ImageReward(Reward):
-    """(MLP(BLIP(image, text)) - mean) / std over people's preferences, about -2 to 2.
+    """Human preference: (MLP(BLIP(image, text)) - mean) / std, about -2 to 2.
 
-    Every image is scored against its own prompt only, and each (image, prompt) pair takes one pass of the text tower.
-
-    Source: Xu et al., "ImageReward: Learning and Evaluating Human Preferences for Text-to-Image Generation", 2023.
+    Every image is scored against its own prompt only. Each (image, prompt) pair needs one forward pass of the text tower.
 
     Args:
-        path: folder or hub id of the weights.
-        file: name of the file there.
-        tokenizer_path: folder or hub id of a BERT tokenizer.
-        revision: branch, tag or commit of `path`. None: the pinned commit, see `rewards.files`.
-        dtype: number format of BLIP's weights: "float32", "bfloat16" or "float16". Scores are always float32.
-        batch_size: images scored at once, >= 1.
+        path: Folder or hub id of the weights.
+        file: Name of the weight file in `path`.
+        tokenizer_path: Folder or hub id of a BERT tokenizer.
+        revision: Branch, tag or commit of `path`. None: the pinned commit, see `rewards.files`.
+        dtype: Number format of BLIP's weights: "float32", "bfloat16" or "float16". Scores are always float32.
+        batch_size: Images scored at once, >= 1.
 
     Shape:
         - images: (B, 3, H, W), result: (B,)
 
     Raises:
         ValueError: if an argument is out of range.
+
+    Source: Xu et al., "ImageReward: Learning and Evaluating Human Preferences for Text-to-Image Generation", 2023.
     """
 
     def __init__(
@@ -73,7 +73,7 @@ class ImageReward(Reward):
         self.tower = tower
 
     def score(self, *, images: Float[Tensor, "b 3 h w"], prompts: Sequence[Prompt]) -> Float[Tensor, "b"]:
-        """The standardised output of the head."""
+        """Return the standardised output of the head."""
         texts = [prompt.text for prompt in prompts]
         features = self._loaded(self.tower).features(images=images, texts=texts, max_length=TOKENS)
         return (self._loaded(self.head)(features).squeeze(-1) - MEAN) / STD

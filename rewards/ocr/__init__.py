@@ -1,4 +1,4 @@
-"""OCR: whether the image shows the text that its prompt quotes."""
+"""OCR: whether an image shows the quoted text of its prompt."""
 
 from rewards.ocr.reward import OCR
 

@@ -1,4 +1,4 @@
-"""PP-OCR through RapidOCR, in this process or spread over worker threads or processes."""
+"""PP-OCR through RapidOCR, in this process or in several worker threads or processes."""
 
 import logging
 import multiprocessing
@@ -10,9 +10,9 @@ from typing import Any, Literal
 logger = logging.getLogger(__name__)
 
 LINE_CANVAS = [3, 48, 96]
-"""Smallest input (channels, height, width) of the recogniser where a whole image is read as one line. Wider images widen
-it. Its own 320 pixels are meant for long lines and take three times as long; at 48 a square image's text touches the
-edge of the canvas and first letters get lost."""
+"""Smallest recogniser input (channels, height, width) if a whole image is read as one line. Wider images widen it. The
+engine's default width of 320 pixels is meant for long lines and takes three times as long. At a width of 48 the text of a
+square image touches the edge of the canvas and first letters get lost."""
 
 Kind = Literal["thread", "process"]
 
@@ -21,15 +21,15 @@ class Engine:
     """One RapidOCR engine.
 
     Args:
-        detect: True finds lines of text and reads each, False reads the whole image as one line.
-        threads: CPU threads of one recognition.
+        detect: True finds lines of text and reads each one; False reads the whole image as one line.
+        threads: CPU threads per recognition.
     """
 
     def __init__(self, detect: bool, threads: int) -> None:
         from rapidocr import RapidOCR
 
         params: dict[str, Any] = {
-            "Global.log_level": "error",  # at "warning" it reports every image without text
+            "Global.log_level": "error",  # at "warning" the engine reports every image without text
             "EngineConfig.onnxruntime.intra_op_num_threads": threads,
             "EngineConfig.onnxruntime.inter_op_num_threads": 1,
         }
@@ -38,67 +38,67 @@ class Engine:
         self.detect = detect
         self.engine: Any = RapidOCR(params=params)
 
-    def read(self, pictures: Sequence[Any]) -> list[str | None]:
-        """The text in each image, (H, W, BGR) of 8 bits; None where the engine failed."""
+    def read(self, images: Sequence[Any]) -> list[str | None]:
+        """Read the text in each 8-bit (H, W, BGR) image; None where the engine failed."""
         if not self.detect:
             try:
-                return list(self.engine.recognize_txt(list(pictures)).txts)
-            except Exception as error:  # noqa: BLE001 - one image spoils a batch; reading them singly shows which
+                return list(self.engine.recognize_txt(list(images)).txts)
+            except Exception as error:  # noqa: BLE001 - one bad image fails the batch; reading one by one finds it
                 logger.debug("OCR: a batch failed, reading its images one by one: %s", error)
-        return [self._read_one(picture) for picture in pictures]
+        return [self._read_one(image) for image in images]
 
-    def _read_one(self, picture: Any) -> str | None:
+    def _read_one(self, image: Any) -> str | None:
         try:
             if self.detect:
-                # No orientation classifier: the published reward has none, and it would turn upside-down letters.
-                return "".join(self.engine(picture, use_det=True, use_cls=False, use_rec=True).txts or ())
-            return "".join(self.engine.recognize_txt([picture]).txts)
-        except Exception as error:  # noqa: BLE001 - whatever the engine trips over, the image has no score
+                # No orientation classifier: the published reward has none, and it would rotate upside-down letters.
+                return "".join(self.engine(image, use_det=True, use_cls=False, use_rec=True).txts or ())
+            return "".join(self.engine.recognize_txt([image]).txts)
+        except Exception as error:  # noqa: BLE001 - after any engine error the score of the image is missing
             logger.warning("OCR: the engine failed on an image, its score is missing: %s", error)
             return None
 
 
 class EnginePool:
-    """Several engines that share the images of a batch.
+    """Several engines that divide the images of a batch among them.
 
     Args:
         detect: See `Engine`.
         threads: See `Engine`.
-        workers: Engines, >= 2.
-        kind: Whether each has a thread or a process of its own. Threads start at once but take turns outside the network;
-            processes share nothing and take a few seconds and memory of their own to start.
+        workers: Number of engines, >= 2.
+        kind: Whether each engine runs in its own thread or process. Threads start immediately but run one at a time outside
+            the network. Processes share nothing; each takes a few seconds to start and needs extra memory.
     """
 
     def __init__(self, detect: bool, threads: int, workers: int, kind: Kind) -> None:
         self.workers = workers
         options: dict[str, Any] = {"max_workers": workers, "initializer": _start, "initargs": (detect, threads)}
-        if kind == "process":  # forking a process that runs threads can hang
+        if kind == "process":  # spawn, because forking a process with threads can hang
             self.pool: Executor = ProcessPoolExecutor(mp_context=multiprocessing.get_context("spawn"), **options)
         else:
             self.pool = ThreadPoolExecutor(**options)
-        list(self.pool.map(_ready, range(workers)))  # what keeps an engine from starting shows now
+        list(self.pool.map(_ready, range(workers)))  # errors at the start of an engine are raised here
 
-    def read(self, pictures: Sequence[Any]) -> list[str | None]:
-        """As `Engine.read`."""
-        parts = [pictures[start :: self.workers] for start in range(min(self.workers, len(pictures)))]
-        read: list[str | None] = [None] * len(pictures)
-        for start, texts in enumerate(self.pool.map(_read, parts)):
-            read[start :: self.workers] = texts
-        return read
+    def read(self, images: Sequence[Any]) -> list[str | None]:
+        """Read the text in each image, as `Engine.read`."""
+        parts = [images[start :: self.workers] for start in range(min(self.workers, len(images)))]
+        texts: list[str | None] = [None] * len(images)
+        for start, part_texts in enumerate(self.pool.map(_read, parts)):
+            texts[start :: self.workers] = part_texts
+        return texts
 
 
-_own = local()
-"""A worker's engine: threads of one process have one each."""
+_worker = local()
+"""Thread-local storage with the engine of a worker, so that each thread has its own."""
 
 
 def _start(detect: bool, threads: int) -> None:
-    _own.engine = Engine(detect, threads)
+    _worker.engine = Engine(detect, threads)
 
 
 def _ready(_: int) -> bool:
-    return isinstance(_own.engine, Engine)
+    return isinstance(_worker.engine, Engine)
 
 
-def _read(pictures: Sequence[Any]) -> list[str | None]:
-    engine: Engine = _own.engine
-    return engine.read(pictures)
+def _read(images: Sequence[Any]) -> list[str | None]:
+    engine: Engine = _worker.engine
+    return engine.read(images)

@@ -1,7 +1,7 @@
-"""Any reward behind HTTP: on another machine, in another environment, shared by several runs.
+"""Rewards served over HTTP: on another machine, in another environment, shared by several runs.
 
-`marble-lightning-serve --reward rewards.PickScore` serves a reward of this package or your own. A server of another kind has
-to answer two requests, both with JSON:
+`marble-lightning-serve --reward rewards.PickScore` serves a reward of this package or a custom reward. Any other server must
+answer two requests with JSON:
 
     GET {url}/health
         -> {"reward": name}
@@ -10,8 +10,8 @@ to answer two requests, both with JSON:
         {"images": [PNG, ...], "prompts": [{"text": str, "source": str, "metadata": {...}}, ...]}
         -> {"scores": [number or null, ...]}
 
-Images are 8-bit RGB PNGs in base64, all of one size, one for each prompt. Scores come in the order of the images, higher is
-better; null is a score that could not be had. An answer of another status than 200 is an error; {"error": text} says which.
+Images are 8-bit RGB PNGs in base64, all of the same size, one per prompt. Scores are in the order of the images; higher is
+better, and null marks a missing score. Any status other than 200 is an error, described by {"error": text}.
 """
 
 from rewards.remote.client import RemoteReward

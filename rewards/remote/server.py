@@ -1,6 +1,6 @@
-"""Any reward behind HTTP, for `RemoteReward` to ask.
+"""The HTTP server of a reward, the counterpart of `RemoteReward`.
 
-What is asked and answered is documented in `rewards.remote`.
+`rewards.remote` documents the protocol.
 """
 
 from __future__ import annotations
@@ -33,24 +33,24 @@ Result = TypeVar("Result")
 RUNNING: dict[str, Any] = {
     "access_log": None,
     "auto_decompress": False,  # a small body may expand to any size
-    "handler_cancellation": True,  # what a client no longer waits for is not scored
-    "shutdown_timeout": 10.0,  # seconds that requests in flight have to end in when the server is told to stop
+    "handler_cancellation": True,  # requests of clients that hung up are not scored
+    "shutdown_timeout": 10.0,  # seconds for running requests to finish after a stop signal
 }
-"""How aiohttp runs the application."""
+"""Options of aiohttp's application runner."""
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What requests may take of the server.
+    """Limits on requests to the server.
 
     Args:
-        max_body_mb: Largest body in MiB, >= 1.
-        max_pixels: Most pixels of all images of a request together, >= 1.
-        max_requests: Requests whose body is read, parsed or scored at once, >= 1; others wait.
+        max_body_mb: Maximum size of a request body in MiB, >= 1.
+        max_pixels: Maximum number of pixels of all images of a request together, >= 1.
+        max_requests: Maximum number of requests that are read, parsed or scored at once, >= 1; others wait.
         body_timeout: Seconds for a body to arrive, > 0.
 
     Raises:
-        ValueError: One of them is out of range.
+        ValueError: if a limit is out of range.
     """
 
     max_body_mb: int = 256
@@ -62,7 +62,7 @@ class Limits:
         for name, use in (
             ("max_body_mb", "A 1024-pixel image takes about 3"),
             ("max_pixels", "A 1024-pixel image has 1048576"),
-            ("max_requests", "One is scored at a time; 4 are read meanwhile"),
+            ("max_requests", "The default is 4; one request is scored at a time"),
         ):
             if getattr(self, name) < 1:
                 raise ValueError(f"`{name}` must be >= 1. Found {getattr(self, name)}. {use}.")
@@ -74,7 +74,7 @@ class Limits:
 async def errors_as_json(
     request: web.Request, handler: Callable[[web.Request], Awaitable[web.StreamResponse]]
 ) -> web.StreamResponse:
-    """{"error": text} for whatever goes wrong: 400 for a bad request, 500 for a scorer's exception."""
+    """Answer errors as {"error": text}: status 400 for a bad request, 500 for an exception of the scorer."""
     try:
         return await handler(request)
     except web.HTTPException as error:
@@ -89,45 +89,45 @@ async def errors_as_json(
 
 
 async def in_thread(pool: Executor, function: Callable[..., Result], *arguments: Any) -> Result:
-    """`function(*arguments)` in a thread; unlike `run_in_executor`, one that is cancelled waits for what has begun.
+    """Run `function(*arguments)` in a thread; unlike `run_in_executor`, cancellation waits for a call that has started.
 
-    So a client that hangs up frees its place no sooner than the memory and the processor that its request takes.
+    A client that hangs up therefore frees its slot only after its request has released memory and processor.
     """
-    work = pool.submit(function, *arguments)
-    done = asyncio.wrap_future(work)
+    future = pool.submit(function, *arguments)
+    async_future = asyncio.wrap_future(future)
     try:
-        return await asyncio.shield(done)
+        return await asyncio.shield(async_future)
     except asyncio.CancelledError:
-        if not work.cancel():
-            await asyncio.wait([done])
+        if not future.cancel():
+            await asyncio.wait([async_future])
         raise
 
 
 def make_app(
     reward: Reward, device: str | torch.device = "cpu", limits: Limits | None = None, access: Any = None
 ) -> web.Application:
-    """The web application around a reward that is set up and on `device`.
+    """Build the web application for a reward that is set up and on `device`.
 
     Args:
-        reward: Scores one request at a time, in a thread of its own.
-        device: Where it is.
-        limits: What requests may take; None for the defaults.
-        access: A middleware that refuses requests, see `server_access.guard`; None refuses other sites' pages.
+        reward: The reward to serve. It scores one request at a time, in a separate thread.
+        device: Device of the reward.
+        limits: Limits on requests. None: the defaults.
+        access: A middleware that refuses requests, see `server_access.guard`. None: refuse other sites' pages.
     """
     name, limits = type(reward).__name__, limits or Limits()
     scorer = ThreadPoolExecutor(max_workers=1, thread_name_prefix=name)
     parser = ThreadPoolExecutor(max_workers=limits.max_requests, thread_name_prefix="parse")
-    places = asyncio.Semaphore(limits.max_requests)
+    slots = asyncio.Semaphore(limits.max_requests)
 
     async def health(_: web.Request) -> web.Response:
         return web.json_response({"reward": name})
 
-    def score_them(images: Tensor, prompts: list[Prompt]) -> list[float | None]:
+    def run_reward(images: Tensor, prompts: list[Prompt]) -> list[float | None]:
         try:
             scores = reward(images=images.to(device), prompts=prompts).tolist()
-        except SystemExit as error:  # the server would end as if all were well
+        except SystemExit as error:  # it would end the server without an error
             raise RuntimeError(
-                f"`{name}` must not end the program. Found {excerpt(error)}; raise another error where it cannot go on."
+                f"`{name}` must not end the program. Found {excerpt(error)}. Raise another error on failure."
             ) from error
         return [score if score == score else None for score in scores]
 
@@ -140,8 +140,8 @@ def make_app(
         return await in_thread(parser, parse, body, limits.max_pixels)
 
     async def score(request: web.Request) -> web.Response:
-        async with places:  # until it is scored: what waits for that is in memory too
-            return web.json_response({"scores": await in_thread(scorer, score_them, *await parsed(request))})
+        async with slots:  # held until the request is scored, because waiting requests also use memory
+            return web.json_response({"scores": await in_thread(scorer, run_reward, *await parsed(request))})
 
     async def stop(_: web.Application) -> None:
         scorer.shutdown(cancel_futures=True)
@@ -165,24 +165,25 @@ def serve(
     allow_host: list[str] | str | None = None,
     token_variable: str | None = None,
 ) -> None:
-    """Load the reward, then answer requests until told to stop.
+    """Load a reward and answer requests until the process receives a stop signal.
 
     Args:
-        reward: what to serve; memory is bounded by its own batch_size.
-        host: address to listen at. The default is seen from this machine only; 0.0.0.0 is seen by all who can reach it, of
-            whom nothing but `token_variable` asks for a token.
-        port: to listen at. 0: any that is free; it is printed.
-        device: where to score, as "cuda:1" or "cpu". "auto": the accelerator if there is one.
-        max_body_mb: largest request in MiB, >= 1.
-        max_pixels: most pixels of all images of a request together, >= 1; counted before they are decoded, which takes up
-            to 20 bytes a pixel. The default is 16 images of 1024 x 1024.
-        max_requests: requests that are read, decoded or wait for their scores at once, >= 1; others wait unread.
-        body_timeout: seconds for a request to arrive, > 0.
-        allow_host: one or more names by which this server may be asked for (the header Host), and sites for whose pages a
-            browser may ask (Origin). Pages of other sites are always refused; other names are refused at a loopback address
-            and wherever this is given.
-        token_variable: name of an environment variable with the token that requests must bring, as `RemoteReward` does with
-            its `token_variable`. None: all may ask. Tokens travel as they are: use a network that is yours, or a proxy
+        reward: The reward to serve. Its batch_size bounds its memory.
+        host: Address to listen at. The default is reachable from this machine only. 0.0.0.0 is reachable from the network;
+            only `token_variable` then protects the server.
+        port: Port to listen at. 0: any free port, which is printed.
+        device: Device for scoring, such as "cuda:1" or "cpu". "auto": the accelerator if there is one.
+        max_body_mb: Maximum size of a request in MiB, >= 1.
+        max_pixels: Maximum number of pixels of all images of a request together, >= 1. They are counted before decoding,
+            which takes up to 20 bytes per pixel. The default is 16 images of 1024 x 1024.
+        max_requests: Maximum number of requests that are read, decoded or waiting for scores at once, >= 1; others wait
+            unread.
+        body_timeout: Seconds for a request to arrive, > 0.
+        allow_host: One or more names that are allowed in the Host header, and sites with pages that may send requests from a
+            browser (Origin). Pages of other sites are always refused. Other Host names are refused at a loopback address,
+            and at any address if this option is given.
+        token_variable: Name of an environment variable with the token that requests must have; `RemoteReward` sends it with
+            its `token_variable`. None: no token is required. Tokens are sent unencrypted: use a trusted network, or a proxy
             with TLS.
 
     Raises:
@@ -193,16 +194,16 @@ def serve(
     allowed = [name.lower() for name in ([allow_host] if isinstance(allow_host, str) else allow_host or [])]
     if device == "auto":
         device = str(torch.accelerator.current_accelerator()) if torch.accelerator.is_available() else "cpu"
-    # Bound before weights load, so that a port in use is noticed at once; nobody can connect until it listens.
-    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as door:
-        door.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        door.bind((host, port))
+    # Bind before weights load, so that a port in use fails early. No client can connect until the socket listens.
+    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as listener:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind((host, port))
         reward.setup()
         app = make_app(reward.to(device), device, limits, guard(hosts_of(host, allowed), allowed, token))
-        address = f"http://{f'[{host}]' if ':' in host else host}:{door.getsockname()[1]}"
+        address = f"http://{f'[{host}]' if ':' in host else host}:{listener.getsockname()[1]}"
         web.run_app(
             app,
-            sock=door,
+            sock=listener,
             print=lambda _: print(f"{type(reward).__name__} on {device} at {address}", flush=True),
             **RUNNING,
         )

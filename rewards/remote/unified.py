@@ -1,4 +1,4 @@
-"""UnifiedReward: a vision-language model rates the image, behind any OpenAI-compatible server."""
+"""UnifiedReward: a vision-language model on an OpenAI-compatible server rates the image."""
 
 from __future__ import annotations
 
@@ -28,52 +28,53 @@ Text caption: {caption}"""
 
 FINAL_SCORE = re.compile(r"Final Score:\s*([1-5](?:\.\d+)?)(?!\d)")
 HIGHEST = 5
-REMEDY = "See that `base_url` names an OpenAI-compatible server and ends as its interface does, mostly in /v1."
+REMEDY = "Set `base_url` to an OpenAI-compatible server, with the path of its interface, usually /v1."
 EXPECTED = "as OpenAI's interface does"
 
 
 def final_score(answer: str) -> float:
-    """The rating in `answer` / 5; NaN where there is none from 1 to 5.
+    """Return the rating in `answer` / 5; NaN if there is no rating from 1 to 5.
 
     >>> final_score("The cat is blue, not red. Final Score: 2.5")
     0.5
     >>> final_score("A fine image."), final_score("Final Score: 10")
     (nan, nan)
     """
-    found = FINAL_SCORE.search(answer)
-    rating = float(found[1]) if found else torch.nan
+    match = FINAL_SCORE.search(answer)
+    rating = float(match[1]) if match else torch.nan
     return rating / HIGHEST if rating <= HIGHEST else torch.nan
 
 
 class UnifiedReward(Reward):
-    """Alignment and quality as rated by a vision-language model: the number after "Final Score:", / 5, 0.2 to 1.
+    """Alignment and quality rated by a vision-language model: the number after "Final Score:" / 5, 0.2 to 1.
 
-    An answer without a rating is missing. The model runs in a server of its own, one of many requests at a time:
+    An answer without a rating is a missing score. The model runs on a separate server that handles many requests at once:
 
         vllm serve CodeGoat24/UnifiedReward-7b-v1.5 --port 17140
 
-    Source: Wang et al., "Unified Reward Model for Multimodal Understanding and Generation", 2025; asked as in Flow-GRPO.
-
     Args:
-        base_url: of the server's OpenAI-compatible interface, with its /v1.
-        model: name under which the server has the model.
-        api_key: the server's key. None: the environment variable OPENAI_API_KEY, which is the better place, or no key where
-            that is not set. A run's config.yaml holds what is given here; checkpoints and exported files do not.
-        question: what is asked about the image, with {caption} where the prompt goes. None: rate alignment and quality.
-        size: side in pixels of the square the image is resized to, >= 1.
-        max_tokens: longest answer, >= 1. One that is cut before its rating is missing.
-        concurrency: requests in flight at once, >= 1, of each process that trains.
-        timeout: seconds for one try, from connecting to the answer's last byte, > 0.
-        retries: further tries where the server is gone, too slow, overloaded or answers an error, >= 0; waits a second
-            before the second and twice as long before each next, or what the server asks for (Retry-After), up to a minute.
-        deadline: seconds for a request with all its tries and pauses, > 0.
-        batch_size: images handed to `concurrency` requests at once, >= 1.
+        base_url: URL of the server's OpenAI-compatible interface, including /v1.
+        model: Name of the model on the server.
+        api_key: The server's key. None: the environment variable OPENAI_API_KEY, or no key if that is not set. Prefer the
+            variable: a run's config.yaml contains a key given here, but checkpoints and exported files do not.
+        question: Question about the image, with {caption} as placeholder of the prompt. None: rate alignment and quality.
+        size: Side in pixels of the square to which the image is resized, >= 1.
+        max_tokens: Maximum number of tokens of an answer, >= 1. An answer cut before its rating is a missing score.
+        concurrency: Maximum number of simultaneous requests of each training process, >= 1.
+        timeout: Seconds for one attempt, from connecting to the last byte of the answer, > 0.
+        retries: Number of further attempts if the server is unreachable, too slow, overloaded or answers an error, >= 0. The
+            first retry is immediate, the second waits a second, and each later one waits twice as long as the one before. A
+            longer pause requested by the server (Retry-After) is respected, up to a minute.
+        deadline: Seconds for a request with all its attempts and pauses, > 0.
+        batch_size: Images divided among `concurrency` requests at once, >= 1.
 
     Shape:
         - images: (B, 3, H, W), result: (B,)
 
     Raises:
         ValueError: if an argument is out of range.
+
+    Source: Wang et al., "Unified Reward Model for Multimodal Understanding and Generation", 2025; used as in Flow-GRPO.
     """
 
     identity_fields = (*Reward.identity_fields, "model", "question", "size", "max_tokens")
@@ -96,7 +97,7 @@ class UnifiedReward(Reward):
         self.base_url = check_url("UnifiedReward", "base_url", base_url)
         if question is not None and "{caption}" not in question:
             raise ValueError(
-                f"UnifiedReward: `question` must hold {{caption}}. Found '{quote(question)}'. Say where it goes."
+                f"UnifiedReward: `question` must hold {{caption}}. Found '{quote(question)}'. Add the placeholder."
             )
         if size < 1:
             raise ValueError(f"UnifiedReward: `size` must be >= 1. Found {size}. The published runs use 512.")
@@ -112,11 +113,11 @@ class UnifiedReward(Reward):
         self._ready: JsonClient | None = None
 
     def setup(self) -> None:
-        """Connect, and see that the server answers and has the model.
+        """Connect, and check that the server answers and has the model.
 
         Raises:
-            ConnectionError: if the server is gone or answers an error.
-            ValueError: if it does not have the model.
+            ConnectionError: if the server is unreachable or answers an error.
+            ValueError: if the server does not have the model.
         """
         if self._ready is not None:
             return
@@ -125,7 +126,7 @@ class UnifiedReward(Reward):
         try:
             served = [str(model["id"]) for model in listing["data"]]
         except (KeyError, TypeError) as error:
-            raise client.garbage("/models", EXPECTED, listing) from error
+            raise client.unexpected_answer("/models", EXPECTED, listing) from error
         if self.model not in served:
             raise ValueError(
                 f"UnifiedReward: `model` must be one that {client.shown} serves. Found '{self.model}'; it has "
@@ -134,11 +135,11 @@ class UnifiedReward(Reward):
         self._ready = client
 
     def score(self, *, images: Float[Tensor, "b 3 h w"], prompts: Sequence[Prompt]) -> Float[Tensor, "b"]:
-        """Rating / 5; NaN where the answer has none.
+        """Return rating / 5; NaN if the answer has no rating.
 
         Raises:
-            ConnectionError: if the server is gone, or still answers errors after all retries.
-            ValueError: if it answers something that is no chat completion.
+            ConnectionError: if the server is unreachable, or still answers errors after all retries.
+            ValueError: if an answer is not a chat completion.
         """
         client, pixels = self._loaded(self._ready), eight_bit(images)
         read = partial(self._rating, client)
@@ -147,23 +148,23 @@ class UnifiedReward(Reward):
         return torch.tensor(ratings, device=images.device)
 
     def _question(self, pixels: UInt8[Tensor, "3 h w"], prompt: Prompt) -> bytes:
-        picture = {"url": f"data:image/png;base64,{encode_png(pixels, self.size)}"}
+        image_url = {"url": f"data:image/png;base64,{encode_png(pixels, self.size)}"}
         content = [
-            {"type": "image_url", "image_url": picture},
+            {"type": "image_url", "image_url": image_url},
             {"type": "text", "text": self.question.replace("{caption}", prompt.text)},
         ]
-        asked = {"model": self.model, "messages": [{"role": "user", "content": content}], "temperature": 0}
-        return json.dumps(asked | {"max_tokens": self.max_tokens}).encode()
+        body = {"model": self.model, "messages": [{"role": "user", "content": content}], "temperature": 0}
+        return json.dumps(body | {"max_tokens": self.max_tokens}).encode()
 
     def _rating(self, client: JsonClient, answer: Answer) -> float:
         completion = client.json_of(answer)
         try:
             text = completion["choices"][0]["message"]["content"]
         except (KeyError, IndexError, TypeError) as error:
-            raise client.garbage(answer.path, EXPECTED, completion) from error
+            raise client.unexpected_answer(answer.path, EXPECTED, completion) from error
         if text is not None and not isinstance(text, str):
-            raise client.garbage(answer.path, EXPECTED, completion)
+            raise client.unexpected_answer(answer.path, EXPECTED, completion)
         rating = final_score(text or "")
         if rating != rating:
-            logger.warning("UnifiedReward: no 'Final Score' from 1 to 5 in '%s'; it is missing", quote(text or ""))
+            logger.warning("UnifiedReward: no 'Final Score' from 1 to 5 in '%s'; the score is missing", quote(text or ""))
         return rating

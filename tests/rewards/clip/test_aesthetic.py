@@ -1,4 +1,4 @@
-"""The aesthetic head and JPEG sizes against the plain computation."""
+"""The aesthetic head and JPEG sizes, compared with direct computations."""
 
 import io
 from collections.abc import Callable
@@ -14,13 +14,13 @@ from rewards import Aesthetic, CLIPScore, JPEGCompressibility, Prompt
 
 @pytest.mark.parametrize("name", ["head.safetensors", "head.pth"])
 def test_aesthetic_is_the_published_formula(clip_folder: Path, name: str) -> None:
-    """Features of `CLIPModel` on the PIL processor's pixels, divided by their length, through five matrices."""
+    """Features of `CLIPModel` on the PIL processor's pixels, divided by their norm, passed through five linear layers."""
     from transformers import CLIPImageProcessorPil, CLIPModel
 
     generator = torch.Generator().manual_seed(3)
     images = torch.randint(256, (4, 3, 32, 32), generator=generator) / 255
-    pictures = [Image.fromarray((image * 255).round().byte().permute(1, 2, 0).numpy()) for image in images]
-    pixels = CLIPImageProcessorPil.from_pretrained(clip_folder)(pictures, return_tensors="pt")["pixel_values"]
+    pil_images = [Image.fromarray((image * 255).round().byte().permute(1, 2, 0).numpy()) for image in images]
+    pixels = CLIPImageProcessorPil.from_pretrained(clip_folder)(pil_images, return_tensors="pt")["pixel_values"]
     with torch.no_grad():
         expected = CLIPModel.from_pretrained(clip_folder).get_image_features(pixel_values=pixels).pooler_output
     expected = expected / expected.norm(dim=1, keepdim=True)
@@ -31,11 +31,11 @@ def test_aesthetic_is_the_published_formula(clip_folder: Path, name: str) -> Non
 
     reward = Aesthetic(str(clip_folder), str(clip_folder), name)
     reward.setup()
-    found = reward(images=images, prompts=[Prompt("", "test")] * 4)
-    torch.testing.assert_close(found, expected[:, 0], rtol=0, atol=1e-5)
+    actual = reward(images=images, prompts=[Prompt("", "test")] * 4)
+    torch.testing.assert_close(actual, expected[:, 0], rtol=0, atol=1e-5)
 
 
-def test_one_clip_model_serves_both_rewards(clip_folder: Path) -> None:
+def test_two_rewards_share_one_clip_model(clip_folder: Path) -> None:
     aesthetic, clipscore = Aesthetic(str(clip_folder), str(clip_folder), "head.pth"), CLIPScore(str(clip_folder))
     half = CLIPScore(str(clip_folder), dtype="bfloat16")
     for reward in (aesthetic, clipscore, half):
@@ -44,9 +44,9 @@ def test_one_clip_model_serves_both_rewards(clip_folder: Path) -> None:
     assert half.tower.model is not clipscore.tower.model
 
 
-def test_what_is_wrong_with_a_head_is_said(clip_folder: Path, write_clip: Callable[..., Path], tmp_path: Path) -> None:
+def test_bad_heads_are_refused(clip_folder: Path, write_clip: Callable[..., Path], tmp_path: Path) -> None:
     path = str(clip_folder)
-    with pytest.raises(FileNotFoundError, match=r"Aesthetic: no\.pth must be a file .* is there, the file is not"):
+    with pytest.raises(FileNotFoundError, match=r"Aesthetic: no\.pth must be a file .* exists, the file does not"):
         Aesthetic(path, path, "no.pth").setup()
     torch.save({"layers.0.weight": torch.zeros(1024, 3)}, tmp_path / "other.pth")
     with pytest.raises(ValueError, match="Aesthetic: .*other.pth must hold the five linear layers .* 16 features"):
@@ -61,9 +61,9 @@ def test_what_is_wrong_with_a_head_is_said(clip_folder: Path, write_clip: Callab
 
 
 @pytest.mark.parametrize("quality", [10, 95])
-def test_jpeg_counts_bytes(images: torch.Tensor, quality: int) -> None:
-    found = JPEGCompressibility(quality)(images=images, prompts=[Prompt("", "test")] * len(images))
-    for image, score in zip(images, found, strict=True):
+def test_jpeg_score_is_the_file_size(images: torch.Tensor, quality: int) -> None:
+    scores = JPEGCompressibility(quality)(images=images, prompts=[Prompt("", "test")] * len(images))
+    for image, score in zip(images, scores, strict=True):
         file = io.BytesIO()
         Image.fromarray((image * 255).round().byte().permute(1, 2, 0).numpy()).save(file, format="jpeg", quality=quality)
         assert score.item() == pytest.approx(-len(file.getvalue()) / 500_000)

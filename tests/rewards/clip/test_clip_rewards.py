@@ -1,4 +1,4 @@
-"""CLIP rewards against transformers, PIL and torchmetrics."""
+"""CLIP rewards, compared with transformers, PIL and torchmetrics."""
 
 import json
 import shutil
@@ -24,7 +24,7 @@ MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.2757
 
 @pytest.fixture
 def exact_images() -> torch.Tensor:
-    """Images of the model's own size in 256 steps, so that PIL neither resizes nor rounds them."""
+    """Images of the model's input size with 8-bit values, so that PIL neither resizes nor rounds them."""
     generator = torch.Generator().manual_seed(2)
     return torch.randint(256, (4, 3, IMAGE_SIZE, IMAGE_SIZE), generator=generator) / 255
 
@@ -34,7 +34,7 @@ def pil(image: torch.Tensor) -> Image.Image:
 
 
 def reference_logits(folder: Path, images: torch.Tensor) -> torch.Tensor:
-    """exp(logit_scale) * cos(image, text) of the matching pairs by CLIPModel.forward and the PIL processor."""
+    """Compute exp(logit_scale) * cos(image, text) of the matching pairs by CLIPModel.forward and the PIL processor."""
     from transformers import CLIPImageProcessorPil, CLIPModel, CLIPTokenizer
 
     pixels = CLIPImageProcessorPil.from_pretrained(folder)([pil(image) for image in images], return_tensors="pt")
@@ -47,7 +47,7 @@ def reference_logits(folder: Path, images: torch.Tensor) -> torch.Tensor:
 
 
 def hpsv2(path: str, **options: str) -> HPSv2:
-    """From a folder in transformers' format."""
+    """Build HPSv2 from a folder in transformers format."""
     return HPSv2(path, file=None, processor_path=None, **options)
 
 
@@ -58,12 +58,12 @@ def scores(reward, images: torch.Tensor) -> torch.Tensor:
 
 def test_rewards_are_scalings_of_the_logits(clip_folder: Path, exact_images: torch.Tensor) -> None:
     logits, path = reference_logits(clip_folder, exact_images), str(clip_folder)
-    assert logits.std() > 0.1  # else agreement would mean little
+    assert logits.std() > 0.1  # otherwise agreement would prove little
     close = {"rtol": 0, "atol": 1e-5}
     torch.testing.assert_close(scores(PickScore(path, None), exact_images), logits / 26, **close)
     torch.testing.assert_close(scores(PickScore(path, None, divide_by=1), exact_images), logits, **close)
     torch.testing.assert_close(scores(CLIPScore(path), exact_images), logits / 100, **close)
-    # At the model's own size there is nothing to crop or pad, so HPSv2 differs by the logit scale only, here exp(3).
+    # At the model's input size there is nothing to crop or pad, so HPSv2 differs only by the logit scale, here exp(3).
     torch.testing.assert_close(scores(hpsv2(path), exact_images), logits / np.exp(3), **close)
 
 
@@ -88,43 +88,43 @@ def test_clipscore_is_the_cosine_torchmetrics_reports(clip_folder: Path, exact_i
 
     with torch.no_grad():
         expected, _ = _clip_score_update(list((exact_images * 255).round()), TEXTS, model, processor)
-    # torchmetrics takes the logit scale to be 100, as in the published models; here it is exp(3).
-    found = scores(CLIPScore(str(clip_folder)), exact_images) * 100 / np.exp(3)
-    torch.testing.assert_close(found, expected / 100, rtol=0, atol=1e-5)
+    # torchmetrics assumes a logit scale of 100, as in the published models; here it is exp(3).
+    actual = scores(CLIPScore(str(clip_folder)), exact_images) * 100 / np.exp(3)
+    torch.testing.assert_close(actual, expected / 100, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("shape", [(64, 64), (90, 50), (50, 91), (20, 20), (33, 97)])
-def test_crop_is_what_pil_does(clip_folder: Path, shape: tuple[int, int]) -> None:
+def test_crop_agrees_with_pil(clip_folder: Path, shape: tuple[int, int]) -> None:
     from transformers import CLIPImageProcessorPil
 
     rows, columns = torch.linspace(0, 1, shape[0]).view(-1, 1), torch.linspace(0, 1, shape[1]).view(1, -1)
     image = torch.stack([rows.expand(shape), (rows * columns), (7 * (rows + columns)).sin() / 2 + 0.5])
     image = (image * 255).round() / 255
     expected = CLIPImageProcessorPil.from_pretrained(clip_folder)(pil(image), return_tensors="pt")["pixel_values"]
-    found = Preprocess(IMAGE_SIZE, IMAGE_SIZE, MEAN, STD)(image[None])
+    actual = Preprocess(IMAGE_SIZE, IMAGE_SIZE, MEAN, STD)(image[None])
     # PIL rounds to 8 bits after each of its two passes; one step is 1 / 255 / 0.26 after normalising.
-    torch.testing.assert_close(found, expected, rtol=0, atol=1.5 / 255 / 0.26)
+    torch.testing.assert_close(actual, expected, rtol=0, atol=1.5 / 255 / 0.26)
 
 
 @pytest.mark.parametrize("spare", range(12))
-def test_where_a_crop_begins(spare: int) -> None:
-    """`int(round(spare / 2.0))` in torchvision, `spare // 2` in transformers; told apart by 3, 7 and 11."""
+def test_start_of_a_crop(spare: int) -> None:
+    """`int(round(spare / 2.0))` in torchvision, `spare // 2` in transformers; they differ for 3, 7 and 11."""
     columns = torch.arange(32.0 + spare).expand(1, 3, 32, 32 + spare)
     for centre, begin in (("even", round(spare / 2.0)), ("floor", spare // 2)):
         for image in (columns, columns.mT):
             assert Preprocess(32, 32, (0, 0, 0), (1, 1, 1), centre=centre)(image).min() == begin
 
 
-def test_bilinear_resize_is_what_pil_does() -> None:
+def test_bilinear_resize_agrees_with_pil() -> None:
     generator = torch.Generator().manual_seed(3)
     image = torch.randint(256, (3, 80, 64), generator=generator) / 255
     expected = np.asarray(pil(image).resize((32, 40), Image.Resampling.BILINEAR))[4:36]
-    found = Preprocess(32, 32, (0, 0, 0), (1, 1, 1), resize="bilinear")(image[None])[0]
-    torch.testing.assert_close(found.permute(1, 2, 0), torch.tensor(expected) / 255, rtol=0, atol=1.5 / 255)
+    actual = Preprocess(32, 32, (0, 0, 0), (1, 1, 1), resize="bilinear")(image[None])[0]
+    torch.testing.assert_close(actual.permute(1, 2, 0), torch.tensor(expected) / 255, rtol=0, atol=1.5 / 255)
 
 
-def test_each_reward_prepares_images_as_its_published_scorer(clip_folder: Path, imagereward_folder: Path) -> None:
-    """torchvision for CLIPScore (which resizes bilinearly), GenEval's colours and ImageReward; else transformers."""
+def test_each_reward_preprocesses_images_as_its_published_scorer(clip_folder: Path, imagereward_folder: Path) -> None:
+    """As torchvision for CLIPScore (bilinear), GenEval's colours and ImageReward; as transformers for the others."""
     path, blip = str(clip_folder), str(imagereward_folder)
     published = [
         (CLIPScore(path), "bilinear", "even"),
@@ -139,11 +139,11 @@ def test_each_reward_prepares_images_as_its_published_scorer(clip_folder: Path, 
         assert (reward.tower.preprocess.resize, reward.tower.preprocess.centre) == (resize, centre), reward
 
 
-def test_how_clipscore_resizes(clip_folder: Path, exact_images: torch.Tensor) -> None:
+def test_resize_option_of_clipscore(clip_folder: Path, exact_images: torch.Tensor) -> None:
     path = str(clip_folder)
     bilinear, bicubic = CLIPScore(path), CLIPScore(path, resize="bicubic")
     assert bilinear.identity != bicubic.identity
-    assert torch.equal(scores(bilinear, exact_images), scores(bicubic, exact_images))  # of the model's own size
+    assert torch.equal(scores(bilinear, exact_images), scores(bicubic, exact_images))  # of the model's input size
     large = torch.rand(4, 3, 48, 48, generator=torch.Generator().manual_seed(0))
     assert not torch.equal(scores(bilinear, large), scores(bicubic, large))
     with pytest.raises(ValueError, match="`resize` must be 'bilinear' or 'bicubic'. Found 'nearest'"):
@@ -152,18 +152,18 @@ def test_how_clipscore_resizes(clip_folder: Path, exact_images: torch.Tensor) ->
 
 @pytest.mark.parametrize(("height", "width"), [(40, 80), (80, 40)])
 def test_pad_shows_everything_between_black_bars(height: int, width: int) -> None:
-    found = Preprocess(32, 32, MEAN, STD, "pad")(torch.ones(1, 3, height, width))
+    actual = Preprocess(32, 32, MEAN, STD, "pad")(torch.ones(1, 3, height, width))
     black, white = -torch.tensor(MEAN) / torch.tensor(STD), (1 - torch.tensor(MEAN)) / torch.tensor(STD)
     expected = black.view(1, 3, 1, 1).repeat(1, 1, 32, 32)
     expected[:, :, 8:24] = white.view(1, 3, 1, 1)
-    torch.testing.assert_close(found, expected if width > height else expected.mT, rtol=0, atol=1e-5)
+    torch.testing.assert_close(actual, expected if width > height else expected.mT, rtol=0, atol=1e-5)
 
 
 def test_bicubic_overshoot_is_clipped() -> None:
     edge = torch.zeros(1, 3, 8, 8)
     edge[..., 4:] = 1
-    found = Preprocess(32, 32, (0, 0, 0), (1, 1, 1))(edge)
-    assert found.min() == 0 and found.max() == 1
+    actual = Preprocess(32, 32, (0, 0, 0), (1, 1, 1))(edge)
+    assert actual.min() == 0 and actual.max() == 1
 
 
 def test_new_and_old_preprocessor_files_agree() -> None:
@@ -187,8 +187,8 @@ def test_processor_from_another_folder(clip_folder: Path, tmp_path: Path, exact_
     weights.mkdir()
     for name in ("config.json", "model.safetensors"):
         shutil.copy(clip_folder / name, weights)
-    found = scores(PickScore(str(weights), str(clip_folder)), exact_images)
-    assert torch.equal(found, scores(PickScore(str(clip_folder), None), exact_images))
+    actual = scores(PickScore(str(weights), str(clip_folder)), exact_images)
+    assert torch.equal(actual, scores(PickScore(str(clip_folder), None), exact_images))
     with pytest.raises(FileNotFoundError, match=r"preprocessor_config.json\. Found .*weights"):
         PickScore(str(weights), None).setup()
 
@@ -213,8 +213,8 @@ def test_incomplete_folders_are_refused(
 
 
 @pytest.mark.parametrize("reward", [PickScore, hpsv2, CLIPScore])
-def test_missing_folder_says_what_to_do(reward: Callable[..., Reward], tmp_path: Path) -> None:
-    (tmp_path / "HPS_v2.1_compressed.pt").touch()  # a folder with weights of another format has no config.json either
+def test_a_missing_folder_is_refused_with_a_remedy(reward: Callable[..., Reward], tmp_path: Path) -> None:
+    (tmp_path / "HPS_v2.1_compressed.pt").touch()  # weights in another format, without config.json
     for path in (tmp_path, tmp_path / "nowhere"):
         with pytest.raises(FileNotFoundError, match=r"(PickScore|HPSv2|CLIPScore): .*transformers-format CLIPModel.*Check"):
             reward(path=str(path)).setup()
@@ -243,17 +243,17 @@ def test_sizes_must_fit_together(tmp_path: Path, write_clip: Callable[..., Path]
 
 def test_dtype(clip_folder: Path, exact_images: torch.Tensor) -> None:
     half = hpsv2(str(clip_folder), dtype="bfloat16")
-    found = scores(half, exact_images)
+    actual = scores(half, exact_images)
     assert {parameter.dtype for parameter in half.parameters()} == {torch.bfloat16}
-    assert found.dtype == torch.float32
-    torch.testing.assert_close(found, scores(hpsv2(str(clip_folder)), exact_images), rtol=0, atol=0.05)
+    assert actual.dtype == torch.float32
+    torch.testing.assert_close(actual, scores(hpsv2(str(clip_folder)), exact_images), rtol=0, atol=0.05)
     scales = []
     for dtype in ("float32", "bfloat16", "float16"):
         reward = hpsv2(str(clip_folder), dtype=dtype)
         reward.setup()
         scales.append(reward.tower.scale)
     assert {scale.dtype for scale in scales} == {torch.float32}
-    assert scales[0] == scales[1] == scales[2]  # rounded to half precision the published 100 would be 98.9
+    assert scales[0] == scales[1] == scales[2]  # in half precision the published 100 would be rounded to 98.9
     with pytest.raises(ValueError, match="`dtype` must be float32, bfloat16 or float16. Found 'int8'"):
         HPSv2(str(clip_folder), dtype="int8")
 

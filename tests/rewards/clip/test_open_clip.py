@@ -1,4 +1,4 @@
-"""HPSv2's published format: open_clip weights, against a second implementation of the tower."""
+"""HPSv2's published format: open_clip weights, compared with a second implementation of the tower."""
 
 import json
 import shutil
@@ -22,7 +22,7 @@ DESCRIPTION = {
 
 
 class Block(nn.Module):
-    """A residual block as open_clip names it, on torch's own attention."""
+    """A residual block with open_clip's parameter names and torch's attention."""
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
@@ -64,7 +64,7 @@ class Visual(nn.Module):
 
 
 class Tower(nn.Module):
-    """CLIP as its paper and open_clip's names have it: causal text, read off where the token number is highest."""
+    """CLIP as in its paper, with open_clip's names: causal text, embedding at the position of the highest token id."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -87,7 +87,7 @@ def tower() -> Tower:
     with torch.random.fork_rng():
         torch.manual_seed(0)
         tower = Tower().eval()
-    for parameter in tower.parameters():  # fresh weights are so small that all embeddings look alike
+    for parameter in tower.parameters():  # initial weights are so small that all embeddings are similar
         if parameter.ndim > 1:
             parameter.data *= 3
     return tower
@@ -95,14 +95,14 @@ def tower() -> Tower:
 
 @pytest.fixture
 def folder(tower: Tower, tmp_path: Path) -> Path:
-    """As published: the weights of a training run, optimizer and all."""
+    """A folder as published: a training checkpoint with `state_dict`, and the model configuration."""
     torch.save({"epoch": 3, "state_dict": tower.state_dict()}, tmp_path / "hps.pt")
     (tmp_path / "open_clip_config.json").write_text(json.dumps({"model_cfg": DESCRIPTION}))
     return tmp_path
 
 
 @torch.no_grad()
-def test_scores_are_those_of_the_other_implementation(tower: Tower, folder: Path, clip_folder: Path) -> None:
+def test_scores_agree_with_the_second_implementation(tower: Tower, folder: Path, clip_folder: Path) -> None:
     from transformers import CLIPTokenizer
 
     prompts = [Prompt(text, "test") for text in ("a cat", "a dog", "the cat and the dog", "a cat")]
@@ -110,7 +110,7 @@ def test_scores_are_those_of_the_other_implementation(tower: Tower, folder: Path
     tokens = CLIPTokenizer.from_pretrained(clip_folder)(
         [prompt.text for prompt in prompts], padding="max_length", max_length=LENGTH, truncation=True
     ).input_ids
-    # open_clip fills up with zeros: what stands after the end must not matter
+    # open_clip pads with zeros: tokens after the end token must not matter
     tokens = [[*row[: row.index(VOCABULARY - 1) + 1], *[0] * LENGTH][:LENGTH] for row in tokens]
     mean, std = (torch.tensor(numbers).view(3, 1, 1) for numbers in (
         (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
@@ -123,15 +123,15 @@ def test_scores_are_those_of_the_other_implementation(tower: Tower, folder: Path
     torch.testing.assert_close(reward(images=images, prompts=prompts), expected, rtol=0, atol=1e-5)
 
 
-def test_a_missing_weight_and_another_architecture_are_named(
+def test_a_missing_weight_and_another_architecture_are_refused(
     tower: Tower, folder: Path, clip_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     weights = tower.state_dict()
     del weights["visual.proj"]
-    torch.save(weights, folder / "lacks.pt")
+    torch.save(weights, folder / "incomplete.pt")
     with pytest.raises(ValueError, match="HPSv2: .* Found 1 missing, such as visual_projection.weight"):
-        HPSv2(str(folder), "lacks.pt", str(clip_folder)).setup()
-    shallow = {part: {**VIT_H_14[part], "layers": 1} for part in ("vision_cfg", "text_cfg")}  # quicker to build
+        HPSv2(str(folder), "incomplete.pt", str(clip_folder)).setup()
+    shallow = {part: {**VIT_H_14[part], "layers": 1} for part in ("vision_cfg", "text_cfg")}  # faster to build
     monkeypatch.setattr("rewards.clip.loading.VIT_H_14", VIT_H_14 | shallow)
     shutil.copy(folder / "hps.pt", folder / "plain.pt")
     (folder / "open_clip_config.json").unlink()
@@ -151,12 +151,12 @@ def test_a_missing_weight_and_another_architecture_are_named(
         ("ﬁne ＡＢ", "fine ab"),
     ],
 )
-def test_texts_are_cleaned_as_open_clip_does(text: str, expected: str) -> None:
+def test_texts_are_cleaned_as_in_open_clip(text: str, expected: str) -> None:
     assert cleaned(text) == expected
 
 
 def test_which_scorers_clean_texts(clip_folder: Path) -> None:
-    """Those published on open_clip; those on transformers do not."""
+    """Scorers published with open_clip clean texts; scorers published with transformers do not."""
     path, image = str(clip_folder), torch.rand(1, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(0))
     same = {}
     for reward in (HPSv2(path, file=None, processor_path=None), PickScore(path, None)):
@@ -169,11 +169,11 @@ def test_which_scorers_clean_texts(clip_folder: Path) -> None:
     assert torch.equal(classifier.tower.embed_texts(["it’s &amp;"]), classifier.tower.embed_texts(["it's &"]))
 
 
-def test_a_text_of_a_megabyte_is_cut_before_it_is_read(clip_folder: Path) -> None:
+def test_a_long_text_is_cut_before_tokenization(clip_folder: Path) -> None:
     reward = HPSv2(str(clip_folder), file=None, processor_path=None)
     reward.setup()
-    seen = []
-    reward.tower.clean = lambda text: (seen.append(text), text)[1]
+    cleaned_texts = []
+    reward.tower.clean = lambda text: (cleaned_texts.append(text), text)[1]
     long, short = "cat dog " * 10**5, "cat dog " * 100
     assert torch.equal(reward.tower.embed_texts([long]), reward.tower.embed_texts([short]))
-    assert max(map(len, seen)) <= 100 * LENGTH
+    assert max(map(len, cleaned_texts)) <= 100 * LENGTH

@@ -1,4 +1,4 @@
-"""GenEval as a reward, around its rules and a detector."""
+"""GenEval as a reward, with its rules and a detector."""
 
 import pytest
 import torch
@@ -6,52 +6,52 @@ import torch
 from rewards import Detection, Detector, GenEval, Prompt, Verdict
 
 
-def see(label: str) -> Detection:
+def detection(label: str) -> Detection:
     return Detection(label, 0.95, (40, 40, 60, 60))
 
 
 # Two red cats, left brighter than right; a bright left half only; nothing.
-PICTURES = torch.zeros(3, 3, 8, 8)
-PICTURES[0, 0], PICTURES[0, 1:] = 1.0, 0.6
-PICTURES[1, 1, :, :4], PICTURES[1, (0, 2), :, :4] = 1.0, 0.8
+IMAGES = torch.zeros(3, 3, 8, 8)
+IMAGES[0, 0], IMAGES[0, 1:] = 1.0, 0.6
+IMAGES[1, 1, :, :4], IMAGES[1, (0, 2), :, :4] = 1.0, 0.8
 TWO_CATS = Prompt("two red cats", "geneval", {"include": [{"class": "cat", "count": 2, "color": "red"}]})
 
 
 @pytest.mark.parametrize(
     ("score", "expected"),
-    # two red cats; one green cat of two: number 0.5, then a 0; nothing: 0, then a 0
+    # two red cats; one green cat instead of two: number 0.5, then a 0; no cat: 0, then a 0
     [("partial", [1, 0.25, 0]), ("strict", [1, 0, 0]), ("accuracy", [1, 0, 0])],
 )
-def test_reward_gives_the_chosen_score(BrightBlobs: type[Detector], score: str, expected: list[float]) -> None:
+def test_reward_returns_the_chosen_score(BrightBlobs: type[Detector], score: str, expected: list[float]) -> None:
     reward = GenEval(BrightBlobs(), score)
     reward.setup()
-    assert reward(images=PICTURES, prompts=[TWO_CATS] * 3).tolist() == expected
+    assert reward(images=IMAGES, prompts=[TWO_CATS] * 3).tolist() == expected
 
 
 def test_accuracy_and_strict_differ(BrightBlobs: type[Detector]) -> None:
     one_cat = Prompt("a cat", "geneval", {"include": [{"class": "cat", "count": 1}]})
-    scores = {kind: GenEval(BrightBlobs(), kind)(images=PICTURES[:1], prompts=[one_cat]).item() for kind in KINDS}
-    assert scores == {"partial": 0, "strict": 0, "accuracy": 1}  # two cats where one is asked
+    scores = {kind: GenEval(BrightBlobs(), kind)(images=IMAGES[:1], prompts=[one_cat]).item() for kind in KINDS}
+    assert scores == {"partial": 0, "strict": 0, "accuracy": 1}  # two cats instead of one
 
 
 KINDS = ("partial", "strict", "accuracy")
 
 
-def test_judge_gives_all_three_at_once(BrightBlobs: type[Detector]) -> None:
-    verdicts = GenEval(BrightBlobs()).reward_model(images=PICTURES, prompts=[TWO_CATS] * 3)
+def test_verdicts_have_all_three_scores(BrightBlobs: type[Detector]) -> None:
+    verdicts = GenEval(BrightBlobs()).verdicts(images=IMAGES, prompts=[TWO_CATS] * 3)
     assert verdicts == [Verdict(True, True, 1.0), Verdict(False, False, 0.25), Verdict(False, False, 0.0)]
 
 
 def test_thresholds_are_arguments(BrightBlobs: type[Detector]) -> None:
     counting = Prompt("two cats", "geneval", {"tag": "counting", "include": [{"class": "cat", "count": 2}]})
     # Both cats score about 0.73, below the 0.9 of counting.
-    assert GenEval(BrightBlobs())(images=PICTURES[:1], prompts=[counting]).item() == 0
-    assert GenEval(BrightBlobs(), counting_threshold=0.7)(images=PICTURES[:1], prompts=[counting]).item() == 1
-    assert GenEval(BrightBlobs(), threshold=0.8)(images=PICTURES[:1], prompts=[TWO_CATS]).item() == 0
-    assert GenEval(BrightBlobs(), max_objects=1)(images=PICTURES[:1], prompts=[TWO_CATS]).item() == 0.25
+    assert GenEval(BrightBlobs())(images=IMAGES[:1], prompts=[counting]).item() == 0
+    assert GenEval(BrightBlobs(), counting_threshold=0.7)(images=IMAGES[:1], prompts=[counting]).item() == 1
+    assert GenEval(BrightBlobs(), threshold=0.8)(images=IMAGES[:1], prompts=[TWO_CATS]).item() == 0
+    assert GenEval(BrightBlobs(), max_objects=1)(images=IMAGES[:1], prompts=[TWO_CATS]).item() == 0.25
 
 
-def test_a_threshold_below_what_the_detector_returns_is_refused(BrightBlobs: type[Detector]) -> None:
+def test_a_threshold_below_the_detectors_min_score_is_refused(BrightBlobs: type[Detector]) -> None:
     detector = BrightBlobs()
     detector.min_score = 0.5
     GenEval(detector, threshold=0.5)
@@ -70,34 +70,34 @@ def test_detector_is_loaded_and_frozen(BrightBlobs: type[Detector]) -> None:
     assert [parameter.requires_grad for parameter in reward.parameters()] == [False, False]
 
 
-def test_detector_without_colours_says_so() -> None:
+def test_a_detector_without_colours_is_refused() -> None:
     class Colourless(Detector):
         def detect(self, images):
-            return [[see("cat"), see("cat")] for _ in images]
+            return [[detection("cat"), detection("cat")] for _ in images]
 
-    with pytest.raises(ValueError, match="Colourless: .*carry one. Found none on a 'cat'"):
-        GenEval(Colourless())(images=PICTURES[:1], prompts=[TWO_CATS])
+    with pytest.raises(ValueError, match="Colourless: .*have one. Found none on a 'cat'"):
+        GenEval(Colourless())(images=IMAGES[:1], prompts=[TWO_CATS])
 
 
-def test_detector_can_name_colours_itself() -> None:
+def test_a_detector_can_override_colours() -> None:
     class ByPixel(Detector):
         def detect(self, images):
-            return [[see("cat"), see("cat")] for _ in images]
+            return [[detection("cat"), detection("cat")] for _ in images]
 
         def colours(self, image, detections):
             return [("red", "green", "blue")[int(image.mean(dim=(1, 2)).argmax())] for _ in detections]
 
     # number 1 and colour 1; number 1 and colour 0
-    assert GenEval(ByPixel())(images=PICTURES[:2], prompts=[TWO_CATS] * 2).tolist() == [1, 0.5]
+    assert GenEval(ByPixel())(images=IMAGES[:2], prompts=[TWO_CATS] * 2).tolist() == [1, 0.5]
 
 
-def test_detector_must_answer_for_each_image() -> None:
+def test_a_detector_must_return_one_list_per_image() -> None:
     class Short(Detector):
         def detect(self, images):
             return []
 
-    with pytest.raises(ValueError, match="`Short.detect` must return one list an image. Found 0 for 3 images"):
-        GenEval(Short())(images=PICTURES, prompts=[TWO_CATS] * 3)
+    with pytest.raises(ValueError, match="`Short.detect` must return one list per image. Found 0 for 3 images"):
+        GenEval(Short())(images=IMAGES, prompts=[TWO_CATS] * 3)
 
 
 @pytest.mark.parametrize(
@@ -126,7 +126,7 @@ def test_arguments_are_checked(BrightBlobs: type[Detector], arguments: dict, mes
         ({"tag": ["counting"]}, r"`tag` must be a text. Found \['counting'\]"),
     ],
 )
-def test_prompts_that_can_never_be_right_are_refused(BrightBlobs: type[Detector], clauses: dict, message: str) -> None:
+def test_prompts_that_can_never_be_met_are_refused(BrightBlobs: type[Detector], clauses: dict, message: str) -> None:
     detector = BrightBlobs()
     detector.classes, detector.colour_names = frozenset({"cat"}), frozenset({"red", "green", "blue"})
     metadata = {"include": [{"class": "cat", "count": 1, "color": "red"}], **clauses}

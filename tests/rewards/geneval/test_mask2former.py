@@ -1,4 +1,4 @@
-"""Mask2Former as GenEval's detector, on a small checkpoint in the published format, against plain computations."""
+"""Mask2Former as GenEval's detector, on a small checkpoint in the published format, compared with direct computations."""
 
 import json
 from pathlib import Path
@@ -27,7 +27,7 @@ def detector(folder: Path, clip_folder: Path) -> Mask2Former:
 
 
 @pytest.fixture(scope="session")
-def pictures() -> torch.Tensor:
+def smooth_images() -> torch.Tensor:
     """Three smooth images of 48 x 72 pixels."""
     coarse = torch.rand(3, 3, 4, 6, generator=torch.Generator().manual_seed(2))
     return torch.nn.functional.interpolate(coarse, size=(48, 72), mode="bicubic").clamp(0, 1)
@@ -35,47 +35,49 @@ def pictures() -> torch.Tensor:
 
 @torch.no_grad()
 def outputs(detector: Mask2Former, image: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
-    """What the network itself says of one image."""
+    """Return the raw class and mask logits of the network for one image."""
     output = detector.model(pixel_values=detector.preprocess(image[None]))
     return output.class_queries_logits[0].double().numpy(), output.masks_queries_logits[0].double().numpy()
 
 
 @pytest.mark.parametrize("floor", [0.3, 0.02, 0.0])
-def test_detections_are_those_of_the_plain_computation(
-    detector: Mask2Former, pictures: torch.Tensor, floor: float, monkeypatch: pytest.MonkeyPatch
+def test_detections_agree_with_the_reference(
+    detector: Mask2Former, smooth_images: torch.Tensor, floor: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(detector, "min_score", floor)
-    found = detector.detect(pictures)  # all in one batch
-    assert len(found) == 3
-    for image, detections in zip(pictures, found, strict=True):
+    detections_per_image = detector.detect(smooth_images)  # all in one batch
+    assert len(detections_per_image) == 3
+    for image, detections in zip(smooth_images, detections_per_image, strict=True):
         expected = by_hand(*outputs(detector, image), floor)
         assert len(expected) > (1 if floor else 80)
         assert_same(detections, expected)
 
 
-def test_every_pair_is_a_candidate(detector: Mask2Former, pictures: torch.Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_pair_is_a_candidate(
+    detector: Mask2Former, smooth_images: torch.Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(detector, "min_score", 0.0)
-    detections = detector.detect(pictures[:1])[0]
+    detections = detector.detect(smooth_images[:1])[0]
     with torch.no_grad():
-        masks = detector.model(pixel_values=detector.preprocess(pictures[:1])).masks_queries_logits[0]
-    seen = int((masks > 0.1).any(dim=(1, 2)).sum())
-    assert seen > 5 and len(detections) == seen * 80
+        masks = detector.model(pixel_values=detector.preprocess(smooth_images[:1])).masks_queries_logits[0]
+    non_empty = int((masks > 0.1).any(dim=(1, 2)).sum())
+    assert non_empty > 5 and len(detections) == non_empty * 80
     for label in COCO_CLASSES:
-        assert sum(d.label == label for d in detections) == seen
+        assert sum(d.label == label for d in detections) == non_empty
 
 
-def test_class_without_object_is_no_class(detector: Mask2Former, pictures: torch.Tensor) -> None:
+def test_the_no_object_class_is_not_detected(detector: Mask2Former, smooth_images: torch.Tensor) -> None:
     bias = detector.model.class_predictor.bias.data
-    kept = bias.clone()
+    original = bias.clone()
     try:
-        bias[-1] += 100  # all queries see nothing
-        assert detector.detect(pictures) == [[], [], []]
+        bias[-1] += 100  # all queries predict "no object"
+        assert detector.detect(smooth_images) == [[], [], []]
     finally:
-        bias.copy_(kept)
+        bias.copy_(original)
 
 
-def test_top_pairs_are_those_of_the_library(folder: Path, clip_folder: Path) -> None:
-    """At 384 pixels the library's own steps and these coincide; it keeps as many pairs as there are queries."""
+def test_top_pairs_agree_with_transformers(folder: Path, clip_folder: Path) -> None:
+    """At 384 pixels both use the same steps; transformers keeps as many pairs as there are queries."""
     from transformers import Mask2FormerImageProcessorPil
 
     detector = Mask2Former(str(folder), colour_path=str(clip_folder), short_side=384, long_side=384, min_score=0.0)
@@ -89,10 +91,11 @@ def test_top_pairs_are_those_of_the_library(folder: Path, clip_folder: Path) -> 
     )[0]
     segments = result["segments_info"]
     assert len(segments) == QUERIES
-    found = detector.detect(image)[0]
+    detections = detector.detect(image)[0]
     for segment, mask in zip(segments, result["segmentation"], strict=True):
-        same = [d for d in found if d.label == COCO_CLASSES[segment["label_id"]] and torch.equal(d.mask, mask.bool())]
-        assert any(d.score == pytest.approx(segment["score"], abs=2e-6) for d in same)
+        label = COCO_CLASSES[segment["label_id"]]
+        matches = [d for d in detections if d.label == label and torch.equal(d.mask, mask.bool())]
+        assert any(d.score == pytest.approx(segment["score"], abs=2e-6) for d in matches)
 
 
 def test_published_prompts_name_known_classes(published_metadata: list[dict]) -> None:
@@ -109,7 +112,7 @@ def test_classes_are_known_before_weights_load() -> None:
         detector.detect(torch.zeros(1, 3, 8, 8))
 
 
-def test_names_as_coco_spells_them_are_taken_too(tmp_path: Path, clip_folder: Path) -> None:
+def test_cocos_class_names_are_accepted(tmp_path: Path, clip_folder: Path) -> None:
     coco = [name.removeprefix("computer ").removeprefix("tv ") for name in COCO_CLASSES]
     assert {"mouse", "remote", "keyboard", "couch"} <= set(coco)
     detector = Mask2Former(str(write_mask2former(tmp_path, coco)), colour_path=str(clip_folder))
@@ -117,7 +120,7 @@ def test_names_as_coco_spells_them_are_taken_too(tmp_path: Path, clip_folder: Pa
     assert detector.names == list(COCO_CLASSES)
 
 
-def test_weights_lie_under_their_published_names(folder: Path) -> None:
+def test_weights_have_their_published_names(folder: Path) -> None:
     encoder = "model.pixel_level_module.encoder"
     assert {
         f"{encoder}.embeddings.patch_embeddings.projection.weight",
@@ -139,22 +142,22 @@ def test_setup_is_idempotent_frozen_and_shared(detector: Mask2Former, folder: Pa
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_half_precision_weights(
-    detector: Mask2Former, folder: Path, clip_folder: Path, pictures: torch.Tensor, dtype: str
+    detector: Mask2Former, folder: Path, clip_folder: Path, smooth_images: torch.Tensor, dtype: str
 ) -> None:
     half = Mask2Former(str(folder), colour_path=str(clip_folder), short_side=64, long_side=112, dtype=dtype, min_score=0.0)
     half.setup()
     assert {parameter.dtype for parameter in half.parameters()} == {getattr(torch, dtype)}
-    sure = max(detector.detect(pictures)[0], key=lambda d: d.score)
-    assert any(d.label == sure.label and abs(d.score - sure.score) < 0.2 for d in half.detect(pictures)[0])
+    best = max(detector.detect(smooth_images)[0], key=lambda d: d.score)
+    assert any(d.label == best.label and abs(d.score - best.score) < 0.2 for d in half.detect(smooth_images)[0])
 
 
-def test_inside_geneval(detector: Mask2Former, pictures: torch.Tensor) -> None:
+def test_inside_geneval(detector: Mask2Former, smooth_images: torch.Tensor) -> None:
     groups = {}
-    for detection in by_hand(*outputs(detector, pictures[0]), 0.3):
+    for detection in by_hand(*outputs(detector, smooth_images[0]), 0.3):
         groups.setdefault(detection.label, []).append(detection)
     label, objects = max(groups.items(), key=lambda group: len(group[1]))
     count = len(objects)
-    names = detector.colours(pictures[0], objects)
+    names = detector.colours(smooth_images[0], objects)
     absent = min(set(COCO_CLASSES) - set(groups))
 
     def prompt(**clause: object) -> Prompt:
@@ -169,12 +172,12 @@ def test_inside_geneval(detector: Mask2Former, pictures: torch.Tensor) -> None:
     ]
     reward = GenEval(detector)
     reward.setup()
-    scores = reward(images=pictures[[0] * len(prompts)], prompts=prompts)
+    scores = reward(images=smooth_images[[0] * len(prompts)], prompts=prompts)
     right_colours = (1 + names.count(names[0]) / count) / 2
     assert scores[:4].tolist() == pytest.approx([1, 1 - 1 / (count + 1), 1 - count / count, right_colours])
     assert scores[4].isnan()
     with pytest.raises(ValueError, match="must know every class that prompts name. Found unicorn"):
-        reward(images=pictures[:1], prompts=[prompt(**{"class": "unicorn"})])
+        reward(images=smooth_images[:1], prompts=[prompt(**{"class": "unicorn"})])
 
 
 @pytest.mark.parametrize(
@@ -192,7 +195,7 @@ def test_arguments_are_checked(arguments: dict, message: str) -> None:
         Mask2Former(**arguments)
 
 
-def test_what_is_wrong_with_a_folder_is_said(tmp_path: Path, clip_folder: Path) -> None:
+def test_bad_folders_are_refused(tmp_path: Path, clip_folder: Path) -> None:
     def refused(path: Path, error: type[Exception], message: str) -> None:
         with pytest.raises(error, match=f"Mask2Former: .*{message}"):
             Mask2Former(str(path), colour_path=str(clip_folder)).setup()
@@ -207,13 +210,13 @@ def test_what_is_wrong_with_a_folder_is_said(tmp_path: Path, clip_folder: Path) 
 
     write_mask2former(tmp_path)
     weights = load_file(tmp_path / "model.safetensors")
-    gone = "class_predictor.weight"
-    save_file({k: v for k, v in weights.items() if k != gone}, tmp_path / "model.safetensors", {"format": "pt"})
-    refused(tmp_path, ValueError, f"every weight of its model. Found 1 missing, such as {gone}. Download it again")
+    missing = "class_predictor.weight"
+    save_file({k: v for k, v in weights.items() if k != missing}, tmp_path / "model.safetensors", {"format": "pt"})
+    refused(tmp_path, ValueError, f"every weight of its model. Found 1 missing, such as {missing}. Download it again")
     save_file(
         {k: v for k, v in weights.items() if not k.startswith("criterion")}, tmp_path / "model.safetensors", {"format": "pt"}
     )
-    assert _load(str(tmp_path), None, torch.float32).num_parameters()  # detecting does without the loss
+    assert _load(str(tmp_path), None, torch.float32).num_parameters()  # detection does not need the loss
 
     (tmp_path / "model.safetensors").unlink()
     refused(tmp_path, FileNotFoundError, "config.json, weights and preprocessor_config.json.*Found")

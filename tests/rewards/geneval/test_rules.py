@@ -1,4 +1,4 @@
-"""GenEval's rules case by case, each expectation derived by hand."""
+"""GenEval's rules case by case, with expectations derived by hand."""
 
 from dataclasses import replace
 
@@ -19,25 +19,25 @@ def test_rules(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_full_partial_score_is_strictness(name: str) -> None:
+def test_strict_is_a_partial_score_of_one(name: str) -> None:
     tag, include, exclude, detections, *_ = CASES[name]
     verdict = evaluate({"tag": tag, "include": include, "exclude": exclude}, detections[::-1], colours)
     assert verdict.strict == (verdict.partial == 1)
 
 
-PLACES = {"left of": LEFT, "right of": RIGHT, "above": TOP, "below": BOTTOM}
+POSITIONS = {"left of": LEFT, "right of": RIGHT, "above": TOP, "below": BOTTOM}
 
 
 def ideal(metadata: dict) -> list[Detection]:
-    """Detections that meet a published prompt: its targets in the middle, what is placed relative to them around it."""
+    """Return detections that meet a published prompt: targets in the middle, objects with a position around them."""
     return [
-        see(clause["class"], 0.95, PLACES[clause["position"][0]] if "position" in clause else MIDDLE, clause.get("color"))
+        see(clause["class"], 0.95, POSITIONS[clause["position"][0]] if "position" in clause else MIDDLE, clause.get("color"))
         for clause in metadata["include"]
         for _ in range(clause["count"])
     ]
 
 
-def test_published_prompts_are_met_by_what_they_ask_for(published_metadata: list[dict]) -> None:
+def test_ideal_detections_meet_the_published_prompts(published_metadata: list[dict]) -> None:
     assert len(published_metadata) == 300
     assert {line["tag"] for line in published_metadata} == {
         "single_object", "two_object", "counting", "colors", "color_attr", "position"
@@ -46,30 +46,30 @@ def test_published_prompts_are_met_by_what_they_ask_for(published_metadata: list
         assert evaluate(line, ideal(line), colours) == Verdict(correct=True, strict=True, partial=1.0), line["prompt"]
 
 
-def test_published_prompts_notice_what_is_wrong(published_metadata: list[dict]) -> None:
-    broken = dict.fromkeys(("missing", "colour", "place", "surplus"), 0)
+def test_wrong_detections_fail_the_published_prompts(published_metadata: list[dict]) -> None:
+    failures = dict.fromkeys(("missing", "colour", "position", "surplus"), 0)
 
     def refused(kind: str, line: dict, detections: list[Detection]) -> None:
         verdict = evaluate(line, detections, colours)
         assert not verdict.correct and not verdict.strict and verdict.partial < 1, (kind, line["prompt"])
-        broken[kind] += 1
+        failures[kind] += 1
 
     for line in published_metadata:
-        met = ideal(line)
-        for index in range(len(met)):
-            refused("missing", line, met[:index] + met[index + 1 :])
-            if met[index].colour is not None:
-                other = replace(met[index], colour="red" if met[index].colour != "red" else "green")
-                refused("colour", line, [*met[:index], other, *met[index + 1 :]])
+        objects = ideal(line)
+        for index in range(len(objects)):
+            refused("missing", line, objects[:index] + objects[index + 1 :])
+            if objects[index].colour is not None:
+                recoloured = replace(objects[index], colour="red" if objects[index].colour != "red" else "green")
+                refused("colour", line, [*objects[:index], recoloured, *objects[index + 1 :]])
         if line["tag"] == "position":
-            target, placed = met
-            refused("place", line, [replace(target, box=placed.box), replace(placed, box=target.box)])
+            target, placed = objects
+            refused("position", line, [replace(target, box=placed.box), replace(placed, box=target.box)])
         if line["tag"] == "counting":
-            refused("surplus", line, [*met, met[0]])
-    assert broken == {
+            refused("surplus", line, [*objects, objects[0]])
+    assert failures == {
         "missing": sum(len(ideal(line)) for line in published_metadata),
         "colour": 164,
-        "place": 56,
+        "position": 56,
         "surplus": 50,
     }
 
@@ -82,16 +82,16 @@ def test_published_prompts_notice_what_is_wrong(published_metadata: list[dict]) 
         (TOP, BOTTOM, {"above"}),
         (BOTTOM, TOP, {"below"}),
         (MIDDLE, MIDDLE, set()),
-        # Centres 4 apart, margin 0.1 * (20 + 20) = 4: nothing is left.
+        # Centres 4 apart, margin 0.1 * (20 + 20) = 4: kept 0.
         ((44, 40, 64, 60), MIDDLE, set()),
-        # 8 apart, 4 left: 4 / 8 = 0.5 is not more than half. 9 apart, 5 left: 5 / 9 is.
+        # 8 apart, kept 4: 4 / 8 = 0.5 is not more than half. 9 apart, kept 5: 5 / 9 is.
         ((48, 40, 68, 60), MIDDLE, set()),
         ((49, 40, 69, 60), MIDDLE, {"right of"}),
-        # 40 and 40 apart, 36 left each: 36 / 56.6 = 0.64 on both axes.
+        # 40 and 40 apart, kept 36 each: 36 / 56.6 = 0.64 on both axes.
         ((80, 80, 100, 100), MIDDLE, {"right of", "below"}),
         # 40 right and 20 up: 36 / 44.7 = 0.80 and 16 / 44.7 = 0.36.
         ((80, 20, 100, 40), MIDDLE, {"right of"}),
-        # Sizes count per axis: a wide box needs more room in x. 20 apart, margin 0.1 * (100 + 20) = 12, 8 / 20 = 0.4.
+        # Sizes count per axis: a wide box has a larger margin in x. 20 apart, margin 0.1 * (100 + 20) = 12, 8 / 20 = 0.4.
         ((20, 40, 120, 60), MIDDLE, set()),
     ],
 )
@@ -102,13 +102,13 @@ def test_relations(box: tuple, other: tuple, expected: set) -> None:
 def test_relations_are_antisymmetric() -> None:
     opposite = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
     generator = torch.Generator().manual_seed(3)
-    named = 0
+    count = 0
     for _ in range(200):
         corners = torch.rand(2, 2, 2, generator=generator).sort(dim=1).values.flatten(1).tolist()
         one, two = tuple(corners[0]), tuple(corners[1])
         assert relations(two, one) == {opposite[name] for name in relations(one, two)}
-        named += len(relations(one, two))
-    assert named > 50
+        count += len(relations(one, two))
+    assert count > 50
 
 
 def test_keep_sorts_and_drops() -> None:
@@ -117,12 +117,12 @@ def test_keep_sorts_and_drops() -> None:
     assert {label: [d.score for d in group] for label, group in kept.items()} == {"cat": [0.8], "dog": [0.9]}
 
 
-def test_colours_are_asked_only_of_enough_objects() -> None:
+def test_colours_are_classified_only_if_needed() -> None:
     def never(detections):
-        raise AssertionError("asked for a colour")
+        raise AssertionError("a colour was classified")
 
     evaluate({"include": TWO_RED_CATS}, [see("cat")], never)  # one cat is not enough
-    evaluate({"include": [want("cat")]}, [see("cat")], never)  # no colour asked
+    evaluate({"include": [want("cat")]}, [see("cat")], never)  # no colour is requested
 
 
 @pytest.mark.parametrize(

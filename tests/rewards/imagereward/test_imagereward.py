@@ -1,4 +1,4 @@
-"""ImageReward's published format, against a second implementation."""
+"""ImageReward's published format, compared with a second implementation."""
 
 from pathlib import Path
 
@@ -12,12 +12,12 @@ MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.2757
 
 
 def tokens_of(text: str) -> list[int]:
-    """By hand: words of the vocabulary between [CLS] and [SEP]."""
+    """Tokenize by hand: words of the vocabulary between [CLS] and [SEP]."""
     return [2, *(WORDS.index(word) if word in WORDS else 1 for word in text.split()), 3]
 
 
 @torch.no_grad()
-def test_scores_are_those_of_the_other_implementation(tmp_path: Path) -> None:
+def test_scores_agree_with_the_second_implementation(tmp_path: Path) -> None:
     model = write_image_reward(tmp_path)
     texts = ["a cat", "the dog and the cat", "a unicorn", "a cat " * 30]
     images = torch.randint(256, (4, 3, SIZE, SIZE), generator=torch.Generator().manual_seed(1)) / 255
@@ -29,14 +29,14 @@ def test_scores_are_those_of_the_other_implementation(tmp_path: Path) -> None:
 
     reward = ImageReward(str(tmp_path), tokenizer_path=str(tmp_path))
     reward.setup()
-    found = reward(images=images, prompts=[Prompt(text, "test") for text in texts])
+    actual = reward(images=images, prompts=[Prompt(text, "test") for text in texts])
     assert expected.std() > 0.05
-    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
     swapped = reward(images=images, prompts=[Prompt(text, "test") for text in reversed(texts)])
-    assert (swapped - found).abs().max() > 0.01  # each image is judged against its own prompt
+    assert (swapped - actual).abs().max() > 0.01  # each image is scored against its own prompt
 
 
-def test_what_is_wrong_with_a_file_is_said(tmp_path: Path) -> None:
+def test_bad_files_are_refused(tmp_path: Path) -> None:
     weights = write_image_reward(tmp_path).state_dict()
 
     def refused(changed: dict[str, torch.Tensor], message: str) -> None:
@@ -44,8 +44,10 @@ def test_what_is_wrong_with_a_file_is_said(tmp_path: Path) -> None:
         with pytest.raises(ValueError, match=f"ImageReward: .*{message}"):
             ImageReward(str(tmp_path), tokenizer_path=str(tmp_path)).setup()
 
-    gone = "blip.text_encoder.encoder.layer.1.output.dense.weight"
-    refused({name: tensor for name, tensor in weights.items() if name != gone}, "Found 1 missing, such as encoder.layer.1")
+    missing = "blip.text_encoder.encoder.layer.1.output.dense.weight"
+    refused(
+        {name: tensor for name, tensor in weights.items() if name != missing}, "Found 1 missing, such as encoder.layer.1"
+    )
     refused(
         {name: tensor for name, tensor in weights.items() if not name.startswith("blip")},
         "must hold BLIP's `visual_encoder`",

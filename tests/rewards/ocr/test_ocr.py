@@ -24,7 +24,7 @@ from rewards.ocr.reward import quoted_text, spelling_score
         ('a sign that says "Route 66" and "67"', "Route 66"),  # a mark after a digit may close
         ('an empty "" then a "full" one', "full"),
         ('blanks "  " only', None),
-        ('5" wide', None),  # one quote opens nothing
+        ('5" wide', None),  # a single quotation mark opens no quotation
         ("it's 'single'", None),
         ("", None),
     ],
@@ -45,14 +45,14 @@ def test_quoted_text(text: str, expected: str | None) -> None:
         ("nothing", None),
     ],
 )
-def test_curly_quotes_count_where_all_do(text: str, expected: str | None) -> None:
+def test_option_all_includes_curly_quotes(text: str, expected: str | None) -> None:
     assert quoted_text(text, "all") == expected
     assert OCR(quotes="all").supports(Prompt(text, "ocr")) == (expected is not None)
     assert OCR(quotes="all").identity != OCR().identity
 
 
-def test_long_texts_take_no_time() -> None:
-    """A megabyte of opened quotes; a megabyte to write."""
+def test_long_texts_are_fast() -> None:
+    """A prompt with a megabyte of opening quotes, and a target of a megabyte."""
     begin = time.perf_counter()
     assert quoted_text("“" * 10**6, "all") is quoted_text('1"' * 10**6, "all") is None
     assert spelling_score("a" * 10**6, "Hello" * 20) == 0
@@ -71,10 +71,10 @@ def test_long_texts_take_no_time() -> None:
         ("STRA\u1e9eE", "straße", 1.0),  # capital and small sharp s
         ("Straße", "STRASSE", 1.0),
         ("no\u00a0break", "nobreak", 1.0),
-        ("été", "ete", 1 / 3),  # an accent left out is an error
-        ("cat", "concatenate", 1.0),  # part of what was read
+        ("été", "ete", 1 / 3),  # a missing accent is an error
+        ("cat", "concatenate", 1.0),  # substring of the text
         ("HELLO", "HELPO", 0.8),  # 1 of 5 replaced
-        ("HELLO", "HELO", 0.8),  # 1 of 5 left out
+        ("HELLO", "HELO", 0.8),  # 1 of 5 missing
         ("cat", "ct", 2 / 3),
         ("cat", "dog", 0.0),  # distance 3 of 3
         ("cat", "", 0.0),
@@ -86,7 +86,7 @@ def test_spelling_score(target: str, read: str, expected: float) -> None:
     assert spelling_score(target, read) == pytest.approx(expected)
 
 
-def test_spelling_score_agrees_with_the_textbook() -> None:
+def test_spelling_score_agrees_with_textbook_levenshtein() -> None:
     def distance(a: str, b: str) -> int:
         row = list(range(len(b) + 1))
         for i, x in enumerate(a, 1):
@@ -110,7 +110,7 @@ def test_blank_target_is_refused() -> None:
         spelling_score("  ", "text")
 
 
-Picture = Callable[..., torch.Tensor]
+Render = Callable[..., torch.Tensor]
 
 
 @pytest.fixture(scope="module", params=[True, False], ids=["detect", "line"])
@@ -120,7 +120,7 @@ def ocr(request: pytest.FixtureRequest) -> OCR:
     return reward
 
 
-def test_quotes_of_other_sources_are_not_read() -> None:
+def test_quotes_of_other_sources_are_ignored() -> None:
     quoted, elsewhere = Prompt('"HELLO"', "ocr"), Prompt('a still of "The Handshake"', "pickscore")
     assert [OCR().supports(prompt) for prompt in (quoted, elsewhere)] == [True, True]
     assert [OCR(sources=["ocr"]).supports(prompt) for prompt in (quoted, elsewhere)] == [True, False]
@@ -131,39 +131,39 @@ def test_quotes_of_other_sources_are_not_read() -> None:
     assert OCR().identity != OCR(sources=["ocr"]).identity
 
 
-def test_rendered_words(ocr: OCR, picture: Picture) -> None:
+def test_rendered_words(ocr: OCR, render: Render) -> None:
     sign = Prompt('a sign that says "HELLO"', "ocr")
-    images = torch.stack([picture("HELLO"), picture("HELPO"), picture(""), picture("HELLO")])
+    images = torch.stack([render("HELLO"), render("HELPO"), render(""), render("HELLO")])
     scores = ocr(images=images, prompts=[sign, sign, sign, Prompt("a sign that says HELLO", "ocr")])
-    # right, one letter of five wrong, nothing written, nothing asked
+    # correct, one letter of five wrong, no text, no quoted target
     torch.testing.assert_close(scores, torch.tensor([1.0, 0.8, 0.0, torch.nan]), equal_nan=True)
     assert ocr.missing == 0
 
 
 @pytest.mark.parametrize("size", [512, 256, 64])
-def test_rendered_words_of_every_size(picture: Picture, size: int) -> None:
+def test_rendered_words_of_every_size(render: Render, size: int) -> None:
     reward = OCR(upscale_to=128)
     reward.setup()
     sign = Prompt('a sign that says "HELLO"', "ocr")
-    images = torch.stack([picture(word, size, size // 4) for word in ("HELLO", "HELPO", "")])
+    images = torch.stack([render(word, size, size // 4) for word in ("HELLO", "HELPO", "")])
     assert reward(images=images, prompts=[sign] * 3).tolist() == pytest.approx([1.0, 0.8, 0.0])
 
 
 @pytest.mark.parametrize("kind", ["thread", "process"])
-def test_workers_read_what_one_engine_reads(ocr: OCR, picture: Picture, kind: str) -> None:
+def test_workers_agree_with_one_engine(ocr: OCR, render: Render, kind: str) -> None:
     shared = OCR(detect=ocr.detect, workers=2, worker_kind=kind)
     shared.setup()
-    images = torch.stack([picture(word) for word in ("HELLO", "HELPO", "", "CAT", "DOG")])
+    images = torch.stack([render(word) for word in ("HELLO", "HELPO", "", "CAT", "DOG")])
     assert shared.read(images) == ocr.read(images)
     prompts = [Prompt('"HELLO"', "ocr")] * 3
     assert shared(images=images[:3], prompts=prompts).tolist() == pytest.approx([1.0, 0.8, 0.0])
     assert shared.state_dict() == {}
 
 
-def test_two_lines_are_read_in_order(picture: Picture) -> None:
+def test_two_lines_are_read_in_order(render: Render) -> None:
     reward = OCR()
     reward.setup()
-    image = torch.cat([picture("OPEN", 256)[:, 64:192], picture("LATE", 256)[:, 64:192]], dim=1)
+    image = torch.cat([render("OPEN", 256)[:, 64:192], render("LATE", 256)[:, 64:192]], dim=1)
     prompt = Prompt('a shop sign: "Open late"', "ocr")
     assert reward(images=image[None], prompts=[prompt]).item() == 1
 
@@ -171,14 +171,14 @@ def test_two_lines_are_read_in_order(picture: Picture) -> None:
 def test_colour_order_reaches_the_engine_as_bgr(monkeypatch: pytest.MonkeyPatch) -> None:
     reward = OCR(detect=False)
     reward.setup()
-    seen = []
+    pixels = []
     recognise = reward._engine.engine.recognize_txt
-    monkeypatch.setattr(reward._engine.engine, "recognize_txt", lambda images: (seen.extend(images), recognise(images))[1])
+    monkeypatch.setattr(reward._engine.engine, "recognize_txt", lambda images: (pixels.extend(images), recognise(images))[1])
     red = torch.zeros(1, 3, 32, 32)
     red[:, 0] = 1
     reward(images=red, prompts=[Prompt('"red"', "ocr")])
-    assert seen[0].shape == (32, 32, 3)
-    assert seen[0][0, 0].tolist() == [0, 0, 255]
+    assert pixels[0].shape == (32, 32, 3)
+    assert pixels[0][0, 0].tolist() == [0, 0, 255]
 
 
 def test_small_images_are_enlarged(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -196,21 +196,21 @@ def test_small_images_are_enlarged(monkeypatch: pytest.MonkeyPatch) -> None:
     assert shapes == [(96, 96, 3), (96, 192, 3), (128, 100, 3)]
 
 
-def test_words_of_a_tiny_image(picture: Picture) -> None:
+def test_words_of_a_tiny_image(render: Render) -> None:
     reward = OCR(detect=False, upscale_to=96)
     reward.setup()
     words = ["cat", "dog", "sun", "tree"]
     small = torch.nn.functional.interpolate(
-        torch.stack([picture(word, 128, 46) for word in words]), size=(32, 32), mode="bicubic", antialias=True
+        torch.stack([render(word, 128, 46) for word in words]), size=(32, 32), mode="bicubic", antialias=True
     ).clamp(0, 1)
     scores = reward(images=small, prompts=[Prompt(f'the word "{word}"', "ocr") for word in words])
     assert scores.tolist() == [1, 1, 1, 1]
 
 
 def test_images_the_engine_fails_on_are_missing(
-    ocr: OCR, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, picture: Picture
+    ocr: OCR, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, render: Render
 ) -> None:
-    images = torch.stack([picture("HELLO"), picture("BAD"), picture("HELPO")])
+    images = torch.stack([render("HELLO"), render("BAD"), render("HELPO")])
     bad = int((images[1] * 255).sum())
     engine = ocr._engine.engine
 
@@ -235,13 +235,13 @@ def test_images_the_engine_fails_on_are_missing(
     assert "engine trouble" in caplog.text
 
 
-def test_nothing_of_the_engine_is_in_a_checkpoint(ocr: OCR) -> None:
+def test_the_engine_is_not_in_checkpoints(ocr: OCR) -> None:
     assert ocr.state_dict() == {}
     assert list(ocr.children()) == []
 
 
-def test_the_engine_is_silent(ocr: OCR, capfd: pytest.CaptureFixture[str], picture: Picture) -> None:
-    ocr(images=picture("")[None], prompts=[Prompt('"HELLO"', "ocr")])
+def test_the_engine_is_silent(ocr: OCR, capfd: pytest.CaptureFixture[str], render: Render) -> None:
+    ocr(images=render("")[None], prompts=[Prompt('"HELLO"', "ocr")])
     assert capfd.readouterr() == ("", "")
 
 

@@ -1,4 +1,4 @@
-"""A reward behind HTTP, against real servers that are well, slow, broken or gone."""
+"""RemoteReward, tested with real servers that work, are slow, fail or are unreachable."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ PROMPT = Prompt("a cat", "plain")
 
 
 def shades(count: int) -> torch.Tensor:
-    """Grey images, each brighter than the one before it, of pixels that 8 bits hold."""
+    """Return grey images with 8-bit values, each brighter than the one before."""
     return (torch.arange(count) * 5 / 255).view(-1, 1, 1, 1).expand(-1, 3, 4, 4)
 
 
 def expected(count: int, text: str = PROMPT.text) -> torch.Tensor:
-    """What `judge` says of `shades`."""
+    """Return the scores of `shades` by `judge`."""
     return torch.arange(count) * 5 / 255 * 0.8 + len(text) % 5 / 20
 
 
@@ -40,12 +40,12 @@ def ready(server: ScriptedServer, **arguments: Any) -> RemoteReward:
 
 
 def scored(answer: Callable[[Any], Any], count: int = 2, **arguments: Any) -> torch.Tensor:
-    """Scores of `count` shades by a server that is well until it is asked for scores, and then answers `answer(body)`."""
+    """Score `count` shades by a server that answers health checks normally and scoring requests by `answer(body)`."""
     with ScriptedServer(lambda path, body: remote_reward(path, body) if body is None else answer(body)) as server:
         return ready(server, **arguments)(images=shades(count), prompts=[PROMPT] * count)
 
 
-def test_what_is_sent_and_received() -> None:
+def test_requests_and_scores_follow_the_protocol() -> None:
     prompts = [Prompt("a cat", "plain"), Prompt("two dogs", "geneval", {"include": [{"class": "dog", "count": 2}]})]
     images = torch.rand(2, 3, 5, 7, generator=torch.Generator().manual_seed(0))
     with ScriptedServer(remote_reward) as server:
@@ -78,7 +78,7 @@ def test_null_is_missing_and_counted() -> None:
     assert reward.missing == 1
 
 
-def test_only_chosen_sources_are_asked_about() -> None:
+def test_only_chosen_sources_are_sent() -> None:
     prompts = [Prompt("one", "plain"), Prompt("two", "text"), Prompt("three", "plain")]
     with ScriptedServer(remote_reward) as server:
         reward = ready(server, sources=["text"])
@@ -89,12 +89,12 @@ def test_only_chosen_sources_are_asked_about() -> None:
     assert reward.missing == 0
 
 
-def test_requests_in_flight_reach_the_bound_and_no_more() -> None:
-    full = threading.Barrier(3, timeout=5)  # nobody is answered before three are in flight
+def test_concurrency_reaches_but_never_exceeds_its_limit() -> None:
+    full = threading.Barrier(3, timeout=5)  # no answer before three requests are in flight
 
     def answer(body: Any) -> Any:
         full.wait()
-        time.sleep(0.02)  # time for a fourth, if there were one
+        time.sleep(0.02)  # time for a fourth request to arrive, if there is one
         return remote_reward("/score", body)
 
     with ScriptedServer(lambda path, body: remote_reward(path, body) if body is None else answer(body)) as server:
@@ -103,21 +103,21 @@ def test_requests_in_flight_reach_the_bound_and_no_more() -> None:
     torch.testing.assert_close(scores, expected(12))
 
 
-def test_order_is_kept_though_answers_come_out_of_order() -> None:
-    another = threading.Event()
+def test_order_is_kept_if_answers_arrive_out_of_order() -> None:
+    other_answered = threading.Event()
 
     def answer(body: Any) -> Any:
         reply = remote_reward("/score", body)
         if reply["scores"][0] == 0:  # the first image is black
-            assert another.wait(5)
+            assert other_answered.wait(5)
             time.sleep(0.05)
-        another.set()
+        other_answered.set()
         return reply
 
     torch.testing.assert_close(scored(answer, count=4, request_size=1, concurrency=4), expected(4))
 
 
-def test_slow_within_the_time_out() -> None:
+def test_a_slow_answer_within_the_timeout() -> None:
     def answer(body: Any) -> Any:
         time.sleep(0.3)
         return remote_reward("/score", body)
@@ -125,7 +125,7 @@ def test_slow_within_the_time_out() -> None:
     torch.testing.assert_close(scored(answer, timeout=3.0, retries=0), expected(2))
 
 
-def test_slow_beyond_the_time_out() -> None:
+def test_a_slow_answer_beyond_the_timeout() -> None:
     def answer(body: Any) -> Any:
         time.sleep(0.8)
         return remote_reward("/score", body)
@@ -139,34 +139,36 @@ def test_slow_beyond_the_time_out() -> None:
     [(500, {}), (502, b""), (503, b""), (504, b""), (429, {}), DROP],
     ids=lambda trouble: "dropped" if trouble is DROP else str(trouble),
 )
-def test_trouble_that_passes(trouble: Any) -> None:
+def test_temporary_failures_are_retried(trouble: Any) -> None:
     replies = iter([trouble, trouble])
     torch.testing.assert_close(scored(lambda body: next(replies, None) or remote_reward("/score", body)), expected(2))
 
 
-def test_trouble_that_stays_is_reported_as_the_server_tells_it() -> None:
-    asked: list[int] = []
+def test_permanent_failures_report_the_servers_message() -> None:
+    bodies: list[Any] = []
 
     def answer(body: Any) -> Any:
-        asked.append(1)
+        bodies.append(body)
         return 500, {"error": "PickScore: CUDA is out of memory."}
 
-    with pytest.raises(ConnectionError, match=r"after 3 of 3 tries, .*: 500 Internal Server Error.*CUDA is out of memory"):
+    with pytest.raises(
+        ConnectionError, match=r"after 3 of 3 attempts, .*: 500 Internal Server Error.*CUDA is out of memory"
+    ):
         scored(answer)
-    assert len(asked) == 3
+    assert len(bodies) == 3
 
 
 @pytest.mark.parametrize(("status", "error"), [(400, ValueError), (404, ValueError), (301, ConnectionError)])
-def test_what_will_not_pass_is_not_tried_again(status: int, error: type[Exception]) -> None:
-    asked: list[int] = []
+def test_rejected_requests_are_not_retried(status: int, error: type[Exception]) -> None:
+    bodies: list[Any] = []
 
     def answer(body: Any) -> Any:
-        asked.append(1)
+        bodies.append(body)
         return status, {"error": "not like this"}
 
     with pytest.raises(error, match=rf"{status} .*not like this"):
         scored(answer)
-    assert len(asked) == 1
+    assert len(bodies) == 1
 
 
 @pytest.mark.parametrize(
@@ -186,33 +188,33 @@ def test_what_will_not_pass_is_not_tried_again(status: int, error: type[Exceptio
         ({"scores": [0.1, [0.2]]}, "finite number or null"),
         (b'{"scores": [0.1, NaN]}', "finite number or null"),
         (b'{"scores": [0.1, -Infinity]}', "finite number or null"),
-        (b'{"scores": [0.1, 1e39]}', "finite number or null"),  # no float32
-        (b'{"scores": [0.1, 1%s]}' % (b"0" * 400), "finite number or null"),  # no float at all
-        (b'{"scores": [0.1, 1%s]}' % (b"0" * 5000), "must answer JSON"),  # more digits than Python reads
+        (b'{"scores": [0.1, 1e39]}', "finite number or null"),  # not a float32
+        (b'{"scores": [0.1, 1%s]}' % (b"0" * 400), "finite number or null"),  # not a float
+        (b'{"scores": [0.1, 1%s]}' % (b"0" * 5000), "must answer JSON"),  # more digits than Python parses
     ],
     ids=lambda value: repr(value)[:40],
 )
-def test_garbage_is_an_error(reply: Any, message: str) -> None:
+def test_unexpected_answers_are_errors(reply: Any, message: str) -> None:
     with pytest.raises(ValueError, match=rf"^RemoteReward: http://127.*/score .*{message}") as caught:
         scored(lambda body: reply)
     assert "speaks the protocol in `rewards.remote`" in str(caught.value)
 
 
-def test_gone() -> None:
+def test_an_unreachable_server() -> None:
     with ScriptedServer(remote_reward) as server:
         reward = ready(server)
         server.stop()
-        with pytest.raises(ConnectionError, match=r"/score must answer.*refused.*See that the server runs"):
+        with pytest.raises(ConnectionError, match=r"/score must answer.*refused.*Check that the server runs"):
             reward(images=shades(1), prompts=[PROMPT])
 
 
-def test_gone_in_the_middle_of_an_answer() -> None:
-    with pytest.raises(ConnectionError, match=r"/score must answer.*See that the server runs"):
+def test_a_connection_lost_during_an_answer() -> None:
+    with pytest.raises(ConnectionError, match=r"/score must answer.*Check that the server runs"):
         scored(lambda body: CUT)
 
 
-def test_gone_between_requests() -> None:
-    """Of twelve requests, all after the fifth meet a server that drops them."""
+def test_a_server_that_fails_between_requests() -> None:
+    """The server drops all requests after the fifth of twelve."""
     lock, count = threading.Lock(), [0]
 
     def answer(body: Any) -> Any:
@@ -222,7 +224,7 @@ def test_gone_between_requests() -> None:
 
     with pytest.raises(ConnectionError, match="/score must answer"):
         scored(answer, count=12, request_size=1, retries=1)
-    assert count[0] <= 5 + 4 * 2 + 4 * 2  # four threads' tries, and what they took up before the first error was seen
+    assert count[0] <= 5 + 4 * 2 + 4 * 2  # attempts of four concurrent requests, and requests started before the first error
 
 
 @pytest.mark.parametrize(
@@ -233,7 +235,7 @@ def test_gone_between_requests() -> None:
         ((404, b"no such page"), ConnectionError, "404 Not Found: no such page"),
     ],
 )
-def test_setup_notices_another_kind_of_server(reply: Any, error: type[Exception], message: str) -> None:
+def test_setup_refuses_another_kind_of_server(reply: Any, error: type[Exception], message: str) -> None:
     with ScriptedServer(lambda path, body: reply) as server, pytest.raises(error, match=message):
         ready(server)
 
@@ -242,7 +244,7 @@ HEAD = b"HTTP/1.1 200 OK\r\nContent-Length: 100000000\r\n\r\n"
 
 
 def slowly(text: bytes) -> Iterator[bytes]:
-    """A byte at a time, each sooner than a time-out for one read would notice."""
+    """Yield one byte at a time, each faster than a timeout per read."""
     for byte in text:
         yield bytes([byte])
         time.sleep(0.05)
@@ -257,48 +259,48 @@ def slowly(text: bytes) -> Iterator[bytes]:
         lambda: slowly(b"HTTP/1.1 100 Continue\r\n\r\n" * 100),
         lambda: (503, b""),
     ],
-    ids=["headers", "body", "more and more headers", "not yet", "busy"],
+    ids=["headers", "body", "endless headers", "continue", "busy"],
 )
-def test_one_deadline_for_headers_body_and_tries(answer: Callable[[], Any]) -> None:
-    begun = time.monotonic()
+def test_one_deadline_for_headers_body_and_attempts(answer: Callable[[], Any]) -> None:
+    start = time.monotonic()
     with pytest.raises(ConnectionError, match="within `deadline`, 0.6 s: (timed out|503 Service)"):
         scored(lambda body: answer(), timeout=0.4, deadline=0.6, retries=100)
-    assert time.monotonic() - begun < 1.5
+    assert time.monotonic() - start < 1.5
 
 
 @pytest.mark.parametrize("wait", ["3600", "Thu, 01 Jan 2093 00:00:00 GMT"])
-def test_a_server_cannot_ask_for_any_pause(wait: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_long_pauses_of_a_server_are_limited(wait: str, monkeypatch: pytest.MonkeyPatch) -> None:
     busy = f"HTTP/1.1 503 Busy\r\nRetry-After: {wait}\r\nContent-Length: 0\r\nConnection: close\r\n\r\n".encode()
     replies = iter([iter([busy])])
-    begun = time.monotonic()
-    with pytest.raises(ConnectionError, match="after 1 of 3 tries, within `deadline`, 1 s: 503 Busy"):
+    start = time.monotonic()
+    with pytest.raises(ConnectionError, match="after 1 of 3 attempts, within `deadline`, 1 s: 503 Busy"):
         scored(lambda body: iter([busy]), deadline=1)
-    assert time.monotonic() - begun < 1
+    assert time.monotonic() - start < 1
     monkeypatch.setattr("rewards.remote.http_client.LONGEST_PAUSE", 0.3)
     torch.testing.assert_close(scored(lambda body: next(replies, None) or remote_reward("/score", body)), expected(2))
-    assert 0.3 < time.monotonic() - begun < 2
+    assert 0.3 < time.monotonic() - start < 2
 
 
-def test_a_server_is_given_the_pause_it_asks_for() -> None:
+def test_retry_after_is_respected() -> None:
     replies = iter([iter([b"HTTP/1.1 429 Busy\r\nRetry-After: 1\r\nContent-Length: 0\r\nConnection: close\r\n\r\n"])])
-    begun = time.monotonic()
+    start = time.monotonic()
     torch.testing.assert_close(scored(lambda body: next(replies, None) or remote_reward("/score", body)), expected(2))
-    assert time.monotonic() - begun > 1
+    assert time.monotonic() - start > 1
 
 
 @pytest.mark.parametrize("head", [HEAD, b"HTTP/1.1 500 No\r\n\r\n"], ids=["declared", "without a length"])
-def test_an_answer_is_not_read_beyond_what_scores_take(head: bytes) -> None:
-    sent = []
+def test_too_large_answers_are_not_read_completely(head: bytes) -> None:
+    chunks = []
 
     def endless() -> Iterator[bytes]:
         yield head
         for _ in range(100):
-            sent.append(1)
+            chunks.append(1)
             yield b" " * 2**20
 
     with pytest.raises(ValueError, match="/score must answer at most 4194304 bytes. Found 'more'"):
         scored(lambda body: endless())
-    assert len(sent) < 50  # and what the sockets hold
+    assert len(chunks) < 50  # includes data in socket buffers
 
 
 def test_a_compressed_answer_is_not_expanded() -> None:
@@ -308,24 +310,24 @@ def test_a_compressed_answer_is_not_expanded() -> None:
         scored(lambda body: iter([reply]))
 
 
-def test_whoever_waits_can_be_interrupted() -> None:
-    """Python runs a signal's handler in the main thread, which must not be deaf while a server is slow."""
+def test_waiting_for_scores_can_be_interrupted() -> None:
+    """Python runs signal handlers in the main thread, which must not block while a server is slow."""
 
     def handler(*_: Any) -> None:
         raise InterruptedError
 
     old = signal.signal(signal.SIGUSR1, handler)
-    begun = time.monotonic()
+    start = time.monotonic()
     try:
         with pytest.raises(InterruptedError):
             scored(lambda body: os.kill(os.getpid(), signal.SIGUSR1) or slowly(HEAD + b" " * 100))
     finally:
         signal.signal(signal.SIGUSR1, old)
-    assert time.monotonic() - begun < 2
+    assert time.monotonic() - start < 2
 
 
-def test_where_a_loop_is_running_already() -> None:
-    """As in a notebook."""
+def test_scoring_inside_a_running_event_loop() -> None:
+    """A notebook runs an event loop."""
 
     async def cell() -> torch.Tensor:
         return scored(lambda body: remote_reward("/score", body))
@@ -349,7 +351,7 @@ def test_a_password_in_the_url_is_used_and_not_shown() -> None:
         assert "pass" not in str(error.value)
 
 
-def test_setup_notices_that_nobody_is_there() -> None:
+def test_setup_refuses_an_unreachable_server() -> None:
     with ScriptedServer(remote_reward) as server:
         server.stop()
         with pytest.raises(ConnectionError, match="/health must answer.*refused"):
@@ -380,6 +382,6 @@ def test_arguments_are_checked(arguments: dict[str, Any], message: str) -> None:
         RemoteReward(**{"url": "http://localhost:8000", **arguments})
 
 
-def test_nothing_of_the_connection_is_in_a_checkpoint() -> None:
+def test_the_connection_is_not_in_checkpoints() -> None:
     with ScriptedServer(remote_reward) as server:
         assert ready(server).state_dict() == {}

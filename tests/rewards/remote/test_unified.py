@@ -1,4 +1,4 @@
-"""UnifiedReward against real local servers that speak OpenAI's interface: well, slow, broken or gone."""
+"""UnifiedReward, tested with real local servers with OpenAI's interface that work, are slow, fail or are unreachable."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ def _no_key(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def shades(count: int) -> torch.Tensor:
-    """Grey images, each brighter than the one before it, of pixels that 8 bits hold."""
+    """Return grey images with 8-bit values, each brighter than the one before."""
     return (torch.arange(count) * 5 / 255).view(-1, 1, 1, 1).expand(-1, 3, 8, 8)
 
 
 def expected(count: int) -> torch.Tensor:
-    """A fifth of the ratings, to four places, that `chat` gives `shades`."""
+    """Return one fifth of the ratings of `shades` by `chat`, which have four decimals."""
     return (1 + 4 * (torch.arange(count) * 5 / 255 * 0.8)).mul(1e4).round().div(1e4) / 5
 
 
@@ -43,7 +43,7 @@ def ready(server: ScriptedServer, **arguments: Any) -> UnifiedReward:
 
 
 def scored(answer: Callable[[Any], Any], count: int = 2, **arguments: Any) -> torch.Tensor:
-    """Scores of `count` shades by a server that is well until it is asked to rate, and then answers `answer(body)`."""
+    """Score `count` shades by a server that lists models normally and answers rating requests by `answer(body)`."""
     with ScriptedServer(lambda path, body: chat(path, body) if body is None else answer(body)) as server:
         return ready(server, **arguments)(images=shades(count), prompts=[PROMPT] * count)
 
@@ -67,7 +67,7 @@ def rated(body: Any) -> Any:
         ("Final Score: four", None),
         ("Final Score: 0", None),
         ("Final Score: 6", None),
-        ("Final Score: 10", None),  # no 1
+        ("Final Score: 10", None),  # must not be read as 1
         ("Final Score: 5.5", None),  # off the scale
         ("Final Score: -3", None),
     ],
@@ -76,7 +76,7 @@ def test_final_score(answer: str, score: float | None) -> None:
     assert final_score(answer) == pytest.approx(torch.nan if score is None else score, nan_ok=True)
 
 
-def test_what_is_asked() -> None:
+def test_requests_follow_openais_interface() -> None:
     image = torch.zeros(1, 3, 6, 10)
     image[:, 0] = 1  # red
     with ScriptedServer(chat) as server:
@@ -86,14 +86,14 @@ def test_what_is_asked() -> None:
     assert body["temperature"] == 0
     (message,) = body["messages"]
     assert message["role"] == "user"
-    picture, question = message["content"]
+    image_part, question = message["content"]
     assert question["text"].endswith("\nText caption: a {caption} in braces")
     assert '"Final Score: X"' in question["text"]
-    kind, _, png = picture["image_url"]["url"].partition(",")
+    kind, _, png = image_part["image_url"]["url"].partition(",")
     assert kind == "data:image/png;base64"
-    shown = Image.open(io.BytesIO(base64.b64decode(png)))
-    assert (shown.format, shown.mode, shown.size) == ("PNG", "RGB", (64, 64))
-    assert (np.asarray(shown) == (255, 0, 0)).all()
+    decoded = Image.open(io.BytesIO(base64.b64decode(png)))
+    assert (decoded.format, decoded.mode, decoded.size) == ("PNG", "RGB", (64, 64))
+    assert (np.asarray(decoded) == (255, 0, 0)).all()
     assert scores.item() == pytest.approx((1 + 4 * (0.8 / 3 + len("a {caption} in braces") % 5 / 20)) / 5, abs=1e-4)
 
 
@@ -104,7 +104,7 @@ def test_the_published_defaults() -> None:
         assert part in reward.question
 
 
-def test_a_question_of_ones_own() -> None:
+def test_a_custom_question() -> None:
     with ScriptedServer(chat) as server:
         ready(server, question="Is it {caption}? Final Score: 1 to 5.")(images=shades(1), prompts=[PROMPT])
         (body,) = server.asked
@@ -131,13 +131,13 @@ def test_an_answer_without_a_score_is_missing_and_counted(caplog: pytest.LogCapt
     assert "I would rather not say" in caplog.text
 
 
-def test_requests_in_flight_reach_the_bound_and_no_more() -> None:
-    full = threading.Barrier(4, timeout=5)  # nobody is answered before four are in flight
+def test_concurrency_reaches_but_never_exceeds_its_limit() -> None:
+    full = threading.Barrier(4, timeout=5)  # no answer before four requests are in flight
 
     def answer(path: str, body: Any) -> Any:
         if body is not None:
             full.wait()
-            time.sleep(0.02)  # time for a fifth, if there were one
+            time.sleep(0.02)  # time for a fifth request to arrive, if there is one
         return chat(path, body)
 
     with ScriptedServer(answer) as server:
@@ -146,21 +146,21 @@ def test_requests_in_flight_reach_the_bound_and_no_more() -> None:
     torch.testing.assert_close(scores, expected(12))
 
 
-def test_order_is_kept_though_answers_come_out_of_order() -> None:
-    another = threading.Event()
+def test_order_is_kept_if_answers_arrive_out_of_order() -> None:
+    other_answered = threading.Event()
 
     def answer(body: Any) -> Any:
         reply = rated(body)
         if "Final Score: 1.0000" in reply["choices"][0]["message"]["content"]:  # the first image is black
-            assert another.wait(5)
+            assert other_answered.wait(5)
             time.sleep(0.05)
-        another.set()
+        other_answered.set()
         return reply
 
     torch.testing.assert_close(scored(answer, count=4), expected(4))
 
 
-def test_slow_within_the_time_out() -> None:
+def test_a_slow_answer_within_the_timeout() -> None:
     def answer(body: Any) -> Any:
         time.sleep(0.3)
         return rated(body)
@@ -168,7 +168,7 @@ def test_slow_within_the_time_out() -> None:
     torch.testing.assert_close(scored(answer, timeout=3.0, retries=0), expected(2))
 
 
-def test_slow_beyond_the_time_out() -> None:
+def test_a_slow_answer_beyond_the_timeout() -> None:
     def answer(body: Any) -> Any:
         time.sleep(0.8)
         return rated(body)
@@ -180,26 +180,26 @@ def test_slow_beyond_the_time_out() -> None:
 
 
 @pytest.mark.parametrize("trouble", [(500, {}), (503, {}), (429, {})], ids=str)
-def test_trouble_that_passes(trouble: Any) -> None:
+def test_temporary_failures_are_retried(trouble: Any) -> None:
     replies = iter([trouble, trouble])
     torch.testing.assert_close(scored(lambda body: next(replies, None) or rated(body)), expected(2))
 
 
-def test_a_lost_connection_is_made_again() -> None:
+def test_lost_connections_are_retried() -> None:
     replies = iter([DROP])
     torch.testing.assert_close(scored(lambda body: next(replies, None) or rated(body)), expected(2))
 
 
-def test_trouble_that_stays_is_reported_as_the_server_tells_it() -> None:
+def test_permanent_failures_report_the_servers_message() -> None:
     with ScriptedServer(
         lambda path, body: (500, {"error": {"message": "EngineDeadError"}}) if body else chat(path, body)
     ) as server:
-        with pytest.raises(ConnectionError, match=r"/chat/completions must answer.*3 tries.*500.*EngineDeadError"):
+        with pytest.raises(ConnectionError, match=r"/chat/completions must answer.*3 attempts.*500.*EngineDeadError"):
             ready(server)(images=shades(1), prompts=[PROMPT])
         assert len(server.asked) == 3
 
 
-def test_what_will_not_pass_is_not_tried_again() -> None:
+def test_rejected_requests_are_not_retried() -> None:
     with ScriptedServer(
         lambda path, body: (400, {"error": {"message": "no images, please"}}) if body else chat(path, body)
     ) as server:
@@ -222,23 +222,23 @@ def test_what_will_not_pass_is_not_tried_again() -> None:
     ],
     ids=repr,
 )
-def test_garbage_is_an_error(reply: Any) -> None:
+def test_unexpected_answers_are_errors(reply: Any) -> None:
     with pytest.raises(
         ValueError, match="UnifiedReward: http.*/chat/completions must answer (JSON|as OpenAI's interface does). Found"
     ):
         scored(lambda body: reply)
 
 
-def test_gone() -> None:
+def test_an_unreachable_server() -> None:
     with ScriptedServer(chat) as server:
         reward = ready(server, retries=1)
         server.stop()
-        with pytest.raises(ConnectionError, match=r"http://127.*must answer.*refused.*See that the server runs"):
+        with pytest.raises(ConnectionError, match=r"http://127.*must answer.*refused.*Check that the server runs"):
             reward(images=shades(1), prompts=[PROMPT])
 
 
-def test_gone_in_the_middle_of_an_answer() -> None:
-    with pytest.raises(ConnectionError, match=r"http://127.*must answer.*See that the server runs"):
+def test_a_connection_lost_during_an_answer() -> None:
+    with pytest.raises(ConnectionError, match=r"http://127.*must answer.*Check that the server runs"):
         scored(lambda body: CUT, retries=0)
 
 
@@ -253,19 +253,19 @@ def test_gone_in_the_middle_of_an_answer() -> None:
         ((401, {"error": {"message": "wrong key"}}), ConnectionError, "wrong key"),
     ],
 )
-def test_setup_notices_another_kind_of_server(reply: Any, error: type[Exception], message: str) -> None:
+def test_setup_refuses_another_kind_of_server(reply: Any, error: type[Exception], message: str) -> None:
     with ScriptedServer(lambda path, body: reply) as server, pytest.raises(error, match=message):
         ready(server)
 
 
-def test_setup_notices_that_nobody_is_there() -> None:
+def test_setup_refuses_an_unreachable_server() -> None:
     with ScriptedServer(chat) as server:
         server.stop()
         with pytest.raises(ConnectionError, match=r"/v1/models must answer.*refused"):
             ready(server, retries=0)
 
 
-def test_a_key_that_no_header_can_carry_is_not_shown() -> None:
+def test_an_invalid_key_is_not_shown() -> None:
     with pytest.raises(ValueError, match="UnifiedReward: a token or key must be ASCII letters") as error:
         UnifiedReward(api_key="sk-secret\n").setup()
     assert "sk-secret" not in str(error.value)

@@ -1,4 +1,4 @@
-"""A reward somebody else writes: ten lines, and everything around it is checked for him."""
+"""A custom reward of ten lines; the base class checks inputs and scores."""
 
 import subprocess
 import sys
@@ -11,7 +11,7 @@ from rewards import Prompt, Reward
 
 
 class Brightness(Reward):
-    """Mean pixel value, for prompts that ask for light."""
+    """Mean pixel value, for prompts with the word "bright"."""
 
     def applies_to(self, prompt):
         return "bright" in prompt.text
@@ -24,17 +24,17 @@ PROMPTS = [Prompt("a bright day", "a"), Prompt("a dark night", "a"), Prompt("a b
 IMAGES = torch.stack([torch.full((3, 4, 4), value) for value in (0.25, 0.5, 0.75)])
 
 
-def test_own_reward_needs_nothing_else() -> None:
+def test_a_custom_reward_needs_only_score() -> None:
     reward = Brightness()
     reward.setup()
     scores = reward(images=IMAGES, prompts=PROMPTS)
     assert torch.equal(scores.nan_to_num(-1), torch.tensor([0.25, -1, 0.75]))
     assert reward.batch_size == 32
-    assert reward.missing == 0  # the dark night is no missing score: the reward does not apply to it
+    assert reward.missing == 0  # the dark night is not a missing score: the reward does not apply to it
 
 
-def test_sources_hold_whatever_it_applies_to() -> None:
-    """Brightness overrides `applies_to` and knows nothing of them."""
+def test_sources_work_with_an_overridden_applies_to() -> None:
+    """`Brightness.applies_to` does not check the source."""
     scores = Brightness(sources=["b"])(images=IMAGES, prompts=PROMPTS)
     assert torch.equal(scores.nan_to_num(-1), torch.tensor([-1, -1, 0.75]))
     assert Brightness(sources=["b"]).identity != Brightness().identity
@@ -86,8 +86,8 @@ def test_missing_scores_are_counted_and_stay_missing() -> None:
 @pytest.mark.parametrize(
     ("result", "message"),
     [
-        (torch.zeros(2, 1), r"shape \(2,\), one score an image. Found \(2, 1\)"),
-        (torch.zeros(2, 2), r"Found \(2, 2\)"),  # every prompt against every image
+        (torch.zeros(2, 1), r"shape \(2,\), one score per image. Found \(2, 1\)"),
+        (torch.zeros(2, 2), r"Found \(2, 2\)"),  # every prompt with every image
         (torch.zeros(()), r"Found \(\)"),
         ([0.0, 0.0], r"Found list\. Convert it"),
         (np.zeros(2), r"Found numpy\.ndarray\. Convert it"),
@@ -97,7 +97,7 @@ def test_missing_scores_are_counted_and_stay_missing() -> None:
         (torch.tensor([0.0, -1e300], dtype=torch.float64), r"finite in float32.* Found -1e\+300"),
     ],
 )
-def test_bad_results_are_named(result: object, message: str) -> None:
+def test_bad_results_are_refused(result: object, message: str) -> None:
     class Wrong(Brightness):
         def score(self, *, images, prompts):
             return result
@@ -106,7 +106,7 @@ def test_bad_results_are_named(result: object, message: str) -> None:
         Wrong()(images=IMAGES, prompts=PROMPTS)
 
 
-def test_score_must_be_written() -> None:
+def test_score_must_be_overridden() -> None:
     class Nothing(Reward):
         pass
 
@@ -115,19 +115,19 @@ def test_score_must_be_written() -> None:
 
 
 def test_score_runs_without_gradients_on_float32() -> None:
-    seen = {}
+    inputs = {}
 
     class Spy(Brightness):
         def score(self, *, images, prompts):
-            seen.update(dtype=images.dtype, grad=torch.is_grad_enabled())
+            inputs.update(dtype=images.dtype, grad=torch.is_grad_enabled())
             return super().score(images=images, prompts=prompts)
 
     Spy()(images=IMAGES.half(), prompts=PROMPTS)
-    assert seen == {"dtype": torch.float32, "grad": False}
+    assert inputs == {"dtype": torch.float32, "grad": False}
 
 
 def test_importing_the_package_loads_no_engine() -> None:
     heavy = "{'transformers', 'rapidocr', 'onnxruntime', 'cv2', 'torchmetrics', 'marble_lightning'}"
     code = f"import sys, rewards; sys.exit(', '.join(set(sys.modules) & {heavy}) or 0)"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+    process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert process.returncode == 0, process.stderr

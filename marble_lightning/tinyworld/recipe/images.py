@@ -1,4 +1,4 @@
-"""Images with captions to train on, drawn once and kept in the recipe's work folder."""
+"""Training images with captions, drawn once and cached in the recipe's work folder."""
 
 from __future__ import annotations
 
@@ -24,38 +24,38 @@ class TrainingImages(NamedTuple):
     captions: list[str]
 
 
-def tensor(picture: np.ndarray) -> Tensor:
+def tensor(image: np.ndarray) -> Tensor:
     """(H, W, 3) -> (3, H, W)."""
-    return torch.from_numpy(picture.copy()).permute(2, 0, 1)
+    return torch.from_numpy(image.copy()).permute(2, 0, 1)
 
 
-def kept(file: Path, make: Callable[[], Any]) -> Any:
-    """What `make` returns, made once and kept in a file."""
+def cached(file: Path, make: Callable[[], Any]) -> Any:
+    """Return the result of `make`, which is computed once and cached in a file."""
     if not file.exists():
         torch.save(make(), file)
     return torch.load(file, weights_only=True)
 
 
-def drawn_pictures(work: Path, count: int, spoiled: float, seed: int) -> TrainingImages:
+def draw_training_images(work: Path, count: int, spoiled: float, seed: int) -> TrainingImages:
     """Draw training scenes, a share of them with a fault.
 
     Args:
-        work: Folder that keeps the result.
+        work: Folder in which the result is cached.
         count: Number of images.
         spoiled: Share of images with one fault, 0 to 1.
         seed: Seed of scenes and faults.
     """
 
-    def drawn() -> tuple[Tensor, list[str]]:
+    def draw_all() -> tuple[Tensor, list[str]]:
         rng = random.Random(seed)
         images, captions = [], []
         for _ in tqdm(range(count), desc="drawing scenes"):
-            shown = captioned(rng)
-            images.append(tensor(spoil(shown, rng) if rng.random() < spoiled else draw(shown.scene)))
-            captions.append(shown.caption)
+            example = captioned(rng)
+            images.append(tensor(spoil(example, rng) if rng.random() < spoiled else draw(example.scene)))
+            captions.append(example.caption)
         return torch.stack(images), captions
 
-    return TrainingImages(*kept(work / f"images-{count}-{spoiled}-{seed}.pt", drawn))
+    return TrainingImages(*cached(work / f"images-{count}-{spoiled}-{seed}.pt", draw_all))
 
 
 def to_unit(images: Tensor) -> Tensor:
