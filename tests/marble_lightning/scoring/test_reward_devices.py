@@ -14,7 +14,7 @@ def test_rewards_that_share_a_model_stay_together():
     one, other = Brightness(), Brightness()
     one.tower = other.tower = torch.nn.Linear(1, 1)
     with pytest.raises(
-        ValueError, match="must put rewards that share a model in one place. Found one on cpu and other on meta"
+        ValueError, match="must put rewards that share a model on one device. Found one on cpu and other on meta"
     ):
         Scorer({"one": one, "other": other}, Scoring(devices={"other": "meta"}))._place(torch.device("cpu"))
 
