@@ -135,8 +135,8 @@ class DiffusionNFT(LightningModule):
         check_callbacks(self.trainer.callbacks)  # type: ignore[attr-defined]
         if stage != "fit" or self.trainer.limit_val_batches:
             checks.check_held_out_prompts(self.trainer)
-        self.evaluator.ask(stage, data.held_out)
-        checks.check_prompts(self.evaluator.asked, data.held_out)
+        self.evaluator.select_reward_models(stage, data.held_out)
+        checks.check_prompts(self.evaluator.selected, data.held_out)
         self.policy.check()
         self.evaluator.check_resolution(stage)
         if stage == "fit":
@@ -146,7 +146,7 @@ class DiffusionNFT(LightningModule):
         """Check, then load the weights of the policy and of those rewards and metrics that score."""
         self.check(stage)
         self.policy.setup(self.seed)
-        for name, reward_model in self.evaluator.asked.items():
+        for name, reward_model in self.evaluator.selected.items():
             with exit_is_failure(name):
                 reward_model.setup()
             reward_model.requires_grad_(False)
@@ -156,7 +156,7 @@ class DiffusionNFT(LightningModule):
         constant = [name for name, _ in self.named_buffers()]
         DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(self, constant)
         if self.trainer.is_global_zero:
-            checks.warn_about_prompts(self.policy, self.evaluator.asked, get_datamodule(self.trainer))
+            checks.warn_about_prompts(self.policy, self.evaluator.selected, get_datamodule(self.trainer))
         self.trainable = self.policy.parameters_of("trained")
         self.step = TrainingStep(self.policy, self.objective, self.trainable, self.gradient_passes)
         if stage == "fit":

@@ -76,7 +76,7 @@ class PredictionWriter(Callback):
             with atomic_write(file) as beside:
                 to_image(image).save(beside, pnginfo=text)
             there = {
-                name: score for name, score in zip(pl_module.evaluator.asked, scores.tolist(), strict=True) if score == score
+                name: score for name, score in zip(pl_module.evaluator.selected, scores.tolist(), strict=True) if score == score
             }
             self.records.append(
                 {"file": file.name, "index": index, "prompt": prompt.text, "source": prompt.source, "scores": there}

@@ -13,7 +13,7 @@ from marble_lightning.checkpoints.callback import RoundCheckpoint
 from marble_lightning.checkpoints.content import LAST
 from marble_lightning.checkpoints.files import warn
 from marble_lightning.data.datamodule import get_datamodule
-from marble_lightning.evaluation.comparison import check_comparable, compared, scorer_differences
+from marble_lightning.evaluation.comparison import check_comparable, compare_runs, scorer_differences
 from marble_lightning.evaluation.results import HeldOutScores, document, read, write
 from marble_lightning.evaluation.tables import comparison_table, held_out_table, tags_table
 from marble_lightning.module import DiffusionNFT
@@ -43,7 +43,7 @@ class Results(Callback):
         self.trained = True
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Refuse what cannot be compared before anything is sampled."""
+        """Refuse what cannot be compare_runs before anything is sampled."""
         every, rounds = trainer.check_val_every_n_epoch, trainer.max_epochs or 0  # -1: no end
         if stage == "fit" and trainer.limit_val_batches and every and rounds > 0 and rounds % every:
             raise ValueError(
@@ -126,7 +126,7 @@ class Results(Callback):
 
         write(folder, found)
         if self.others:
-            found["comparison"] = compared({"this run": found, **self.others}, self._columns(module))
+            found["comparison"] = compare_runs({"this run": found, **self.others}, self._columns(module))
             write(folder, found)
             console.print(comparison_table(found["comparison"]))
         console.print(f"All of it: {folder / RESULTS}", soft_wrap=True)

@@ -39,7 +39,7 @@ def test_a_run_names_its_balancer_and_the_cadence_that_ran(tmp_path):
     assert run.balancer == (
         "PCGrad, refresh_every 5, ema_decay 0.7, estimate_share 1.0, normalize False, refresh_alpha smoothed, amortize raw"
     )
-    assert finished(tmp_path / "b", None, [[1.0, 2.0]]).balancer == "not said in its results.json"
+    assert finished(tmp_path / "b", None, [[1.0, 2.0]]).balancer == "not named in its results.json"
 
 
 def test_curves_and_pictures(tmp_path):
@@ -64,5 +64,5 @@ def test_seeds_are_averaged_prompt_by_prompt_before_errors_are_taken(tmp_path):
 def test_an_unfinished_run_and_an_unmeasured_base(tmp_path):
     with pytest.raises(ValueError, match=r"must be a finished run's, with results.json"):
         Run(tmp_path)
-    with pytest.raises(ValueError, match="The base must have been measured"):
+    with pytest.raises(ValueError, match="The base must have been evaluated"):
         compare([finished(tmp_path, None, [[1.0, 2.0]])])

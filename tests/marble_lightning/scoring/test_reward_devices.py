@@ -41,8 +41,8 @@ def test_a_device_without_a_number_is_the_policys_own():
     """Were it the first one, all processes of a machine would share it."""
     bright = Brightness()
     scorer = Scorer({"same": bright, "third": bright, "host": bright}, Scoring(devices={"third": "cuda:3", "host": "cpu"}))
-    places = [str(scorer._place_of(name, torch.device("cuda", 5))) for name in ("same", "third", "host")]
-    assert places == ["cuda:5", "cuda:3", "cpu"]
+    devices = [str(scorer._device_of(name, torch.device("cuda", 5))) for name in ("same", "third", "host")]
+    assert devices == ["cuda:5", "cuda:3", "cpu"]
     unnumbered = Scorer({"same": bright}, Scoring(devices={"same": "cuda"}))
-    assert unnumbered._place_of("same", torch.device("cuda", 5)) == torch.device("cuda", 5)
-    assert unnumbered._place_of("same", torch.device("cpu")) == torch.device("cuda")
+    assert unnumbered._device_of("same", torch.device("cuda", 5)) == torch.device("cuda", 5)
+    assert unnumbered._device_of("same", torch.device("cpu")) == torch.device("cuda")
