@@ -28,7 +28,7 @@ from marble_lightning.callbacks.results_writer import Results
 from marble_lightning.checkpoints.callback import RoundCheckpoint
 from marble_lightning.checkpoints.content import LAST, TO_EVALUATE, TO_FIT, load_checked
 from marble_lightning.checkpoints.files import WholeCheckpointIO, last_of, warn
-from marble_lightning.checkpoints.signals import Stops, left_by_this_job, status
+from marble_lightning.checkpoints.signals import Stops, checkpoint_of_job, status
 from marble_lightning.config_files import configs
 from marble_lightning.data.datamodule import PromptDataModule
 from marble_lightning.memory import Memory
@@ -142,8 +142,8 @@ class MarbleCLI(LightningCLI):
         options, folder = self.config_init[self.subcommand], folder_of_runs(self.trainer)
         if (options.ckpt_path or "").partition(":")[0] in ("best", "hpc", "registry"):  # words of Lightning's
             raise ValueError(f"`ckpt_path` must be a file, or last. Found {options.ckpt_path}.")
-        if options.ckpt_path is None and self.subcommand == "fit" and (found := left_by_this_job(folder)):
-            warn(f"SLURM has queued this job again; it goes on from {found}.")
+        if options.ckpt_path is None and self.subcommand == "fit" and (found := checkpoint_of_job(folder)):
+            warn(f"SLURM has queued this job again; it resumes from {found}.")
             options.ckpt_path = str(found)
         if options.ckpt_path == "last":
             found = last_of(self.trainer)

@@ -21,7 +21,7 @@ from marble_lightning.checkpoints.adapters import check_adapters
 from marble_lightning.checkpoints.content import TO_EVALUATE, TO_FIT, check_content
 from marble_lightning.checkpoints.files import WholeCheckpointIO, warn
 from marble_lightning.checkpoints.round_start import RoundStart
-from marble_lightning.checkpoints.signals import end_if_asked, is_asked
+from marble_lightning.checkpoints.signals import end_if_asked, stop_requested
 from marble_lightning.data.datamodule import get_datamodule
 from marble_lightning.evaluation.evaluator import Evaluator, HeldOut
 from marble_lightning.evaluation.image_statistics import NAMES, image_statistics
@@ -150,7 +150,7 @@ class DiffusionNFT(LightningModule):
             with exit_is_failure(name):
                 reward_model.setup()
             reward_model.requires_grad_(False)
-        self.scorer.stopping = partial(is_asked, self.trainer)
+        self.scorer.stopping = partial(stop_requested, self.trainer)
         self.scorer.setup(run_folder(self.trainer), f"_{self.trainer.global_rank}" if self.trainer.world_size > 1 else "")
         # Nothing here has buffers that change. Rewards may be elsewhere, where ranks cannot send each other theirs.
         constant = [name for name, _ in self.named_buffers()]
@@ -301,7 +301,7 @@ class DiffusionNFT(LightningModule):
             self.log_dict(means, sync_dist=True)
         else:
             log_metrics(self.trainer, means, step=0)
-        self.round_start.judged(self.trainer)
+        self.round_start.note_validation_end(self.trainer)
 
     on_test_epoch_end = on_validation_epoch_end
 

@@ -95,7 +95,7 @@ def test_a_signal_leaves_a_checkpoint_of_the_rounds_beginning(checkpoints, unint
     expected, rounds = (SIGNALS | SLOW_SIGNALS)[moment]
     assert status == expected, said
     left = folder / f"tiny/version_0/checkpoints/before_round_{rounds:04d}.ckpt"
-    assert f"Stopped after {rounds} whole round(s). Go on from there: --ckpt_path {left}" in said
+    assert f"Stopped after {rounds} complete round(s). Resume from there: --ckpt_path {left}" in said
     assert last(folder).resolve() == left.resolve()
     main(["fit", *options(checkpoints, folder), "--ckpt_path", str(last(folder))])
     assert differences(uninterrupted, state(last(folder, 1))) == []
@@ -121,9 +121,9 @@ def test_what_is_not_fit_stops_too(stops):
 def test_a_job_that_slurm_queues_again_goes_on_bit_for_bit(uninterrupted, stops):
     folder, status, said = stops["SIGUSR1"]
     left = folder / "tiny/version_0/checkpoints/before_round_0001.ckpt"
-    assert status == 138 and f"Go on from there: --ckpt_path {left}" in said and "scontrol requeue 1\n" in said
+    assert status == 138 and f"Resume from there: --ckpt_path {left}" in said and "scontrol requeue 1\n" in said
     _, status, said = stops["queued again"]
-    assert status == 0 and f"SLURM has queued this job again; it goes on from {left}." in said
+    assert status == 0 and f"SLURM has queued this job again; it resumes from {left}." in said
     assert differences(uninterrupted, state(last(folder, 1))) == []
 
 
@@ -131,7 +131,7 @@ def test_a_job_that_slurm_queues_again_goes_on_bit_for_bit(uninterrupted, stops)
 def test_another_job_begins_with_the_first_round(slow_stops):
     """Whatever an earlier one has left."""
     folder, status, said = slow_stops["another job"]
-    assert status == 0 and "goes on" not in said and "Restored" not in said
+    assert status == 0 and "resumes from" not in said and "Restored" not in said
     assert state(last(folder, 1))["epoch"] == 0
 
 
@@ -172,7 +172,7 @@ def test_a_run_whose_reward_failed_goes_on_bit_for_bit(checkpoints, tmp_path, ca
     with pytest.raises(RewardError, match=r"`rewards\.jpeg` .*the reader is gone\. .*last checkpoint"):
         fit_with(run, ARewardFailsInSecondRound())
     newest = last(tmp_path, 1).with_name("round_0000.ckpt")
-    assert f"Stopped after 1 whole round(s). Go on from there: --ckpt_path {newest}" in caplog.text
+    assert f"Stopped after 1 complete round(s). Resume from there: --ckpt_path {newest}" in caplog.text
     fit_with([*run, "--ckpt_path", "last"])
     assert differences(state(last(tmp_path)), state(last(tmp_path, 2))) == []
 

@@ -102,12 +102,12 @@ def test_another_balancer_is_told_of(checkpoints, first, tmp_path):
 def test_settings_of_the_optimizer_that_are_the_checkpoints_are_told(checkpoints, first, tmp_path, caplog):
     other = {"model.optimizer.lr": 1e-9, "model.optimizer.weight_decay": 0.5}
     main(["fit", *options(checkpoints, tmp_path, **TWO | other), "--ckpt_path", str(first)])
-    told = f"goes on as in {first}: lr 0.003 instead of 1e-09, weight_decay 0.0001 instead of 0.5"
+    told = f"keeps the options of {first}: lr 0.003 instead of 1e-09, weight_decay 0.0001 instead of 0.5"
     assert told in caplog.text
     caplog.clear()
     main(["fit", *options(checkpoints, tmp_path, **TWO), "--ckpt_path", str(first)])
     main(["fit", *options(checkpoints, tmp_path, **TWO), "--ckpt_path", str(last(tmp_path, 1))])
-    assert "The optimizer goes on" not in caplog.text
+    assert "The optimizer keeps" not in caplog.text
 
 
 def test_options_that_a_schedule_moves_are_those_asked_for(checkpoints, tmp_path, caplog):
@@ -117,7 +117,7 @@ def test_options_that_a_schedule_moves_are_those_asked_for(checkpoints, tmp_path
     run = [part for part in run if part != "0.8"]
     main(["fit", *run, "--trainer.max_epochs", "1", "--trainer.check_val_every_n_epoch", "1"])
     main(["fit", *run, "--ckpt_path", str(last(tmp_path))])
-    assert "The optimizer goes on" not in caplog.text
+    assert "The optimizer keeps" not in caplog.text
 
 
 def test_secrets_do_not_travel_with_checkpoints(checkpoints, tmp_path):

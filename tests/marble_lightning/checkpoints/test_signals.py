@@ -69,7 +69,7 @@ def test_all_processes_stop_at_the_same_micro_batch():
         stops, strategy = Stops(), Strategy()
         for index in range(24):
             if index == 9:
-                stops.asked, strategy.other = asked, other
+                stops.requested, strategy.other = asked, other
             try:
                 stops.on_train_batch_start(trainer(2, 24, strategy), None, None, index)
             except Stopped as end:
@@ -80,7 +80,7 @@ def test_all_processes_stop_at_the_same_micro_batch():
 
 def test_a_single_process_stops_before_the_next_micro_batch():
     stops = Stops()
-    stops.asked = 1000 + signal.SIGHUP
+    stops.requested = 1000 + signal.SIGHUP
     with pytest.raises(Stopped) as end:
         stops.on_train_batch_start(trainer(1, 24, Strategy()), None, None, 5)
     assert status(end.value) == 129
@@ -88,10 +88,10 @@ def test_a_single_process_stops_before_the_next_micro_batch():
 
 def test_a_signal_that_ends_counts_more_than_one_that_queues_again():
     stops = Stops()
-    stops.asked = signal.SIGUSR1
+    stops.requested = signal.SIGUSR1
     with pytest.raises(Stopped) as end:
         stops.end_if_asked(trainer(2, 1, Strategy(1000 + signal.SIGHUP)))
-    assert (end.value.signal, end.value.queue_again) == (signal.SIGHUP, False)
+    assert (end.value.signal, end.value.requeue) == (signal.SIGHUP, False)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
@@ -100,7 +100,7 @@ def test_a_signal_is_only_taken_note_of(handlers, number):
     stops = Stops()
     stops.on_train_start(trainer(1, 1, Strategy()), None)
     os.kill(os.getpid(), number)
-    assert stops.asked == 1000 + number
+    assert stops.requested == 1000 + number
     # the second Ctrl-C is the system's business, so that it ends a process that waits for another one
     assert (signal.getsignal(signal.SIGINT) is signal.SIG_DFL) == (number == signal.SIGINT)
 
