@@ -125,7 +125,7 @@ def test_validate_without_a_checkpoint_judges_the_base(small, capsys):
         (["--model.evaluation.steps", "0"], "`evaluation.steps` must be >= 1. Found 0"),
         (
             ["--model.policy.prompt_cache", __file__],
-            f"`policy.prompt_cache` must be a folder. Found a file, or a link that leads nowhere, {__file__}",
+            f"`policy.prompt_cache` must be a folder. Found a file, or a broken link, {__file__}",
         ),
         (["--trainer.accumulate_grad_batches", "4"], "`accumulate_grad_batches` follows from"),
         (["--trainer.max_epochs", "3"], "`max_epochs` must be a multiple"),
