@@ -34,8 +34,8 @@ def test_fit_shows_a_table_and_the_printed_command_repeats_it(small, tmp_path, c
     assert {name.split(".")[-2] for name in saved} == {"trained", "old", "ema"}
     assert not any("base_layer" in name or "rewards" in name for name in saved)
 
-    (command,) = [line for line in shown.splitlines() if line.startswith("Judge it again:")]
-    main(command.split()[4:])
+    (command,) = [line for line in shown.splitlines() if line.startswith("Evaluate again:")]
+    main(command.split()[3:])
     again = capsys.readouterr().out
     assert column(again, "trained") == after
     assert "By tag, base -> trained" in again and "mean_of_tags" in again
@@ -55,7 +55,7 @@ def test_scores_measured_otherwise_are_not_compared(small, tmp_path, capsys):
     main(["validate", *small, "--model.evaluation.steps", "3", "--ckpt_path", str(checkpoint(tmp_path))])
     shown = capsys.readouterr().out
     assert "change" not in shown
-    assert "No base beside it: it was not measured, or otherwise than this; measure it with" in shown
+    assert "No scores of the base to compare with: it was not evaluated, or with other settings; evaluate it with" in shown
 
 
 def test_what_tensorboard_gets(small, tmp_path):

@@ -75,8 +75,8 @@ def test_a_copy_is_a_configuration_too(tmp_path, capsys):
     ("options", "message"),
     [
         (["--copy", "tinny"], "`copy` must be the name of a configuration: sd35l, .* Found 'tinny'"),
-        (["--copy", "tiny", "--to", "there.yaml"], "`to` must be a file that is not there yet. Found .*there.yaml"),
-        (["--to", "my.yaml"], "`to` must be null where nothing is copied. Found my.yaml"),
+        (["--copy", "tiny", "--to", "there.yaml"], "`to` must be a file that does not exist yet. Found .*there.yaml"),
+        (["--to", "my.yaml"], "`to` must be null if nothing is copied. Found my.yaml"),
     ],
 )
 def test_copies_that_are_refused(options, message, tmp_path):

@@ -128,7 +128,7 @@ def test_no_base_no_alarm_and_a_word_about_it(checkpoints, tmp_path, caplog):
         ckpt_path=tmp_path / "without.ckpt",
     )
     (told,) = warnings_of(caplog)
-    assert "the run goes on from a checkpoint without one" in told
+    assert "the run resumes from a checkpoint without it" in told
     caplog.clear()
     data = PromptDataModule(str(PROMPTS), ["geneval"], prompts_per_round=1, images_per_prompt=6)
     run(checkpoints, tmp_path, WeightedSum(), 3, [ImageDriftMonitor(patience=1)], kind=bleached(1), data=data)

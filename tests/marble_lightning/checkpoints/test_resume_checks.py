@@ -150,14 +150,14 @@ def test_a_run_from_a_lora_has_no_base_once_it_goes_on(checkpoints, first, tmp_p
     main(["fit", *options(checkpoints, tmp_path, **TWO | lora), "--ckpt_path", str(begun)])
     assert state(last(tmp_path, 2))["base_scores"].equal(state(begun)["base_scores"])
     main(["fit", *options(checkpoints, tmp_path, **TWO | lora | {"model.evaluation.steps": 3}), "--ckpt_path", str(begun)])
-    assert "No base is measured" in caplog.text and state(last(tmp_path, 3))["base_scores"] is None
+    assert "The base is not evaluated" in caplog.text and state(last(tmp_path, 3))["base_scores"] is None
 
 
 def test_nothing_left_to_train(checkpoints, first, tmp_path, capsys):
     capsys.readouterr()
     main(["fit", *options(checkpoints, tmp_path, **ONE), "--ckpt_path", "last"])
     shown = capsys.readouterr().out
-    assert f"Nothing was left to train: {first} is after 1 rounds" in shown and "Judge it again" not in shown
+    assert f"Nothing was left to train: {first} is after 1 rounds" in shown and "Evaluate again" not in shown
 
 
 def test_results_name_the_rounds_checkpoint_beside_a_users_best(checkpoints, tmp_path):

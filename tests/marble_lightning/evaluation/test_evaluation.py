@@ -211,7 +211,7 @@ def test_a_base_that_reads_prompts_otherwise_is_not_compared(small, trained, tmp
     """Also a policy is: images of more or of fewer text tokens are other images."""
     in_a_run(small, "validate", "longer", "--ckpt_path", trained, "--model.policy.text_length", "8")
     assert "base" not in read(tmp_path / "tiny/longer")["prompts"][0]
-    assert "measure it with the same settings and `--model.policy.adapter none`" in " ".join(capsys.readouterr().out.split())
+    assert "evaluate it with the same settings and `--model.policy.adapter none`" in " ".join(capsys.readouterr().out.split())
     assert read(tmp_path / "tiny/longer")["judged"]["text_length"] == 8
 
 
@@ -248,7 +248,7 @@ def test_pictures_are_only_replaced_by_themselves(small, tmp_path, monkeypatch):
     with pytest.raises(ValueError, match=r"00001\.png with prompt 'a blue square' instead of 'a blue cross'"):
         main(["predict", *options])
     (tmp_path / "mine.txt").write_text("a red circle\n")
-    with pytest.raises(ValueError, match=r"00001\.png of the prompt 'a blue square', beyond the prompts asked for"):
+    with pytest.raises(ValueError, match=r"00001\.png of the prompt 'a blue square', beyond the requested prompts"):
         main(["predict", *options])
     with pytest.raises(ValueError, match=r"`predictions\.folder` must be a folder\. Found a file, .*mine\.txt"):
         main(["predict", *options, "--predictions.folder", str(tmp_path / "mine.txt/out")])
