@@ -344,6 +344,4 @@ class DiffusionNFT(LightningModule):
             self.trainer.num_sanity_val_steps = 0  # no need to evaluate the base again
         elif self.policy.init_lora is not None and fitting:
             self.trainer.num_sanity_val_steps = 0
-            warn(
-                "The base is not evaluated: this run began at `policy.init_lora`, which the checkpoint's adapters replace."
-            )
+            warn("The base is not evaluated: this run began at `policy.init_lora`, which the checkpoint's adapters replace.")

@@ -164,5 +164,6 @@ def test_a_signal_to_one_of_two_ranks_that_judge_ends_both(checkpoints, tmp_path
     assert [each.wait(100) for each in ranks(options(checkpoints, tmp_path, **more), said, moments=moments)] == [0, 0]
     assert [said.with_suffix(f".{rank}").read_text().splitlines()[-1] for rank in range(2)] == ["[143]", "[0]"]
     assert (
-        state(last(tmp_path))["epoch"] == 0 and "Stopped after 1 complete round(s)" in said.with_suffix(".child_0").read_text()
+        state(last(tmp_path))["epoch"] == 0
+        and "Stopped after 1 complete round(s)" in said.with_suffix(".child_0").read_text()
     )

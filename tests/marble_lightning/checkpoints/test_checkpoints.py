@@ -298,11 +298,13 @@ def test_a_full_disk(checkpoints, tmp_path, monkeypatch, caplog, room_for):
     ):
         main(["fit", *options(checkpoints, tmp_path)])
     rounds = room_for + 1
-    lost = (
-        f"after {rounds} complete round(s), and that state is lost. The checkpoint {folder}/before_round_000{rounds}.ckpt must"
-    )
+    lost = f"after {rounds} complete round(s), and that state is lost. The checkpoint {folder}/before_round_000{rounds}.ckpt must"
     assert lost in caplog.text
-    newest = f"Resume from the newest checkpoint: --ckpt_path {folder}/round_0000.ckpt" if room_for else "There is none to resume from."
+    newest = (
+        f"Resume from the newest checkpoint: --ckpt_path {folder}/round_0000.ckpt"
+        if room_for
+        else "There is none to resume from."
+    )
     assert newest in caplog.text
     assert not room_for or find_corruption(last(tmp_path)) is None
     assert all(file.suffix == ".ckpt" for file in folder.glob("*"))

@@ -211,7 +211,9 @@ def test_a_base_that_reads_prompts_otherwise_is_not_compared(small, trained, tmp
     """Also a policy is: images of more or of fewer text tokens are other images."""
     in_a_run(small, "validate", "longer", "--ckpt_path", trained, "--model.policy.text_length", "8")
     assert "base" not in read(tmp_path / "tiny/longer")["prompts"][0]
-    assert "evaluate it with the same settings and `--model.policy.adapter none`" in " ".join(capsys.readouterr().out.split())
+    assert "evaluate it with the same settings and `--model.policy.adapter none`" in " ".join(
+        capsys.readouterr().out.split()
+    )
     assert read(tmp_path / "tiny/longer")["judged"]["text_length"] == 8
 
 
