@@ -84,7 +84,7 @@ MOMENTS: dict[str, Callable[[], None]] = {
     "SIGTERM before": lambda: at_call(1, *HELD_OUT, send(signal.SIGTERM), lambda *_: True),
     "SIGINT": lambda: at_call(14, *TRAINING, send(signal.SIGINT), lambda *_: True),
     "SIGINT twice": lambda: at_call(14, *TRAINING, twice, lambda *_: True),
-    "SIGINT while judging": lambda: at_call(1, *HELD_OUT, send(signal.SIGINT), lambda *_: True),
+    "SIGINT while evaluating": lambda: at_call(1, *HELD_OUT, send(signal.SIGINT), lambda *_: True),
     "SIGHUP": lambda: at_call(14, *TRAINING, send(signal.SIGHUP), lambda *_: True),
     "SIGUSR1": lambda: slurm(at_call(14, *TRAINING, send(signal.SIGUSR1), lambda *_: True)),
     "queued again": lambda: slurm(os.environ.update(SLURM_RESTART_COUNT="1")),
