@@ -42,12 +42,12 @@ def test_a_probe_changes_nothing(checkpoints, tmp_path, balancer):
 def test_a_probe_of_own_images_against_plain_autograd(checkpoints, tmp_path):
     """On a step with per-reward gradients, a probe uses the gradients of the step."""
     probes = Probes()
-    module, states = run(checkpoints, tmp_path, FixedWeights(), rounds=2, kl_weight=0.5, callbacks=[probes])
+    module, recorded = run(checkpoints, tmp_path, FixedWeights(), rounds=2, kl_weight=0.5, callbacks=[probes])
     for step in range(2):
-        gradients, _ = reference(module, states, step)
-        torch.testing.assert_close(probes.updates[step], states.gradients[step], rtol=1e-5, atol=1e-7)
+        gradients, _ = reference(module, recorded, step)
+        torch.testing.assert_close(probes.updates[step], recorded.gradients[step], rtol=1e-5, atol=1e-7)
         units = gradients / gradients.norm(dim=1, keepdim=True)
-        directions = {"update": states.gradients[step], "mean": gradients.mean(0), "unit_mean": units.mean(0)}
+        directions = {"update": recorded.gradients[step], "mean": gradients.mean(0), "unit_mean": units.mean(0)}
         figures = probes.figures[step]["own"]
         for name, value in agreement(directions, gradients).items():
             assert figures[name] == pytest.approx(value, abs=1e-3)
@@ -57,8 +57,8 @@ def test_a_probe_of_own_images_against_plain_autograd(checkpoints, tmp_path):
 
 def test_the_update_of_a_refresh_is_the_optimizers_gradient(checkpoints, tmp_path):
     probes = Probes()
-    _, states = run(checkpoints, tmp_path, MARBLE(refresh_every=2), rounds=3, kl_weight=0.5, callbacks=[probes])
-    for update, gradient in zip(probes.updates, states.gradients, strict=True):
+    _, recorded = run(checkpoints, tmp_path, MARBLE(refresh_every=2), rounds=3, kl_weight=0.5, callbacks=[probes])
+    for update, gradient in zip(probes.updates, recorded.gradients, strict=True):
         torch.testing.assert_close(update, gradient)
     solved = probes.figures[0]["own"]
     assert solved["update/cos_min"] > 0 or solved["mean/cos_min"] > 0

@@ -171,17 +171,17 @@ def test_ranges(name, reference, factor, expected):
 
 
 def test_a_statistic_that_is_not_a_number_is_out_of_range(caplog):
-    class Later:
+    class LaterTrainer:
         global_step, current_epoch = 1, 3
 
-    alarms = ImageDriftMonitor(patience=1)
+    monitor = ImageDriftMonitor(patience=1)
     monitor.reference = dict.fromkeys(NAMES, (0.5, 0.1))
-    alarms._score(Later(), torch.zeros(2, len(NAMES)), dict.fromkeys(NAMES, 0.5) | {"contrast": math.nan})
+    monitor._check(LaterTrainer(), torch.zeros(2, len(NAMES)), dict.fromkeys(NAMES, 0.5) | {"contrast": math.nan})
     (warning,) = warnings_of(caplog)
     assert "images/contrast = nan" in warning
 
 
-def test_bad_settings():
+def test_settings_out_of_range():
     with pytest.raises(ValueError, match="`alarms.factor` must be > 0. Found nan"):
         ImageDriftMonitor(factor=math.nan)
     with pytest.raises(ValueError, match="`alarms.patience` must be >= 1. Found 0"):
