@@ -118,7 +118,8 @@ def ranks(
                 "JOB_NAME": "fit"
             }
             environment |= {f"SLURM_{name}": value for name, value in (slurm | variables).items()}
-            environment |= {"OUTPUT_FILE": str(output), "PATH": f"{ROOT / 'tests/helpers/slurm'}{os.pathsep}{os.environ['PATH']}"}
+            path = f"{ROOT / 'tests/helpers/slurm'}{os.pathsep}{os.environ['PATH']}"
+            environment |= {"OUTPUT_FILE": str(output), "PATH": path}
         with output.with_suffix(f".{rank}").open("w") as file:
             command = [sys.executable, "-m", "marble_lightning", "fit", *arguments]
             if moments:
