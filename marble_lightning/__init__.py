@@ -2,9 +2,8 @@
 
 A `DiffusionNFT` module wraps an `SD3Policy` (the stock pipeline, a frozen base, three LoRA adapters) and a dictionary of
 rewards. One epoch is one round: the prompts of a `PromptDataModule` are sampled with the old adapter, scored, turned into
-advantages, and trained on. How the rewards are merged is the business of a callback from `balancers`. `Sampling`,
-`Objective`, `Averaging`, `Scoring` and `Evaluation` are groups of settings; `tinyworld` is a small world that runs on a
-laptop.
+advantages, and trained on. A callback from `balancers` merges the rewards. `Sampling`, `Objective`, `Averaging`, `Scoring`
+and `Evaluation` are groups of settings; `tinyworld` has small models and data that run on a laptop.
 """
 
 from marble_lightning.data import PromptDataModule

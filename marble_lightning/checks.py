@@ -1,4 +1,4 @@
-"""What must hold before any weight loads, checked by name and with the remedy."""
+"""Checks of settings, data and rewards that run before any weights are loaded."""
 
 from __future__ import annotations
 
@@ -21,27 +21,31 @@ from rewards.texts import excerpt, reason
 log = logging.getLogger(__name__)
 
 WHOLE_ROUNDS: dict[str, tuple[object, ...]] = {
-    "limit_train_batches": (1.0,),  # 1 is one micro-batch
+    "limit_train_batches": (1.0,),  # the integer 1 would be one micro-batch
     "overfit_batches": (0.0, 0),
     "fast_dev_run": (False, 0),
     "max_steps": (-1,),
 }
-"""Trainer options that would cut a round short, with the values that do not. Types count: 1 == 1.0 == True."""
+"""Trainer options that could shorten a round, with the values that do not. Types are compared too: 1 == 1.0 == True."""
 
 PRECISIONS = ("32-true", "bf16-mixed", "16-mixed")
-"""Precisions of the trainer that leave the adapters and what they learn in float32."""
+"""Precisions of the trainer that keep the adapters and their gradients in float32."""
 
 
 def get_balancer(trainer: Trainer) -> Balancer:
-    """The trainer's one Balancer callback."""
-    found = [callback for callback in trainer.callbacks if isinstance(callback, Balancer)]  # type: ignore[attr-defined]
-    if len(found) != 1:
-        raise ValueError(f"The trainer must have one Balancer callback, e.g. balancers.MARBLE(). Found {len(found)}.")
-    return found[0]
+    """The trainer's only Balancer callback.
+
+    Raises:
+        ValueError: The trainer has none, or more than one.
+    """
+    balancers = [callback for callback in trainer.callbacks if isinstance(callback, Balancer)]  # type: ignore[attr-defined]
+    if len(balancers) != 1:
+        raise ValueError(f"The trainer must have one Balancer callback, e.g. balancers.MARBLE(). Found {len(balancers)}.")
+    return balancers[0]
 
 
 def check_precision(trainer: Trainer) -> None:
-    """One that leaves the adapters in float32."""
+    """Refuse a precision that does not keep the adapters in float32."""
     if trainer.precision not in PRECISIONS:
         raise ValueError(
             f"`precision` must be one of {', '.join(PRECISIONS)}. Found {trainer.precision}: adapters learn in float32; "
@@ -50,7 +54,11 @@ def check_precision(trainer: Trainer) -> None:
 
 
 def plan_round(trainer: Trainer, sampling: Sampling, micro_batch_size: int, optimizer_steps: int, inner_epochs: int) -> Plan:
-    """How a round is cut, where the trainer's and the data's sizes allow it."""
+    """Plan the micro-batches and optimizer steps of a round.
+
+    Raises:
+        ValueError: Settings of the trainer or of the data do not allow whole rounds.
+    """
     data, ranks = get_datamodule(trainer), trainer.world_size
     if data.prompts_per_round % ranks:
         raise ValueError(
@@ -62,10 +70,10 @@ def plan_round(trainer: Trainer, sampling: Sampling, micro_batch_size: int, opti
             f"Found {trainer.accumulate_grad_batches}; set `micro_batch_size` and `optimizer_steps_per_round`."
         )
     for name, defaults in WHOLE_ROUNDS.items():
-        found = getattr(trainer, name)
-        if not any(type(found) is type(default) and found == default for default in defaults):
+        value = getattr(trainer, name)
+        if not any(type(value) is type(default) and value == default for default in defaults):
             raise ValueError(
-                f"`{name}` must keep its default, {defaults[0]}, since a round is trained on as a whole. Found {found}; "
+                f"`{name}` must keep its default, {defaults[0]}, since a round is trained on as a whole. Found {value}; "
                 "use `max_epochs` for fewer rounds, and `prompts_per_round` or `images_per_prompt` for smaller ones."
             )
     if any(isinstance(callback, Timer) and callback._interval == Interval.step for callback in trainer.callbacks):  # type: ignore[attr-defined]
@@ -78,19 +86,19 @@ def plan_round(trainer: Trainer, sampling: Sampling, micro_batch_size: int, opti
 
 
 def check_rewards_apply(rewards: Mapping[str, Reward], data: PromptDataModule) -> None:
-    """Each reward judges at least one training prompt."""
+    """Check that each reward applies to at least one training prompt."""
     for name, reward in rewards.items():
         with exit_is_failure(name):
             applies = any(map(reward.supports, data.training))
         if not applies:
             raise ValueError(
                 f"`rewards.{name}` must apply to at least one training prompt. Found none in {', '.join(data.shares)}; "
-                "add a source of prompts it judges, or leave it out."
+                "add a source of prompts that it applies to, or leave it out."
             )
 
 
 def check_prompts(reward_models: Mapping[str, Reward], prompts: Iterable[Prompt]) -> None:
-    """No reward or metric rejects a prompt it applies to."""
+    """Check that no reward or metric rejects a prompt that it applies to."""
     for prompt in prompts:
         for name, reward_model in reward_models.items():
             try:
@@ -100,48 +108,49 @@ def check_prompts(reward_models: Mapping[str, Reward], prompts: Iterable[Prompt]
             except ValueError as error:
                 raise ValueError(
                     f"`{name}` must be able to score every prompt that it applies to. Found {excerpt(prompt.text)} of "
-                    f"source {excerpt(prompt.source)}, of which it says: {reason(error)}"
+                    f"source {excerpt(prompt.source)}, which it rejects: {reason(error)}"
                 ) from error
 
 
 def prompts_without_a_score(reward_models: Mapping[str, Reward], prompts: Iterable[Prompt]) -> list[str]:
-    """A sentence for each reward or metric that does not apply to all prompts of a source of its own.
+    """Warnings about rewards and metrics that do not apply to all prompts of their sources, one sentence each.
 
-    Its own sources are those it names, or else those with a prompt that it applies to: an OCR reward's have texts in quotes.
+    The sources of a reward are those in its `sources`, and those with at least one prompt that it applies to. An OCR reward,
+    for example, applies to prompts with a text in quotes.
     """
     by_source: dict[str, list[Prompt]] = {}
     for prompt in prompts:
         by_source.setdefault(prompt.source, []).append(prompt)
     sentences = []
     for name, reward_model in reward_models.items():
-        for source, own in by_source.items():
-            missing = [prompt for prompt in own if not reward_model.supports(prompt)]
+        for source, of_source in by_source.items():
+            missing = [prompt for prompt in of_source if not reward_model.supports(prompt)]
             named = reward_model.sources is not None and source in reward_model.sources
-            if missing and (named or len(missing) < len(own)):
+            if missing and (named or len(missing) < len(of_source)):
                 sentences.append(
-                    f"`{name}` does not apply to {len(missing)} of {len(own)} prompts of the source {excerpt(source)}, "
-                    f"which get no score from it. For example {excerpt(missing[0].text)}."
+                    f"`{name}` does not apply to {len(missing)} of {len(of_source)} prompts of the source "
+                    f"{excerpt(source)}, which get no score from it. For example {excerpt(missing[0].text)}."
                 )
     return sentences
 
 
 def check_held_out_prompts(trainer: Trainer) -> None:
-    """Every process has an image to sample."""
-    if (pictures := len(get_datamodule(trainer).held_out)) < trainer.world_size:
+    """Check that every process has at least one held-out image to sample."""
+    if (images := len(get_datamodule(trainer).held_out)) < trainer.world_size:
         raise ValueError(
-            f"There must be an image for each of the {trainer.world_size} processes to sample. Found {pictures}; use fewer "
-            "devices, or more prompts or images of each."
+            f"There must be an image for each of the {trainer.world_size} processes to sample. Found {images}; use fewer "
+            "devices, or more prompts or images per prompt."
         )
 
 
 def warn_about_prompts(policy: FlowPolicy, reward_models: Mapping[str, Reward], data: PromptDataModule) -> None:
-    """Warn of prompts whose end the policy does not read, and of those that get no score."""
-    prompts = list({id(prompt): prompt for prompt in data.training + data.held_out}.values())  # each once
+    """Warn about prompts that the text encoders truncate, and about prompts without a score."""
+    prompts = list({id(prompt): prompt for prompt in data.training + data.held_out}.values())  # without repetitions
     texts = [prompt.text for prompt in prompts]
-    if cut := policy.truncated_prompts(dict.fromkeys(texts)):
+    if truncated := policy.truncated_prompts(dict.fromkeys(texts)):
         log.warning(
-            f"The CLIP text encoders do not read the end of {len(cut)} of {len(set(texts))} prompts, which have more "
-            f"than {policy.max_prompt_tokens} tokens. For example {excerpt(cut[0])}."
+            f"The CLIP text encoders do not read the end of {len(truncated)} of {len(set(texts))} prompts, which have more "
+            f"than {policy.max_prompt_tokens} tokens. For example {excerpt(truncated[0])}."
         )
     for sentence in prompts_without_a_score(reward_models, prompts):
         log.warning(sentence)

@@ -1,4 +1,4 @@
-"""Any reward behind HTTP, for `rewards.RemoteReward` to ask: `marble-lightning-serve --reward rewards.PickScore`.
+"""Serves a reward over HTTP to `rewards.RemoteReward`: `marble-lightning-serve --reward rewards.PickScore`.
 
 The server is `rewards.remote.server`.
 """
@@ -15,8 +15,8 @@ from rewards.remote.server import serve
 
 def main(args: Sequence[str] | None = None) -> None:
     """Run the command line; `args` replaces `sys.argv` where given."""
-    given = args if args is None else list(args)
-    auto_cli(serve, args=given, as_positional=False, prog="marble-lightning-serve", parser_class=Parser)
+    words = args if args is None else list(args)
+    auto_cli(serve, args=words, as_positional=False, prog="marble-lightning-serve", parser_class=Parser)
 
 
 if __name__ == "__main__":

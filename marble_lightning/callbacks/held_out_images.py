@@ -1,4 +1,4 @@
-"""Held-out images, for loggers and as files."""
+"""The callback that logs held-out images and writes them to files."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from marble_lightning.utils.loggers import log_image
 
 
 class HeldOutImages(Callback):
-    """Held-out images in the loggers that show any and as a PNG in the run's folder, the same prompts and noise each time.
+    """Logs a grid of held-out images and writes it as a PNG to the run's folder, with the same prompts and noise each time.
 
     Args:
-        count: Images in the grid, spread over the held-out prompts, >= 1.
+        count: Number of images in the grid, evenly spaced over the held-out prompts, >= 1.
     """
 
     def __init__(self, count: int = 12) -> None:
@@ -42,15 +42,15 @@ class HeldOutImages(Callback):
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         folder = run_folder(trainer)
-        shown = dict(sorted(gathered(list(self.shown.items())), key=lambda each: each[0]))
+        shown = dict(sorted(gathered(list(self.shown.items())), key=lambda item: item[0]))
         self.shown = {}
         if not shown or not trainer.is_global_zero:
             return
         sheet = grid([image for image, _ in shown.values()], [text for _, text in shown.values()])
         step = f"_{trainer.global_step:06d}" if trainer.state.fn == "fit" else ""
-        with atomic_write(folder / f"held_out{step}.png") as beside:
-            to_image(sheet).save(beside)
+        with atomic_write(folder / f"held_out{step}.png") as scratch:
+            to_image(sheet).save(scratch)
         log_image(trainer, "held_out", sheet, trainer.global_step)
 
-    on_test_batch_end = on_validation_batch_end  # type: ignore[assignment] # named as the other hook's
+    on_test_batch_end = on_validation_batch_end  # type: ignore[assignment] # the hooks differ in names of arguments
     on_test_end = on_validation_end

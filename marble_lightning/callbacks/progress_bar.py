@@ -9,7 +9,7 @@ from lightning.pytorch.callbacks import TQDMProgressBar
 
 
 class ProgressBar(TQDMProgressBar):
-    """Lightning's bar, with the words of this method: the sanity check measures the base, an epoch is a round."""
+    """Lightning's progress bar with the terms of this method: the sanity check evaluates the base, an epoch is a round."""
 
     @property
     def sanity_check_description(self) -> str:

@@ -1,4 +1,4 @@
-"""Results of a run, as tables and files."""
+"""The callback that prints a run's results as tables and writes them to files."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from marble_lightning.checkpoints.callback import RoundCheckpoint
 from marble_lightning.checkpoints.content import LAST
 from marble_lightning.checkpoints.files import warn
 from marble_lightning.data.datamodule import get_datamodule
-from marble_lightning.evaluation.comparison import check_comparable, compared, scorer_differences
+from marble_lightning.evaluation.comparison import check_comparable, compare_runs, scorer_differences
 from marble_lightning.evaluation.results import HeldOutScores, document, read, write
 from marble_lightning.evaluation.tables import comparison_table, held_out_table, tags_table
 from marble_lightning.module import DiffusionNFT
@@ -21,34 +21,35 @@ from marble_lightning.run_folder import CONFIG, RESULTS, run_folder
 
 
 class Results(Callback):
-    """Tables of held-out scores by prompt set, and results.json and results.csv in the run's folder.
+    """Prints tables of held-out scores by prompt set, and writes results.json and results.csv to the run's folder.
 
-    After `fit` they have the base beside the trained policy, and are followed by what to do next.
+    After `fit` they include the base, and commands for the next steps are printed.
 
     Args:
-        compare_with: Other runs, each by its results.json or the folder it is in: the composite score, the mean over rewards
-            of z-scores over the runs, is shown beside. Settings and prompts must be the same; null for none.
-        columns: Rewards and metrics that the composite counts; null for all.
+        compare_with: Other runs, each given by its results.json or the folder of it. The composite score of each run, the
+            mean over rewards of z-scores among the runs, is printed too. All must have the same settings and prompts; null
+            for none.
+        columns: Rewards and metrics in the composite; null for all.
     """
 
     def __init__(self, compare_with: list[str] | None = None, columns: list[str] | None = None) -> None:
         self.compare_with, self.columns = compare_with or [], columns
         self.others: dict[str, dict[str, Any]] = {}
         self.loaded_step: int | None = None
-        """Optimizer step of the checkpoint that is judged."""
+        """Optimizer step of the evaluated checkpoint."""
         self.trained = False
-        """Whether there was anything to train."""
+        """Whether the run has trained at least one round."""
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.trained = True
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Refuse what cannot be compared before anything is sampled."""
-        every, rounds = trainer.check_val_every_n_epoch, trainer.max_epochs or 0  # -1: no end
+        """Refuse settings and runs that cannot be compared, before anything is sampled."""
+        every, rounds = trainer.check_val_every_n_epoch, trainer.max_epochs or 0  # -1: unlimited
         if stage == "fit" and trainer.limit_val_batches and every and rounds > 0 and rounds % every:
             raise ValueError(
-                f"`max_epochs` must be a multiple of `check_val_every_n_epoch`, {every}, for the last round to be judged. "
-                f"Found {rounds}."
+                f"`max_epochs` must be a multiple of `check_val_every_n_epoch`, {every}, so that the last round is "
+                f"evaluated. Found {rounds}."
             )
         if stage == "predict" or not isinstance(pl_module, DiffusionNFT):
             return
@@ -62,12 +63,12 @@ class Results(Callback):
         planned = {
             "settings": self._settings(trainer, pl_module),
             "judges": {name: reward_model.identity for name, reward_model in pl_module.reward_models.items()},
-            "prompts": [{"index": index, "set": each.source, "prompt": each.text} for index, each in prompts.items()],
+            "prompts": [{"index": index, "set": prompt.source, "prompt": prompt.text} for index, prompt in prompts.items()],
         }
         for path, other in self.others.items():
             check_comparable(planned, other, path, self._columns(pl_module))
             if differences := scorer_differences(planned, other, self._columns(pl_module)):
-                warn(f"`results.compare_with`: {path} was judged otherwise, with {', '.join(differences)}.")
+                warn(f"`results.compare_with`: {path} was scored with other settings: {', '.join(differences)}.")
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         self.loaded_step = checkpoint["global_step"]
@@ -77,18 +78,18 @@ class Results(Callback):
         if not trainer.is_global_zero:
             return
         self._show(trainer, pl_module, folder)
-        written = [own.dirpath for own in trainer.checkpoint_callbacks if isinstance(own, RoundCheckpoint)]
-        config, checkpoint = folder / CONFIG, Path(next(iter(written), None) or folder / "checkpoints") / LAST
+        folders = [callback.dirpath for callback in trainer.checkpoint_callbacks if isinstance(callback, RoundCheckpoint)]
+        config, checkpoint = folder / CONFIG, Path(next(iter(folders), None) or folder / "checkpoints") / LAST
         if not self.trained:
-            begun = f"{trainer.ckpt_path} is after {trainer.current_epoch}" if trainer.ckpt_path else "`max_epochs` is 0"
-            print(f"\nNothing was left to train: {begun} rounds.")
+            reason = f"{trainer.ckpt_path} is after {trainer.current_epoch}" if trainer.ckpt_path else "`max_epochs` is 0"
+            print(f"\nNothing was left to train: {reason} rounds.")
             return
         curves = [logger.root_dir for logger in trainer.loggers if isinstance(logger, TensorBoardLogger)]
         print(
             f"\nThis run:       {folder}\n"
-            f"Judge it again: marble-lightning validate -c {config} --ckpt_path {checkpoint}\n"
-            + "".join(f"See it:         tensorboard --logdir {Path(root)}\n" for root in curves)
-            + f"The plain sum:  marble-lightning fit -c {config} -c balancers/weighted_sum --ckpt_path null"
+            f"Evaluate again: marble-lightning validate -c {config} --ckpt_path {checkpoint}\n"
+            + "".join(f"Curves:         tensorboard --logdir {Path(root)}\n" for root in curves)
+            + f"Baseline:       marble-lightning fit -c {config} -c balancers/weighted_sum --ckpt_path null"
         )
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -107,29 +108,33 @@ class Results(Callback):
         heading = "base" if module.evaluator.adapter(trainer) == "none" else "trained"
         base = None if heading == "base" else module.evaluator.base_scores
         prompts = dict(enumerate(data.held_out[:: data.held_out_images]))
-        measured = HeldOutScores(module.reward_models, prompts, module.evaluator.trained_scores, base).sampled()
-        found = document(measured, judged=self._judged(trainer, module), settings=self._settings(trainer, module))
-        for facts in (found["judged"], found["settings"]):
+        held_out = HeldOutScores(module.reward_models, prompts, module.evaluator.trained_scores, base).sampled()
+        results = document(held_out, judged=self._evaluated(trainer, module), settings=self._settings(trainer, module))
+        for facts in (results["judged"], results["settings"]):
             console.print(", ".join(f"{name} {value}" for name, value in facts.items() if value is not None), soft_wrap=True)
-        for name, own in measured.sets().items():
-            title = f"{name}, {len(own.prompts)} prompts"
-            console.print(held_out_table(list(own.reward_models), own.scores, heading=heading, base=own.base, title=title))
-        if tags := measured.tags():
-            console.print(tags_table(tags, heading=heading, base=measured.base_tags()))
+        for name, of_set in held_out.sets().items():
+            title = f"{name}, {len(of_set.prompts)} prompts"
+            names = list(of_set.reward_models)
+            console.print(held_out_table(names, of_set.scores, heading=heading, base=of_set.base, title=title))
+        if tags := held_out.tags():
+            console.print(tags_table(tags, heading=heading, base=held_out.base_tags()))
         if base is None and heading != "base":
-            how = (
-                "`num_sanity_val_steps: -1` measures it"
+            remedy = (
+                "`num_sanity_val_steps: -1` evaluates it"
                 if trainer.state.fn == "fit"
-                else "measure it with the same settings and `--model.policy.adapter none`, then use `--results.compare_with`"
+                else "evaluate it with the same settings and `--model.policy.adapter none`, and use `--results.compare_with`"
             )
-            console.print(f"No base beside it: it was not measured, or otherwise than this; {how}.", soft_wrap=True)
+            console.print(
+                f"No scores of the base to compare with: it was not evaluated, or with other settings; {remedy}.",
+                soft_wrap=True,
+            )
 
-        write(folder, found)
+        write(folder, results)
         if self.others:
-            found["comparison"] = compared({"this run": found, **self.others}, self._columns(module))
-            write(folder, found)
-            console.print(comparison_table(found["comparison"]))
-        console.print(f"All of it: {folder / RESULTS}", soft_wrap=True)
+            results["comparison"] = compare_runs({"this run": results, **self.others}, self._columns(module))
+            write(folder, results)
+            console.print(comparison_table(results["comparison"]))
+        console.print(f"All results: {folder / RESULTS}", soft_wrap=True)
 
     def _columns(self, module: DiffusionNFT) -> list[str]:
         return self.columns or list(module.reward_models)
@@ -138,11 +143,11 @@ class Results(Callback):
     def _settings(trainer: Trainer, module: DiffusionNFT) -> dict[str, Any]:
         return {**module.evaluator.settings, "images_per_prompt": get_datamodule(trainer).held_out_images}
 
-    def _judged(self, trainer: Trainer, module: DiffusionNFT) -> dict[str, Any]:
-        """What was judged: the model, the adapter of which checkpoint, and after `fit` its balancer and cadence."""
+    def _evaluated(self, trainer: Trainer, module: DiffusionNFT) -> dict[str, Any]:
+        """Facts of the evaluated policy: model, adapter and checkpoint, and after `fit` the balancer and its cadence."""
         fitted = trainer.state.fn == "fit"
-        written = [own.best_model_path for own in trainer.checkpoint_callbacks if isinstance(own, RoundCheckpoint)]
-        path = next(iter(written), None) if fitted else trainer.ckpt_path
+        callbacks = [callback for callback in trainer.checkpoint_callbacks if isinstance(callback, RoundCheckpoint)]
+        path = next((callback.best_model_path for callback in callbacks), None) if fitted else trainer.ckpt_path
         path = path or module.policy.init_lora
         return {
             "command": trainer.state.fn.value if trainer.state.fn else None,

@@ -1,4 +1,4 @@
-"""Checkpoints of rounds: what they hold, when they are written, and how a run that was stopped resumes."""
+"""Checkpoints of rounds: their content, when they are written, and how a stopped run resumes."""
 
 from marble_lightning.checkpoints.callback import RoundCheckpoint
 

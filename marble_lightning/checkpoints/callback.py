@@ -1,4 +1,4 @@
-"""When checkpoints are written: after rounds, and where a run is stopped."""
+"""The callback that writes checkpoints: after rounds, and when a run is stopped."""
 
 from __future__ import annotations
 
@@ -10,26 +10,27 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch.optim import Optimizer
 
 from marble_lightning.checkpoints.content import LAST
-from marble_lightning.checkpoints.files import _is_newest, warn
+from marble_lightning.checkpoints.files import _link_newest, warn
 from marble_lightning.run_folder import folder_of_runs
 from marble_lightning.utils.atomic_files import remove_unfinished
 from marble_lightning.utils.distributed import OnAllRanks
 
 
 def options_of(optimizer: Optimizer) -> dict[str, Any]:
-    """What an optimizer was made with, as far as that is plain; neither its steps nor a schedule change it."""
+    """An optimizer's default options that are plain values; neither optimizer steps nor a schedule change them."""
     plain = {name: list(value) if isinstance(value, tuple) else value for name, value in optimizer.defaults.items()}
     return {name: value for name, value in plain.items() if isinstance(value, bool | int | float | str | list)}
 
 
 class RoundCheckpoint(ModelCheckpoint):
-    """Writes a checkpoint after a round, `checkpoints/last.ckpt` leading to the newest; one more where a run is stopped.
+    """Writes a checkpoint after rounds, and links `checkpoints/last.ckpt` to the newest one.
 
-    A stop (SIGTERM, Ctrl-C, an error) in a round leaves a checkpoint of its beginning, unless there is one as new.
+    If a round is stopped by SIGTERM, Ctrl-C or an error, it also writes a checkpoint of the round's beginning, unless there
+    is one as new.
 
     Args:
-        every_n_rounds: Rounds from one checkpoint to the next, >= 1; the last round has one anyway.
-        keep: Newest checkpoints that are kept, >= 2, so that there is another should one be damaged; -1 keeps all.
+        every_n_rounds: Rounds from one checkpoint to the next, >= 1; the last round always has one.
+        keep: Number of newest checkpoints that are kept, >= 2, in case the newest one is damaged; -1 keeps all.
     """
 
     def __init__(self, every_n_rounds: int = 1, keep: int = 2) -> None:
@@ -44,13 +45,13 @@ class RoundCheckpoint(ModelCheckpoint):
             save_last="link", every_n_epochs=every_n_rounds, save_on_train_epoch_end=True,
         )  # fmt: skip
         self.resumed: tuple[int, str] | None = None
-        """Optimizer step and path of the checkpoint that the run goes on from."""
+        """Optimizer step and path of the checkpoint that the run was resumed from."""
         self.options: dict[str, Any] = {}
-        """What the optimizer was made with, where the run began."""
+        """The optimizer's options at the beginning of the run, before any resumption."""
 
     @property
     def state_key(self) -> str:
-        return "RoundCheckpoint"  # another `every_n_rounds` may go on from it
+        return "RoundCheckpoint"  # without the settings, so that a run can resume with another `every_n_rounds`
 
     def state_dict(self) -> dict[str, Any]:
         return super().state_dict() | {"options": self.options}
@@ -61,13 +62,13 @@ class RoundCheckpoint(ModelCheckpoint):
 
     @staticmethod
     def _link_checkpoint(trainer: Trainer, filepath: str, linkpath: str) -> None:
-        if trainer.is_global_zero:  # Lightning removes the link, then makes it anew
-            _is_newest(trainer, Path(filepath), Path(linkpath))
+        if trainer.is_global_zero:  # Lightning would remove the link before it makes the new one
+            _link_newest(trainer, Path(filepath), Path(linkpath))
         trainer.strategy.barrier()
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
-        if trainer.is_global_zero:  # what kills have left in any run of this name
+        if trainer.is_global_zero:  # scratch folders of killed processes, in any run of this name
             runs = folder_of_runs(trainer)
             remove_unfinished([runs, *runs.glob("*/"), *runs.glob("*/*/")])
 
@@ -75,47 +76,51 @@ class RoundCheckpoint(ModelCheckpoint):
         super().on_train_start(trainer, pl_module)
         if trainer.ckpt_path:
             self.resumed = (trainer.global_step, str(trainer.ckpt_path))
-        asked = options_of(trainer.optimizers[0])
-        self.options = self.options or asked
-        if odd := [
-            f"{name} {kept} instead of {asked.get(name)}" for name, kept in self.options.items() if kept != asked.get(name)
+        configured = options_of(trainer.optimizers[0])
+        self.options = self.options or configured
+        if differences := [
+            f"{name} {saved} instead of {configured.get(name)}"
+            for name, saved in self.options.items()
+            if saved != configured.get(name)
         ]:
             warn(
-                f"The optimizer goes on as in {trainer.ckpt_path}: {', '.join(odd)}. For a run of its own with these "
-                "adapters export them and begin with `policy.init_lora`."
+                f"The optimizer keeps the options of {trainer.ckpt_path}: {', '.join(differences)}. To train these adapters "
+                "with other options, export them and start a new run with `policy.init_lora`."
             )
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not self._should_skip_saving_checkpoint(trainer):
-            found = self._monitor_candidates(trainer)
-            found["epoch"] = found["epoch"] - 1  # by now the number of rounds
-            self._save_topk_checkpoint(trainer, found)
-            self._save_last_checkpoint(trainer, found)
+            candidates = self._monitor_candidates(trainer)
+            candidates["epoch"] = candidates["epoch"] - 1  # at this point it is the number of rounds
+            self._save_topk_checkpoint(trainer, candidates)
+            self._save_last_checkpoint(trainer, candidates)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        begun = trainer.fit_loop.epoch_progress.current.ready  # a round
+        rounds_begun = trainer.fit_loop.epoch_progress.current.ready
         try:
-            if trainer.state.fn == "fit" and not trainer.sanity_checking and begun and trainer.is_global_zero:
-                self._keep_beginning(trainer)
+            if trainer.state.fn == "fit" and not trainer.sanity_checking and rounds_begun and trainer.is_global_zero:
+                self._save_round_start(trainer)
         finally:
-            if isinstance(exception, OnAllRanks):  # none may end, and have its launcher end the others, before
+            if isinstance(exception, OnAllRanks):  # a rank that ends earlier makes its launcher kill the others
                 trainer.strategy.barrier()
 
-    def _keep_beginning(self, trainer: Trainer) -> None:
-        # no hook of ours may wait for other ranks here, as Trainer.save_checkpoint would: they may not come
+    def _save_round_start(self, trainer: Trainer) -> None:
+        # not Trainer.save_checkpoint, which waits for other ranks: they may never arrive here
         state = trainer._checkpoint_connector.dump_checkpoint(weights_only=False)
         rounds = state["loops"]["fit_loop"]["epoch_progress"]["current"]["processed"]
-        written = [(int(step), path) for path, step in self.best_k_models.items()]  # or not, where a write has failed
-        there = [each for each in [*written, *([self.resumed] if self.resumed else [])] if Path(each[1]).exists()]
-        step, path = max(there, default=(-1, ""))
+        written = [(int(step), path) for path, step in self.best_k_models.items()]  # also files whose write has failed
+        candidates = [*written, *([self.resumed] if self.resumed else [])]
+        step, path = max(((step, path) for step, path in candidates if Path(path).exists()), default=(-1, ""))
         if step < state["global_step"]:
             beginning = Path(self.dirpath or ".") / f"before_round_{rounds:04d}.ckpt"
             try:
                 trainer.strategy.save_checkpoint(state, beginning)
                 path = str(beginning)
-                _is_newest(trainer, beginning, beginning.with_name(LAST))
+                _link_newest(trainer, beginning, beginning.with_name(LAST))
             except OSError as error:
-                newest = f"The newest checkpoint is there: --ckpt_path {path}" if path else "There is none to resume from."
-                warn(f"Stopped after {rounds} whole round(s), and that state is lost. {error} {newest}")
+                newest = (
+                    f"Resume from the newest checkpoint: --ckpt_path {path}" if path else "There is none to resume from."
+                )
+                warn(f"Stopped after {rounds} complete round(s), and that state is lost. {error} {newest}")
                 return
-        warn(f"Stopped after {rounds} whole round(s). Go on from there: --ckpt_path {path}")
+        warn(f"Stopped after {rounds} complete round(s). Resume from there: --ckpt_path {path}")

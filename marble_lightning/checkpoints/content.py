@@ -1,4 +1,4 @@
-"""What a checkpoint file must hold before anything of it is used: all its bytes, all that `fit` writes, finite numbers."""
+"""Checks of a checkpoint file before its content is used: intact records, all entries that `fit` writes, finite numbers."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from marble_lightning.utils.atomic_files import local_path
 LAST = "last.ckpt"
 
 Content = Mapping[str, type | tuple[type, ...]]
-"""What a checkpoint must hold: names and types."""
+"""Entries that a checkpoint must hold, with their types."""
 
 TO_EXPORT: Content = {"lora": dict, "state_dict": dict, "epoch": int, "global_step": int}
 TO_EVALUATE: Content = {
@@ -28,13 +28,13 @@ TO_FIT: Content = {**TO_EVALUATE, "callbacks": dict, "optimizer_states": list, "
 
 
 class Refused(ValueError):
-    """A checkpoint file that cannot be used, though an earlier one may."""
+    """A checkpoint file cannot be used, but an earlier one may be usable."""
 
 
 def find_corruption(path: str | Path) -> str | None:
-    """What is wrong with a checkpoint file, or None where it is whole: every record is there and matches its checksum.
+    """Describe the corruption of a checkpoint file; None if every record is present and matches its checksum.
 
-    torch.load itself compares no checksums.
+    torch.load does not compare checksums.
     """
     file = Path(path)
     if not file.exists():
@@ -52,44 +52,44 @@ def find_corruption(path: str | Path) -> str | None:
 
 
 def load_checked(path: str | Path, content: Content, **options: Any) -> dict[str, Any]:
-    """Load a checkpoint of `fit`, checked before and after.
+    """Load a checkpoint of `fit`, and check the file before and its content after loading.
 
     Args:
         path: File on this machine, or its file:// URL.
-        content: What it is needed for: `TO_EXPORT`, `TO_EVALUATE` or `TO_FIT`.
+        content: Required entries: `TO_EXPORT`, `TO_EVALUATE` or `TO_FIT`.
         options: Of torch.load.
 
     Raises:
-        ValueError: It is damaged, another program's, incomplete or not finite; says which one to give instead.
+        ValueError: The file is damaged, incomplete, not finite, or from another program; the message names one to use.
     """
     file = local_path("ckpt_path", path)
     if file.is_dir():
         inside = max(file.rglob(LAST), key=time_of, default=None)
         raise ValueError(f"`ckpt_path` must be a file. Found the folder {file}" + (f"; give {inside}" if inside else ""))
     try:
-        return _checked(file, content, **options)
+        return _load(file, content, **options)
     except Refused as refused:
-        other = newest_usable(file, content if content is TO_EXPORT else TO_FIT)  # Lightning does not say which it is for
+        other = newest_usable(file, content if content is TO_EXPORT else TO_FIT)  # Lightning does not pass the purpose
         remedy = f"give the newest whole one: --ckpt_path {other}" if other else "there is no whole one beside it"
         raise ValueError(f"{refused}; {remedy}") from refused
 
 
-def check_content(found: Any, content: Content, file: str | Path | None) -> None:
-    """Refuse what lacks something that `fit` writes, and numbers that are not finite.
+def check_content(checkpoint: Any, content: Content, file: str | Path | None) -> None:
+    """Refuse a checkpoint without an entry that `fit` writes, or with numbers that are not finite.
 
     Args:
-        found: What a checkpoint holds.
-        content: What it is needed for.
-        file: Which it is.
+        checkpoint: The loaded checkpoint.
+        content: Required entries.
+        file: Path of the file, for the error message.
 
     Raises:
-        ValueError: With what is wrong.
+        ValueError: The checkpoint is not usable; the message gives the reason.
     """
-    if wrong := _lacking(found, content):
+    if wrong := _wrong_entry(checkpoint, content):
         raise ValueError(
             f"`ckpt_path` must be a checkpoint that `marble-lightning fit` wrote. Found another program's, {file}: {wrong}."
         )
-    tensors = {**found["state_dict"], **dict(_tensors(found.get("optimizer_states", []), "optimizer_states"))}
+    tensors = {**checkpoint["state_dict"], **dict(_tensors(checkpoint.get("optimizer_states", []), "optimizer_states"))}
     if broken := [name for name, tensor in tensors.items() if not tensor.isfinite().all()]:
         raise Refused(
             f"`ckpt_path` must hold finite numbers. Found others in {len(broken)} of {len(tensors)} tensors of {file}, the "
@@ -98,10 +98,15 @@ def check_content(found: Any, content: Content, file: str | Path | None) -> None
 
 
 def newest_usable(refused: Path, content: Content = TO_FIT) -> Path | None:
-    """The newest checkpoint of `fit`, whole and finite, beside one that is not, or else of the other runs of its name."""
+    """The newest usable checkpoint in the folder of a refused one, or else in other runs of the same name.
+
+    Args:
+        refused: Path of the refused checkpoint.
+        content: Required entries.
+    """
     folder = refused.parent
-    for found in (folder.glob("*.ckpt"), folder.parent.parent.glob(f"*/{folder.name}/*.ckpt")):
-        others = {file.resolve() for file in found if file.exists()} - {refused.resolve()}
+    for files in (folder.glob("*.ckpt"), folder.parent.parent.glob(f"*/{folder.name}/*.ckpt")):
+        others = {file.resolve() for file in files if file.exists()} - {refused.resolve()}
         for file in sorted(others, key=time_of, reverse=True):
             if is_usable(file, content):
                 return file
@@ -109,57 +114,59 @@ def newest_usable(refused: Path, content: Content = TO_FIT) -> Path | None:
 
 
 def is_usable(file: Path, content: Content = TO_FIT) -> bool:
-    """Whether a file is a checkpoint of `fit` that is whole, finite, and holds what is needed."""
+    """Whether a file is a checkpoint of `fit` that is intact and finite and has the required entries."""
     try:
-        _checked(file, content, map_location="cpu", weights_only=True)
+        _load(file, content, map_location="cpu", weights_only=True)
     except ValueError:
         return False
     return True
 
 
 def time_of(file: Path) -> int:
-    """When a file was written; of a link that leads nowhere, when it was made."""
+    """Modification time of a file; for a broken link, of the link itself."""
     return (file.stat() if file.exists() else file.lstat()).st_mtime_ns
 
 
-def _checked(file: Path, content: Content, **options: Any) -> dict[str, Any]:
+def _load(file: Path, content: Content, **options: Any) -> dict[str, Any]:
     if wrong := find_corruption(file):
         raise Refused(f"`ckpt_path` must be a whole checkpoint. Found {file}: {wrong}")
     try:
-        found: dict[str, Any] = torch.load(file, **options)
+        checkpoint: dict[str, Any] = torch.load(file, **options)
     except UnpicklingError as error:
-        said = str(error).splitlines()
-        why = next((line.strip() for line in said if "GLOBAL" in line or "Unsupported" in line), said[0])
+        lines = str(error).splitlines()
+        reason = next((line.strip() for line in lines if "GLOBAL" in line or "Unsupported" in line), lines[0])
         raise ValueError(
             "`ckpt_path` must be a checkpoint that `marble-lightning fit` wrote. Found another program's, or one in "
-            f"which a callback of yours keeps what torch will not load, {file}: {why.partition('. Please')[0]}."
+            f"which a callback of yours keeps what torch will not load, {file}: {reason.partition('. Please')[0]}."
         ) from error
-    except RuntimeError as error:  # a flaw in the directory of records that only torch minds
+    except RuntimeError as error:  # an error in the directory of records that zipfile accepts and torch does not
         raise Refused(f"`ckpt_path` must be a whole checkpoint. Found {file}: {error}") from error
-    check_content(found, content, file)
-    return found
+    check_content(checkpoint, content, file)
+    return checkpoint
 
 
-def _lacking(found: Any, content: Content) -> str | None:
-    if not isinstance(found, dict):
-        return f"a {type(found).__name__} instead of a dictionary"
-    if missing := [name for name in content if name not in found]:
+def _wrong_entry(checkpoint: Any, content: Content) -> str | None:
+    """Describe an entry that is missing or of the wrong type; None if there is none."""
+    if not isinstance(checkpoint, dict):
+        return f"a {type(checkpoint).__name__} instead of a dictionary"
+    if missing := [name for name in content if name not in checkpoint]:
         return f"without {', '.join(missing)}"
     for name, kind in content.items():
-        if not isinstance(found[name], kind):
-            return f"its {name} is a {type(found[name]).__name__}"
-    if missing := [name for name in ("rank", "alpha", "targets") if name not in found["lora"]]:
+        if not isinstance(checkpoint[name], kind):
+            return f"its {name} is a {type(checkpoint[name]).__name__}"
+    if missing := [name for name in ("rank", "alpha", "targets") if name not in checkpoint["lora"]]:
         return f"its lora is without {', '.join(missing)}"
-    if "loops" in content and "fit_loop" not in found["loops"]:
+    if "loops" in content and "fit_loop" not in checkpoint["loops"]:
         return "its loops are without fit_loop"
-    odd = next((name for name, tensor in found["state_dict"].items() if not isinstance(tensor, Tensor)), None)
-    return f"its state_dict holds a {type(found['state_dict'][odd]).__name__} under {odd!r}" if odd is not None else None
+    state = checkpoint["state_dict"]
+    wrong = next((name for name, tensor in state.items() if not isinstance(tensor, Tensor)), None)
+    return f"its state_dict holds a {type(state[wrong]).__name__} under {wrong!r}" if wrong is not None else None
 
 
 def _tensors(value: Any, name: str) -> Iterator[tuple[str, Tensor]]:
-    """All tensors of nested dictionaries and lists, by where they are."""
+    """All tensors in nested dictionaries and lists, with their dotted path."""
     if isinstance(value, Tensor):
         yield name, value
     elif isinstance(value, dict | list | tuple):
-        for key, inside in value.items() if isinstance(value, dict) else enumerate(value):
-            yield from _tensors(inside, f"{name}.{key}")
+        for key, item in value.items() if isinstance(value, dict) else enumerate(value):
+            yield from _tensors(item, f"{name}.{key}")

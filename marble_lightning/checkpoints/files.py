@@ -1,4 +1,4 @@
-"""Checkpoint files: written whole or not at all, checked before they are loaded, and found again."""
+"""Checkpoint files: atomic writing, checked loading, and links to the newest one."""
 
 from __future__ import annotations
 
@@ -26,27 +26,27 @@ warn = rank_zero_only(log.warning)
 
 
 def last_of(trainer: Trainer) -> Path | None:
-    """The newest `last.ckpt` of the trainer's runs of one name, if there is one."""
+    """The newest `last.ckpt` of the trainer's runs of one name; None if there is none."""
     root, logger = folder_of_runs(trainer), trainer.logger
-    found = [*root.glob(f"*/checkpoints/{LAST}"), *root.glob(f"checkpoints/{LAST}")]  # earlier runs without a logger
-    if isinstance(logger, WandbLogger):  # where Lightning keeps checkpoints
-        found += Path(logger.save_dir or root).glob(f"{logger.name}/*/checkpoints/{LAST}")
-    return max(found, key=time_of, default=None)  # also a link that leads nowhere: loading says so
+    files = [*root.glob(f"*/checkpoints/{LAST}"), *root.glob(f"checkpoints/{LAST}")]  # the second: runs without a logger
+    if isinstance(logger, WandbLogger):  # the folder where Lightning writes checkpoints
+        files += Path(logger.save_dir or root).glob(f"{logger.name}/*/checkpoints/{LAST}")
+    return max(files, key=time_of, default=None)  # may be a broken link, which fails on loading
 
 
 def point(link: Path, to: Path) -> None:
-    """Make a symbolic link lead elsewhere in one step, so that it leads somewhere at any moment."""
-    with scratch_for(link) as beside:
+    """Replace a symbolic link atomically, so that it has a target at any moment."""
+    with scratch_for(link) as scratch:
         try:
-            os.symlink(os.path.relpath(to, link.parent), beside)
-        except OSError:  # on Windows a privilege of few
-            shutil.copy(to, beside)
-        os.replace(beside, link)
+            os.symlink(os.path.relpath(to, link.parent), scratch)
+        except OSError:  # Windows allows links to privileged users only
+            shutil.copy(to, scratch)
+        os.replace(scratch, link)
     folder_to_disk(link.parent)
 
 
-def _is_newest(trainer: Trainer, file: Path, link: Path) -> None:
-    """Have a run's link, and the SLURM job's if this is one, lead to its newest checkpoint."""
+def _link_newest(trainer: Trainer, file: Path, link: Path) -> None:
+    """Link a run's `last.ckpt`, and the link of the SLURM job if there is one, to the newest checkpoint."""
     point(link, file)
     if name := job():
         point(link_of_job(folder_of_runs(trainer), name), file)
@@ -57,33 +57,33 @@ class NotWritten(OSError):
 
 
 class WholeCheckpointIO(TorchCheckpointIO):
-    """Lightning's checkpoint files, whole on disk before they get their name, and checked before they are loaded.
+    """Writes Lightning's checkpoint files atomically, and checks them before they are loaded.
 
-    Lightning writes to the system's temporary folder and moves the file from there. Between two file systems that is a copy,
-    which a kill cuts short under the final name; and nothing makes sure that the disk has it. `DiffusionNFT` uses it unless
-    the trainer was given another plugin.
+    Lightning writes to the system's temporary folder and moves the file from there. Between two file systems, a move is a
+    copy, and a kill leaves a partial file under the final name. Lightning does not flush the file to disk either.
+    `DiffusionNFT` uses this plugin unless the trainer was given another one.
     """
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any | None = None) -> None:
-        """Write it as `atomic_write` does; files that are not local are left to Lightning.
+        """Write a local file with `atomic_write`, and any other as Lightning does.
 
         Raises:
-            NotWritten: With the file, which is not there or as it was before.
+            NotWritten: The file could not be written; an earlier file of that name is unchanged.
         """
         if storage_options is not None or "://" in str(path):
             super().save_checkpoint(checkpoint, path, storage_options)
             return
         try:
-            with atomic_write(Path(path)) as beside, beside.open("wb") as stream:
+            with atomic_write(Path(path)) as scratch, scratch.open("wb") as stream:
                 torch.save(checkpoint, stream)
-        except (OSError, RuntimeError) as error:  # torch says RuntimeError where a stream takes no more
+        except (OSError, RuntimeError) as error:  # torch raises RuntimeError if a stream is full
             raise NotWritten(f"The checkpoint {path} must be written to a disk with room for it. Found {error}.") from error
 
     def load_checkpoint(self, path: str | Path, *arguments: Any, **options: Any) -> dict[str, Any]:
         """Load a checkpoint of `fit` from this machine.
 
         Raises:
-            ValueError: It is elsewhere, damaged, incomplete, another program's, or not finite.
+            ValueError: The file is remote, damaged, incomplete, not finite, or from another program.
         """
         names = ("map_location", "weights_only")
         on_cpu = {"map_location": lambda storage, location: storage}

@@ -1,4 +1,4 @@
-"""The beginning of a round, which every checkpoint asked for in its middle holds."""
+"""The state at the beginning of a round, for checkpoints that are requested during the round."""
 
 from __future__ import annotations
 
@@ -11,63 +11,63 @@ from lightning.pytorch.utilities import rank_zero_info
 
 
 class RoundStart:
-    """Keeps the state at the beginning of a round, and puts it in the place of a half-trained one.
+    """Keeps the state at the beginning of a round, and puts it into checkpoints that are requested during the round.
 
-    A round's images are in no checkpoint, and the optimizer's steps depend on all of them. So a checkpoint asked for in
-    the middle (by SLURM's signal, `Trainer.save_checkpoint`, or a ModelCheckpoint with `every_n_train_steps`) gets the
-    state of the beginning; going on from it does the round again, bit for bit. One asked for once the round's validation
-    has been judged holds the trained state, as the best of several validations must, and counts the round as done.
-    Checkpoints of weights only hold those of the moment.
+    A round's images are in no checkpoint, and the optimizer's steps depend on all of them. So a checkpoint requested during
+    a round (by SLURM's signal, `Trainer.save_checkpoint`, or a ModelCheckpoint with `every_n_train_steps`) gets the state of
+    the round's beginning. A run resumed from it repeats the round bit for bit. A checkpoint requested after the round's
+    validation holds the trained state, since it may be the best of several validations, and counts the round as done.
+    Checkpoints with weights only hold the current weights.
     """
 
     def __init__(self) -> None:
-        self._kept = b""
+        self._state = b""
         self._round: int | None = None
-        """The round whose beginning is kept."""
-        self._judged: int | None = None
-        """The round that was last trained on and judged to the end."""
+        """The round of the kept state."""
+        self._validated_round: int | None = None
+        """The last round that has finished its training and validation."""
 
     def keep(self, trainer: Trainer) -> None:
-        """Keep the present state, the beginning of a round; call it before anything of the round has happened."""
-        self._round = self._judged = None
-        # as it would be written, so that nothing in it changes any more; by rank 0, which is the one to write
+        """Keep the current state as the beginning of a round; call it before the round changes any state."""
+        self._round = self._validated_round = None
+        # serialised, so that later changes do not reach it; on rank 0 only, which writes checkpoints
         state, stream = trainer._checkpoint_connector.dump_checkpoint(weights_only=False), io.BytesIO()
         if trainer.is_global_zero:
             torch.save(state, stream)
-        self._kept = stream.getvalue()
+        self._state = stream.getvalue()
         self._round = _progress(trainer).processed
 
-    def judged(self, trainer: Trainer) -> None:
-        """Take note that a validation has ended. Where it was after the last micro-batch, the round's training is over."""
+    def note_validation_end(self, trainer: Trainer) -> None:
+        """Record the end of a validation. If it followed the last micro-batch, the round's training is complete."""
         if trainer.state.fn == "fit" and not trainer.sanity_checking and trainer.is_last_batch:
-            self._judged = _progress(trainer).processed
+            self._validated_round = _progress(trainer).processed
 
     def put_into(self, checkpoint: dict[str, Any], trainer: Trainer) -> None:
-        """Make a whole checkpoint out of one that was asked for in the middle of a round; others stay as they are."""
+        """Put a consistent state into a checkpoint that was requested during a round; leave other checkpoints unchanged."""
         progress = _progress(trainer)
         if progress.ready == progress.processed or "optimizer_states" not in checkpoint:
             return
         loops = checkpoint["loops"]["fit_loop"]
-        if self._judged == progress.processed:
-            _count(loops, "processed", 1)
+        if self._validated_round == progress.processed:
+            _add_to_counters(loops, "processed", 1)
             loops["epoch_loop.state_dict"]["_batches_that_stepped"] += 1
         elif self._round != progress.processed:
-            _count(loops, "ready", -1)
-        elif self._kept:
-            live = checkpoint["callbacks"]
+            _add_to_counters(loops, "ready", -1)
+        elif self._state:
+            current = checkpoint["callbacks"]
             checkpoint.clear()
-            checkpoint |= torch.load(io.BytesIO(self._kept), map_location="cpu", weights_only=False)
-            # which files there are is of the present
-            files = [callback.state_key for callback in trainer.checkpoint_callbacks]
-            checkpoint["callbacks"] |= {key: live[key] for key in files if key in live}
+            checkpoint |= torch.load(io.BytesIO(self._state), map_location="cpu", weights_only=False)
+            # checkpoint callbacks keep their current state, which lists the existing files
+            keys = [callback.state_key for callback in trainer.checkpoint_callbacks]
+            checkpoint["callbacks"] |= {key: current[key] for key in keys if key in current}
             rank_zero_info(f"A checkpoint in the middle of round {self._round} holds the round's beginning.")
 
 
 def _progress(trainer: Trainer) -> Any:
-    """Lightning's counters of rounds: one is `ready` before it begins and `processed` after its training and validation."""
+    """Lightning's counters of rounds: `ready` counts begun rounds, `processed` trained and validated ones."""
     return trainer.fit_loop.epoch_progress.current
 
 
-def _count(loops: dict[str, Any], what: str, by: int) -> None:
+def _add_to_counters(loops: dict[str, Any], name: str, number: int) -> None:
     for counter in loops["epoch_progress"].values():
-        counter[what] += by
+        counter[name] += number

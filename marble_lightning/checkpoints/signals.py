@@ -1,4 +1,4 @@
-"""Signals that end a run: its processes stop in the same place and leave a checkpoint, and SLURM queues the job again."""
+"""Signals that end a run: all processes stop at the same point and write a checkpoint, and SLURM requeues the job."""
 
 from __future__ import annotations
 
@@ -25,70 +25,71 @@ warn = rank_zero_only(log.warning)
 
 
 MICRO_BATCHES = 8
-"""Most micro-batches between two agreements of several processes; few seconds of a full-size model, of which a cluster
-gives at least 30 from SIGTERM to SIGKILL."""
+"""At most this many micro-batches pass before several processes check for a stop together; with a full-size model that is
+a few seconds. Clusters allow at least 30 seconds from SIGTERM to SIGKILL."""
 
 ENDS = 1000
-"""Added to the number of a signal that ends a run, so that it counts more than one after which SLURM queues it again."""
+"""Added to the number of a signal that ends the run for good, so that it takes precedence over SLURM's requeue signal."""
 
 
 class Stopped(OnAllRanks, SIGTERMException):
-    """Every process of a run raises this at the same place.
+    """Every process of a run raises this at the same point.
 
     Args:
-        asked: The signal's number, and `ENDS` where it ends the run for good.
+        requested: The signal's number, plus `ENDS` if it ends the run for good.
     """
 
-    def __init__(self, asked: int) -> None:
+    def __init__(self, requested: int) -> None:
         super().__init__()
-        self.signal, self.queue_again = asked % ENDS, asked < ENDS
+        self.signal, self.requeue = requested % ENDS, requested < ENDS
 
 
 class Stops(Callback):
     """Ends a run on SIGTERM, SIGHUP or Ctrl-C, and on the signal that SLURM sends before a job's time is up.
 
-    Lightning's handlers exchange messages with the other processes wherever the signal finds them, where these may wait
-    for another message; Ctrl-C raises an exception wherever it finds a process, also where a library holds a lock. Ours
-    only take note; the processes agree where they meet anyway: before a batch of images is sampled, for a round or
-    held-out prompts, and before every `MICRO_BATCHES`-th micro-batch of an optimizer step at the latest, as an agreement
-    makes a device wait for its host. A single process looks before every one. After SLURM's signal the job is queued again.
-    A second Ctrl-C ends the process at once, whatever it does. A signal that is ignored, as `nohup` and a shell's
-    background have it, stays so. The command line adds it; in Python: `Trainer(callbacks=[Stops(), ...])`.
+    Lightning's handlers exchange messages with the other processes as soon as the signal arrives, while these may wait for
+    another message. Ctrl-C raises an exception at an arbitrary point, even while a library holds a lock. The handlers of
+    this callback only record the signal. The processes then check for a stop together at fixed points: before a batch of
+    images is sampled, for a round or for held-out prompts, and before at least every `MICRO_BATCHES`-th micro-batch of an
+    optimizer step. They do not check more often, because a check makes the device wait for its host. A single process
+    checks before every micro-batch.
+
+    After SLURM's signal the job is queued again. A second Ctrl-C ends the process at once. An ignored signal stays ignored,
+    as under `nohup` or for a background process of a shell. The command line adds this callback; in Python use
+    `Trainer(callbacks=[Stops(), ...])`.
     """
 
-    asked = 0
-    """0, or what the run was asked for, as `Stopped` takes it."""
+    requested = 0
+    """0, or the requested stop as in the argument of `Stopped`."""
     held_out_batches = 0
-    """Batches of held-out prompts that every process has; one may have another, before which no other would agree."""
+    """Number of batches of held-out prompts that every process has; a process with one more must not check before it."""
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        self.asked = 0
+        self.requested = 0
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Take the place of Lightning's handlers, which it sets after `on_fit_start` and takes away in the end."""
+        """Replace Lightning's handlers, which it sets after `on_fit_start` and removes at the end."""
         if threading.current_thread() is not threading.main_thread():
-            return  # where Python allows no handlers
-        signal.signal(signal.SIGTERM, self._ask(ENDS))
-        for name in ("SIGINT", "SIGHUP"):  # there is no SIGHUP on Windows
+            return  # Python allows handlers in the main thread only
+        signal.signal(signal.SIGTERM, self._handler(ENDS))
+        for name in ("SIGINT", "SIGHUP"):  # Windows has no SIGHUP
             number = getattr(signal, name, None)
             if number is not None and signal.getsignal(number) is not signal.SIG_IGN:
-                signal.signal(number, self._ask(ENDS))
+                signal.signal(number, self._handler(ENDS))
         environment = trainer._accelerator_connector.cluster_environment
         if isinstance(environment, SLURMEnvironment) and environment.auto_requeue and environment.requeue_signal:
-            fits = trainer.state.fn == "fit"  # of all else nothing is kept: queued again, it would never come further
-            signal.signal(environment.requeue_signal, self._ask(0 if fits else ENDS))
+            fits = trainer.state.fn == "fit"  # other commands cannot resume: requeued, they would never finish
+            signal.signal(environment.requeue_signal, self._handler(0 if fits else ENDS))
 
     on_sanity_check_start = on_train_start
 
-    def _ask(self, how: int) -> Any:
+    def _handler(self, offset: int) -> Any:
         def handler(number: int, _: Any) -> None:
-            self.asked = max(self.asked, number + how)
+            self.requested = max(self.requested, number + offset)
             if number == signal.SIGINT:
-                signal.signal(signal.SIGINT, signal.SIG_DFL)  # which also ends a process that waits for another one
-                with suppress(OSError):  # neither print nor logging may be called within a call of its own, as here
-                    os.write(
-                        2, b"\nCtrl-C: the run ends in good order, which may take some seconds. Again ends it at once.\n"
-                    )
+                signal.signal(signal.SIGINT, signal.SIG_DFL)  # this also ends a process that waits for another one
+                with suppress(OSError):  # the handler may interrupt print or logging, which are not reentrant
+                    os.write(2, b"\nCtrl-C: the run stops cleanly, which may take some seconds. Again ends it at once.\n")
 
         return handler
 
@@ -108,8 +109,8 @@ class Stops(Callback):
     def _evaluate(self, trainer: Trainer, batches: Sequence[int | float]) -> None:
         if trainer.state.fn != "fit":
             self.on_train_start(trainer, trainer.lightning_module)
-        own = torch.tensor(float(sum(batches)), device=trainer.strategy.root_device)
-        self.held_out_batches = int(trainer.strategy.reduce(own, reduce_op="min"))
+        number = torch.tensor(float(sum(batches)), device=trainer.strategy.root_device)
+        self.held_out_batches = int(trainer.strategy.reduce(number, reduce_op="min"))
 
     def on_validation_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
@@ -121,17 +122,17 @@ class Stops(Callback):
     on_predict_batch_start = on_validation_batch_start
 
     def end_if_asked(self, trainer: Trainer) -> None:
-        """To be called by every process, or by none.
+        """Stop if any process was asked to. Every process must call this, or none.
 
         Raises:
-            Stopped: Any process was asked to end; on all of them.
+            Stopped: A signal asked any process to stop; on all of them.
         """
-        asked = self.asked
+        requested = self.requested
         if trainer.world_size > 1:
-            own = torch.tensor(float(asked), device=trainer.strategy.root_device)
-            asked = int(trainer.strategy.reduce(own, reduce_op="max"))
-        if asked:
-            raise Stopped(asked)
+            of_rank = torch.tensor(float(requested), device=trainer.strategy.root_device)
+            requested = int(trainer.strategy.reduce(of_rank, reduce_op="max"))
+        if requested:
+            raise Stopped(requested)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         if isinstance(exception, Stopped) and trainer.state.fn != "fit":
@@ -139,17 +140,17 @@ class Stops(Callback):
 
 
 def agreement_every(trainer: Trainer) -> int:
-    """Micro-batches from one agreement on a stop to the next, the same on all processes."""
+    """Micro-batches from one common check for a stop to the next, the same on all processes."""
     return 1 if trainer.world_size == 1 else min(MICRO_BATCHES, trainer.accumulate_grad_batches)
 
 
-def is_asked(trainer: Trainer) -> bool:
-    """Whether this process was asked to stop, of which others may not know yet."""
-    return any(isinstance(callback, Stops) and callback.asked for callback in trainer.callbacks)  # type: ignore[attr-defined]
+def stop_requested(trainer: Trainer) -> bool:
+    """Whether a signal asked this process to stop; other processes may not know it yet."""
+    return any(isinstance(callback, Stops) and callback.requested for callback in trainer.callbacks)  # type: ignore[attr-defined]
 
 
 def end_if_asked(trainer: Trainer) -> None:
-    """Ask the trainer's `Stops`, if it has one. To be called by every process, or by none.
+    """Call `end_if_asked` of the trainer's `Stops`, if it has one. Every process must call this, or none.
 
     Raises:
         Stopped: As `Stops.end_if_asked`.
@@ -160,33 +161,33 @@ def end_if_asked(trainer: Trainer) -> None:
 
 
 def status(end: SIGTERMException) -> int:
-    """The exit status of a process that was ended, once SLURM has been told to queue the job again if it is to be.
+    """Requeue the SLURM job if the signal says so, and return the exit status of the stopped process.
 
-    That of a process killed by the signal, so that whoever started the run does not take it for a finished one. Only the
-    first process says so: launchers kill the others where one of them fails.
+    The status is that of a process killed by the signal, so that a caller does not take the run for a finished one. Only the
+    first process returns it; the others return 0, because a launcher kills all processes when one of them fails.
     """
     if getattr(rank_zero_only, "rank", 0):
         return 0
     if not isinstance(end, Stopped):
         return 128 + signal.SIGTERM
-    if end.queue_again:
-        _queue_again()
+    if end.requeue:
+        _requeue()
     return 128 + end.signal
 
 
 def job() -> str | None:
-    """The SLURM job that this process is part of, as `scontrol` knows it; it keeps its name when it is queued again."""
+    """The id of this process's SLURM job as `scontrol` takes it, None outside SLURM; a requeued job keeps its id."""
     if not SLURMEnvironment.detect():
         return None
     array = os.environ.get("SLURM_ARRAY_JOB_ID")
     return f"{array}_{os.environ['SLURM_ARRAY_TASK_ID']}" if array else os.environ.get("SLURM_JOB_ID")
 
 
-def left_by_this_job(folder: Path) -> Path | None:
-    """The checkpoint that a SLURM job, which has been queued again, goes on from; None before there is one.
+def checkpoint_of_job(folder: Path) -> Path | None:
+    """The checkpoint that a requeued SLURM job resumes from; None if there is none yet.
 
     Args:
-        folder: That of the runs of one name.
+        folder: Folder of the runs of one name.
     """
     name = job()
     if name is None or not int(os.environ.get("SLURM_RESTART_COUNT") or 0):
@@ -196,16 +197,16 @@ def left_by_this_job(folder: Path) -> Path | None:
 
 
 def link_of_job(folder: Path, name: str) -> Path:
-    """The link that leads to a job's newest checkpoint."""
+    """The path of the link to a job's newest checkpoint."""
     return folder / f"slurm_{name}.ckpt"
 
 
-def _queue_again() -> None:
+def _requeue() -> None:
     command = ["scontrol", "requeue", str(job())]
     try:
         subprocess.run(command, check=True, capture_output=True, text=True)
     except (OSError, subprocess.CalledProcessError) as error:
-        said = getattr(error, "stderr", None) or error
-        log.warning(f"`{' '.join(command)}` failed: {said}. Submit the job again with --ckpt_path last.")
+        message = getattr(error, "stderr", None) or error
+        log.warning(f"`{' '.join(command)}` failed: {message}. Submit the job again with --ckpt_path last.")
     else:
-        log.warning(f"SLURM has queued job {job()} again; it goes on from this checkpoint.")
+        log.warning(f"SLURM has queued job {job()} again; it resumes from this checkpoint.")

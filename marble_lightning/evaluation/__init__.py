@@ -1,4 +1,4 @@
-"""Held-out prompts: how they are sampled and scored, statistics, tables, results as files, and runs side by side."""
+"""Evaluation on held-out prompts: sampling and scoring, statistics, tables, result files, and comparison of runs."""
 
 from marble_lightning.evaluation.evaluator import Evaluator
 from marble_lightning.evaluation.settings import Evaluation

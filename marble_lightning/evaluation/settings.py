@@ -1,4 +1,4 @@
-"""How held-out prompts are sampled."""
+"""Settings of evaluation."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from marble_lightning.utils.validation import require, require_one_of
 
 @dataclass(frozen=True)
 class Evaluation:
-    """How held-out prompts, and those of `predict`, are sampled.
+    """How held-out prompts and the prompts of `predict` are sampled.
 
     Args:
         steps: Solver steps, >= 1.
         solver: `euler` or `dpm2`.
-        guidance: Classifier-free guidance scale, >= 1; 1 is none.
+        guidance: Classifier-free guidance scale, >= 1; 1 disables guidance.
         resolution: Side of the images in pixels, a multiple of 16; null for the policy's.
-        seed: Seed >= 0 of the noise; null for the run's. Runs of several seeds can be compared where theirs is the same.
+        seed: Seed of the noise, >= 0; null for the run's. Set it to compare runs with different seeds.
     """
 
     steps: int = 40

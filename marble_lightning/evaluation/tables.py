@@ -1,4 +1,4 @@
-"""Held-out scores as a table: base -> trained, with standard errors."""
+"""Tables of held-out scores: base and trained, with standard errors."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ def held_out_table(
     base: Float[Tensor, "prompt reward"] | None = None,
     title: str = "Held-out prompts",
 ) -> Table:
-    """A table shown after `fit`, `validate` and `test`.
+    """The table shown after `fit`, `validate` and `test`.
 
     Args:
-        names: Names of the judges.
-        scores: What they say, NaN where they do not apply.
-        heading: Whose scores these are.
-        base: Scores of the base on the same prompts and noise; adds its column and the change.
-        title: What prompts these are.
+        names: Names of the rewards and metrics.
+        scores: Their scores, NaN where they do not apply.
+        heading: Heading of the column of scores.
+        base: Scores of the base on the same prompts and noise; adds the columns `base` and `change`.
+        title: Title of the table, such as the name of the prompt set.
     """
     columns = summaries(scores, base, heading)
     table = Table(title=f"{title}, mean ± standard error")
@@ -35,15 +35,16 @@ def held_out_table(
     for column in ("n", *columns):
         table.add_column(column, justify="right", no_wrap=True)
     for index, name in enumerate(names):
-        own = {column: found[index] for column, found in columns.items()}
-        n, paired = own[heading].n, own.get("change", own[heading]).n
-        cells = [_cell(each, "+" if column == "change" else "") for column, each in own.items()]
+        row = {column: by_reward[index] for column, by_reward in columns.items()}
+        n, paired = row[heading].n, row.get("change", row[heading]).n
+        cells = [_cell(summary, "+" if column == "change" else "") for column, summary in row.items()]
         table.add_row(name, str(n) if n == paired else f"{n} ({paired} with base)", *cells)
     return table
 
 
-def _cell(found: Summary, sign: str = "") -> str:
-    return f"{found.mean:{sign}.4f} ± {found.error:.4f}" if found.n > 1 else f"{found.mean:{sign}.4f}" if found.n else "-"
+def _cell(summary: Summary, sign: str = "") -> str:
+    mean = f"{summary.mean:{sign}.4f}"
+    return f"{mean} ± {summary.error:.4f}" if summary.n > 1 else mean if summary.n else "-"
 
 
 def tags_table(
@@ -52,12 +53,12 @@ def tags_table(
     heading: str = "trained",
     base: Mapping[str, Float[Tensor, " prompt"]] | None = None,
 ) -> Table:
-    """Means tag by tag, a column for each judge that tells tags apart.
+    """Means by tag, with a column for each reward model that has tags.
 
     Args:
-        scores: By judge and tag, as `geneval/counting`, NaN for prompts with another tag.
-        heading: Whose scores these are.
-        base: Scores of the base on the same prompts and noise, put before the others.
+        scores: By reward model and tag, such as `geneval/counting`; NaN for prompts with another tag.
+        heading: Name of the scored policy, for the title.
+        base: Scores of the base on the same prompts and noise, shown before `scores`.
     """
     reward_models, tags = (list(dict.fromkeys(name.split("/", 1)[part] for name in scores)) for part in (0, 1))
     table = Table(title=f"By tag, {heading if base is None else f'base -> {heading}'}")
@@ -70,20 +71,20 @@ def tags_table(
 
 
 def _means(name: str, *columns: Mapping[str, Tensor] | None) -> list[str]:
-    return [f"{each[name].nanmean():.4f}" for each in columns if each is not None and name in each]
+    return [f"{column[name].nanmean():.4f}" for column in columns if column is not None and name in column]
 
 
-def comparison_table(found: Sequence[Mapping[str, Any]]) -> Table:
+def comparison_table(runs: Sequence[Mapping[str, Any]]) -> Table:
     """The composite and the means of each run.
 
     Args:
-        found: What `compared` gave.
+        runs: One row per run, from `compare_runs`.
     """
     table = Table(title="Means over all prompts; composite: mean z-score over these runs")
     table.add_column("run", overflow="fold")
-    for title in ("composite", *found[0]["means"]):
+    for title in ("composite", *runs[0]["means"]):
         table.add_column(title, justify="right")
-    for run in found:
+    for run in runs:
         composite = "-" if run["composite"] is None else f"{run['composite']:+.3f}"
         table.add_row(run["run"], composite, *(f"{mean:.4f}" for mean in run["means"].values()))
     return table

@@ -1,4 +1,4 @@
-"""Finished runs, read back and compared."""
+"""Reading and comparing finished runs."""
 
 from marble_lightning.lab.runs import Run, compare
 

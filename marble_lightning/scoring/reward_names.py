@@ -1,4 +1,4 @@
-"""Names of rewards and metrics, which become names of modules, curves, columns and files."""
+"""Names of rewards and metrics; they become names of modules, curves, columns and files."""
 
 from __future__ import annotations
 
@@ -13,23 +13,24 @@ NAME = re.compile(r"[A-Za-z][A-Za-z0-9_-]*")
 
 
 def named_rewards(setting: str, rewards: Mapping[str, Reward | None]) -> dict[str, Reward]:
-    """The rewards of a setting without those that are null, which a later configuration has dropped.
+    """Check the names of a setting's rewards, and leave out rewards that a later configuration has set to null.
 
     Args:
         setting: `rewards` or `metrics`, for the error message.
         rewards: By name.
 
     Raises:
-        ValueError: A name is not made of letters, digits, _ and -, or belongs to `torch.nn.ModuleDict`, which keeps them.
+        ValueError: A name is not made of letters, digits, _ and -, or is an attribute of `torch.nn.ModuleDict`, which holds
+            the rewards.
     """
-    taken = nn.ModuleDict()
+    module_dict = nn.ModuleDict()
     for name in rewards:
         if not isinstance(name, str) or not NAME.fullmatch(name):
             raise ValueError(
                 f"Names in `{setting}` must be letters, digits, _ and -, the first one a letter: they name curves, columns "
                 f"and files. Found {name!r}."
             )
-        if hasattr(taken, name):
+        if hasattr(module_dict, name):
             raise ValueError(
                 f"Names in `{setting}` must not be those of an attribute of torch.nn.ModuleDict. Found {name!r}; "
                 f"try {f'{name}_score'!r}."

@@ -1,4 +1,4 @@
-"""How images are scored, and what happens where a reward fails."""
+"""Settings of scoring."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ class Scoring:
     """How images are scored, and what happens where a reward fails.
 
     Args:
-        on_error: `raise` stops the run and names reward, prompt and image; `skip` leaves the scores it failed to give
-            missing, counts them and goes on.
+        on_error: `raise` stops the run and names reward, prompt and image; `skip` treats failed scores as missing, counts
+            them and continues.
         max_skipped: With `skip`, the share of a round's images in [0, 1) that a reward may fail on before the run stops. A
-            reward without a single score in a round has failed on all its images; infinite advantages count as failures.
-        retries: Further attempts where the cause lies outside (connections, time-outs, files), >= 0; not of rewards with
-            `retries` of their own.
+            reward without a single score in a round has failed on all its images. Infinite advantages count as failures.
+        retries: Further attempts after an external failure (connections, time-outs, files), >= 0. Rewards with a setting
+            `retries` use theirs instead.
         time_limit: Seconds that a reward may take for one batch, > 0, with `overlap` only; null for no limit.
-        overlap: Whether a batch is scored while the next one is sampled, each reward in a thread of its own. Without it
-            rewards that compute on the CPU do not slow down sampling that does too.
-        devices: Where a reward runs, by name, e.g. {geneval: cpu}; the others run where the policy does. A numbered device,
-            such as cuda:1, is the same one for every process of a machine.
-        offload: Whether rewards wait on the CPU between rounds.
+        overlap: Whether a batch is scored while the next one is sampled, with one thread per reward. Set it to false where
+            rewards and sampling would compete for the same CPU.
+        devices: Device of a reward by its name, e.g. {geneval: cpu}; other rewards run on the policy's device. A numbered
+            device, such as cuda:1, is the same one for every process of a machine.
+        offload: Whether rewards are moved to the CPU between rounds.
     """
 
     on_error: OnError = "raise"

@@ -1,4 +1,4 @@
-"""A thread for work that others need not wait for."""
+"""A background thread that does not keep the program alive."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ T = TypeVar("T")
 
 
 class Worker:
-    """Does what it is given, one piece of work after the other, in a thread of its own.
+    """Runs functions in a daemon thread, one after the other.
 
-    The thread is a daemon: work that never ends, say a server that never answers, cannot keep the program from ending.
+    A daemon thread lets the program end even if a function never returns, for example because a server never answers.
     (A ThreadPoolExecutor would wait for it.)
     """
 
@@ -26,19 +26,19 @@ class Worker:
         Thread(target=self._run, daemon=True).start()
 
     def submit(self, work: Callable[[], T]) -> Future[T]:
-        """Queue a piece of work; the future holds what it returns or raises."""
+        """Queue a function; the future holds its return value or exception."""
         future: Future[T] = Future()
         self._work.put((future, work))
         return future
 
     def stop(self) -> None:
-        """Begin nothing more: what waits is never done, and the thread ends with its present piece of work."""
+        """Drop the queue: functions that have not started never run, and the thread ends after the current one."""
         self._stopped = True
-        self._work.put((Future(), lambda: None))  # wakes it, should it wait for work
+        self._work.put((Future(), lambda: None))  # wakes a thread that waits for work
 
     @property
     def busy_for(self) -> float:
-        """Seconds since the present piece of work began, 0 between two."""
+        """Seconds since the current function began, 0 while none runs."""
         begun = self._begun
         return 0.0 if begun is None else time.monotonic() - begun
 
@@ -50,11 +50,11 @@ class Worker:
             self._begun = time.monotonic()
             try:
                 result = work()
-            except BaseException as error:  # noqa: BLE001 - whoever asks the future gets it
+            except BaseException as error:  # noqa: BLE001 - the future raises it
                 self._begun = None
                 future.set_exception(error)
             else:
                 self._begun = None
                 future.set_result(result)
                 del result
-            del future, work  # while waiting for more, nothing of it is kept in memory
+            del future, work  # free their memory while waiting for more work

@@ -1,1 +1,1 @@
-"""What every part uses: checks of settings, seeds, files that are whole, images, processes."""
+"""Shared helpers: checks of settings, seeds, atomic files, images, loggers, processes."""

@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all, whatever ends the process or takes the machine's power."""
+"""Atomic files: after a kill or a loss of power, a file is either complete or absent."""
 
 from __future__ import annotations
 
@@ -14,39 +14,39 @@ from urllib.request import url2pathname
 
 try:
     import fcntl
-except ImportError:  # Windows, where scratch folders of killed processes stay
+except ImportError:  # Windows; scratch folders of killed processes are not removed there
     fcntl = None  # type: ignore[assignment]
 
 SCRATCH = ".unfinished"
-"""End of a scratch folder's name, which begins with a dot and the name of the file that is written there."""
+"""Suffix of a scratch folder's name, which begins with a dot and the name of the file that is written there."""
 LOCK = ".lock"
-"""File in a scratch folder that is locked for as long as its process lives; the system lets go of it after a kill too."""
+"""File in a scratch folder that is locked while its process lives; the system releases the lock after a kill too."""
 
 
 @contextmanager
 def atomic_write(file: Path) -> Iterator[Path]:
-    """Where to write what becomes a file in one step, once it is written and the disk has it.
+    """A context with a scratch path to write to; at its end the written file is flushed to disk and renamed to `file`.
 
-    Several processes may write the same file; the last one's stays. What was written by one that failed is removed.
+    Several processes may write the same file; the last one wins. After an error the scratch file is removed.
 
     Args:
-        file: In a folder that is made where it does not exist.
+        file: Path of the file; its folder is created if it does not exist.
     """
-    with scratch_for(file) as beside:
-        yield beside
-        with beside.open("rb+") as stream:
+    with scratch_for(file) as scratch:
+        yield scratch
+        with scratch.open("rb+") as stream:
             os.fsync(stream.fileno())
-        os.replace(beside, file)
+        os.replace(scratch, file)
     folder_to_disk(file.parent)
 
 
 @contextmanager
 def scratch_for(file: Path) -> Iterator[Path]:
-    """Where to prepare what takes a file's place: the same name in a folder of its own beside, which is removed."""
+    """A context with a path in a new scratch folder beside `file`, under the same name; the folder is removed at its end."""
     file.parent.mkdir(parents=True, exist_ok=True)
     while True:
         folder = Path(tempfile.mkdtemp(prefix=f".{file.name}.", suffix=SCRATCH, dir=file.parent))
-        with suppress(FileNotFoundError):  # another process took it for one that a kill has left
+        with suppress(FileNotFoundError):  # another process removed it as the folder of a killed process
             handle = os.open(folder / LOCK, os.O_CREAT | os.O_WRONLY, 0o600)
             _lock(handle, wait=True)
             if folder.exists():
@@ -62,14 +62,15 @@ def scratch_for(file: Path) -> Iterator[Path]:
 def remove_unfinished(folders: Iterable[Path]) -> None:
     """Remove the scratch folders of processes that were killed.
 
-    One whose process is alive is locked, on whichever machine that is; where the file system knows no locks all stay.
+    The folder of a living process is locked, even if the process runs on another machine. On a file system without locks no
+    folder is removed.
 
     Args:
-        folders: Where files were written.
+        folders: Folders in which files were written.
     """
     for folder in folders:
         for scratch in folder.glob(f".*{SCRATCH}"):
-            with suppress(OSError):  # it is gone meanwhile, or is another user's
+            with suppress(OSError):  # it was removed meanwhile, or belongs to another user
                 handle = os.open(scratch / LOCK, os.O_CREAT | os.O_WRONLY, 0o600)
                 try:
                     if _lock(handle, wait=False):
@@ -79,7 +80,7 @@ def remove_unfinished(folders: Iterable[Path]) -> None:
 
 
 def _lock(handle: int, wait: bool) -> bool:
-    """Lock an open file against other processes; false where another one has it, or where there are no locks."""
+    """Lock an open file against other processes; false if another process has the lock, or if there are no locks."""
     if fcntl is None:
         return False
     try:
@@ -90,20 +91,20 @@ def _lock(handle: int, wait: bool) -> bool:
 
 
 def local_path(name: str, path: str | Path) -> Path:
-    """The path of a file on this machine, also where it is given as a file:// URL.
+    """The path of a file on this machine, given as a path or as a file:// URL.
 
     Args:
-        name: Of the setting.
-        path: What it says; `~` is the home folder.
+        name: Name of the setting.
+        path: Its value; `~` is the home folder.
 
     Raises:
-        ValueError: It is a URL of elsewhere. Libraries would load such a file without the checks of local ones.
+        ValueError: It is the URL of a remote file. Libraries would load such a file without the checks of local files.
     """
     text = str(path)
     parts = urlsplit(text) if text.startswith("file://") else None
     if parts is not None and parts.netloc in ("", "localhost"):
         return Path(url2pathname(parts.path))
-    if re.search(r"^[A-Za-z][\w+.-]+:/|://", text):  # pathlib makes one slash of two
+    if re.search(r"^[A-Za-z][\w+.-]+:/|://", text):  # pathlib replaces two slashes by one
         raise ValueError(
             f"`{name}` must be a file on this machine, so that it is checked before it is loaded. Found the URL {text}; "
             "download it, and give the path of the copy."
@@ -112,22 +113,22 @@ def local_path(name: str, path: str | Path) -> Path:
 
 
 def check_folder(name: str, folder: Path) -> None:
-    """Refuse where a folder cannot be, or be made, because a file is there.
+    """Refuse a path that cannot be a folder, because a file or a broken link is at the path or at one of its parents.
 
     Args:
-        name: Of the setting.
-        folder: What it says.
+        name: Name of the setting.
+        folder: Its value.
 
     Raises:
-        ValueError: With the file.
+        ValueError: The path cannot be a folder; the message names the file.
     """
-    there = next(place for place in (folder, *folder.absolute().parents) if place.exists() or place.is_symlink())
-    if not there.is_dir():
-        raise ValueError(f"`{name}` must be a folder. Found a file, or a link that leads nowhere, {there}; choose another.")
+    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists() or path.is_symlink())
+    if not existing.is_dir():
+        raise ValueError(f"`{name}` must be a folder. Found a file, or a broken link, {existing}; choose another.")
 
 
 def folder_to_disk(folder: Path) -> None:
-    """Have a folder's names survive a loss of power, where the file system can do so."""
+    """Flush a folder's entries to disk, if the file system can, so that they survive a loss of power."""
     if hasattr(os, "O_DIRECTORY"):
         handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
         with suppress(OSError):

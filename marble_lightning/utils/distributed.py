@@ -1,4 +1,4 @@
-"""Things that ranks tell each other."""
+"""Communication between ranks."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ T = TypeVar("T")
 
 
 class OnAllRanks:
-    """An exception that every rank raises at the same place, so that they may wait for each other before they end."""
+    """Base of exceptions that every rank raises at the same point, so that ranks can wait for each other before they end."""
 
 
 def gathered(items: Sequence[T]) -> list[T]:
-    """All ranks' items, rank by rank; all ranks must ask, and all get them.
+    """The items of all ranks, in the order of ranks; all ranks must call it, and all get the same list.
 
     Args:
-        items: This rank's, picklable and not on a GPU.
+        items: Items of this rank, picklable and not on a GPU.
     """
     if not (distributed.is_available() and distributed.is_initialized()):
         return list(items)
-    everyone: list[list[T]] = [[] for _ in range(distributed.get_world_size())]
-    distributed.all_gather_object(everyone, list(items))
-    return [item for own in everyone for item in own]
+    by_rank: list[list[T]] = [[] for _ in range(distributed.get_world_size())]
+    distributed.all_gather_object(by_rank, list(items))
+    return [item for of_rank in by_rank for item in of_rank]

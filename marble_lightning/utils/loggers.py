@@ -1,4 +1,4 @@
-"""What is given to every logger of a run, in the way that each takes it."""
+"""Logging of metrics and images to every logger of a run."""
 
 from __future__ import annotations
 
@@ -13,18 +13,20 @@ from marble_lightning.utils.images import to_image
 
 
 def log_metrics(trainer: Trainer, metrics: Mapping[str, float], step: int) -> None:
-    """Log to every logger at this step only; `LightningModule.log` would repeat the last values on the steps in between."""
+    """Log metrics to every logger at one step only; `LightningModule.log` would repeat them at later steps."""
     for logger in trainer.loggers:
         logger.log_metrics(dict(metrics), step=step)
 
 
 def log_image(trainer: Trainer, name: str, image: Float[Tensor, "3 height width"], step: int) -> None:
-    """Log an image to every logger that shows images: TensorBoard, W&B, MLflow and what has the same methods.
+    """Log an image to every logger that shows images: TensorBoard, W&B, MLflow and loggers with the same methods.
+
+    Call it on the first process only.
 
     Args:
-        trainer: Its loggers; call this on the first process only.
-        name: What the image is called.
-        image: In [0, 1].
+        trainer: The trainer with the loggers.
+        name: Name of the image in the logger.
+        image: Image in [0, 1].
         step: Optimizer step.
     """
     for logger in trainer.loggers:
@@ -33,5 +35,5 @@ def log_image(trainer: Trainer, name: str, image: Float[Tensor, "3 height width"
             logger.log_image(key=name, images=[to_image(image)], step=step)
         elif hasattr(experiment, "add_image"):  # TensorBoard
             experiment.add_image(name, image, step)
-        elif hasattr(logger, "run_id") and hasattr(experiment, "log_image"):  # MLflow, whose client serves many runs
+        elif hasattr(logger, "run_id") and hasattr(experiment, "log_image"):  # MLflow; its client needs the run's id
             experiment.log_image(logger.run_id, to_image(image), key=name, step=step)

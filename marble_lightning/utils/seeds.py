@@ -1,4 +1,4 @@
-"""Random generators named by what they are for, so that a resumed run draws what the uninterrupted one would have."""
+"""Random generators with one seed per purpose, so that a resumed run draws the same numbers as an uninterrupted one."""
 
 from __future__ import annotations
 

@@ -1,20 +1,34 @@
-"""Refusing values by name."""
+"""Checks of values, with errors that name the setting."""
 
 from __future__ import annotations
 
 from typing import Any, get_args
 
 
-def require(holds: bool, what: str, found: object) -> None:
-    """Refuse a value by its name.
+def require(condition: bool, requirement: str, value: object) -> None:
+    """Raise an error unless a condition holds.
+
+    Args:
+        condition: Whether the value is valid.
+        requirement: Text of the requirement, such as "`steps` must be >= 1".
+        value: The value, for the error message.
 
     Raises:
-        ValueError: It does not hold; with what must, and what was found.
+        ValueError: The condition is false; the message has the requirement and the value.
     """
-    if not holds:
-        raise ValueError(f"{what}. Found {found}.")
+    if not condition:
+        raise ValueError(f"{requirement}. Found {value}.")
 
 
-def require_one_of(choices: Any, name: str, found: str) -> None:
-    """Refuse a value that is none of a Literal's."""
-    require(found in get_args(choices), f"{name} must be one of {', '.join(get_args(choices))}", repr(found))
+def require_one_of(choices: Any, name: str, value: str) -> None:
+    """Raise an error unless a value is one of a Literal's.
+
+    Args:
+        choices: The Literal.
+        name: Name of the setting, for the error message.
+        value: The value.
+
+    Raises:
+        ValueError: The value is not one of the choices.
+    """
+    require(value in get_args(choices), f"{name} must be one of {', '.join(get_args(choices))}", repr(value))

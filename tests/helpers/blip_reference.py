@@ -1,4 +1,4 @@
-"""ImageReward written out on torch's own attention, under the published names: a second implementation, and small files."""
+"""A second implementation of ImageReward in plain torch with the published names, and small random files."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ VOCABULARY = len(WORDS) + 2  # BLIP adds [DEC] and [ENC]
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Heads of 64, (B, tokens, width)."""
+    """Attention with heads of width 64; (B, tokens, width)."""
     q, k, v = (x.unflatten(-1, (-1, 64)).transpose(1, 2) for x in (query, key, value))
     scores = q @ k.mT / 8
     scores = scores if mask is None else scores.masked_fill(~mask[:, None, None], -torch.inf)
     return (scores.softmax(-1) @ v).transpose(1, 2).flatten(2)
 
 
-class PictureAttention(nn.Module):
+class ImageAttention(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.qkv, self.proj = nn.Linear(WIDTH, 3 * WIDTH), nn.Linear(WIDTH, WIDTH)
@@ -31,11 +31,11 @@ class PictureAttention(nn.Module):
         return self.proj(attend(*self.qkv(x).chunk(3, -1)))
 
 
-class PictureBlock(nn.Module):
+class ImageBlock(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.norm1, self.norm2 = (nn.LayerNorm(WIDTH, eps=1e-6) for _ in range(2))
-        self.attn = PictureAttention()
+        self.attn = ImageAttention()
         self.mlp = nn.ModuleDict({"fc1": nn.Linear(WIDTH, 4 * WIDTH), "fc2": nn.Linear(4 * WIDTH, WIDTH)})
 
     def forward(self, x: Tensor) -> Tensor:
@@ -43,13 +43,13 @@ class PictureBlock(nn.Module):
         return x + self.mlp["fc2"](F.gelu(self.mlp["fc1"](self.norm2(x))))
 
 
-class PictureTower(nn.Module):
+class ImageTower(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.cls_token = nn.Parameter(torch.randn(1, 1, WIDTH))
         self.pos_embed = nn.Parameter(torch.randn(1, 1 + (SIZE // PATCH) ** 2, WIDTH))
         self.patch_embed = nn.ModuleDict({"proj": nn.Conv2d(3, WIDTH, PATCH, PATCH)})
-        self.blocks = nn.ModuleList(PictureBlock() for _ in range(2))
+        self.blocks = nn.ModuleList(ImageBlock() for _ in range(2))
         self.norm = nn.LayerNorm(WIDTH, eps=1e-6)
 
     def forward(self, pixels: Tensor) -> Tensor:
@@ -70,8 +70,8 @@ class TextAttention(nn.Module):
         )
 
     def forward(self, x: Tensor, source: Tensor, mask: Tensor | None = None) -> Tensor:
-        own = self.self
-        attended = attend(own["query"](x), own["key"](source), own["value"](source), mask)
+        layers = self.self
+        attended = attend(layers["query"](x), layers["key"](source), layers["value"](source), mask)
         return self.output["LayerNorm"](x + self.output["dense"](attended))
 
 
@@ -102,23 +102,23 @@ class TextTower(nn.Module):
         self.encoder = nn.ModuleDict({"layer": nn.ModuleList(TextLayer() for _ in range(3))})
 
     def forward(self, tokens: Tensor, mask: Tensor, patches: Tensor) -> Tensor:
-        own = self.embeddings
-        x = own["LayerNorm"](own["word_embeddings"](tokens) + own["position_embeddings"](torch.arange(tokens.shape[1])))
+        positions = self.embeddings["position_embeddings"](torch.arange(tokens.shape[1]))
+        x = self.embeddings["LayerNorm"](self.embeddings["word_embeddings"](tokens) + positions)
         for layer in self.encoder["layer"]:
             x = layer(x, mask, patches)
         return x
 
 
 class ImageRewardReference(nn.Module):
-    """Weights as published: `blip.visual_encoder`, `blip.text_encoder`, `mlp.layers`."""
+    """The reward, with weights under the published names: `blip.visual_encoder`, `blip.text_encoder`, `mlp.layers`."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.blip = nn.ModuleDict({"visual_encoder": PictureTower(), "text_encoder": TextTower()})
+        self.blip = nn.ModuleDict({"visual_encoder": ImageTower(), "text_encoder": TextTower()})
         sizes = (TEXT_WIDTH, 1024, 128, 64, 16, 1)
         linear = [nn.Linear(inputs, outputs) for inputs, outputs in pairwise(sizes)]
-        for place in (1, 3, 5):
-            linear.insert(place, nn.Dropout(0.1))
+        for index in (1, 3, 5):
+            linear.insert(index, nn.Dropout(0.1))
         self.mlp = nn.ModuleDict({"layers": nn.Sequential(*linear)})
 
     def forward(self, pixels: Tensor, tokens: Tensor, mask: Tensor) -> Tensor:
@@ -127,11 +127,11 @@ class ImageRewardReference(nn.Module):
 
 
 def write_image_reward(folder: Path) -> ImageRewardReference:
-    """Save a small random one in the published format, and BERT's vocabulary beside it."""
+    """Save a small random model in the published format, and a vocabulary in BERT's format."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model = ImageRewardReference().eval()
-    for parameter in model.parameters():  # fresh weights are so small that all images look alike
+    for parameter in model.parameters():  # with the initial weights all images would have nearly the same score
         if parameter.ndim > 1:
             parameter.data *= 2
     torch.save(model.state_dict(), folder / "ImageReward.pt")

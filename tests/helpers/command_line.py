@@ -1,4 +1,4 @@
-"""Command lines on the random checkpoints, and what they leave behind."""
+"""Command lines on the random checkpoints, and readers of the files they write."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tests.helpers import ROOT
 
 
 def small_options(checkpoints: Path, folder: Path) -> list[str]:
-    """What the fixture `small` gives, writing to any folder."""
+    """Options of the fixture `small`, with any folder for the runs."""
     clip = str(checkpoints / "clip")
     options = {
         "trainer.logger.save_dir": folder,
@@ -59,12 +59,12 @@ EXTRA = {
     "model.lr_scheduler": "torch.optim.lr_scheduler.ExponentialLR",
     "model.lr_scheduler.gamma": 0.8,
 }
-"""On top of `small`: three rounds of eight micro-batches and two optimizer steps, with quick rewards."""
+"""Added to `small`: three rounds of eight micro-batches and two optimizer steps, with fast rewards."""
 
 
 def options(checkpoints: Path, folder: Path, **more: Any) -> list[str]:
     extra = EXTRA | {"trainer.default_root_dir": folder} | more
-    if extra["balancer"] == "WeightedSum":  # never looks at gradients
+    if extra["balancer"] == "WeightedSum":  # it has no refreshes
         del extra["balancer.refresh_every"]
     extra["model.rewards"] = str(extra["model.rewards"]).replace("CLIP}", f"{checkpoints / 'clip'}}}")
     return [
@@ -78,22 +78,23 @@ def last(folder: Path, version: int = 0) -> Path:
 
 
 def state(path: Path) -> dict[str, Any]:
-    """All that a checkpoint holds, but for which files there are."""
-    found = torch.load(path, weights_only=True)
-    del found["config"]  # which names folders
-    return found | {"callbacks": {name: kept for name, kept in found["callbacks"].items() if "Checkpoint" not in name}}
+    """The content of a checkpoint, without the configuration and the lists of checkpoint files."""
+    content = torch.load(path, weights_only=True)
+    del content["config"]  # it names folders
+    callbacks = {name: state for name, state in content["callbacks"].items() if "Checkpoint" not in name}
+    return content | {"callbacks": callbacks}
 
 
-def differences(one: Any, other: Any, where: str = "") -> list[str]:
-    """Where two nested states differ, bit for bit."""
+def differences(one: Any, other: Any, path: str = "") -> list[str]:
+    """Paths at which two nested states differ, bit for bit."""
     if isinstance(one, Tensor) and isinstance(other, Tensor):
-        return [] if torch.equal(one.nan_to_num(7.5), other.nan_to_num(7.5)) else [where]
+        return [] if torch.equal(one.nan_to_num(7.5), other.nan_to_num(7.5)) else [path]
     if isinstance(one, dict) and isinstance(other, dict) and one.keys() == other.keys():
-        return [found for key in one for found in differences(one[key], other[key], f"{where}/{key}")]
+        return [difference for key in one for difference in differences(one[key], other[key], f"{path}/{key}")]
     if isinstance(one, list | tuple) and isinstance(other, list | tuple) and len(one) == len(other):
         pairs = enumerate(zip(one, other, strict=True))
-        return [found for index, pair in pairs for found in differences(*pair, f"{where}/{index}")]
-    return [] if one == other else [f"{where}: {one!r}, {other!r}"]
+        return [difference for index, pair in pairs for difference in differences(*pair, f"{path}/{index}")]
+    return [] if one == other else [f"{path}: {one!r}, {other!r}"]
 
 
 def fit_with(options: list[str], *callbacks: Callback) -> None:

@@ -1,6 +1,6 @@
-"""Child processes of a script that has paid for its imports, alone or as the ranks of one run.
+"""Forked child processes, alone or as the ranks of one run, which save the time of imports.
 
-As a script it runs command lines, each on two ranks.
+As a script this module runs command lines, each on two ranks.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ from typing import Any
 from marble_lightning.cli import main
 
 
-def start(run: Callable[[], Any], said: Path, environment: dict[str, str] | None = None) -> int:
-    """Call a function in a child process that writes what it says to a file; returns the process's number."""
+def start(run: Callable[[], Any], output: Path, environment: dict[str, str] | None = None) -> int:
+    """Call a function in a child process that writes its output to a file; returns the process id."""
     if not (process := os.fork()):
-        with said.open("a") as file:  # to its end, where others may write too
+        with output.open("a") as file:  # append, since other processes may write too
             os.dup2(file.fileno(), 1)
             os.dup2(file.fileno(), 2)
         status: Any = 1
-        os.environ.update(environment or {}, SAID=str(said))
-        signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in a shell's background is given it as ignored
-        signal.signal(signal.SIGHUP, signal.SIG_DFL)  # and one under nohup this
+        os.environ.update(environment or {}, OUTPUT_FILE=str(output))
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored for background jobs of a shell
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)  # ignored under nohup
         try:
             run()
             status = 0
@@ -48,19 +48,19 @@ def wait(process: int) -> int:
     return os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
 
 
-def on_two_ranks(run: Callable[[], Any], said: Path) -> list[int]:
-    """Call a function in two processes that Lightning takes for the ranks of one run; returns their exit statuses."""
+def on_two_ranks(run: Callable[[], Any], output: Path) -> list[int]:
+    """Call a function in two processes that Lightning treats as the ranks of one run; returns their exit statuses."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
-    places = [{"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "LOCAL_RANK": str(rank)} for rank in range(2)]
-    files = [said.with_suffix(f".{rank}") for rank in range(2)]
-    return [wait(process) for process in [start(run, *each) for each in zip(files, places, strict=True)]]
+    environments = [{"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "LOCAL_RANK": str(rank)} for rank in range(2)]
+    files = [output.with_suffix(f".{rank}") for rank in range(2)]
+    return [wait(process) for process in [start(run, *arguments) for arguments in zip(files, environments, strict=True)]]
 
 
 if __name__ == "__main__":
-    said, commands = Path(sys.argv[1]), json.loads(sys.argv[2])
+    output, commands = Path(sys.argv[1]), json.loads(sys.argv[2])
     sys.argv = ["marble-lightning"]
     for command in commands:
-        if any(on_two_ranks(partial(main, command), said)):
-            sys.exit(said.with_suffix(".0").read_text()[-3000:])
+        if any(on_two_ranks(partial(main, command), output)):
+            sys.exit(output.with_suffix(".0").read_text()[-3000:])

@@ -1,4 +1,4 @@
-"""Detections and what GenEval's rules say of them, each expectation derived by hand."""
+"""Detections and their GenEval scores, derived by hand."""
 
 from rewards import Detection
 
@@ -29,7 +29,7 @@ ATTRIBUTES = [want("cat", color="red"), want("dog", color="blue")]
 
 # name: tag, include, exclude, detections, correct, strict, partial
 CASES = {
-    # single_object. Thresholds are exclusive: 0.3 itself is not enough.
+    # single_object: thresholds are exclusive, so 0.3 is not enough.
     "there": ("single_object", [want("cat")], [], [see("cat")], True, True, 1.0),
     "not there": ("single_object", [want("cat")], [], [], False, False, 0.0),
     "other class": ("single_object", [want("cat")], [], [see("dog")], False, False, 0.0),
@@ -62,22 +62,22 @@ CASES = {
     "unsure third": ("counting", [want("cat", 2)], [], [see("cat")] * 2 + [see("cat", 0.8)], True, True, 1.0),
     "sure enough": ("counting", [want("cat", 2)], [want("cat", 3)], [see("cat", 0.91)] * 2, True, True, 1.0),
     "sure third": ("counting", [want("cat", 2)], [want("cat", 3)], [see("cat", 0.91)] * 3, False, False, 0.5),
-    # Of four: 1 - 1/4 on either side, 1 - 4/4 where there is none, 1 - 5/4 where there are nine.
+    # Of four: 1 - 1/4 for three and for five, 1 - 4/4 for none, 1 - 5/4 for nine.
     "four": ("counting", [want("cat", 4)], [want("cat", 5)], [see("cat")] * 4, True, True, 1.0),
     "three of four": ("counting", [want("cat", 4)], [want("cat", 5)], [see("cat")] * 3, False, False, 0.75),
     "five for four": ("counting", [want("cat", 4)], [want("cat", 5)], [see("cat")] * 5, False, False, 0.75),
     "none of four": ("counting", [want("cat", 4)], [want("cat", 5)], [], False, False, 0.0),
     "nine for four": ("counting", [want("cat", 4)], [want("cat", 5)], [see("cat")] * 9, False, False, -0.25),
-    # Without the tag the same third one counts.
+    # Without the tag the third one counts.
     "third without tag": ("colors", [want("cat", 2)], [], [see("cat")] * 2 + [see("cat", 0.8)], True, False, 0.5),
-    # An excluded class that is there: accuracy fails; strict and partial look at `include` alone.
+    # A detected class of `exclude`: accuracy fails; strict and partial use `include` only.
     "excluded": ("two_object", [want("cat")], [want("dog", 1)], [see("cat"), see("dog")], False, True, 1.0),
     "fewer than excluded": ("two_object", [want("cat")], [want("dog", 2)], [see("cat"), see("dog")], True, True, 1.0),
     # colors: parts are number and colour.
     "right colour": ("colors", RED_CAT, [], [see("cat", colour="red")], True, True, 1.0),
     "wrong colour": ("colors", RED_CAT, [], [see("cat", colour="blue")], False, False, 0.5),
     "colour of nothing": ("colors", RED_CAT, [], [], False, False, 0.0),
-    # Only the best `count` are asked for their colour: the better one is red, so accurate; number wrong: 0 and 0.
+    # Only the best `count` have their colour checked: the better one is red, so accurate; the number is wrong: 0 and 0.
     "best is red": (
         "colors",
         RED_CAT,
@@ -106,7 +106,7 @@ CASES = {
         False,
         0.75,
     ),
-    # Number 0.5 and one 0 for the colour: mean 0.25.
+    # Number 0.5 and a single 0 for the colour: mean 0.25.
     "one red for two": ("colors", TWO_RED_CATS, [], [see("cat", colour="red")], False, False, 0.25),
     # The best two are red. Number 1 - 1/2 and one 0 for the colour.
     "three red for two": ("colors", TWO_RED_CATS, [], [see("cat", colour="red")] * 3, True, False, 0.25),
@@ -172,9 +172,9 @@ CASES = {
         2 / 3,
     ),
     "just right of": ("position", DOG_RIGHT_OF_CAT, [], [see("cat"), see("dog", box=(49, 40, 69, 60))], True, True, 1.0),
-    # Below as well, and right of it all the same.
+    # Below and right of it.
     "diagonal": ("position", DOG_RIGHT_OF_CAT, [], [see("cat"), see("dog", box=(80, 80, 100, 100))], True, True, 1.0),
-    # The better dog stands right. Cats 1, dogs 1 - 1/1, one 0.
+    # The better dog is on the right. Cats 1, dogs 1 - 1/1, one 0.
     "dog on either side": (
         "position",
         DOG_RIGHT_OF_CAT,
@@ -201,7 +201,7 @@ CASES = {
     "no target": ("position", DOG_RIGHT_OF_CAT, [], [see("dog", box=RIGHT)], False, False, 1 / 3),
     # No dog: cat 1, dog 0, and one more 0 for the position.
     "nothing to place": ("position", DOG_RIGHT_OF_CAT, [], [see("cat", box=LEFT)], False, False, 1 / 3),
-    # Two cats, the better one on the left. Accuracy keeps that one and is satisfied. Strictly the cat clause fails, so
+    # Two cats, the better one on the left. Accuracy keeps only that one, so it holds. With strict, the cat clause fails, so
     # the dog has no target: cats 1 - 1/1 = 0, dog 1, relation 0.
     "two targets": (
         "position",

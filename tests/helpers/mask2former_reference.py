@@ -1,4 +1,4 @@
-"""A small Mask2Former in the published format, and a second way from its outputs to detections. Tests import it."""
+"""A small Mask2Former in the published format, and a second implementation of its post-processing."""
 
 import json
 from pathlib import Path
@@ -13,7 +13,7 @@ from rewards.geneval.coco import COCO_CLASSES, OTHER_NAMES
 
 QUERIES = 10
 PUBLISHED_NAMES = [{new: old for old, new in OTHER_NAMES.items()}.get(name, name) for name in COCO_CLASSES]
-"""As in the published config.json: "sofa", "mouse", ..."""
+"""Names of the published config.json: "sofa", "mouse", ..."""
 
 PREPROCESSOR = {
     "_max_size": 1333,
@@ -61,7 +61,7 @@ def write_mask2former(folder: Path, names: list[str] = PUBLISHED_NAMES) -> Path:
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model = Mask2FormerForUniversalSegmentation(config)
-        # Fresh weights see the same uncertain thing everywhere; these are sure of a class or two a query.
+        # With the initial weights all queries would have the same uncertain class; these give one or two certain classes.
         model.class_predictor.weight.data.mul_(25)
         model.class_predictor.bias.data[COCO_CLASSES.index("dog")] += 4
         model.model.transformer_module.queries_features.weight.data.mul_(3)
@@ -73,7 +73,7 @@ def write_mask2former(folder: Path, names: list[str] = PUBLISHED_NAMES) -> Path:
 
 
 def enlarged(values: np.ndarray, height: int, width: int) -> np.ndarray:
-    """Bilinear with half-pixel centres, by scipy."""
+    """Bilinear interpolation with half-pixel centres, by scipy."""
     rows, columns = (
         (np.arange(new) + 0.5) * old / new - 0.5 for new, old in zip((height, width), values.shape, strict=True)
     )
@@ -81,8 +81,8 @@ def enlarged(values: np.ndarray, height: int, width: int) -> np.ndarray:
 
 
 def by_hand(classes: np.ndarray, logits: np.ndarray, floor: float, steps: tuple = ((64, 96), (48, 72))) -> list[Detection]:
-    """Detections of one image by numpy, query by query. The last of `steps` is the size of the image."""
-    found = []
+    """Detections of one image, query by query in numpy. The last of `steps` is the size of the image."""
+    detections = []
     for shares, mask_logits in zip(np.exp(classes), logits, strict=True):
         shares = shares / shares.sum()  # 80 classes and "no object"
         for size in steps:
@@ -95,13 +95,13 @@ def by_hand(classes: np.ndarray, logits: np.ndarray, floor: float, steps: tuple 
         box = (xs.min(), ys.min(), xs.max() + 1, ys.max() + 1)
         for share, name in zip(shares, COCO_CLASSES, strict=False):
             if share * certainty > floor:
-                found.append(Detection(name, share * certainty, box, mask))
-    return found
+                detections.append(Detection(name, share * certainty, box, mask))
+    return detections
 
 
-def assert_same(found: list[Detection], expected: list[Detection]) -> None:
-    assert [d.label for d in found] == [d.label for d in expected]  # every pair above the floor, and no other
-    for one, other in zip(found, expected, strict=True):
+def assert_same(actual: list[Detection], expected: list[Detection]) -> None:
+    assert [d.label for d in actual] == [d.label for d in expected]  # every pair above the floor, and no other
+    for one, other in zip(actual, expected, strict=True):
         assert one.score == pytest.approx(other.score, abs=1e-5)
         assert one.box == other.box
         assert one.mask.dtype == torch.bool and np.array_equal(one.mask.numpy(), other.mask)

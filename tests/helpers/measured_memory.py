@@ -1,7 +1,7 @@
-"""What a run is estimated to take, and what it takes: the most bytes of CPU tensors alive, by the profiler's record.
+"""Estimated and measured memory of a run: peak bytes of live CPU tensors, from the profiler's records.
 
-As a script it measures in a process of its own: torch 2.13 crashes now and then where a profiler's record is freed, or
-looked at through `acc_events`. So records are kept to the end, and the process ends without freeing them.
+As a script it measures in a separate process: torch 2.13 sometimes crashes when a profiler's record is freed, or read
+through `acc_events`. So records are kept until the end, and the process ends without freeing them.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ from marble_lightning.scoring.settings import Scoring
 from marble_lightning.tinyworld import PROMPTS, WEIGHTS
 from tests.helpers.small_rewards import Brightness, Contrast, Redness
 
-KEPT: list[profile] = []
-"""Every profiler there was."""
+PROFILERS: list[profile] = []
+"""All profilers, so that none is freed."""
 
 
 class Estimated(Callback):
-    """Keeps the estimate of a run at its start, and how to make others."""
+    """Keeps the estimator of a run, its choices and the estimate at the start."""
 
     def on_fit_start(self, trainer, pl_module):
         self.estimator, self.choices = Estimator(pl_module), Choices.of(pl_module)
@@ -46,14 +46,14 @@ def blocks_of(tensors: Iterable[Tensor]) -> dict[int, int]:
     return {block.data_ptr(): block.nbytes() for block in (tensor.untyped_storage() for tensor in tensors)}
 
 
-def most_alive(profiler: profile, before: Mapping[int, int] | None = None) -> int:
-    """The most bytes alive at once of what was allocated under the profiler and of the blocks that were there `before`.
+def peak_bytes(profiler: profile, before: Mapping[int, int] | None = None) -> int:
+    """Peak bytes of the blocks allocated under the profiler and of the blocks that existed `before`.
 
-    Blocks are followed by their address. The sum of the profiler's own sizes is not exact: for a block from before the
-    profiler it counts the size that an earlier record had at that address.
+    Blocks are tracked by their address. The sum of the profiler's sizes is not exact: for a block that is older than the
+    profiler it uses the size that an earlier record had at that address.
     """
     alive = dict(before or {})
-    total = most = sum(alive.values())
+    total = peak = sum(alive.values())
     pending = list(profiler.profiler.kineto_results.experimental_event_tree())
     events = []
     while pending:
@@ -66,18 +66,18 @@ def most_alive(profiler: profile, before: Mapping[int, int] | None = None) -> in
         if block.alloc_size > 0:
             alive[block.ptr] = block.alloc_size
             total += block.alloc_size
-            most = max(most, total)
-    return most
+            peak = max(peak, total)
+    return peak
 
 
 def recorder() -> profile:
-    """A profiler whose record is not freed."""
-    KEPT.append(profile(activities=[ProfilerActivity.CPU], profile_memory=True))
-    return KEPT[-1]
+    """A new profiler that is never freed."""
+    PROFILERS.append(profile(activities=[ProfilerActivity.CPU], profile_memory=True))
+    return PROFILERS[-1]
 
 
-class HeldOutScores(Callback):
-    """Measures encoding, sampling, decoding, an optimizer step's micro-batches together, and the step itself."""
+class MeasuredPeaks(Callback):
+    """Measures the peaks of encoding, sampling, decoding, the micro-batches of an optimizer step, and the step itself."""
 
     def __init__(self) -> None:
         self.peaks: dict[str, int] = {}
@@ -93,7 +93,7 @@ class HeldOutScores(Callback):
         def recorded(*arguments: Any, **options: Any) -> Any:
             with recorder() as profiler:
                 result = method(*arguments, **options)
-            self._keep(name, most_alive(profiler))
+            self._keep(name, peak_bytes(profiler))
             return result
 
         return recorded
@@ -101,21 +101,21 @@ class HeldOutScores(Callback):
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
         if batch_idx % pl_module.plan.per_step == 0:
             tensors = (batch.clean, batch.noise, batch.t, *vars(batch.conditions).values(), *batch.coefficients)
-            self.begun_with = blocks_of(tensors)
+            self.blocks_before = blocks_of(tensors)
             self.profiler = recorder()
             self.profiler.start()
 
     def on_before_optimizer_step(self, trainer, pl_module, optimizer):
         self.profiler.stop()
-        self._keep("train", most_alive(self.profiler, self.begun_with))
-        self.begun_with = ()
+        self._keep("train", peak_bytes(self.profiler, self.blocks_before))
+        self.blocks_before = ()
         self.profiler = recorder()
         self.profiler.start()
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
         if (batch_idx + 1) % pl_module.plan.per_step == 0:
             self.profiler.stop()
-            self._keep("optimizer", most_alive(self.profiler))
+            self._keep("optimizer", peak_bytes(self.profiler))
 
 
 def fitted(
@@ -126,7 +126,7 @@ def fitted(
     accelerator: str = "cpu",
     measured: Callback | None = None,
 ) -> Estimated:
-    """A round of `configs/tiny.yaml`'s batches on the bundled model, or of small ones on the random one."""
+    """Train one round with the batches of `configs/tiny.yaml`, on the bundled model or on a small random one."""
     tiny = path == WEIGHTS / "sd3"
     module = DiffusionNFT(
         SD3Policy(
@@ -150,7 +150,7 @@ def fitted(
 
 
 def counted(estimate: Estimate) -> dict[str, int]:
-    """What `HeldOutScores` measures, as it was estimated."""
+    """The estimates of the peaks that `MeasuredPeaks` measures."""
     beyond = {name: phase.beyond for name, phase in estimate.phases.items()}
     return {
         "encode": beyond["encoding prompts"],
@@ -162,16 +162,16 @@ def counted(estimate: Estimate) -> dict[str, int]:
 
 
 def both(path: str, balancer: str, checkpointing: bool) -> dict[str, tuple[int, int]]:
-    """Bytes of each phase of a run, as estimated and as measured."""
-    measured = HeldOutScores()
+    """Estimated and measured bytes of each phase of a run."""
+    measured = MeasuredPeaks()
     with tempfile.TemporaryDirectory() as folder:
         expected = counted(fitted(Path(path), Path(folder), balancer, checkpointing, measured=measured).estimate)
-    if balancer == "MARBLE":  # the merged gradient, from before, is let go within the step
+    if balancer == "MARBLE":  # the merged gradient, allocated before, is freed during the step
         del expected["optimizer"]
     return {name: (size, measured.peaks[name]) for name, size in expected.items()}
 
 
 if __name__ == "__main__":
-    found = [both(*case) for case in json.loads(sys.argv[1])]
-    print(json.dumps(found), flush=True)
+    results = [both(*case) for case in json.loads(sys.argv[1])]
+    print(json.dumps(results), flush=True)
     os._exit(0)

@@ -1,4 +1,4 @@
-"""A real HTTP server on a free port that answers as a test says, and the two interfaces that rewards ask, on it."""
+"""A real HTTP server on a free port with scripted answers, and the two interfaces that rewards use."""
 
 from __future__ import annotations
 
@@ -25,9 +25,10 @@ Answer = Callable[[str, Any], Any]
 
 class ScriptedServer:
     """Answers `answer(path, body)`: a mapping (200, JSON), bytes (200), (status, either), `DROP`, `CUT`, or an iterator of
-    what is sent as it is.
+    raw bytes to send.
 
-    `asked` and `headers` are those of POST requests, `most_in_flight` how many requests were being answered at once.
+    `asked` holds the bodies and `headers` the headers of POST requests; `most_in_flight` is the largest number of requests
+    that were answered at the same time.
     """
 
     def __init__(self, answer: Answer) -> None:
@@ -95,7 +96,7 @@ class ScriptedServer:
             daemon_threads = True
 
             def handle_error(self, *_: Any) -> None:
-                """A client that has gone is what some tests are about."""
+                """Ignore errors of clients that have disconnected, as some tests do."""
 
         self._server = Server(("127.0.0.1", 0), Handler)
         self.url = f"http://127.0.0.1:{self._server.server_port}"
@@ -108,11 +109,11 @@ class ScriptedServer:
         self.stop()
 
     def stop(self) -> None:
-        """No new connections, and an end to those there are."""
+        """Accept no new connections, and close the open ones."""
         self._server.shutdown()
         self._server.server_close()
         for connection in list(self._open):
-            with suppress(OSError):  # the client was quicker
+            with suppress(OSError):  # the client has closed it already
                 connection.shutdown(socket.SHUT_RDWR)
 
 
@@ -139,14 +140,14 @@ def chat(path: str, body: Any) -> Any:
     if path == "/v1/models":
         return {"object": "list", "data": [{"id": MODEL, "object": "model", "created": 0, "owned_by": "vllm"}]}
     assert path == "/v1/chat/completions"
-    picture, question = body["messages"][0]["content"]
-    png = picture["image_url"]["url"].removeprefix("data:image/png;base64,")
+    image, question = body["messages"][0]["content"]
+    png = image["image_url"]["url"].removeprefix("data:image/png;base64,")
     caption = question["text"].rpartition("Text caption: ")[2]
     return completion(f"It shows most of it.\nFinal Score: {1 + 4 * judge(png, caption):.4f}")
 
 
 def completion(text: str | None) -> Any:
-    """An answer as vLLM gives it."""
+    """An answer in vLLM's format."""
     message = {"role": "assistant", "content": text}
     choice = {"index": 0, "message": message, "finish_reason": "stop", "logprobs": None}
     return {"id": "1", "object": "chat.completion", "created": 0, "model": MODEL, "choices": [choice]}

@@ -1,4 +1,4 @@
-"""Balancers of three rewards, and steps of them."""
+"""Balancers of three rewards, and single optimizer steps."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ def bound(balancer, names=NAMES):
 
 
 def step(balancer, gradients, n_micro_batches=1):
-    """One optimizer step. Returns the merged gradient (None on a cheap step) and the coefficients then in use."""
+    """One optimizer step. Returns the merged gradient (None without a refresh) and the coefficients in use."""
     merged = None
     balancer.begin_step(n_micro_batches)
     while balancer.wants_gradients:

@@ -1,4 +1,4 @@
-"""Random checkpoints of a few thousand parameters in the real formats."""
+"""Random checkpoints with a few thousand parameters in the published formats."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def small_pipeline(tokenizer: Any, with_t5: bool = False) -> StableDiffusion3Pip
     """Stable Diffusion 3 for 16 x 16 pixels, with SD3.5 Medium's second attention in one of two blocks.
 
     Args:
-        tokenizer: Of both CLIP text encoders.
+        tokenizer: Tokenizer of both CLIP text encoders.
         with_t5: Whether it has the third text encoder.
     """
     torch.manual_seed(0)
@@ -68,8 +68,8 @@ def save_small_clip(folder: Path, tokenizer: Any) -> None:
 
 def clip_text(tokenizer: Any) -> dict[str, Any]:
     """A CLIP text tower of width 16."""
-    marks = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    special_tokens = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     return {
         "vocab_size": len(tokenizer), "max_position_embeddings": 20, "hidden_size": 16,
-        "intermediate_size": 32, "num_attention_heads": 2, "num_hidden_layers": 2, "projection_dim": 16, **marks,
+        "intermediate_size": 32, "num_attention_heads": 2, "num_hidden_layers": 2, "projection_dim": 16, **special_tokens,
     }  # fmt: skip

@@ -1,4 +1,4 @@
-"""Adapters that differ, and what a policy predicts with each."""
+"""Random adapters, and predictions of a policy."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Rewards that cost nothing, and one that applies to some prompts only."""
+"""Cheap rewards; one applies to some prompts only."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ class Brightness(Reward):
 
 
 class Redness(Brightness):
-    """Applies to a part of the prompts only."""
+    """Applies to prompts of GenEval only."""
 
     def applies_to(self, prompt: Prompt) -> bool:
         return prompt.source == "geneval"

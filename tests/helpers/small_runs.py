@@ -1,4 +1,4 @@
-"""A run of a module on the random checkpoints, and its gradients by plain autograd."""
+"""Short runs of a module on the random checkpoints, and reference gradients by plain autograd."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from tests.helpers.small_rewards import Brightness, Contrast, Redness
 
 
 class Gradients(Callback):
-    """Keeps the gradient of every optimizer step, and the micro-batches it came from."""
+    """Records the gradient, the micro-batches and the initial weights of every optimizer step."""
 
     def __init__(self) -> None:
         self.batches: list[Any] = []
@@ -88,22 +88,22 @@ def run(
         gradient_passes=gradient_passes,
         inner_epochs=inner_epochs,
     )
-    kept = Gradients()
+    recorded = Gradients()
     trainer = Trainer(
         accelerator="cpu", max_epochs=rounds, logger=False, enable_checkpointing=False, enable_progress_bar=False,
-        enable_model_summary=False, callbacks=[balancer, kept, *callbacks], limit_val_batches=0, default_root_dir=folder,
+        enable_model_summary=False, callbacks=[balancer, recorded, *callbacks], limit_val_batches=0, default_root_dir=folder,
         precision=None if plugins else precision, plugins=plugins, gradient_clip_val=clip,
     )  # fmt: skip
     data = data or PromptDataModule(str(PROMPTS), ["ocr", "geneval"], prompts_per_round=4, images_per_prompt=3)
     trainer.fit(module, datamodule=data, ckpt_path=ckpt_path)
-    return module, kept
+    return module, recorded
 
 
-def reference(module: DiffusionNFT, kept: Gradients, step: int) -> tuple[Tensor, Tensor]:
+def reference(module: DiffusionNFT, recorded: Gradients, step: int) -> tuple[Tensor, Tensor]:
     """Per-reward gradients (reward, parameter) and the KL gradient of one step, by plain autograd over all samples."""
-    module.policy.transformer.load_state_dict(kept.states[step])
+    module.policy.transformer.load_state_dict(recorded.states[step])
     totals, divergence = [], []
-    for batch in kept.batches[step]:
+    for batch in recorded.batches[step]:
         noisy = noised(batch.clean, batch.noise, batch.t)
         old, base, velocity = (module.step.velocity(batch, name) for name in ("old", None, "trained"))
         plus, minus = nft_losses(velocity, old, noisy, batch.clean, batch.t, module.objective.beta)

@@ -1,4 +1,4 @@
-"""The pipeline as others use it, and policies to compare it with."""
+"""The stock diffusers pipeline, and policies to compare it with."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def three(checkpoints: Path, **options) -> SD3Policy:
 
 
 def saved(policy: SD3Policy, folder: Path) -> Path:
-    """What an old run's checkpoint has of its policy."""
+    """Save the adapters of a policy like the checkpoint of an earlier run."""
     state = {f"policy.{name}": tensor for name, tensor in policy.state_dict().items() if ".lora_" in name}
     file = folder / "old.ckpt"
     torch.save({"state_dict": state, "lora": policy.lora, "epoch": 3, "global_step": 8}, file)
@@ -62,7 +62,7 @@ def sampled(policy: SD3Policy, adapter: str) -> Tensor:
 
 
 def adapter(policy: SD3Policy, name: str) -> dict[str, Tensor]:
-    """An adapter's tensors, as files name them."""
+    """An adapter's tensors, under the names in LoRA files."""
     state = policy.transformer.state_dict()
     return {key.replace(f".{name}.", "."): tensor for key, tensor in state.items() if f".{name}." in key}
 

@@ -1,4 +1,4 @@
-"""Runs the command line in child processes that are stopped at a chosen moment, as a script; imports are paid for once."""
+"""A script that runs the command line in child processes that stop at a chosen moment; modules are imported once."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from tests.helpers.forks import start, wait
 
 
 def at_call(number: int, owner: Any, name: str, do: Callable[..., None], counts: Callable[..., bool]) -> None:
-    """Do something in the n-th call of a function that counts, before it is carried out."""
+    """Call `do` before the n-th call of a function among those for which `counts` is true."""
     real, calls = getattr(owner, name), iter(range(1, 1000))
 
     def call(*arguments: Any, **options: Any) -> Any:
@@ -34,8 +34,8 @@ def at_call(number: int, owner: Any, name: str, do: Callable[..., None], counts:
     setattr(owner, name, call)
 
 
-def send(what: signal.Signals) -> Callable[..., None]:
-    return lambda *arguments, **options: os.kill(os.getpid(), what)
+def send(number: signal.Signals) -> Callable[..., None]:
+    return lambda *arguments, **options: os.kill(os.getpid(), number)
 
 
 def twice(*_: Any, **__: Any) -> None:
@@ -44,23 +44,23 @@ def twice(*_: Any, **__: Any) -> None:
 
 
 def half(state: Any, stream: Any) -> None:
-    """The first half of a checkpoint's bytes reaches the file, then the process is gone."""
-    whole = io.BytesIO()
-    SAVE(state, whole)
-    stream.write(whole.getvalue()[: len(whole.getvalue()) // 2])
+    """Write the first half of a checkpoint's bytes, then kill the process."""
+    complete = io.BytesIO()
+    SAVE(state, complete)
+    stream.write(complete.getvalue()[: len(complete.getvalue()) // 2])
     stream.flush()
     os.kill(os.getpid(), signal.SIGKILL)
 
 
 def slurm(_: None = None) -> None:
-    """One task of a job, where `scontrol` writes down what it was asked for."""
+    """Set the variables of a SLURM job with one task, with a `scontrol` that only records its calls."""
     os.environ["PATH"] = f"{ROOT / 'tests/helpers/slurm'}{os.pathsep}{os.environ['PATH']}"
     os.environ |= {f"SLURM_{name}": value for name, value in {"JOB_ID": "1", "NTASKS": "1", "JOB_NAME": "fit"}.items()}
     os.environ |= {f"SLURM_{name}": "0" for name in ("LOCALID", "PROCID", "NODEID")}
 
 
 def of_the_trained(self: Any, trainer: Any, batch: Any) -> bool:
-    """Held-out images of the adapter; those of the base were before the first round."""
+    """Whether held-out images are those of the adapter; the base is evaluated before the first round."""
     return not trainer.sanity_checking
 
 
@@ -84,7 +84,7 @@ MOMENTS: dict[str, Callable[[], None]] = {
     "SIGTERM before": lambda: at_call(1, *HELD_OUT, send(signal.SIGTERM), lambda *_: True),
     "SIGINT": lambda: at_call(14, *TRAINING, send(signal.SIGINT), lambda *_: True),
     "SIGINT twice": lambda: at_call(14, *TRAINING, twice, lambda *_: True),
-    "SIGINT while judging": lambda: at_call(1, *HELD_OUT, send(signal.SIGINT), lambda *_: True),
+    "SIGINT while evaluating": lambda: at_call(1, *HELD_OUT, send(signal.SIGINT), lambda *_: True),
     "SIGHUP": lambda: at_call(14, *TRAINING, send(signal.SIGHUP), lambda *_: True),
     "SIGUSR1": lambda: slurm(at_call(14, *TRAINING, send(signal.SIGUSR1), lambda *_: True)),
     "queued again": lambda: slurm(os.environ.update(SLURM_RESTART_COUNT="1")),
@@ -98,6 +98,6 @@ def run(moment: str, arguments: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    wanted = json.loads(sys.argv[1])
+    runs = json.loads(sys.argv[1])
     sys.argv = ["marble-lightning"]
-    print(json.dumps([wait(start(partial(run, *what), Path(said))) for *what, said in wanted]))
+    print(json.dumps([wait(start(partial(run, *arguments), Path(output))) for *arguments, output in runs]))

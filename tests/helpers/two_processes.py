@@ -1,4 +1,4 @@
-"""Trains on two ranks, as a script; keeps what each rank was given and what came out."""
+"""A script that trains on two ranks, and saves the micro-batches and the results of each rank."""
 
 from __future__ import annotations
 
@@ -28,27 +28,27 @@ from tests.helpers.forks import on_two_ranks
 from tests.helpers.small_rewards import Brightness, Contrast, Redness
 
 STEPS = 5
-"""Optimizer steps, one a round: with a refresh every other one, both kinds occur."""
+"""Optimizer steps, one per round; with a refresh every other step, both kinds of steps occur."""
 
 
-class Keep(Callback):
-    """Remembers every micro-batch of this rank, round by round."""
+class Recorder(Callback):
+    """Records the micro-batches and image statistics of this rank, round by round."""
 
     def __init__(self) -> None:
         self.rounds: list[list[MicroBatch]] = []
-        self.looks: list[Tensor] = []
+        self.statistics: list[Tensor] = []
         """Image statistics of this rank's images, round by round."""
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: MicroBatch, batch_idx: int) -> None:
         if batch_idx == 0 and pl_module.image_statistics is not None:
-            self.looks.append(pl_module.image_statistics)
+            self.statistics.append(pl_module.image_statistics)
         if batch_idx == 0:
             self.rounds.append([])
         self.rounds[-1].append(batch)
 
 
 class Replay(DiffusionNFT):
-    """Trains on recorded micro-batches of several ranks instead of rounds of its own."""
+    """Trains on recorded micro-batches of several ranks instead of new rounds."""
 
     recorded: list[list[list[MicroBatch]]]
     """By rank and round."""
@@ -62,13 +62,13 @@ class Replay(DiffusionNFT):
     def _replay(self) -> Iterator[MicroBatch]:
         for rounds in self.recorded:
             for batch in rounds[self.current_epoch]:
-                # a rank's coefficients count for the mean over ranks; here is one process, whose gradients add up
-                shares = (each / len(self.recorded) for each in batch.coefficients)
+                # gradients are averaged over ranks, but summed over the batches of one process
+                shares = (coefficients / len(self.recorded) for coefficients in batch.coefficients)
                 yield MicroBatch(batch.clean, batch.noise, batch.t, batch.conditions, Coefficients(*shares))
 
 
 def train(kind: type[DiffusionNFT], checkpoints: Path, balancer: Balancer, recorded: Any = None, **options: Any) -> Any:
-    """Five optimizer steps; returns the module, what it was given, and what its alarms compare with."""
+    """Train five optimizer steps; returns the module, the recorder and the monitor of image drift."""
     module = kind(
         SD3Policy(str(checkpoints / "sd3"), resolution=16, rank=2, alpha=4, text_length=4, dtype="float32"),
         rewards={"bright": Brightness(), "red": Redness(), "contrast": Contrast()},
@@ -79,37 +79,39 @@ def train(kind: type[DiffusionNFT], checkpoints: Path, balancer: Balancer, recor
         optimizer=lambda parameters: torch.optim.SGD(parameters, lr=10.0),
     )
     module.recorded = recorded  # type: ignore[assignment]
-    kept, alarms = Keep(), ImageDriftMonitor()
+    recorder, monitor = Recorder(), ImageDriftMonitor()
     trainer = Trainer(
         accelerator="cpu", max_epochs=STEPS, logger=False, enable_checkpointing=False, enable_progress_bar=False,
-        enable_model_summary=False, callbacks=[balancer, kept, alarms], limit_val_batches=0, **options,
+        enable_model_summary=False, callbacks=[balancer, recorder, monitor], limit_val_batches=0, **options,
     )  # fmt: skip
     data = PromptDataModule(str(PROMPTS), ["ocr", "geneval"], prompts_per_round=4, images_per_prompt=3)
     trainer.fit(module, datamodule=data)
-    return module, kept, alarms
+    return module, recorder, monitor
 
 
 def method(name: str) -> Balancer:
-    """A balancer that both refreshes and reuses in five steps, where it looks at gradients at all."""
-    found: type[Balancer] = getattr(balancers, name)
-    return found() if name == "WeightedSum" else found(refresh_every=2, ema_decay=0.5)
+    """A balancer; a gradient method both refreshes and reuses its weights within five steps."""
+    kind: type[Balancer] = getattr(balancers, name)
+    return kind() if name == "WeightedSum" else kind(refresh_every=2, ema_decay=0.5)
 
 
 def on_a_rank(name: str, checkpoints: Path, folder: Path) -> None:
-    module, kept, alarms = train(DiffusionNFT, checkpoints, method(name), devices=2, strategy="ddp", default_root_dir=folder)
+    module, recorder, monitor = train(
+        DiffusionNFT, checkpoints, method(name), devices=2, strategy="ddp", default_root_dir=folder
+    )
     result = {
-        "rounds": kept.rounds,
+        "rounds": recorder.rounds,
         "parameters": [parameter.detach() for parameter in module.trainable],
-        "looks": kept.looks,
-        "reference": alarms.reference,
+        "statistics": recorder.statistics,
+        "reference": monitor.reference,
     }
     torch.save(result, folder / f"{name}_{module.global_rank}.pt")
 
 
 if __name__ == "__main__":
     warnings.filterwarnings("ignore")
-    given, kept_in, *names = sys.argv[1:]
-    for each in names:
-        run = partial(on_a_rank, each, Path(given), Path(kept_in))
-        if any(on_two_ranks(run, said := Path(kept_in, each))):
-            sys.exit(said.with_suffix(".0").read_text()[-3000:])
+    checkpoints, folder, *names = sys.argv[1:]
+    for name in names:
+        run = partial(on_a_rank, name, Path(checkpoints), Path(folder))
+        if any(on_two_ranks(run, output := Path(folder, name))):
+            sys.exit(output.with_suffix(".0").read_text()[-3000:])

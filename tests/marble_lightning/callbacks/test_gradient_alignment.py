@@ -1,4 +1,4 @@
-"""Probes measure the update that is applied, and leave no trace in it."""
+"""Probes use the update that is applied, and do not change it."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ pytestmark = [pytest.mark.filterwarnings(f"ignore:{known}") for known in QUIET]
 
 
 class Probes(Callback):
-    """Keeps what `probe` finds before every optimizer step, and the update it was asked about."""
+    """Keeps the figures of a probe before every optimizer step, and the update."""
 
     def __init__(self) -> None:
-        self.found: list[Any] = []
+        self.figures: list[Any] = []
         self.updates: list[Any] = []
 
     def on_before_optimizer_step(self, trainer, pl_module, optimizer):
-        self.found.append(probe(pl_module, trainer.global_step))
+        self.figures.append(probe(pl_module, trainer.global_step))
         self.updates.append(update_of(pl_module))
 
 
@@ -35,71 +35,71 @@ class Probes(Callback):
 def test_a_probe_changes_nothing(checkpoints, tmp_path, balancer):
     plain, _ = run(checkpoints, tmp_path, balancer(), rounds=3)
     probed, _ = run(checkpoints, tmp_path, balancer(), rounds=3, callbacks=[Probes()])
-    for ours, theirs in zip(plain.trainable, probed.trainable, strict=True):
-        assert torch.equal(ours, theirs)
+    for expected, actual in zip(plain.trainable, probed.trainable, strict=True):
+        assert torch.equal(expected, actual)
 
 
-def test_a_probe_of_own_pictures_against_plain_autograd(checkpoints, tmp_path):
-    """On a step whose rewards are kept apart, the gradients a probe finds are those of the step."""
+def test_a_probe_of_own_images_against_plain_autograd(checkpoints, tmp_path):
+    """On a step with per-reward gradients, a probe uses the gradients of the step."""
     probes = Probes()
-    module, kept = run(checkpoints, tmp_path, FixedWeights(), rounds=2, kl_weight=0.5, callbacks=[probes])
+    module, recorded = run(checkpoints, tmp_path, FixedWeights(), rounds=2, kl_weight=0.5, callbacks=[probes])
     for step in range(2):
-        gradients, _ = reference(module, kept, step)
-        torch.testing.assert_close(probes.updates[step], kept.gradients[step], rtol=1e-5, atol=1e-7)
+        gradients, _ = reference(module, recorded, step)
+        torch.testing.assert_close(probes.updates[step], recorded.gradients[step], rtol=1e-5, atol=1e-7)
         units = gradients / gradients.norm(dim=1, keepdim=True)
-        directions = {"update": kept.gradients[step], "mean": gradients.mean(0), "unit_mean": units.mean(0)}
-        found = probes.found[step]["own"]
+        directions = {"update": recorded.gradients[step], "mean": gradients.mean(0), "unit_mean": units.mean(0)}
+        figures = probes.figures[step]["own"]
         for name, value in agreement(directions, gradients).items():
-            assert found[name] == pytest.approx(value, abs=1e-3)
-        assert found["chance"] == pytest.approx(conflict_by_chance(gram_matrix(gradients)), abs=1e-2)
-        assert -0.5 < found["random/cos_min"] < 0.5
+            assert figures[name] == pytest.approx(value, abs=1e-3)
+        assert figures["chance"] == pytest.approx(conflict_by_chance(gram_matrix(gradients)), abs=1e-2)
+        assert -0.5 < figures["random/cos_min"] < 0.5
 
 
-def test_the_update_of_a_refresh_is_what_the_optimizer_gets(checkpoints, tmp_path):
+def test_the_update_of_a_refresh_is_the_optimizers_gradient(checkpoints, tmp_path):
     probes = Probes()
-    _, kept = run(checkpoints, tmp_path, MARBLE(refresh_every=2), rounds=3, kl_weight=0.5, callbacks=[probes])
-    for update, gradient in zip(probes.updates, kept.gradients, strict=True):
+    _, recorded = run(checkpoints, tmp_path, MARBLE(refresh_every=2), rounds=3, kl_weight=0.5, callbacks=[probes])
+    for update, gradient in zip(probes.updates, recorded.gradients, strict=True):
         torch.testing.assert_close(update, gradient)
-    solved = probes.found[0]["own"]
+    solved = probes.figures[0]["own"]
     assert solved["update/cos_min"] > 0 or solved["mean/cos_min"] > 0
 
 
-def test_update_and_plain_mean_are_judged_by_the_same_fresh_gradients(checkpoints, tmp_path):
-    """Uniform weights without a KL term make the update the plain mean, so the two must fare alike in every place."""
+def test_update_and_mean_are_compared_with_the_same_fresh_gradients(checkpoints, tmp_path):
+    """Uniform weights without a KL term make the update the mean, so both must have the same figures."""
     probes = Probes()
     run(checkpoints, tmp_path, FixedWeights(), rounds=2, kl_weight=0.0, callbacks=[probes])
-    for found in probes.found:
-        for figures in found.values():
-            for what in ("cos_min", "cos_mean", "cos_var"):
-                assert figures[f"update/{what}"] == pytest.approx(figures[f"mean/{what}"], abs=1e-5)
+    for by_place in probes.figures:
+        for figures in by_place.values():
+            for name in ("cos_min", "cos_mean", "cos_var"):
+                assert figures[f"update/{name}"] == pytest.approx(figures[f"mean/{name}"], abs=1e-5)
 
 
-def test_the_probed_sum_of_rewards_is_what_the_weighted_sum_trains_on(checkpoints, tmp_path):
+def test_the_weighted_sum_of_a_probe_is_the_gradient_of_the_balancer(checkpoints, tmp_path):
     """The paper's baseline: one advantage of the summed rewards, not the mean of each reward's gradient."""
     probes = Probes()
     run(checkpoints, tmp_path, WeightedSum(), rounds=2, kl_weight=0.0, callbacks=[probes])
     differences = []
-    for figures in (figures for found in probes.found for figures in found.values()):
-        for what in ("cos_min", "cos_mean", "cos_var"):
-            assert figures[f"weighted_sum/{what}"] == pytest.approx(figures[f"update/{what}"], abs=1e-5)
-            differences.append(abs(figures[f"weighted_sum/{what}"] - figures[f"mean/{what}"]))
+    for figures in (figures for by_place in probes.figures for figures in by_place.values()):
+        for name in ("cos_min", "cos_mean", "cos_var"):
+            assert figures[f"weighted_sum/{name}"] == pytest.approx(figures[f"update/{name}"], abs=1e-5)
+            differences.append(abs(figures[f"weighted_sum/{name}"] - figures[f"mean/{name}"]))
     assert max(differences) > 1e-2
 
 
-def test_a_skipped_update_has_no_harmony(checkpoints, tmp_path):
+def test_a_skipped_update_has_no_figures(checkpoints, tmp_path):
     module, _ = run(checkpoints, tmp_path, WeightedSum())
     module.trainable[0].grad.fill_(torch.inf)
     assert probe(module, 0) == {}
 
 
-def test_a_fresh_round_is_another_one(checkpoints, tmp_path):
+def test_a_fresh_round_is_independent(checkpoints, tmp_path):
     probes = Probes()
     run(checkpoints, tmp_path, WeightedSum(), rounds=2, callbacks=[probes])
-    assert all(found["own"] != found["fresh"] for found in probes.found)
-    assert probes.found[0]["fresh"] != probes.found[1]["fresh"]
+    assert all(by_place["own"] != by_place["fresh"] for by_place in probes.figures)
+    assert probes.figures[0]["fresh"] != probes.figures[1]["fresh"]
 
 
-def test_what_a_refresh_logs():
+def test_metrics_of_a_refresh():
     balancer = MARBLE()
     balancer.bind(["a", "b", "c"])
     balancer.begin_step(1)
@@ -113,11 +113,11 @@ def test_what_a_refresh_logs():
     assert figures["alpha_age/a"] == 0
     assert figures["harmony/update/cos_min"] == pytest.approx(0.5**0.5)
     assert figures["harmony/update/conflict_rate"] == 0
-    picture = cosine_heatmap(gram / gram.diagonal().sqrt().outer(gram.diagonal().sqrt()), balancer.names)
-    assert picture.shape[0] == 3 and 0 <= picture.min() < picture.max() <= 1
+    figure = cosine_heatmap(gram / gram.diagonal().sqrt().outer(gram.diagonal().sqrt()), balancer.names)
+    assert figure.shape[0] == 3 and 0 <= figure.min() < figure.max() <= 1
 
 
-def test_probes_too_often():
+def test_probe_every_must_be_positive():
     with pytest.raises(ValueError, match="`harmony.probe_every` must be >= 1, or null"):
         Harmony(probe_every=0)
 

@@ -1,4 +1,4 @@
-"""Checkpoint files: whole or not there at all, damage told by name, the last one found."""
+"""Checkpoint files: atomic writing, errors that name damaged files, and look-up of the last one."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ STATE = {
     "base_scores": None, "callbacks": {}, "optimizer_states": [{"state": {0: {"step": torch.ones(())}}}],
     "lr_schedulers": [],
 }  # fmt: skip
-"""As little as `fit` could write."""
+"""A minimal checkpoint of `fit`."""
 
 
 def written(path: Path, age: int = 0, state: Any = STATE) -> Path:
-    """A checkpoint that was written so many seconds ago."""
+    """Write a checkpoint with a modification time `age` seconds ago."""
     WholeCheckpointIO().save_checkpoint(state, path)
     time = path.stat().st_mtime - age
     os.utime(path, (time, time))
@@ -39,29 +39,29 @@ def written(path: Path, age: int = 0, state: Any = STATE) -> Path:
 
 
 def test_a_checkpoint_is_read_back(tmp_path):
-    found = WholeCheckpointIO().load_checkpoint(written(tmp_path / "new/folder/one.ckpt"), weights_only=True)
-    assert differences(STATE, found) == []
+    loaded = WholeCheckpointIO().load_checkpoint(written(tmp_path / "new/folder/one.ckpt"), weights_only=True)
+    assert differences(STATE, loaded) == []
     assert [file.name for file in (tmp_path / "new/folder").iterdir()] == ["one.ckpt"]
 
 
-def test_no_flipped_byte_and_no_cut_goes_unnoticed(tmp_path):
-    """A file with one is refused, or holds the same as before: between its records there is room."""
-    whole, file = written(tmp_path / "whole.ckpt").read_bytes(), tmp_path / "hurt.ckpt"
-    unnoticed = 0
+def test_flipped_bytes_and_cuts_are_detected(tmp_path):
+    """A corrupt file is refused, or loads unchanged because the byte lies between two records."""
+    whole, file = written(tmp_path / "whole.ckpt").read_bytes(), tmp_path / "corrupt.ckpt"
+    undetected = 0
     for index in range(0, len(whole), 3):
         file.write_bytes(whole[:index])
         assert find_corruption(file)
         file.write_bytes(whole[:index] + bytes([whole[index] ^ 0x55]) + whole[index + 1 :])
         try:
-            found = WholeCheckpointIO().load_checkpoint(file)
+            loaded = WholeCheckpointIO().load_checkpoint(file)
         except ValueError:
             continue
-        assert differences(STATE, found) == []
-        unnoticed += 1
-    assert unnoticed < len(whole) / 6
+        assert differences(STATE, loaded) == []
+        undetected += 1
+    assert undetected < len(whole) / 6
 
 
-def test_a_write_that_is_cut_short_leaves_what_was_there(tmp_path, monkeypatch):
+def test_a_failed_write_keeps_the_old_file(tmp_path, monkeypatch):
     file = written(tmp_path / "one.ckpt")
 
     def half(state, stream):
@@ -75,20 +75,20 @@ def test_a_write_that_is_cut_short_leaves_what_was_there(tmp_path, monkeypatch):
     assert newest_usable(tmp_path / "other.ckpt") == file
 
 
-def test_a_link_leads_somewhere_at_any_moment(tmp_path, monkeypatch):
+def test_a_link_always_has_a_target(tmp_path, monkeypatch):
     one, two, link = written(tmp_path / "one.ckpt"), written(tmp_path / "two.ckpt"), tmp_path / "last.ckpt"
     point(link, one)
-    replace, seen = os.replace, []
+    replace, targets = os.replace, []
 
     def watched(old, new):
-        seen.append(link.resolve())
+        targets.append(link.resolve())
         replace(old, new)
-        seen.append(link.resolve())
+        targets.append(link.resolve())
 
     monkeypatch.setattr(os, "replace", watched)
     monkeypatch.setattr(os, "remove", None)
     point(link, two)
-    assert seen == [one, two] and os.readlink(link) == "two.ckpt"
+    assert targets == [one, two] and os.readlink(link) == "two.ckpt"
 
 
 def cut(file: Path) -> str:
@@ -108,29 +108,29 @@ def gone(file: Path) -> str:
     return "no such file from .*"
 
 
-@pytest.mark.parametrize("harm", [cut, flipped, gone])
-def test_a_damaged_checkpoint_is_named_and_the_newest_whole_one_offered(tmp_path, harm):
+@pytest.mark.parametrize("damage", [cut, flipped, gone])
+def test_errors_name_a_damaged_checkpoint_and_the_newest_usable_one(tmp_path, damage):
     folder = tmp_path / "version_1/checkpoints"
     damaged, before, _ = (written(folder / f"{age}.ckpt", age) for age in range(3))
     point(folder / "last.ckpt", damaged)
-    wrong = harm(damaged)
+    wrong = damage(damaged)
     with pytest.raises(ValueError, match=rf"Found {damaged}: {wrong}; give the newest whole one: --ckpt_path {before}"):
         WholeCheckpointIO().load_checkpoint(damaged)
-    wrong = "it points to 0.ckpt, which is gone" if harm is gone else wrong
+    wrong = "it points to 0.ckpt, which is gone" if damage is gone else wrong
     with pytest.raises(ValueError, match=rf"Found {folder}/last\.ckpt: {wrong}; .*--ckpt_path {before}"):
         WholeCheckpointIO().load_checkpoint(folder / "last.ckpt")
 
 
-@pytest.mark.parametrize("harm", [cut, gone])
+@pytest.mark.parametrize("damage", [cut, gone])
 @pytest.mark.parametrize("command", ["fit", "validate"])
-def test_a_damaged_checkpoint_is_named_on_the_command_line_too(small, tmp_path, command, harm):
-    """Where Lightning would read it first, unchecked."""
+def test_the_command_line_names_a_damaged_checkpoint(small, tmp_path, command, damage):
+    """Lightning alone would load the unchecked file first."""
     damaged, before = (written(tmp_path / f"{age}.ckpt", age) for age in range(2))
-    with pytest.raises(ValueError, match=rf"Found {damaged}: {harm(damaged)}; .*--ckpt_path {before}"):
+    with pytest.raises(ValueError, match=rf"Found {damaged}: {damage(damaged)}; .*--ckpt_path {before}"):
         main([command, *small, "--ckpt_path", str(damaged)])
 
 
-def test_what_is_no_checkpoint(small, tmp_path):
+def test_paths_that_are_not_checkpoints(small, tmp_path):
     folder = tmp_path / "version_0"
     file = written(folder / "checkpoints/round_0000.ckpt")
     point(folder / "checkpoints/last.ckpt", file)
@@ -145,8 +145,8 @@ def test_what_is_no_checkpoint(small, tmp_path):
 
 
 @pytest.mark.parametrize("content", [TO_EXPORT, TO_EVALUATE, TO_FIT], ids=["export", "validate", "fit"])
-def test_each_command_says_what_a_checkpoint_lacks(tmp_path, content):
-    """By one rule; a checkpoint of weights only may be evaluated and exported."""
+def test_each_command_names_missing_entries(tmp_path, content):
+    """A checkpoint with weights only can be evaluated and exported, but not resumed."""
     for name in content:
         file = written(tmp_path / "less.ckpt", state={key: value for key, value in STATE.items() if key != name})
         with pytest.raises(ValueError, match=rf"Found another program's, {file}: without {name}\."):
@@ -174,30 +174,30 @@ def test_each_command_says_what_a_checkpoint_lacks(tmp_path, content):
     ],
 )
 @pytest.mark.parametrize("command", ["fit", "validate"])
-def test_what_fit_did_not_write_is_refused_on_the_command_line(small, tmp_path, command, state, wrong):
-    file = written(tmp_path / "theirs.ckpt", state=state)
+def test_the_command_line_refuses_checkpoints_of_other_programs(small, tmp_path, command, state, wrong):
+    file = written(tmp_path / "foreign.ckpt", state=state)
     with pytest.raises(ValueError, match=rf"Found another program's, {file}: {wrong}"):
         main([command, *small, "--ckpt_path", str(file)])
 
 
 @pytest.mark.parametrize(
-    "hurt", [{"state_dict": {"weights": WEIGHTS / 0}}, {"optimizer_states": [{"state": {0: {"exp_avg": WEIGHTS / 0}}}]}]
+    "diverged", [{"state_dict": {"weights": WEIGHTS / 0}}, {"optimizer_states": [{"state": {0: {"exp_avg": WEIGHTS / 0}}}]}]
 )
-def test_a_diverged_checkpoint_is_refused_and_an_earlier_one_offered(tmp_path, hurt):
+def test_a_diverged_checkpoint_is_refused_and_an_earlier_one_offered(tmp_path, diverged):
     before = written(tmp_path / "before.ckpt", age=2)
-    written(tmp_path / "theirs.ckpt", age=1, state={"state_dict": {}})  # newer, but not one to go on from
-    file = written(tmp_path / "diverged.ckpt", state=STATE | hurt)
+    written(tmp_path / "foreign.ckpt", age=1, state={"state_dict": {}})  # newer, but not usable
+    file = written(tmp_path / "diverged.ckpt", state=STATE | diverged)
     with pytest.raises(ValueError, match=rf"Found others in 1 of 2 tensors of {file}.* diverged; .*--ckpt_path {before}$"):
         WholeCheckpointIO().load_checkpoint(file)
 
 
 def no_download(*arguments: Any, **options: Any) -> None:
-    pytest.fail("a file of elsewhere was loaded")
+    pytest.fail("a remote file was loaded")
 
 
 @pytest.mark.parametrize("url", ["http://elsewhere/a.ckpt", "s3://elsewhere/a.ckpt"])
 def test_a_url_is_not_loaded(small, tmp_path, monkeypatch, url):
-    """Lightning runs the code in such a file: it has torch load more than weights."""
+    """Lightning would run code in such a file, since it loads it with `weights_only=False`."""
     monkeypatch.setattr(torch.hub, "load_state_dict_from_url", no_download)
     for command in ("fit", "validate"):
         with pytest.raises(ValueError, match=f"`ckpt_path` must be a file on this machine.* Found the URL {url}"):
@@ -209,8 +209,8 @@ def test_a_url_is_not_loaded(small, tmp_path, monkeypatch, url):
 
 
 @pytest.mark.filterwarnings(*(f"ignore:{known}" for known in QUIET))
-def test_a_url_is_not_loaded_in_python_either(small, tmp_path, monkeypatch):
-    """By a trainer that was given no plugin."""
+def test_a_url_is_not_loaded_in_python(small, tmp_path, monkeypatch):
+    """The trainer has no plugin for checkpoints."""
     monkeypatch.setattr(torch.hub, "load_state_dict_from_url", no_download)
     cli = command_line(small, run=False)
     with pytest.raises(ValueError, match="Found the URL http://elsewhere/a.ckpt"):
@@ -225,7 +225,7 @@ def test_a_file_url_is_checked(tmp_path):
         WholeCheckpointIO().load_checkpoint(file.as_uri())
 
 
-def test_one_of_another_run_is_offered_where_its_own_has_no_other(tmp_path):
+def test_a_checkpoint_of_another_run_is_offered_if_the_run_has_no_other(tmp_path):
     before = written(tmp_path / "version_0/checkpoints/round_0003.ckpt", age=9)
     damaged = written(tmp_path / "version_1/checkpoints/round_0004.ckpt")
     cut(damaged)
@@ -235,7 +235,7 @@ def test_one_of_another_run_is_offered_where_its_own_has_no_other(tmp_path):
         WholeCheckpointIO().load_checkpoint(damaged)
 
 
-def test_last_is_the_newest_of_the_runs_of_that_name(tmp_path):
+def test_last_is_the_newest_of_all_runs_of_a_name(tmp_path):
     trainer = Trainer(logger=CSVLogger(tmp_path, "name"), accelerator="cpu")
     assert folder_of_runs(trainer) == tmp_path / "name" and last_of(trainer) is None
     for version, age in enumerate((30, 10, 20)):
@@ -258,7 +258,7 @@ def test_settings_out_of_range(settings, message):
 
 
 def test_last_from_the_command_line(checkpoints, tmp_path, caplog, capsys):
-    """With nothing there it begins anew and says so; with a damaged one it names another, which is gone on from."""
+    """Without a checkpoint the run starts with a warning; with a damaged one the error names another one to resume from."""
     run = [*options(checkpoints, tmp_path), "--ckpt_path", "last"]
     with pytest.raises(ValueError, match=rf"Found `last`, and no run in {tmp_path}/tiny has a last\.ckpt"):
         main(["validate", *run])
@@ -266,22 +266,22 @@ def test_last_from_the_command_line(checkpoints, tmp_path, caplog, capsys):
     assert f"no run in {tmp_path}/tiny has a last.ckpt yet, so this one begins with the first round" in caplog.text
     files = sorted(file.name for file in last(tmp_path).parent.iterdir())
     assert files == ["last.ckpt", "round_0001.ckpt", "round_0002.ckpt"]
-    whole = state(last(tmp_path))
+    complete = state(last(tmp_path))
     capsys.readouterr()
     main(["validate", *run])
-    assert "change" in capsys.readouterr().out  # beside the base, which the checkpoint has
+    assert "change" in capsys.readouterr().out  # from the base scores in the checkpoint
 
     cut(last(tmp_path).resolve())
     with pytest.raises(ValueError, match=r"last\.ckpt: its end is missing.*--ckpt_path \S+round_0001\.ckpt") as error:
         main(["fit", *run])
     main(["fit", *run[:-1], str(error.value).split()[-1]])
     newest = max(tmp_path.glob("tiny/*/checkpoints/last.ckpt"), key=lambda file: file.stat().st_mtime)
-    assert differences(whole, state(newest)) == []
+    assert differences(complete, state(newest)) == []
 
 
 @pytest.mark.parametrize("room_for", [1, 0])
 def test_a_full_disk(checkpoints, tmp_path, monkeypatch, caplog, room_for):
-    """The file that could not be written is named, and the newest one that is there."""
+    """Messages name the file that could not be written, and the newest existing one."""
     save, written_files = torch.save, []
 
     def full(state: Any, stream: Any) -> None:
@@ -298,17 +298,19 @@ def test_a_full_disk(checkpoints, tmp_path, monkeypatch, caplog, room_for):
     ):
         main(["fit", *options(checkpoints, tmp_path)])
     rounds = room_for + 1
-    lost = (
-        f"after {rounds} whole round(s), and that state is lost. The checkpoint {folder}/before_round_000{rounds}.ckpt must"
+    file = f"{folder}/before_round_000{rounds}.ckpt"
+    assert f"after {rounds} complete round(s), and that state is lost. The checkpoint {file} must" in caplog.text
+    newest = (
+        f"Resume from the newest checkpoint: --ckpt_path {folder}/round_0000.ckpt"
+        if room_for
+        else "There is none to resume from."
     )
-    assert lost in caplog.text
-    newest = f"is there: --ckpt_path {folder}/round_0000.ckpt" if room_for else "There is none to resume from."
     assert newest in caplog.text
     assert not room_for or find_corruption(last(tmp_path)) is None
     assert all(file.suffix == ".ckpt" for file in folder.glob("*"))
 
 
-def test_the_last_round_has_a_checkpoint_whatever_the_interval(checkpoints, tmp_path):
+def test_the_last_round_has_a_checkpoint_at_any_interval(checkpoints, tmp_path):
     main(["fit", *options(checkpoints, tmp_path, **{"checkpoints.every_n_rounds": 2})])
     files = sorted(file.name for file in last(tmp_path).parent.iterdir())
     assert files == ["last.ckpt", "round_0001.ckpt", "round_0002.ckpt"]

@@ -1,4 +1,4 @@
-"""Signals: where processes agree to stop, which signals are heard, and what a stopped process says."""
+"""Signals: common checks of processes, handlers, and exit statuses."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ from tests.helpers.small_runs import run
 
 
 class Strategy:
-    """Reduces over this process and one other, and counts how often it is asked to."""
+    """Reduces over this process and one other, and counts the reductions."""
 
     root_device = torch.device("cpu")
 
     def __init__(self, other: int = 0) -> None:
         self.other, self.calls = other, 0
 
-    def reduce(self, own, reduce_op):
+    def reduce(self, value, reduce_op):
         self.calls += 1
         assert reduce_op == "max"
-        return torch.maximum(own, torch.tensor(float(self.other)))
+        return torch.maximum(value, torch.tensor(float(self.other)))
 
 
 def trainer(world_size: int, per_step: int, strategy: Strategy, fn: str = "fit"):
@@ -44,18 +44,18 @@ def trainer(world_size: int, per_step: int, strategy: Strategy, fn: str = "fit")
 
 @pytest.fixture
 def handlers():
-    """Puts the process's handlers of signals back."""
-    kept = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)}
+    """Restores the handlers of signals."""
+    saved = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)}
     yield
-    for number, handler in kept.items():
+    for number, handler in saved.items():
         signal.signal(number, handler)
 
 
 @pytest.mark.parametrize(
     ("world_size", "per_step", "collectives"), [(2, 4, 24 // 4), (2, 24, 24 // MICRO_BATCHES), (2, 1, 24), (1, 4, 0)]
 )
-def test_processes_agree_every_few_micro_batches(world_size, per_step, collectives):
-    """As an agreement makes the device wait; one process needs none."""
+def test_processes_check_together_every_few_micro_batches(world_size, per_step, collectives):
+    """A common check makes the device wait; a single process needs none."""
     strategy = Strategy()
     for index in range(24):
         Stops().on_train_batch_start(trainer(world_size, per_step, strategy), None, None, index)
@@ -63,58 +63,58 @@ def test_processes_agree_every_few_micro_batches(world_size, per_step, collectiv
 
 
 def test_all_processes_stop_at_the_same_micro_batch():
-    """Whichever was asked, and wherever it was."""
-    places = []
-    for asked, other in ((0, 1000 + signal.SIGTERM), (1000 + signal.SIGTERM, 0)):
+    """Whichever process received the signal."""
+    stopped = []
+    for requested, other in ((0, 1000 + signal.SIGTERM), (1000 + signal.SIGTERM, 0)):
         stops, strategy = Stops(), Strategy()
         for index in range(24):
             if index == 9:
-                stops.asked, strategy.other = asked, other
+                stops.requested, strategy.other = requested, other
             try:
                 stops.on_train_batch_start(trainer(2, 24, strategy), None, None, index)
             except Stopped as end:
-                places.append((index, status(end)))
+                stopped.append((index, status(end)))
                 break
-    assert places == [(16, 143), (16, 143)]
+    assert stopped == [(16, 143), (16, 143)]
 
 
 def test_a_single_process_stops_before_the_next_micro_batch():
     stops = Stops()
-    stops.asked = 1000 + signal.SIGHUP
+    stops.requested = 1000 + signal.SIGHUP
     with pytest.raises(Stopped) as end:
         stops.on_train_batch_start(trainer(1, 24, Strategy()), None, None, 5)
     assert status(end.value) == 129
 
 
-def test_a_signal_that_ends_counts_more_than_one_that_queues_again():
+def test_a_signal_that_ends_the_run_takes_precedence_over_requeueing():
     stops = Stops()
-    stops.asked = signal.SIGUSR1
+    stops.requested = signal.SIGUSR1
     with pytest.raises(Stopped) as end:
         stops.end_if_asked(trainer(2, 1, Strategy(1000 + signal.SIGHUP)))
-    assert (end.value.signal, end.value.queue_again) == (signal.SIGHUP, False)
+    assert (end.value.signal, end.value.requeue) == (signal.SIGHUP, False)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
-def test_a_signal_is_only_taken_note_of(handlers, number):
+def test_handlers_only_record_a_signal(handlers, number):
     signal.signal(signal.SIGINT, signal.default_int_handler)
     stops = Stops()
     stops.on_train_start(trainer(1, 1, Strategy()), None)
     os.kill(os.getpid(), number)
-    assert stops.asked == 1000 + number
-    # the second Ctrl-C is the system's business, so that it ends a process that waits for another one
+    assert stops.requested == 1000 + number
+    # the second Ctrl-C has the default handler, so that it also ends a process that waits for another one
     assert (signal.getsignal(signal.SIGINT) is signal.SIG_DFL) == (number == signal.SIGINT)
 
 
-def test_signals_that_are_ignored_stay_so(handlers):
-    """Under nohup, and in a shell's background."""
+def test_ignored_signals_stay_ignored(handlers):
+    """As under nohup, and for a background process of a shell."""
     for number in (signal.SIGHUP, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
     Stops().on_train_start(trainer(1, 1, Strategy()), None)
     assert {signal.getsignal(number) for number in (signal.SIGHUP, signal.SIGINT)} == {signal.SIG_IGN}
 
 
-def test_ctrl_c_before_a_run_begins_has_its_status_too(monkeypatch):
-    """Lightning makes a 1 of it."""
+def test_the_exit_status_of_ctrl_c_before_a_run_begins(monkeypatch):
+    """Lightning would exit with status 1."""
 
     def interrupted(_):
         try:
@@ -130,7 +130,7 @@ def test_ctrl_c_before_a_run_begins_has_its_status_too(monkeypatch):
 
 @pytest.mark.filterwarnings(*(f"ignore:{known}" for known in cli.QUIET))
 @pytest.mark.parametrize("overlap", [True, False])
-def test_a_reward_that_hangs_does_not_hold_up_a_stop(checkpoints, tmp_path, monkeypatch, handlers, overlap):
+def test_a_hanging_reward_does_not_delay_a_stop(checkpoints, tmp_path, monkeypatch, handlers, overlap):
     def hang(self, *, images, prompts):
         os.kill(os.getpid(), signal.SIGTERM)
         ended.wait(60)

@@ -1,4 +1,4 @@
-"""Results as files, and runs side by side."""
+"""Result files, and comparison of runs."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 import torch
 from scipy.stats import zscore
 
-from marble_lightning.evaluation.comparison import check_comparable, compared, scorer_differences, z_scores
+from marble_lightning.evaluation.comparison import check_comparable, compare_runs, scorer_differences, z_scores
 from marble_lightning.evaluation.results import HeldOutScores, document, read, write
 from marble_lightning.evaluation.tables import comparison_table
 from rewards import JPEGCompressibility, Prompt, Reward
@@ -21,13 +21,13 @@ NAN = math.nan
 
 
 class Tagged(Brightness):
-    """Tells prompts apart by their last word."""
+    """Its tag is the last word of the prompt."""
 
     def tag(self, prompt: Prompt) -> str:
         return prompt.text.split()[-1]
 
 
-JUDGES: dict[str, Reward] = {"ocr": Brightness(), "geneval": Tagged()}
+REWARD_MODELS: dict[str, Reward] = {"ocr": Brightness(), "geneval": Tagged()}
 PROMPTS = dict(
     enumerate([Prompt("one red", "a"), Prompt("two blue", "b"), Prompt("three red", "b"), Prompt("four red", "b")])
 )
@@ -36,35 +36,37 @@ SETTINGS = {"steps": 24, "seed": 0}
 
 
 def results(scores: torch.Tensor = SCORES, base: torch.Tensor | None = None, **settings: Any) -> dict[str, Any]:
-    return document(HeldOutScores(JUDGES, PROMPTS, scores, base).sampled(), judged={}, settings={**SETTINGS, **settings})
+    return document(
+        HeldOutScores(REWARD_MODELS, PROMPTS, scores, base).sampled(), judged={}, settings={**SETTINGS, **settings}
+    )
 
 
-def test_means_by_set_and_over_all_by_tag_and_prompt():
-    found = results(base=SCORES - torch.tensor([[0.5, 0.0], [0.0, 0.25], [1.5, 0.25], [0.0, 0.0]]))
-    assert found["sets"]["a"]["ocr"] == {
+def test_means_by_set_and_tag_and_scores_by_prompt():
+    content = results(base=SCORES - torch.tensor([[0.5, 0.0], [0.0, 0.25], [1.5, 0.25], [0.0, 0.0]]))
+    assert content["sets"]["a"]["ocr"] == {
         "mean": 1.0, "error": None, "n": 1,
         "base": {"mean": 0.5, "error": None, "n": 1}, "change": {"mean": 0.5, "error": None, "n": 1},
     }  # fmt: skip
-    assert found["sets"]["b"]["geneval"]["mean"] == 0.5
-    assert found["sets"]["b"]["geneval"]["error"] == pytest.approx(0.25)
-    assert found["all"]["ocr"]["n"] == 2 and found["all"]["ocr"]["change"]["mean"] == 1.0
-    assert found["tags"] == {
+    assert content["sets"]["b"]["geneval"]["mean"] == 0.5
+    assert content["sets"]["b"]["geneval"]["error"] == pytest.approx(0.25)
+    assert content["all"]["ocr"]["n"] == 2 and content["all"]["ocr"]["change"]["mean"] == 1.0
+    assert content["tags"] == {
         "geneval": {
             "red": {"mean": 0.625, "error": pytest.approx(0.125), "n": 2},
             "blue": {"mean": 0.25, "error": None, "n": 1},
             "mean_of_tags": {"mean": 0.4375},
         },
     }
-    assert [each["index"] for each in found["prompts"]] == [0, 1, 2]  # nothing is known of the last one
-    assert found["prompts"][1] == {
+    assert [prompt["index"] for prompt in content["prompts"]] == [0, 1, 2]  # the last one has no score
+    assert content["prompts"][1] == {
         "index": 1, "set": "b", "prompt": "two blue", "scores": {"geneval": 0.25}, "base": {"geneval": 0.0}
     }  # fmt: skip
 
 
-def test_files_hold_the_same_and_are_read_back(tmp_path):
-    found = results(torch.tensor([[1.0, 0.5], [NAN, 0.25], [NAN, 0.75], [NAN, 0.0]]))
-    write(tmp_path / "run", found)
-    assert read(tmp_path / "run") == read(tmp_path / "run/results.json") == found
+def test_files_are_read_back(tmp_path):
+    content = results(torch.tensor([[1.0, 0.5], [NAN, 0.25], [NAN, 0.75], [NAN, 0.0]]))
+    write(tmp_path / "run", content)
+    assert read(tmp_path / "run") == read(tmp_path / "run/results.json") == content
     with (tmp_path / "run/results.csv").open() as file:
         rows = list(csv.reader(file))
     assert rows[:4] == [
@@ -77,7 +79,7 @@ def test_files_hold_the_same_and_are_read_back(tmp_path):
 
 
 @pytest.mark.parametrize("content", ["not JSON", "[]", '{"settings": {}}'])
-def test_what_is_no_results_file_is_named(tmp_path, content):
+def test_other_files_are_refused(tmp_path, content):
     with pytest.raises(ValueError, match="Found no file .*results.json"):
         read(tmp_path)
     (tmp_path / "results.json").write_text(content)
@@ -85,36 +87,38 @@ def test_what_is_no_results_file_is_named(tmp_path, content):
         read(tmp_path)
 
 
-def test_results_of_before_that_name_modules_are_comparable(tmp_path):
+def test_earlier_results_with_module_names_are_comparable(tmp_path):
     reward_models: dict[str, Reward] = {"ocr": JPEGCompressibility(), "geneval": Tagged()}
-    ours = document(HeldOutScores(reward_models, PROMPTS, SCORES, None).sampled(), judged={}, settings=SETTINGS)
-    assert ours["judges"]["ocr"]["class"] == "rewards.JPEGCompressibility"
-    write(tmp_path, ours)
+    this = document(HeldOutScores(reward_models, PROMPTS, SCORES, None).sampled(), judged={}, settings=SETTINGS)
+    assert this["judges"]["ocr"]["class"] == "rewards.JPEGCompressibility"
+    write(tmp_path, this)
     file = tmp_path / "results.json"
     file.write_text(file.read_text().replace("rewards.JPEGCompressibility", "rewards.jpeg.JPEGCompressibility"))
-    check_comparable(ours, read(file), "earlier", ["ocr"])
-    assert scorer_differences(ours, read(file), ["ocr"]) == []
+    check_comparable(this, read(file), "earlier", ["ocr"])
+    assert scorer_differences(this, read(file), ["ocr"]) == []
 
 
 def test_the_composite_is_the_mean_of_z_scores():
     scores = [SCORES, SCORES + torch.tensor([0.5, -0.1]), SCORES * torch.tensor([2.0, 1.5])]
-    runs = {str(index): results(each) for index, each in enumerate(scores)}
-    means = torch.tensor([[run["all"][name]["mean"] for name in JUDGES] for run in runs.values()], dtype=torch.float64)
-    found = compared(runs, list(JUDGES))
+    runs = {str(index): results(of_run) for index, of_run in enumerate(scores)}
+    means = torch.tensor(
+        [[run["all"][name]["mean"] for name in REWARD_MODELS] for run in runs.values()], dtype=torch.float64
+    )
+    comparison = compare_runs(runs, list(REWARD_MODELS))
     expected = zscore(means.numpy(), axis=0).mean(1)
-    assert [run["composite"] for run in found] == pytest.approx(expected.tolist())
+    assert [run["composite"] for run in comparison] == pytest.approx(expected.tolist())
     assert sum(expected) == pytest.approx(0)
-    assert [run["means"]["ocr"] for run in found] == pytest.approx(means[:, 0].tolist())
-    only = compared(runs, ["geneval"])
-    assert [run["composite"] for run in only] == pytest.approx(zscore(means[:, 1].numpy()).tolist())
-    assert comparison_table(found).row_count == 3
+    assert [run["means"]["ocr"] for run in comparison] == pytest.approx(means[:, 0].tolist())
+    one_column = compare_runs(runs, ["geneval"])
+    assert [run["composite"] for run in one_column] == pytest.approx(zscore(means[:, 1].numpy()).tolist())
+    assert comparison_table(comparison).row_count == 3
 
 
-def test_rewards_on_which_runs_agree_do_not_count():
+def test_rewards_with_equal_means_do_not_count():
     means = torch.tensor([[1.0, 5.0], [3.0, 5.0 + 1e-6]], dtype=torch.float64)
     torch.testing.assert_close(z_scores(means)[:, 0], torch.tensor([-1.0, 1.0], dtype=torch.float64))
     assert z_scores(means)[:, 1].isnan().all()
-    same = compared({"a": results(), "b": results()}, list(JUDGES))
+    same = compare_runs({"a": results(), "b": results()}, list(REWARD_MODELS))
     assert [run["composite"] for run in same] == [None, None]
     json.dumps(same, allow_nan=False)
 
@@ -130,7 +134,7 @@ OTHER_PROMPT = {**PROMPTS, 1: Prompt("two green", "b")}
         (results(resolution=512), "with resolution 512 instead of None"),
         (results(SCORES.clone().fill_(1.0)), "with 4 prompts instead of 3"),
         (
-            document(HeldOutScores(JUDGES, OTHER_PROMPT, SCORES).sampled(), settings=SETTINGS),
+            document(HeldOutScores(REWARD_MODELS, OTHER_PROMPT, SCORES).sampled(), settings=SETTINGS),
             "with prompt 1 'two green' of 'b' instead of prompt 1 'two blue' of 'b'",
         ),
         (
@@ -140,23 +144,23 @@ OTHER_PROMPT = {**PROMPTS, 1: Prompt("two green", "b")}
         (results(torch.where(torch.tensor([True, False]), torch.nan, SCORES)), "Found none of ocr in that one"),
     ],
 )
-def test_runs_measured_otherwise_are_refused_with_what_differs(other, message):
+def test_runs_with_other_settings_are_refused(other, message):
     with pytest.raises(ValueError) as error:
-        check_comparable(results(), other, "that one", list(JUDGES))
+        check_comparable(results(), other, "that one", list(REWARD_MODELS))
     assert message in str(error.value) and "`results.compare_with`" in str(error.value)
 
 
-def test_a_run_measured_the_same_way_is_comparable():
-    check_comparable(results(), results(SCORES + 1), "that one", list(JUDGES))
+def test_runs_with_the_same_settings_are_comparable():
+    check_comparable(results(), results(SCORES + 1), "that one", list(REWARD_MODELS))
 
 
-def test_another_judge_under_the_same_name():
-    """Another class is refused; other settings are told, since weights may have moved."""
-    ours, theirs, kind = results(), results(), next(iter(JUDGES))
-    theirs["judges"] = {**ours["judges"], kind: {**ours["judges"][kind], "class": "mine.Another"}}
-    with pytest.raises(ValueError, match=rf"with {kind} by mine\.Another instead of tests"):
-        check_comparable(ours, theirs, "that one", list(JUDGES))
-    theirs["judges"][kind] = {**ours["judges"][kind], "path": "elsewhere"}
-    check_comparable(ours, theirs, "that one", list(JUDGES))
-    assert scorer_differences(ours, theirs, list(JUDGES)) == [f"{kind}.path elsewhere instead of None"]
-    assert scorer_differences(ours, theirs, list(JUDGES)[1:]) == []
+def test_another_reward_model_under_the_same_name():
+    """Another class is refused. Other settings are reported, since only the path of the weights may differ."""
+    this, other, name = results(), results(), next(iter(REWARD_MODELS))
+    other["judges"] = {**this["judges"], name: {**this["judges"][name], "class": "mine.Another"}}
+    with pytest.raises(ValueError, match=rf"with {name} by mine\.Another instead of tests"):
+        check_comparable(this, other, "that one", list(REWARD_MODELS))
+    other["judges"][name] = {**this["judges"][name], "path": "elsewhere"}
+    check_comparable(this, other, "that one", list(REWARD_MODELS))
+    assert scorer_differences(this, other, list(REWARD_MODELS)) == [f"{name}.path elsewhere instead of None"]
+    assert scorer_differences(this, other, list(REWARD_MODELS)[1:]) == []

@@ -38,8 +38,8 @@ def test_a_run_that_diverges_keeps_its_last_finite_checkpoint(checkpoints, tmp_p
         fit_with(options(checkpoints, tmp_path, **explodes))
     file = last(tmp_path).resolve()
     assert file.stem == left and is_usable(file) and state(file)["global_step"] == rounds * steps
-    assert f"Stopped after {rounds} whole round(s). Go on from there: --ckpt_path {file}" in caplog.text
-    assert all(is_usable(path) for path in file.parent.glob("*.ckpt"))
+    assert f"Stopped after {rounds} complete round(s). Resume from there: --ckpt_path {file}" in caplog.text
+    assert all(is_usable(each) for each in file.parent.glob("*.ckpt"))
 
 
 def test_non_finite_images_raise_diverged_and_no_reward_error(checkpoints, tmp_path, monkeypatch):

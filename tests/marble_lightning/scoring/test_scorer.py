@@ -1,4 +1,4 @@
-"""Scores gathered in the background, and what happens where a reward fails."""
+"""Scoring in the background, and failures of rewards."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Even(Brightness):
 
 
 class Broken(Brightness):
-    """Fails on some prompts, by an exception or an infinity."""
+    """Fails on some prompts, with an exception or an infinite score."""
 
     def __init__(self, texts=(), infinite=False):
         super().__init__()
@@ -46,7 +46,7 @@ class Broken(Brightness):
 
 
 class Flaky(Brightness):
-    """Cannot be reached the first few times."""
+    """Fails to connect the first few times."""
 
     def __init__(self, times):
         super().__init__()
@@ -59,23 +59,23 @@ class Flaky(Brightness):
         return super().score(images=images, prompts=prompts)
 
 
-class Held(Brightness):
-    """Waits until it is let go, or for ever on some prompts."""
+class Blocked(Brightness):
+    """Waits for an event, or forever on some prompts."""
 
     def __init__(self, stuck=()):
         super().__init__()
-        self.let_go, self.stuck, self.threads = threading.Event(), stuck, set()
+        self.released, self.stuck, self.threads = threading.Event(), stuck, set()
 
     def score(self, *, images, prompts):
         self.threads.add(threading.current_thread().name)
         if any(prompt.text in self.stuck for prompt in prompts):
             threading.Event().wait()
-        self.let_go.wait(10)
+        self.released.wait(10)
         return super().score(images=images, prompts=prompts)
 
 
 class Ranks:
-    """Stands for the strategy: what other ranks counted is given beforehand."""
+    """A strategy with given counts of the other ranks."""
 
     root_device = torch.device("cpu")
 
@@ -88,14 +88,14 @@ class Ranks:
 
 
 def scores(rewards, folder=Path(), size=2, **settings):
-    """Scores in batches, and how many images each reward failed on."""
+    """Score in batches; returns the scores and the number of images that each reward failed on."""
     scorer = Scorer(rewards, Scoring(**settings))
     scorer.setup(folder, "")
     for start in range(0, 6, size):
         scorer.submit(IMAGES[start : start + size], PROMPTS[start : start + size], rewards)
-    found = scorer.collect()
+    result = scorer.collect()
     assert all(seconds > 0 for seconds in scorer.seconds.values())
-    return found, scorer.check(Ranks())
+    return result, scorer.check(Ranks())
 
 
 @pytest.fixture(autouse=True)
@@ -106,22 +106,22 @@ def _no_pauses(monkeypatch):
 
 @pytest.mark.parametrize("overlap", [True, False])
 def test_scores_are_in_the_order_of_submission(overlap):
-    found, skipped = scores({"bright": Brightness(), "even": Even()}, overlap=overlap)
+    result, skipped = scores({"bright": Brightness(), "even": Even()}, overlap=overlap)
     bright = IMAGES.mean((1, 2, 3))
-    torch.testing.assert_close(found[:, 0], bright)
-    torch.testing.assert_close(found[:, 1], torch.where(torch.arange(6) % 2 == 0, bright, torch.nan), equal_nan=True)
+    torch.testing.assert_close(result[:, 0], bright)
+    torch.testing.assert_close(result[:, 1], torch.where(torch.arange(6) % 2 == 0, bright, torch.nan), equal_nan=True)
     assert skipped == {"bright": 0, "even": 0}
 
 
 def test_submitting_does_not_wait_and_rewards_do_not_wait_for_each_other():
-    one, other = Held(), Held()
+    one, other = Blocked(), Blocked()
     scorer = Scorer({"one": one, "other": other}, Scoring())
     for _ in range(2):
-        scorer.submit(IMAGES, PROMPTS, ["one", "other"])  # would never return here if it waited
-    other.let_go.set()
+        scorer.submit(IMAGES, PROMPTS, ["one", "other"])  # would block here if it waited
+    other.released.set()
     while not (one.threads and other.threads):
         time.sleep(0)
-    one.let_go.set()
+    one.released.set()
     assert scorer.collect().shape == (12, 2)
     assert len(one.threads) == len(other.threads) == 1 and one.threads != other.threads
     assert threading.current_thread().name not in one.threads
@@ -138,7 +138,7 @@ def test_a_reward_keeps_its_thread():
 
 @pytest.mark.parametrize("infinite", [True, False])
 @pytest.mark.parametrize("overlap", [True, False])
-def test_a_failing_reward_is_named_with_prompt_and_picture(tmp_path, infinite, overlap):
+def test_a_failing_reward_is_named_with_prompt_and_image(tmp_path, infinite, overlap):
     rewards = {"bright": Brightness(), "spelling": Broken(["image 3"], infinite)}
     with pytest.raises(
         RewardError, match=r"`rewards\.spelling` .*'image 3' .*(ZeroDivisionError|Found inf)?.*on_error: skip"
@@ -149,12 +149,12 @@ def test_a_failing_reward_is_named_with_prompt_and_picture(tmp_path, infinite, o
     assert saved.size == (4, 4) and saved.getpixel((0, 0)) == (153, 153, 153)  # 3 / 5 of white
 
 
-def test_skipping_loses_only_the_pictures_it_fails_on(tmp_path, caplog):
+def test_skipping_loses_only_the_failed_images(tmp_path, caplog):
     rewards = {"bright": Brightness(), "spelling": Broken(["image 3"])}
-    found, skipped = scores(rewards, tmp_path, size=3, on_error="skip", max_skipped=0.2)
+    result, skipped = scores(rewards, tmp_path, size=3, on_error="skip", max_skipped=0.2)
     expected = IMAGES.mean((1, 2, 3)).repeat(2, 1).T.clone()
     expected[3, 1] = torch.nan
-    torch.testing.assert_close(found, expected, equal_nan=True)
+    torch.testing.assert_close(result, expected, equal_nan=True)
     assert skipped == {"bright": 0, "spelling": 1}
     assert "image 3" in caplog.text and "no letters" in caplog.text
 
@@ -164,7 +164,7 @@ def test_skipping_too_much_is_an_error(tmp_path):
         scores({"spelling": Broken(["image 3"])}, tmp_path, on_error="skip")
 
 
-def test_the_share_is_of_the_pictures_it_applies_to(tmp_path):
+def test_the_share_is_of_the_images_a_reward_applies_to(tmp_path):
     class Rare(Broken):
         def applies_to(self, prompt):
             return prompt.text in ("image 1", "image 2")
@@ -173,14 +173,14 @@ def test_the_share_is_of_the_pictures_it_applies_to(tmp_path):
         scores({"rare": Rare(["image 2"])}, tmp_path, on_error="skip", max_skipped=0.4)
 
 
-def test_what_lies_outside_is_tried_again(tmp_path):
-    found, _ = scores({"remote": Flaky(2)}, tmp_path, size=6, retries=2)
-    torch.testing.assert_close(found[:, 0], IMAGES.mean((1, 2, 3)))
+def test_external_failures_are_retried(tmp_path):
+    result, _ = scores({"remote": Flaky(2)}, tmp_path, size=6, retries=2)
+    torch.testing.assert_close(result[:, 0], IMAGES.mean((1, 2, 3)))
     with pytest.raises(RewardError, match="ConnectionError on 6 of 6 images.*refused"):
         scores({"remote": Flaky(3)}, tmp_path, size=6, retries=2)
 
 
-def test_a_mistake_is_not_tried_again(tmp_path):
+def test_other_failures_are_not_retried(tmp_path):
     class Counted(Broken):
         calls = 0
 
@@ -203,13 +203,13 @@ def test_a_batch_that_fails_as_a_whole_has_no_scores(tmp_path):
         scores({"squeezed": Squeezed()}, tmp_path, size=6)
 
 
-def test_a_reward_that_never_answers_is_given_up(tmp_path):
-    stuck = Held(["image 2"])
-    stuck.let_go.set()
+def test_a_reward_over_the_time_limit_has_failed(tmp_path):
+    stuck = Blocked(["image 2"])
+    stuck.released.set()
     with pytest.raises(RewardError, match=r"TimeoutError on 2 of 2 images.*'image 2'.*time_limit"):
         scores({"stuck": stuck}, tmp_path, time_limit=0.2)
-    found, skipped = scores({"stuck": stuck}, tmp_path, time_limit=0.2, on_error="skip", max_skipped=0.5)
-    assert found[:, 0].isnan().tolist() == [False, False, True, True, False, False]
+    result, skipped = scores({"stuck": stuck}, tmp_path, time_limit=0.2, on_error="skip", max_skipped=0.5)
+    assert result[:, 0].isnan().tolist() == [False, False, True, True, False, False]
     assert skipped == {"stuck": 2}
 
 
@@ -223,7 +223,7 @@ def test_a_failure_on_one_rank_stops_all_of_them(tmp_path):
     deadline = time.monotonic() + 5
     while threading.active_count() == before and time.monotonic() < deadline:
         time.sleep(0.001)
-    assert threading.active_count() == before - 1  # its thread ends with the run
+    assert threading.active_count() == before - 1  # the thread of the reward ends
 
 
 def test_the_share_is_counted_over_ranks_and_batches(tmp_path):
@@ -233,13 +233,13 @@ def test_the_share_is_counted_over_ranks_and_batches(tmp_path):
         scorer(IMAGES, PROMPTS)
     assert scorer.check(Ranks([0.0, 0.0, 8.0, 0.0])) == {"spelling": 2}  # of 20
     scorer(IMAGES, PROMPTS)
-    with pytest.raises(RewardError, match="Found 1 of 9"):  # counted anew
+    with pytest.raises(RewardError, match="Found 1 of 9"):  # counts are reset by each check
         scorer.check(Ranks([0.0, 0.0, 3.0, 0.0]))
 
 
 @pytest.mark.parametrize("on_error", ["raise", "skip"])
 def test_a_reward_without_a_single_score_has_failed(tmp_path, caplog, on_error):
-    """Where it applies, on all ranks: another rank's score is enough."""
+    """A score on another rank is enough."""
 
     class Silent(Even):
         def score(self, *, images, prompts):
@@ -264,34 +264,34 @@ def test_a_reward_that_applies_to_nothing_has_not_failed(tmp_path):
 
 
 def raising(error):
-    """A reward that raises it."""
+    """A reward that raises an error."""
     reward = Brightness()
     reward.score = lambda **_: (_ for _ in ()).throw(error)
-    return {"rude": reward}
+    return {"raising": reward}
 
 
-class Unspeakable(Exception):
+class BrokenStr(Exception):
     def __str__(self):
         raise AttributeError("no text")
 
 
 @pytest.mark.parametrize("overlap", [True, False])
 @pytest.mark.parametrize(
-    ("error", "said"),
+    ("error", "message"),
     [
         (SystemExit(0), "Found SystemExit on"),
         (GeneratorExit(), "Found GeneratorExit on"),
-        (Unspeakable(), r"Found Unspeakable on .*its `__str__` raises AttributeError"),
+        (BrokenStr(), r"Found BrokenStr on .*its `__str__` raises AttributeError"),
         (ValueError("no" * 10**6), "Found ValueError on"),
     ],
 )
-def test_whatever_a_reward_raises_is_its_failure(tmp_path, overlap, error, said):
-    with pytest.raises(RewardError, match=rf"`rewards\.rude` .*{said}") as caught:
+def test_every_exception_of_a_reward_is_a_failure(tmp_path, overlap, error, message):
+    with pytest.raises(RewardError, match=rf"`rewards\.raising` .*{message}") as caught:
         scores(raising(error), tmp_path, overlap=overlap)
     assert "'image 0'" in str(caught.value) and len(str(caught.value)) < 3000
 
 
-def test_a_reward_that_ends_the_program_before_it_scores_has_failed():
+def test_a_reward_that_exits_before_it_scores_has_failed():
     class Impatient(Brightness):
         def applies_to(self, prompt):
             raise SystemExit(0)
@@ -306,12 +306,12 @@ def test_a_reward_that_ends_the_program_before_it_scores_has_failed():
 
 
 @pytest.mark.parametrize("overlap", [True, False])
-def test_an_interrupt_is_no_failure_of_a_reward(tmp_path, overlap):
+def test_an_interrupt_is_not_a_failure(tmp_path, overlap):
     with pytest.raises(KeyboardInterrupt):
         scores(raising(KeyboardInterrupt()), tmp_path, overlap=overlap)
 
 
-def test_a_long_prompt_is_not_quoted_whole(tmp_path):
+def test_a_long_prompt_is_shortened_in_messages(tmp_path):
     scorer = Scorer({"spelling": Broken(["a" * 10**6])}, Scoring())
     scorer.setup(tmp_path, "")
     scorer(IMAGES[:1], [Prompt("a" * 10**6, "even")])
@@ -320,19 +320,19 @@ def test_a_long_prompt_is_not_quoted_whole(tmp_path):
     assert len(str(caught.value)) < 1000
 
 
-def test_prompts_that_a_reward_cannot_score_are_counted():
-    """Of sources that it names, and of those with some that it can: an OCR prompt without quotes has no target."""
+def test_prompts_without_a_score_are_counted():
+    """Counted in the reward's sources, and in sources with a prompt that it applies to; without quotes OCR has no target."""
     signs = [Prompt('a sign "A"', "ocr"), Prompt("a sign", "ocr"), Prompt("a" * 10**6, "ocr")]
     prompts = [*signs, Prompt("a cat", "plain"), Prompt('a "cat"', "quoted"), Prompt("a dog", "plain")]
-    (found,) = prompts_without_a_score({"spelling": OCR(), "bright": Brightness()}, prompts)
-    assert found.startswith("`spelling` does not apply to 2 of 3 prompts of the source 'ocr'") and "'a sign'" in found
+    (sentence,) = prompts_without_a_score({"spelling": OCR(), "bright": Brightness()}, prompts)
+    assert sentence.startswith("`spelling` does not apply to 2 of 3 prompts of the source 'ocr'") and "'a sign'" in sentence
     assert len(prompts_without_a_score({"spelling": OCR(sources=["ocr", "plain"])}, prompts)) == 2
     assert not prompts_without_a_score({"spelling": OCR(sources=["quoted"])}, prompts)
 
 
-def test_nothing_is_scored_after_a_failure_that_stops_the_run(tmp_path):
-    bright = Held()
-    bright.let_go.set()
+def test_no_batch_is_scored_after_a_fatal_failure(tmp_path):
+    bright = Blocked()
+    bright.released.set()
     scorer = Scorer({"spelling": Broken(["image 3"]), "bright": bright}, Scoring(overlap=False))
     scorer.setup(tmp_path, "")
     assert scorer(IMAGES, PROMPTS).isnan()[:, 1].all() and not bright.threads
@@ -340,7 +340,7 @@ def test_nothing_is_scored_after_a_failure_that_stops_the_run(tmp_path):
         scorer.check(Ranks())
 
 
-def test_a_reward_that_retries_by_itself_is_not_asked_again(tmp_path):
+def test_a_reward_that_retries_by_itself_is_not_retried(tmp_path):
     reward = Flaky(2)
     reward.retries = 5
     with pytest.raises(RewardError, match="refused"):

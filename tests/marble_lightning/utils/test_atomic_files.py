@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all."""
+"""Atomic files are complete or absent."""
 
 from __future__ import annotations
 
@@ -11,25 +11,25 @@ import pytest
 from marble_lightning.utils.atomic_files import atomic_write, local_path, remove_unfinished, scratch_for
 
 
-def test_two_who_write_the_same_file_do_not_meet(tmp_path):
-    """As processes of two machines may, in a folder they share."""
+def test_two_writers_of_the_same_file_do_not_interfere(tmp_path):
+    """For example processes of two machines with a shared folder."""
     file = tmp_path / "new" / "one.txt"
     with atomic_write(file) as first, atomic_write(file) as second:
         assert first != second
         first.write_text("first")
         second.write_text("second")
         assert not file.exists()
-    assert file.read_text() == "first"  # which ended last
-    assert [left.name for left in file.parent.iterdir()] == ["one.txt"]
+    assert file.read_text() == "first"  # the writer that ended last
+    assert [path.name for path in file.parent.iterdir()] == ["one.txt"]
 
 
-def test_one_that_fails_leaves_what_was_there(tmp_path):
+def test_a_failed_write_keeps_the_old_file(tmp_path):
     file = tmp_path / "one.txt"
     file.write_text("before")
 
     def half() -> None:
-        with atomic_write(file) as beside:
-            beside.write_text("ha")
+        with atomic_write(file) as scratch:
+            scratch.write_text("ha")
             raise OSError("no space left on device")
 
     with pytest.raises(OSError, match="no space"):
@@ -38,24 +38,24 @@ def test_one_that_fails_leaves_what_was_there(tmp_path):
 
 
 def killed_while_writing(file: Path) -> None:
-    """A child process is killed half-way through a file."""
+    """Kill a child process while it writes a file."""
     if not (child := os.fork()):
-        with atomic_write(file) as beside:
-            beside.write_text("ha")
+        with atomic_write(file) as scratch:
+            scratch.write_text("ha")
             os.kill(os.getpid(), signal.SIGKILL)
     os.waitpid(child, 0)
 
 
-def test_what_a_kill_leaves_is_removed_and_what_is_being_written_is_not(tmp_path):
+def test_scratch_folders_of_killed_processes_are_removed_but_not_of_living_ones(tmp_path):
     killed_while_writing(tmp_path / "one.txt")
     (left,) = tmp_path.iterdir()
-    with scratch_for(tmp_path / "one.txt") as beside:
+    with scratch_for(tmp_path / "one.txt") as scratch:
         remove_unfinished([tmp_path, tmp_path / "nowhere"])
-        assert list(tmp_path.iterdir()) == [beside.parent] and beside.parent != left
+        assert list(tmp_path.iterdir()) == [scratch.parent] and scratch.parent != left
     assert list(tmp_path.iterdir()) == []
 
 
-def test_what_others_keep_hidden_stays(tmp_path):
+def test_other_hidden_files_are_kept(tmp_path):
     (tmp_path / ".git").mkdir()
     (tmp_path / ".one.txt.abcd").write_text("mine")
     remove_unfinished([tmp_path])
@@ -72,7 +72,7 @@ def test_what_others_keep_hidden_stays(tmp_path):
         ("C:/runs/a.ckpt", "C:/runs/a.ckpt"),
     ],
 )
-def test_paths_of_this_machine(path, local):
+def test_local_paths(path, local):
     assert local_path("ckpt_path", path) == Path(local)
 
 
@@ -80,6 +80,6 @@ def test_paths_of_this_machine(path, local):
     "path",
     ["http://a/b.ckpt", "HTTPS://a/b.ckpt", "s3://a/b.ckpt", "simplecache::s3://a/b", "file://a/b", Path("http://a/b")],
 )
-def test_paths_of_elsewhere(path):
+def test_remote_paths_are_refused(path):
     with pytest.raises(ValueError, match=r"`ckpt_path` must be a file on this machine, .*Found the URL .*download it"):
         local_path("ckpt_path", path)
