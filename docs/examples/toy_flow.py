@@ -1,4 +1,4 @@
-"""A custom flow model: a two-layer network on 16 x 16 images, which are their own latents."""
+"""A custom flow model: a two-layer network on 32 x 32 images, which are their own latents."""
 
 import hashlib
 
@@ -9,7 +9,7 @@ from torch import nn
 
 from marble_lightning import Conditions, FlowPolicy
 
-SIDE, WIDTH = 16, 8
+SIDE, WIDTH = 32, 8
 
 
 class ToyNetwork(ModelMixin, ConfigMixin, PeftAdapterMixin):
