@@ -62,6 +62,13 @@ def test_all_of_them_train_together(small, tmp_path, balancer):
     assert max(tensor.abs().max() for name, tensor in saved.items() if ".lora_B.trained" in name) > 0
 
 
+def test_a_run_without_the_command_line(tmp_path):
+    from in_python import train
+
+    module = train(str(tmp_path))
+    assert module.trainer.global_step == 2
+
+
 def commands(*names: str) -> list[list[str]]:
     """What follows `marble-lightning` in the commands of all pages that begin with one of the names, each once."""
     blocks = [block for page in PAGES.values() for block in re.findall(r"```sh\n(.*?)```", page, re.DOTALL)]
