@@ -7,7 +7,8 @@ from diffusers import ConfigMixin, ModelMixin
 from diffusers.loaders import PeftAdapterMixin
 from torch import nn
 
-from marble_lightning import Conditions, FlowPolicy
+from marble_lightning import FlowPolicy
+from marble_lightning.policies.base import Conditions
 
 SIDE, WIDTH = 32, 8
 
