@@ -25,6 +25,7 @@ myst_enable_extensions = ["amsmath", "colon_fence", "deflist", "dollarmath"]
 myst_heading_anchors = 3  # [text](page.md#heading) finds headings down to this level
 nb_execution_mode = "off"
 
+autodoc_inherit_docstrings = False  # those of Lightning are not about this project
 autodoc_member_order = "bysource"
 autodoc_typehints = "description"
 autodoc_typehints_description_target = "documented_params"

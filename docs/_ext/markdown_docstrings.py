@@ -21,6 +21,7 @@ DISPLAY = re.compile(r"^[ ]*\$\$(.+?)\$\$[ ]*$", re.DOTALL | re.MULTILINE)
 
 def setup(app: Any) -> dict[str, bool]:
     """Register the conversion, before Napoleon's, whose priority is 500."""
+    app.setup_extension("sphinx.ext.autodoc")
     app.connect("autodoc-process-docstring", process, priority=400)
     return {"parallel_read_safe": True}
 

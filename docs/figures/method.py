@@ -147,7 +147,7 @@ def draw() -> Any:
     text(9.78, 0.78, r"$\min_\alpha \|\sum_k \alpha_k \hat g_k\|^2$", fontsize=9.5)
     axes = place(figure, 11.15, 0.85, 1.5, 1.3)
     axes.bar(range(len(REWARDS)), alpha, color=COLOURS, width=0.75)
-    axes.set(ylim=(0, max(alpha) * 1.15))
+    axes.set(ylim=(0, max(alpha) * 1.15), facecolor="none")
     axes.spines[["top", "right", "left"]].set_visible(False)
     text(11.9, 2.38, r"$\alpha$, smoothed", fontsize=9.5)
     for begin, end in ((6.25, 6.95), (8.52, 9.05), (10.5, 11.05)):
