@@ -27,6 +27,7 @@ nb_execution_mode = "off"
 
 autodoc_inherit_docstrings = False  # those of Lightning are not about this project
 autodoc_member_order = "bysource"
+autodoc_preserve_defaults = True
 autodoc_typehints = "description"
 autodoc_typehints_description_target = "documented_params"
 napoleon_numpy_docstring = False
