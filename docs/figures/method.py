@@ -97,7 +97,9 @@ def draw() -> Any:
     for row in range(IMAGES):
         sheet = place(figure, 2.25, top + (IMAGES - 1 - row) * 0.235, 0.55, 0.215)
         sheet.imshow(np.full((2, 2), 0.25 + 0.1 * np.sin(3 * row)), cmap="Blues", vmin=0, vmax=1, aspect="auto")
-        sheet.text(0.5, 0.5, "0K OX OK QK OK CK".split()[row], transform=sheet.transAxes, ha="center", va="center", fontsize=8)
+        sheet.text(
+            0.5, 0.5, "0K OX OK QK OK CK".split()[row], transform=sheet.transAxes, ha="center", va="center", fontsize=8
+        )
     text(2.52, 5.35, "images", weight="bold")
 
     columns = {"scores": (scores, "PuOr_r", 3.4, 2.4), "advantages": (advantages, "RdYlGn", 5.55, 2.2)}
@@ -162,7 +164,14 @@ def draw() -> Any:
     text(0.55, 0.8, "does not apply (NaN)", ha="left", fontsize=9.5)
     text(0.25, 2.68, "K rewards", ha="left", weight="bold")
     arrow((12.0, 5.55), (12.0, 5.75), (2.52, 5.75), (2.52, 5.52), colour=GREY)
-    text(7.2, 5.75, " the old LoRA, which samples, follows the trained one ", fontsize=8.5, color=GREY, backgroundcolor="white")
+    text(
+        7.2,
+        5.75,
+        " the old LoRA, which samples, follows the trained one ",
+        fontsize=8.5,
+        color=GREY,
+        backgroundcolor="white",
+    )
     return figure
 
 
