@@ -1,6 +1,7 @@
 """A custom flow model: a two-layer network on 32 x 32 images, which are their own latents."""
 
 import hashlib
+from itertools import pairwise
 
 import torch
 from diffusers import ConfigMixin, ModelMixin
@@ -71,7 +72,7 @@ class ToyFlow(FlowPolicy):
         x = torch.stack([torch.randn(3, SIDE, SIDE, generator=noise) for noise in generators]).to(self.device)
         times = [*self.sigmas(steps).tolist(), 0.0]
         with self.use_adapter(adapter):
-            for t, following in zip(times, times[1:], strict=False):
+            for t, following in pairwise(times):
                 x = x + (following - t) * self.velocity(x, torch.full((len(x),), t, device=x.device), conditions)
         return x
 

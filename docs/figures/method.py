@@ -5,6 +5,7 @@ Scores and gradients are made up; advantages, the Gram matrix and alpha are comp
 
 from __future__ import annotations
 
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,8 @@ from balancers import min_norm_weights
 REWARDS = ("PickScore", "HPSv2", "CLIPScore", "OCR", "GenEval")
 COLOURS = ("#4C72B0", "#55A868", "#8172B3", "#DD8452", "#C44E52")
 INK, GREY, REFRESH, CHEAP = "#222222", "#8A8A8A", "#FBF1E6", "#EDF3EA"
-IMAGES, WIDTH, HEIGHT = 6, 13.2, 6.0
+READ = ("0K", "OX", "OK", "QK", "OK", "CK")
+IMAGES, WIDTH, HEIGHT = len(READ), 13.2, 6.0
 
 
 def made_up() -> tuple[np.ndarray, np.ndarray]:
@@ -74,7 +76,7 @@ def draw() -> Any:
         canvas.text(x, y, words, **{"ha": "center", "va": "center", "color": INK, "zorder": 5, **options})
 
     def arrow(*points: tuple[float, float], colour: str = INK) -> None:
-        for begin, end in zip(points, points[1:-1], strict=False):
+        for begin, end in pairwise(points[:-1]):
             canvas.plot(*zip(begin, end, strict=True), color=colour, lw=1.5, solid_capstyle="round")
         style = {"arrowstyle": "-|>", "mutation_scale": 13, "lw": 1.5, "shrinkA": 0, "shrinkB": 0, "color": colour}
         canvas.add_patch(FancyArrowPatch(points[-2], points[-1], **style))
@@ -97,9 +99,7 @@ def draw() -> Any:
     for row in range(IMAGES):
         sheet = place(figure, 2.25, top + (IMAGES - 1 - row) * 0.235, 0.55, 0.215)
         sheet.imshow(np.full((2, 2), 0.25 + 0.1 * np.sin(3 * row)), cmap="Blues", vmin=0, vmax=1, aspect="auto")
-        sheet.text(
-            0.5, 0.5, "0K OX OK QK OK CK".split()[row], transform=sheet.transAxes, ha="center", va="center", fontsize=8
-        )
+        sheet.text(0.5, 0.5, READ[row], transform=sheet.transAxes, ha="center", va="center", fontsize=8)
     text(2.52, 5.35, "images", weight="bold")
 
     columns = {"scores": (scores, "PuOr_r", 3.4, 2.4), "advantages": (advantages, "RdYlGn", 5.55, 2.2)}

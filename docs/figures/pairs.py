@@ -23,6 +23,5 @@ def labelled(sheet: Image.Image) -> Image.Image:
 
 if __name__ == "__main__":
     target = DOCS / "pairs.png"
-    colours = labelled(Image.open(DOCS / "before_after.png").convert("RGB")).quantize(256, dither=Image.Dither.NONE)
-    colours.save(target, optimize=True)
+    labelled(Image.open(DOCS / "before_after.png").convert("RGB")).save(target, optimize=True)
     print(f"{target}, {target.stat().st_size // 1000} kB")
