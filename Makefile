@@ -1,14 +1,15 @@
 # Two commands: `make fit` trains the bundled tiny model, `make test` checks everything. Both install what they need.
+# `make docs` builds the documentation into docs/_build/html.
 
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: fit test lint clean
+.PHONY: fit test lint docs clean
 
 fit: .venv/installed
 	$(BIN)/marble-lightning fit -c tiny
 
-test: lint
+test: lint docs
 	$(BIN)/pytest
 
 lint: .venv/installed
@@ -17,10 +18,14 @@ lint: .venv/installed
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
+docs: .venv/installed
+	$(BIN)/sphinx-build -W --keep-going --quiet docs docs/_build/html
+	@echo 'docs/_build/html/index.html'
+
 .venv/installed: pyproject.toml
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --editable '.[dev]'
 	touch $@
 
 clean:
-	rm -rf .venv
+	rm -rf .venv docs/_build docs/notebooks

@@ -263,7 +263,7 @@ class Phases:
         step = _CountedStep(ledger, without_graph, *settings)
         if refresh:
             self._taps += [step.per_reward.taps] if step.per_reward.taps else []
-            vars(step.per_reward)["expect"] = lambda _: None  # taps are on, and nothing is compiled
+            vars(step.per_reward)["set_capture"] = lambda _: None  # taps are on, and nothing is compiled
         return step
 
     def _micro_batch(self, images: int, columns: int) -> MicroBatch:
