@@ -21,7 +21,7 @@ from marble_lightning.checkpoints.adapters import check_adapters
 from marble_lightning.checkpoints.content import TO_EVALUATE, TO_FIT, check_content
 from marble_lightning.checkpoints.files import WholeCheckpointIO, warn
 from marble_lightning.checkpoints.round_start import RoundStart
-from marble_lightning.checkpoints.signals import end_if_asked, stop_requested
+from marble_lightning.checkpoints.signals import stop_if_requested, stop_requested
 from marble_lightning.data.datamodule import get_datamodule
 from marble_lightning.evaluation.evaluator import Evaluator, HeldOut
 from marble_lightning.evaluation.image_statistics import NAMES, image_statistics
@@ -30,7 +30,7 @@ from marble_lightning.nft.divergence import Finite
 from marble_lightning.nft.loss import Coefficients, Objective
 from marble_lightning.nft.optimizer import adamw, check_optimizer, clip_unscaled
 from marble_lightning.nft.rollout import MicroBatch, MicroBatches, Rollout, compute_coefficients, micro_batches
-from marble_lightning.nft.sampling import Sampling, ScoredRollout, key_of, sample_round
+from marble_lightning.nft.sampling import Sampling, ScoredRollout, sample_round, seed_key
 from marble_lightning.nft.step import TrainingStep
 from marble_lightning.policies.averaging import Averaging
 from marble_lightning.policies.base import FlowPolicy, is_adapter
@@ -67,7 +67,7 @@ class DiffusionNFT(LightningModule):
             `per_reward`. The latter is the reference, and also supports trainable parameters outside linear layers.
         seed: Seed of all random generators.
 
-    Source: DiffusionNFT, arXiv 2509.16117; MARBLE, arXiv 2605.06507. Defaults are as in `settings`.
+    Source: DiffusionNFT, arXiv 2509.16117; MARBLE, arXiv 2605.06507. Defaults are those of the published run.
     """
 
     strict_loading = False  # checkpoints hold only adapters; `on_load_checkpoint` checks that they are complete
@@ -228,7 +228,7 @@ class DiffusionNFT(LightningModule):
 
     def _inner_epochs(self, seed: int) -> list[tuple[int | str, ...]]:
         purposes = [f"train {index}" if index else "train" for index in range(self.plan.inner_epochs)]
-        return [key_of(self.trainer, seed, purpose) for purpose in purposes]
+        return [seed_key(self.trainer, seed, purpose) for purpose in purposes]
 
     # Training on the round ------------------------------------------------------------------------------------------
 
@@ -299,7 +299,7 @@ class DiffusionNFT(LightningModule):
     test_step = validation_step
 
     def on_validation_epoch_end(self) -> None:
-        end_if_asked(self.trainer)  # after a stop some scores may be missing
+        stop_if_requested(self.trainer)  # after a stop some scores may be missing
         means = self.evaluator.finish(self.trainer)
         if not self.trainer.sanity_checking:
             self.log_dict(means, sync_dist=True)
@@ -310,7 +310,7 @@ class DiffusionNFT(LightningModule):
     on_test_epoch_end = on_validation_epoch_end
 
     def on_predict_epoch_end(self) -> None:
-        end_if_asked(self.trainer)
+        stop_if_requested(self.trainer)
         self.evaluator.check_images(self.trainer)
         self.scorer.check(self.trainer.strategy)
 

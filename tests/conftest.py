@@ -13,7 +13,10 @@ from marble_lightning.tinyworld.recipe.vocabulary import train_tokenizer
 from tests.helpers.command_line import small_options
 from tests.helpers.small_checkpoints import save_small_clip, small_pipeline
 
-LONG = ["test_resume", "test_evaluation", "test_cli", "test_checkpoints", "test_processes", "test_configs", "test_notebooks"]
+LONG = [
+    "test_resume", "test_examples", "test_evaluation", "test_cli", "test_checkpoints", "test_processes", "test_configs",
+    "test_notebooks",
+]  # fmt: skip
 """Files of tests that take a minute or so: whoever is given one last would keep the others waiting."""
 
 

@@ -95,7 +95,7 @@ class Stops(Callback):
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         if batch_idx % agreement_every(trainer) == 0:
-            self.end_if_asked(trainer)
+            self.stop_if_requested(trainer)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._evaluate(trainer, trainer.num_sanity_val_batches if trainer.sanity_checking else trainer.num_val_batches)
@@ -116,12 +116,12 @@ class Stops(Callback):
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
         if batch_idx < self.held_out_batches:
-            self.end_if_asked(trainer)
+            self.stop_if_requested(trainer)
 
     on_test_batch_start = on_validation_batch_start
     on_predict_batch_start = on_validation_batch_start
 
-    def end_if_asked(self, trainer: Trainer) -> None:
+    def stop_if_requested(self, trainer: Trainer) -> None:
         """Stop if any process was asked to. Every process must call this, or none.
 
         Raises:
@@ -149,15 +149,15 @@ def stop_requested(trainer: Trainer) -> bool:
     return any(isinstance(callback, Stops) and callback.requested for callback in trainer.callbacks)  # type: ignore[attr-defined]
 
 
-def end_if_asked(trainer: Trainer) -> None:
-    """Call `end_if_asked` of the trainer's `Stops`, if it has one. Every process must call this, or none.
+def stop_if_requested(trainer: Trainer) -> None:
+    """Call `stop_if_requested` of the trainer's `Stops`, if it has one. Every process must call this, or none.
 
     Raises:
-        Stopped: As `Stops.end_if_asked`.
+        Stopped: As `Stops.stop_if_requested`.
     """
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         if isinstance(callback, Stops):
-            callback.end_if_asked(trainer)
+            callback.stop_if_requested(trainer)
 
 
 def status(end: SIGTERMException) -> int:

@@ -181,4 +181,4 @@ class Evaluator:
     def check_images(self, trainer: Trainer) -> None:
         """Refuse images that are not finite, on all ranks."""
         trained = not trainer.sanity_checking and self.adapter(trainer) != "none"
-        self.finite.check_pictures(trainer.strategy, trained)
+        self.finite.check_images(trainer.strategy, trained)

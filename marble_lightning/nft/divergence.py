@@ -63,7 +63,7 @@ class Finite:
                 f"{scaler.get_scale():.0e}, in optimizer step {step}. {REMEDY}"
             )
 
-    def check_pictures(self, strategy: Strategy, trained: bool) -> None:
+    def check_images(self, strategy: Strategy, trained: bool) -> None:
         """Stop all ranks if sampled images are not finite.
 
         Args:

@@ -15,7 +15,7 @@ from balancers import Balancer
 from marble_lightning.nft.advantages import apply_advantage_mode, group_advantages
 from marble_lightning.nft.loss import Coefficients, Objective, coefficients, noised
 from marble_lightning.policies.base import Conditions
-from marble_lightning.scoring.failures import only_finite
+from marble_lightning.scoring.failures import infinite_to_nan
 from marble_lightning.scoring.settings import Scoring
 from marble_lightning.utils.seeds import generator
 
@@ -119,10 +119,10 @@ def compute_coefficients(
     if balancer:
         merged = balancer.merge_rewards(all_scores, ~all_scores.isnan())
         names = balancer.reward_names if merged.shape == all_scores.shape else balancer.names
-        merged = only_finite(merged, all_scores, names, scoring)
+        merged = infinite_to_nan(merged, all_scores, names, scoring)
     advantages = group_advantages(merged, all_groups, objective.advantage_std)
     if balancer:
-        advantages = only_finite(balancer.merge_advantages(advantages), all_scores, balancer.names, scoring)
+        advantages = infinite_to_nan(balancer.merge_advantages(advantages), all_scores, balancer.names, scoring)
     advantages = apply_advantage_mode(advantages[rank * len(scores) : (rank + 1) * len(scores)], objective.advantage_mode)
 
     per_inner_epoch = []

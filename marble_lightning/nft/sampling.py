@@ -13,7 +13,7 @@ from lightning.pytorch import Trainer
 from torch import Tensor
 from tqdm import tqdm
 
-from marble_lightning.checkpoints.signals import end_if_asked
+from marble_lightning.checkpoints.signals import stop_if_requested
 from marble_lightning.data.datamodule import get_datamodule
 from marble_lightning.nft.divergence import Finite
 from marble_lightning.nft.rollout import Rollout
@@ -83,7 +83,7 @@ class ScoredRollout(NamedTuple):
     waited: float
 
 
-def key_of(trainer: Trainer, seed: int, purpose: str) -> tuple[int | str, ...]:
+def seed_key(trainer: Trainer, seed: int, purpose: str) -> tuple[int | str, ...]:
     """Seed of one purpose in this round on this rank."""
     return seed, trainer.current_epoch, trainer.global_rank, purpose
 
@@ -122,8 +122,8 @@ def sample_round(
     latents, side, device = [], policy.resolution, policy.device
     images = torch.empty(len(groups), 3, side, side, device=device)  # filled in place, since a second copy would not fit
     for chunk in progress(trainer, torch.arange(len(groups)).split(sampling.batch_size), "sampling"):
-        end_if_asked(trainer)
-        noise = [generator(*key_of(trainer, seed, "rollout"), index) for index in chunk.tolist()]
+        stop_if_requested(trainer)
+        noise = [generator(*seed_key(trainer, seed, "rollout"), index) for index in chunk.tolist()]
         rows = groups[chunk]
         with trainer.precision_plugin.forward_context():  # as in training, where the old velocities are computed again
             sampled = policy.sample(conditions[rows.to(device)], noise, "old", steps=sampling.steps, solver=sampling.solver)
@@ -134,8 +134,8 @@ def sample_round(
     sampling_ended = time.perf_counter()
     scores = scorer.collect(lambda jobs: progress(trainer, jobs, "scoring"))
     waited = time.perf_counter() - sampling_ended
-    end_if_asked(trainer)  # scores may be incomplete after a request to stop
-    finite.check_pictures(trainer.strategy, trained=trainer.global_step > 0)
+    stop_if_requested(trainer)  # scores may be incomplete after a request to stop
+    finite.check_images(trainer.strategy, trained=trainer.global_step > 0)
     skipped = scorer.check(trainer.strategy)
     scorer.release()
     return ScoredRollout(Rollout(conditions, groups.to(device), torch.cat(latents)), images, scores, skipped, waited)

@@ -45,7 +45,7 @@ def exit_is_failure(name: str) -> Iterator[None]:
         ) from error
 
 
-def only_finite(
+def infinite_to_nan(
     values: Float[Tensor, "sample column"], scores: Float[Tensor, "sample reward"], names: Sequence[str], settings: Scoring
 ) -> Float[Tensor, "sample column"]:
     """Replace infinities in merged rewards or advantages by NaN, and count them as failures of the reward.

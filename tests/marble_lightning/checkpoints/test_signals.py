@@ -90,7 +90,7 @@ def test_a_signal_that_ends_the_run_takes_precedence_over_requeueing():
     stops = Stops()
     stops.requested = signal.SIGUSR1
     with pytest.raises(Stopped) as end:
-        stops.end_if_asked(trainer(2, 1, Strategy(1000 + signal.SIGHUP)))
+        stops.stop_if_requested(trainer(2, 1, Strategy(1000 + signal.SIGHUP)))
     assert (end.value.signal, end.value.requeue) == (signal.SIGHUP, False)
 
 
