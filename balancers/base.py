@@ -166,7 +166,7 @@ class Balancer(Callback):
         """Merge per-reward advantages, NaN where missing: (N, K) -> (N, K) or (N, 1). Identity unless overridden."""
         return advantages
 
-    def weights(self, gram: Float[Tensor, "active active"]) -> Float[Tensor, "active"]:
+    def weights(self, gram: Float[Tensor, "active active"]) -> Float[Tensor, " active"]:
         """Weights of the active rewards (see `self.active`) from their inner products, float64 on the CPU."""
         if len(gram) > 1:
             raise TypeError(f"{type(self).__name__} must override `weights` to merge {len(gram)} gradients.")
@@ -200,7 +200,7 @@ class Balancer(Callback):
         return {name: getattr(self, name) for name in CADENCE} if self.needs_gradients else {}
 
     @property
-    def loss_weights(self) -> Float[Tensor, "reward"]:
+    def loss_weights(self) -> Float[Tensor, " reward"]:
         """Weight of each reward's loss in the scalarised loss of the current step: (K,) float32 on the CPU."""
         if self.uniform:
             return torch.full((len(self.names),), 1 / len(self.names))
@@ -209,12 +209,12 @@ class Balancer(Callback):
         return as_float32(self._alpha * self.scale if self.amortize == "scaled" else self._alpha, self.names)
 
     @property
-    def scale(self) -> Float[Tensor, "reward"]:
+    def scale(self) -> Float[Tensor, " reward"]:
         """Smoothed s_k, which scales a raw gradient to the mean norm; 1 without `normalize` or before the first refresh."""
         return (self.norms.nanmean() / self.norms).nan_to_num(1.0) if self.normalize else torch.ones_like(self.prior)
 
     @property
-    def _alpha(self) -> Float[Tensor, "reward"]:
+    def _alpha(self) -> Float[Tensor, " reward"]:
         return torch.where(self.alpha_smoothed.isnan(), self.prior, self.alpha_smoothed)
 
     def begin_step(self, n_micro_batches: int) -> None:
@@ -229,7 +229,7 @@ class Balancer(Callback):
         """Add one micro-batch's per-reward gradients (K, P), normalised so that their sum is the optimizer step's."""
         self._sum.add(gradients, len(self.names))
 
-    def solve(self, reduce: Callable[[Tensor], Tensor], loss_scaled: bool = False) -> Float[Tensor, "parameter"]:
+    def solve(self, reduce: Callable[[Tensor], Tensor], loss_scaled: bool = False) -> Float[Tensor, " parameter"]:
         """Compute new merging coefficients and the merged gradient from the summed gradients, and free the sum.
 
         Args:
@@ -271,7 +271,7 @@ class Balancer(Callback):
         self.diagnostics |= {"alpha": alpha, "alpha_smoothed": self._alpha, "alpha_age": age, **harmony}
         return merge_rows(gradients, self.loss_weights, active)
 
-    def _left_out(self, norms: Float[Tensor, "reward"]) -> dict[str, str]:
+    def _left_out(self, norms: Float[Tensor, " reward"]) -> dict[str, str]:
         """The reason for each inactive reward, by name."""
         reasons = {name: "zero" if norm.isfinite() else "not finite" for name, norm in zip(self.names, norms, strict=True)}
         left_out = {name: reasons[name] for name in compress(self.names, ~self.active)}

@@ -31,11 +31,11 @@ class CAGrad(Balancer):
             raise ValueError(f"`c` must be finite and >= 0. Found {c}. The published runs use 0.4.")
         self.c = c
 
-    def weights(self, gram: Float[Tensor, "active active"]) -> Float[Tensor, "active"]:
+    def weights(self, gram: Float[Tensor, "active active"]) -> Float[Tensor, " active"]:
         return conflict_averse(gram, self.c)
 
 
-def conflict_averse(gram: Float[Tensor, "reward reward"], c: float) -> Float[Tensor, "reward"]:
+def conflict_averse(gram: Float[Tensor, "reward reward"], c: float) -> Float[Tensor, " reward"]:
     r"""CAGrad's weights.
 
     The objective contains a norm. Since $\|g_w\| = \min_{s > 0} (\|g_w\|^2 / s + s) / 2$, the problem is a quadratic
@@ -63,7 +63,7 @@ def conflict_averse(gram: Float[Tensor, "reward reward"], c: float) -> Float[Ten
     return mean + radius / length(w, unit) * w
 
 
-def length(w: Float[Tensor, "reward"], gram: Float[Tensor, "reward reward"]) -> float:
+def length(w: Float[Tensor, " reward"], gram: Float[Tensor, "reward reward"]) -> float:
     """Length of the combination w of the gradients."""
     return float((w @ gram @ w).clamp(min=0).sqrt())
 

@@ -47,5 +47,5 @@ class FixedWeights(Balancer):
         weights = weights_by_name(self.named_weights, self.reward_names)
         self.prior = weights / weights.sum()
 
-    def weights(self, gram: Float[Tensor, "active active"]) -> Float[Tensor, "active"]:
+    def weights(self, gram: Float[Tensor, "active active"]) -> Float[Tensor, " active"]:
         return self.prior[self.active]

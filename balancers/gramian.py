@@ -28,7 +28,7 @@ def gram_matrix(gradients: Float[Tensor, "reward parameter"]) -> Float[Tensor, "
     return gram
 
 
-def cosines(gram: Float[Tensor, "reward reward"], coefficients: Float[Tensor, "reward"]) -> Float[Tensor, "reward"]:
+def cosines(gram: Float[Tensor, "reward reward"], coefficients: Float[Tensor, " reward"]) -> Float[Tensor, " reward"]:
     r"""Cosine between the update $d = \sum_k c_k g_k$ and each $g_k$: $(G c)_k / (\sqrt{c^\top G c}\, \sqrt{G_{kk}})$.
 
     A cosine is 0 if a vector is no longer than its rounding error (the update of two opposite gradients, a zero gradient).
@@ -48,7 +48,7 @@ def cosines(gram: Float[Tensor, "reward reward"], coefficients: Float[Tensor, "r
     return torch.where(defined, (gram @ coefficients) / torch.where(defined, length * norms, 1), 0).clamp(-1, 1)
 
 
-def compare(gram: Float[Tensor, "reward reward"], coefficients: Float[Tensor, "reward"]) -> dict[str, float]:
+def compare(gram: Float[Tensor, "reward reward"], coefficients: Float[Tensor, " reward"]) -> dict[str, float]:
     r"""Gradient harmony of an update $\sum_k c_k g_k$, of the mean $\tfrac1K \sum_k g_k$, and of the mean unit gradient.
 
     The paper's three statistics are the minimum, mean and (population) variance of `cosines` over the rewards. Their keys
@@ -66,7 +66,7 @@ def compare(gram: Float[Tensor, "reward reward"], coefficients: Float[Tensor, "r
 
 
 def agreement(
-    directions: Mapping[str, Float[Tensor, "parameter"]], gradients: Float[Tensor, "reward parameter"]
+    directions: Mapping[str, Float[Tensor, " parameter"]], gradients: Float[Tensor, "reward parameter"]
 ) -> dict[str, float]:
     """Gradient harmony as in `compare`, of any directions with any gradients, which may come from other samples.
 
@@ -103,7 +103,7 @@ def conflict_by_chance(gram: Float[Tensor, "reward reward"]) -> float:
     return 1 - float(chance.cdf([0.0] * len(gram)))
 
 
-def _statistics(prefix: str, cos: Float[Tensor, "reward"]) -> dict[str, float]:
+def _statistics(prefix: str, cos: Float[Tensor, " reward"]) -> dict[str, float]:
     statistics = {"cos_min": cos.min(), "cos_mean": cos.mean(), "cos_var": cos.var(correction=0)}
     return {f"{prefix}/{name}": value.item() for name, value in statistics.items()}
 

@@ -78,7 +78,7 @@ class MARBLE(Balancer):
         self.rows = group_rows(self.groups, self.reward_names)
         check_floor(self.floor, len(self.rows))
 
-    def weights(self, gram: Float[Tensor, "active active"]) -> Float[Tensor, "active"]:
+    def weights(self, gram: Float[Tensor, "active active"]) -> Float[Tensor, " active"]:
         means = self.rows[:, self.active] * self._kept()
         means = means[means.any(1)]
         means = means / means.sum(1, keepdim=True)
@@ -93,7 +93,7 @@ class MARBLE(Balancer):
         alpha = min_norm_weights(merged, self.floor) @ applied
         return alpha / alpha.sum()
 
-    def _kept(self) -> Bool[Tensor, "active"]:
+    def _kept(self) -> Bool[Tensor, " active"]:
         """The active rewards that dropout keeps in this solution."""
         share = min(1.0, self.step / self.dropout_ramp) if self.dropout_ramp else 1.0
         draws = torch.rand(

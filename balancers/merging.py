@@ -8,7 +8,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 
-def active_rows(norms: Float[Tensor, "reward"]) -> Bool[Tensor, "reward"]:
+def active_rows(norms: Float[Tensor, " reward"]) -> Bool[Tensor, " reward"]:
     """Which gradients are merged: those that are finite and longer than the rounding error of a sum of float32 terms.
 
     A zero gradient would make the zero vector the min-norm point, and the update would be zero for every reward. A reward
@@ -26,7 +26,7 @@ def active_rows(norms: Float[Tensor, "reward"]) -> Bool[Tensor, "reward"]:
 
 def call_weights(
     method: Callable[[Tensor], Tensor], gram: Float[Tensor, "active active"], normalize: bool
-) -> Float[Tensor, "active"]:
+) -> Float[Tensor, " active"]:
     r"""A method's `weights` of $G_{jk}$, or with `normalize` of $G_{jk} / (|g_j| |g_k|)$, in float64.
 
     Shape:
@@ -38,7 +38,7 @@ def call_weights(
     return method(gram / norms.outer(norms) if normalize else gram).detach().double()
 
 
-def as_float32(weights: Float[Tensor, "reward"], names: Sequence[str]) -> Float[Tensor, "reward"]:
+def as_float32(weights: Float[Tensor, " reward"], names: Sequence[str]) -> Float[Tensor, " reward"]:
     """Weights in float32, the precision in which they multiply losses and gradients.
 
     Shape:
@@ -55,8 +55,8 @@ def as_float32(weights: Float[Tensor, "reward"], names: Sequence[str]) -> Float[
 
 
 def smooth(
-    old: Float[Tensor, "reward"], new: Float[Tensor, "reward"], active: Bool[Tensor, "reward"], decay: float
-) -> Float[Tensor, "reward"]:
+    old: Float[Tensor, " reward"], new: Float[Tensor, " reward"], active: Bool[Tensor, " reward"], decay: float
+) -> Float[Tensor, " reward"]:
     r"""$\rho \cdot \text{old} + (1 - \rho) \cdot \text{new}$ for active rewards, `old` for others; `new` if `old` is NaN.
 
     Shape:
@@ -73,9 +73,9 @@ def smooth(
 
 def merge_rows(
     gradients: Float[Tensor, "reward parameter"],
-    coefficients: Float[Tensor, "reward"],
-    active: Bool[Tensor, "reward"],
-) -> Float[Tensor, "parameter"]:
+    coefficients: Float[Tensor, " reward"],
+    active: Bool[Tensor, " reward"],
+) -> Float[Tensor, " parameter"]:
     r"""$\sum_k c_k g_k$ over the active rewards, row by row, since a masked matrix product would copy all gradients.
 
     Shape:

@@ -17,5 +17,5 @@ class MGDA(Balancer):
     Source: Désidéri, "Multiple-gradient descent algorithm (MGDA) for multiobjective optimization", 2012, theorem 2.
     """
 
-    def weights(self, gram: Float[Tensor, "active active"]) -> Float[Tensor, "active"]:
+    def weights(self, gram: Float[Tensor, "active active"]) -> Float[Tensor, " active"]:
         return min_norm_weights(gram)

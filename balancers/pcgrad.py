@@ -29,12 +29,12 @@ class PCGrad(Balancer):
         super().__init__(**kwargs)
         self.seed = seed
 
-    def weights(self, gram: Float[Tensor, "active active"]) -> Float[Tensor, "active"]:
+    def weights(self, gram: Float[Tensor, "active active"]) -> Float[Tensor, " active"]:
         draws = torch.Generator().manual_seed(1_000_003 * self.seed + self.step)
         return projected(gram, [torch.randperm(len(gram), generator=draws).tolist() for _ in gram]) / len(gram)
 
 
-def projected(gram: Float[Tensor, "reward reward"], orders: list[list[int]]) -> Float[Tensor, "reward"]:
+def projected(gram: Float[Tensor, "reward reward"], orders: list[list[int]]) -> Float[Tensor, " reward"]:
     """Weights of the sum of projected gradients.
 
     Args:

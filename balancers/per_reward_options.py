@@ -10,7 +10,7 @@ from torch import Tensor
 
 def weights_by_name(
     weights: Mapping[str, float] | None, reward_names: Sequence[str], *, option: str = "weights"
-) -> Float[Tensor, "reward"]:
+) -> Float[Tensor, " reward"]:
     """One weight per reward in float64, in the order of `reward_names`; 1 for rewards that `weights` does not name.
 
     Args:

@@ -87,7 +87,7 @@ def simplex_minimum(
     return (z / z.sum(-1, keepdim=True)).reshape(linear.shape)
 
 
-def sensitivity(gram: Float[Tensor, "reward reward"], floor: float = 0.0) -> Float[Tensor, "reward"]:
+def sensitivity(gram: Float[Tensor, "reward reward"], floor: float = 0.0) -> Float[Tensor, " reward"]:
     r"""Sensitivity of the min-norm weights to the Gram matrix: $\| \partial \alpha^*_k / \partial G \|$ of each weight.
 
     It is large where a small change of the gradients would change the weight a lot, and 0 where the weight is at its

@@ -35,7 +35,7 @@ class TorchJD(Balancer):
         self.aggregator, self.arguments, self.seed = aggregator, dict(arguments or {}), seed
         build(aggregator, self.arguments, 2)  # a wrong name or argument fails here
 
-    def weights(self, gram: Float[Tensor, "active active"]) -> Float[Tensor, "active"]:
+    def weights(self, gram: Float[Tensor, "active active"]) -> Float[Tensor, " active"]:
         unit = gram / gram.diagonal().mean()
         with torch.random.fork_rng(devices=[]), torch.no_grad():
             torch.manual_seed(1_000_003 * self.seed + self.step)

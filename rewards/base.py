@@ -133,7 +133,7 @@ class Reward(nn.Module, ABC):
         return None
 
     @abstractmethod
-    def score(self, *, images: Float[Tensor, "b 3 h w"], prompts: Sequence[Prompt]) -> Float[Tensor, "b"]:
+    def score(self, *, images: Float[Tensor, "b 3 h w"], prompts: Sequence[Prompt]) -> Float[Tensor, " b"]:
         """Score each image against its own prompt; higher is better.
 
         Args:
@@ -146,7 +146,7 @@ class Reward(nn.Module, ABC):
         """
 
     @torch.no_grad()
-    def forward(self, *, images: Float[Tensor, "b 3 h w"], prompts: Sequence[Prompt]) -> Float[Tensor, "b"]:
+    def forward(self, *, images: Float[Tensor, "b 3 h w"], prompts: Sequence[Prompt]) -> Float[Tensor, " b"]:
         """Score a batch; samples that the reward does not apply to or cannot score are NaN.
 
         Args:
@@ -233,7 +233,7 @@ class Reward(nn.Module, ABC):
                 "Map decoder output x in [-1, 1] to x / 2 + 0.5 and clamp it."
             )
 
-    def _checked_scores(self, result: Any, expected: int) -> Float[Tensor, "b"]:
+    def _checked_scores(self, result: Any, expected: int) -> Float[Tensor, " b"]:
         """Check the result of `score` and return it in float32."""
         if not isinstance(result, Tensor) or result.is_complex():
             cls = type(result)

@@ -40,7 +40,7 @@ class JPEGCompressibility(Reward):
             raise ValueError(f"JPEGCompressibility: `quality` must be in [1, 100]. Found {quality}. 95 is the usual one.")
         self.quality = quality
 
-    def score(self, *, images: Float[Tensor, "b 3 h w"], prompts: Sequence[Prompt]) -> Float[Tensor, "b"]:
+    def score(self, *, images: Float[Tensor, "b 3 h w"], prompts: Sequence[Prompt]) -> Float[Tensor, " b"]:
         """Return the negative JPEG size of each image, in units of 500,000 bytes."""
         pixels = (images * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
         return torch.tensor([-self._bytes(image) / UNIT for image in pixels], device=images.device)

@@ -23,7 +23,7 @@ class Choices:
         micro_batch_size: Images of one forward and backward pass.
         sampling_batch_size: Images sampled and decoded at once.
         held_out_batch_size: The same of held-out prompts; 0 where none are sampled.
-        gradient_checkpointing: Whether blocks are computed anew on the way back.
+        gradient_checkpointing: Whether blocks are recomputed in the backward pass.
         text_encoders_stay: Whether text encoders are on the device also when nothing is encoded.
         vae_slicing: Whether images are decoded one by one.
         overlap: Whether images are scored while the next ones are sampled.
@@ -49,11 +49,11 @@ class Choices:
         own = {id(tensor) for tensor in tensors_of(policy)}
         visitors = [tensor for tensor in tensors_of(*text_encoders(policy).values()) if id(tensor) not in own]
         on_cpu = trainer.strategy.root_device.type == "cpu"  # where those who wait, wait on the same device
-        judged = bool(trainer.limit_val_batches and trainer.check_val_every_n_epoch)
+        evaluates = bool(trainer.limit_val_batches and trainer.check_val_every_n_epoch)
         return cls(
             micro_batch_size=module.plan.batch_size,
             sampling_batch_size=module.sampling.batch_size,
-            held_out_batch_size=get_datamodule(trainer).held_out_batch_size if judged else 0,
+            held_out_batch_size=get_datamodule(trainer).held_out_batch_size if evaluates else 0,
             gradient_checkpointing=bool(policy.transformer.is_gradient_checkpointing),
             text_encoders_stay=on_cpu or not visitors,
             vae_slicing=policy.pipeline.vae.use_slicing,
@@ -206,5 +206,5 @@ def parts_of(phases: Phases) -> dict[str, int]:
         "rewards": phases.bytes(reward_models),
         "rewards elsewhere": phases.bytes(elsewhere),
         "latents and prompts": phases.bytes([phases.latents(module.plan.images), conditions.embeds, conditions.pooled]),
-        "images": phases.bytes([phases.pictures(module.plan.images)]),
+        "images": phases.bytes([phases.decoded(module.plan.images)]),
     }

@@ -113,7 +113,7 @@ class Phases:
         with self.fakes.mode:
             return torch.empty(images, pipeline.transformer.config.in_channels, side, side, dtype=self.policy.dtype)
 
-    def pictures(self, images: int) -> Tensor:
+    def decoded(self, images: int) -> Tensor:
         """So many decoded images."""
         with self.fakes.mode:
             return torch.empty(images, 3, self.policy.resolution, self.policy.resolution)
@@ -192,12 +192,12 @@ class Phases:
         prompts = [prompt for prompt in get_datamodule(self.trainer).training if reward.supports(prompt)]
         if not prompts or not tensors_of(reward):  # whoever has no weights does not compute with torch, or next to nothing
             return 0
-        chosen, pictures = (prompts * images)[:images], self.pictures(images)
+        chosen, pixels = (prompts * images)[:images], self.decoded(images)
         ledger = Ledger()
         try:
             faked = self.fakes.copy(reward)
             with self.fakes.counting() as ledger, torch.no_grad():
-                faked.score(images=pictures.clone(), prompts=chosen)
+                faked.score(images=pixels.clone(), prompts=chosen)
         except Exception as error:  # noqa: BLE001 - a reward may do anything; what it did until then is counted
             self.unknown[name] = error
         return ledger.peak
@@ -205,10 +205,10 @@ class Phases:
     @cached_property
     def statistics(self) -> int:
         """Bytes that the statistics of all the round's images take."""
-        pictures = self.pictures(self.module.plan.images)
-        with self.fakes.counting(pictures) as ledger, torch.no_grad():
+        pixels = self.decoded(self.module.plan.images)
+        with self.fakes.counting(pixels) as ledger, torch.no_grad():
             for statistic in PER_IMAGE.values():
-                statistic(pictures)
+                statistic(pixels)
         return ledger.peak
 
     def step(self, images: int, checkpointing: bool, refresh: bool | None = None) -> int:
@@ -216,7 +216,7 @@ class Phases:
 
         Args:
             images: Images of the micro-batch.
-            checkpointing: Whether blocks are computed anew on the way back.
+            checkpointing: Whether blocks are recomputed in the backward pass.
             refresh: Whether per-reward gradients are asked for, which takes more; None: where the balancer ever does.
         """
         refresh = self.module.balancer.needs_gradients if refresh is None else refresh

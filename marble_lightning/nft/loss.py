@@ -68,18 +68,18 @@ class Coefficients(NamedTuple):
 
 
 def noised(
-    clean: Float[Tensor, "batch *latent"], noise: Float[Tensor, "batch *latent"], t: Float[Tensor, " batch"]
-) -> Float[Tensor, "batch *latent"]:
+    clean: Float[Tensor, " batch *latent"], noise: Float[Tensor, " batch *latent"], t: Float[Tensor, " batch"]
+) -> Float[Tensor, " batch *latent"]:
     """x_t = (1 - t) x_0 + t eps, the path of rectified flow; t in (0, 1]."""
     t = _column(t, clean)
     return (1 - t) * clean + t * noise
 
 
 def nft_losses(
-    velocity: Float[Tensor, "batch *latent"],
-    old_velocity: Float[Tensor, "batch *latent"],
-    noisy: Float[Tensor, "batch *latent"],
-    clean: Float[Tensor, "batch *latent"],
+    velocity: Float[Tensor, " batch *latent"],
+    old_velocity: Float[Tensor, " batch *latent"],
+    noisy: Float[Tensor, " batch *latent"],
+    clean: Float[Tensor, " batch *latent"],
     t: Float[Tensor, " batch"],
     beta: float,
 ) -> tuple[Float[Tensor, " batch"], Float[Tensor, " batch"]]:

@@ -30,21 +30,21 @@ class Rollout:
 
     conditions: Conditions
     groups: Int[Tensor, " image"]
-    latents: Float[Tensor, "image *latent"]
+    latents: Float[Tensor, " image *latent"]
 
 
 @dataclass
 class MicroBatch:
     """Some images, each at one flow time."""
 
-    clean: Float[Tensor, "batch *latent"]
-    noise: Float[Tensor, "batch *latent"]
+    clean: Float[Tensor, " batch *latent"]
+    noise: Float[Tensor, " batch *latent"]
     t: Float[Tensor, " batch"]
     conditions: Conditions
     coefficients: Coefficients
 
     @property
-    def noisy(self) -> Float[Tensor, "batch *latent"]:
+    def noisy(self) -> Float[Tensor, " batch *latent"]:
         """x_t, the input of the policy."""
         return noised(self.clean, self.noise, self.t)
 

@@ -134,7 +134,7 @@ class FlowPolicy(nn.Module, ABC):
         guidance: float = 1.0,
         unconditional: Conditions | None = None,
         resolution: int | None = None,
-    ) -> Float[Tensor, "batch *latent"]:
+    ) -> Float[Tensor, " batch *latent"]:
         """Sample latents without a graph, one generator per image.
 
         Args:
@@ -149,13 +149,13 @@ class FlowPolicy(nn.Module, ABC):
         """
 
     @abstractmethod
-    def decode(self, latents: Float[Tensor, "batch *latent"]) -> Float[Tensor, "batch 3 pixel pixel"]:
+    def decode(self, latents: Float[Tensor, " batch *latent"]) -> Float[Tensor, "batch 3 pixel pixel"]:
         """Decode latents to images in [0, 1], float32."""
 
     @abstractmethod
     def velocity(
-        self, noisy: Float[Tensor, "batch *latent"], t: Float[Tensor, " batch"], conditions: Conditions
-    ) -> Float[Tensor, "batch *latent"]:
+        self, noisy: Float[Tensor, " batch *latent"], t: Float[Tensor, " batch"], conditions: Conditions
+    ) -> Float[Tensor, " batch *latent"]:
         """Velocity at x_t with the adapter in use; t in (0, 1]. Float32, with a graph if gradients are enabled."""
 
     @abstractmethod

@@ -61,6 +61,6 @@ class Aesthetic(Reward):
             self.head = regression_head("Aesthetic", width=tower.model.config.projection_dim, weights=weights, source=file)
             self.tower = tower
 
-    def score(self, *, images: Float[Tensor, "b 3 h w"], prompts: Sequence[Prompt]) -> Float[Tensor, "b"]:
+    def score(self, *, images: Float[Tensor, "b 3 h w"], prompts: Sequence[Prompt]) -> Float[Tensor, " b"]:
         """Return the output of the head; captions are ignored."""
         return self._loaded(self.head)(self._loaded(self.tower).embed_images(images)).squeeze(-1)

@@ -69,6 +69,6 @@ class HPSv2(Reward):
                 clean=cleaned,
             )
 
-    def score(self, *, images: Float[Tensor, "b 3 h w"], prompts: Sequence[Prompt]) -> Float[Tensor, "b"]:
+    def score(self, *, images: Float[Tensor, "b 3 h w"], prompts: Sequence[Prompt]) -> Float[Tensor, " b"]:
         """cos(text, image)."""
         return self._loaded(self.tower).cosine(images=images, texts=[prompt.text for prompt in prompts])

@@ -67,7 +67,7 @@ class PickScore(Reward):
                 dtype=self.dtype,
             )
 
-    def score(self, *, images: Float[Tensor, "b 3 h w"], prompts: Sequence[Prompt]) -> Float[Tensor, "b"]:
+    def score(self, *, images: Float[Tensor, "b 3 h w"], prompts: Sequence[Prompt]) -> Float[Tensor, " b"]:
         """exp(logit_scale) * cos(text, image) / divide_by."""
         tower = self._loaded(self.tower)
         return tower.scale * tower.cosine(images=images, texts=[prompt.text for prompt in prompts]) / self.divide_by

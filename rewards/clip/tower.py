@@ -125,7 +125,7 @@ class CLIPTower(nn.Module):
         features = self.model.get_text_features(input_ids=tokens.input_ids, attention_mask=tokens.attention_mask)
         return F.normalize(features.pooler_output.float(), dim=-1)
 
-    def cosine(self, *, images: Float[Tensor, "b 3 h w"], texts: Sequence[str]) -> Float[Tensor, "b"]:
+    def cosine(self, *, images: Float[Tensor, "b 3 h w"], texts: Sequence[str]) -> Float[Tensor, " b"]:
         """Return the cosine of each image with its own text; a text shared by several images is embedded once."""
         position = {text: index for index, text in enumerate(dict.fromkeys(texts))}
         embedded = self.embed_texts(list(position))[[position[text] for text in texts]]

@@ -137,7 +137,7 @@ class GenEval(Reward):
                     f"Use a detector that knows them, or remove these prompts."
                 )
 
-    def score(self, *, images: Float[Tensor, "b 3 h w"], prompts: Sequence[Prompt]) -> Float[Tensor, "b"]:
+    def score(self, *, images: Float[Tensor, "b 3 h w"], prompts: Sequence[Prompt]) -> Float[Tensor, " b"]:
         """Return the score of the chosen kind for each image."""
         field = "correct" if self.kind == "accuracy" else self.kind
         verdicts = self.verdicts(images=images, prompts=prompts)

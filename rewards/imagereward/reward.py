@@ -72,7 +72,7 @@ class ImageReward(Reward):
         self.head = regression_head("ImageReward", width=width, weights=below("mlp.layers.", weights), source=file)
         self.tower = tower
 
-    def score(self, *, images: Float[Tensor, "b 3 h w"], prompts: Sequence[Prompt]) -> Float[Tensor, "b"]:
+    def score(self, *, images: Float[Tensor, "b 3 h w"], prompts: Sequence[Prompt]) -> Float[Tensor, " b"]:
         """Return the standardised output of the head."""
         texts = [prompt.text for prompt in prompts]
         features = self._loaded(self.tower).features(images=images, texts=texts, max_length=TOKENS)

@@ -157,7 +157,7 @@ class OCR(Reward):
         pixels = (images.flip(1) * 255).round().byte().permute(0, 2, 3, 1).contiguous().cpu().numpy()
         return cast(Engine | EnginePool, self._loaded(self._engine)).read(list(pixels))
 
-    def score(self, *, images: Float[Tensor, "b 3 h w"], prompts: Sequence[Prompt]) -> Float[Tensor, "b"]:
+    def score(self, *, images: Float[Tensor, "b 3 h w"], prompts: Sequence[Prompt]) -> Float[Tensor, " b"]:
         """Return 1 - d / len(target); NaN where the engine failed."""
         self._loaded(self._engine)
         scores = []

@@ -85,7 +85,7 @@ class RemoteReward(Reward):
             raise client.unexpected_answer("/health", '{"reward": name}', health)
         self._ready = client
 
-    def score(self, *, images: Float[Tensor, "b 3 h w"], prompts: Sequence[Prompt]) -> Float[Tensor, "b"]:
+    def score(self, *, images: Float[Tensor, "b 3 h w"], prompts: Sequence[Prompt]) -> Float[Tensor, " b"]:
         """Return the server's scores; null becomes NaN.
 
         Raises:

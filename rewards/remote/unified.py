@@ -134,7 +134,7 @@ class UnifiedReward(Reward):
             )
         self._ready = client
 
-    def score(self, *, images: Float[Tensor, "b 3 h w"], prompts: Sequence[Prompt]) -> Float[Tensor, "b"]:
+    def score(self, *, images: Float[Tensor, "b 3 h w"], prompts: Sequence[Prompt]) -> Float[Tensor, " b"]:
         """Return rating / 5; NaN if the answer has no rating.
 
         Raises:
