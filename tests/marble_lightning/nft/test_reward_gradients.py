@@ -66,8 +66,10 @@ def test_two_passes_equal_one_pass_per_reward(policy, rewards, checkpointing):
 
 
 def test_two_passes_equal_one_pass_per_reward_under_autocast(policy):
-    """Up to the precision of bfloat16 activations, whether the gradients are computed within autocast or outside."""
+    """Their difference is less than what bfloat16 costs, whether the gradients are computed within autocast or outside."""
     parameters, c = policy.parameters_of("trained"), half_clamped(5)
+    plus, minus, _ = sample_losses(policy)
+    exact = gradients_by_passes(c.losses(plus, minus), parameters)
     taps = LinearTaps(policy.transformer, parameters)
     with torch.autocast("cpu", torch.bfloat16):
         plus, minus, _ = sample_losses(policy)
@@ -76,7 +78,7 @@ def test_two_passes_equal_one_pass_per_reward_under_autocast(policy):
     outside = taps.gradients(plus, minus, c)
     assert within.dtype == expected.dtype == torch.float32
     torch.testing.assert_close(within, outside)
-    assert ((within - expected).norm(dim=1) / expected.norm(dim=1)).max() < 0.02
+    assert (within - expected).norm() < (expected - exact).norm()  # over all rewards: a short gradient is mostly rounding
 
 
 def test_weighted_reward_gradients_equal_one_backward_pass(policy):
