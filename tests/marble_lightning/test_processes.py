@@ -112,7 +112,8 @@ def ranks(
         port = str(free.getsockname()[1])
     started = []
     for rank in range(2):
-        environment = {"OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "LOCAL_RANK": str(rank)}
+        environment = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "LOCAL_RANK": str(rank)}
+        environment |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
         if slurm:
             variables = {"PROCID": str(rank), "LOCALID": str(rank), "NODEID": "0", "NTASKS": "2", "NTASKS_PER_NODE": "2"} | {
                 "JOB_NAME": "fit"
