@@ -1,1 +1,1 @@
-"""Benchmarks, each a module to run with `python -m benchmarks.NAME`. The README names the benchmark behind each number."""
+"""Benchmarks, each a module to run with `python -m benchmarks.NAME`. The documentation names that of each number."""

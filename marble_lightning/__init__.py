@@ -6,6 +6,7 @@ advantages, and trained on. A callback from `balancers` merges the rewards. `Sam
 and `Evaluation` are groups of settings; `tinyworld` has small models and data that run on a laptop.
 """
 
+from marble_lightning import _shadowing as _shadowing  # first: it checks what the others import
 from marble_lightning.data import PromptDataModule
 from marble_lightning.evaluation import Evaluation
 from marble_lightning.module import DiffusionNFT
