@@ -1,20 +1,26 @@
 # Two commands: `make fit` trains the bundled tiny model, `make test` checks everything. Both install what they need.
+# `make docs` builds the documentation into docs/_build/html.
 
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: fit test lint clean
+.PHONY: fit test lint docs clean
 
 fit: .venv/installed
 	$(BIN)/marble-lightning fit -c tiny
 
-test: lint
+test: lint docs
 	$(BIN)/pytest
 
 lint: .venv/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+docs: .venv/installed
+	$(BIN)/sphinx-build -W --keep-going --quiet docs docs/_build/html
+	@echo 'docs/_build/html/index.html'
 
 .venv/installed: pyproject.toml
 	$(PYTHON) -m venv .venv
@@ -22,4 +28,4 @@ lint: .venv/installed
 	touch $@
 
 clean:
-	rm -rf .venv
+	rm -rf .venv docs/_build docs/notebooks

@@ -1,18 +1,17 @@
-"""Ways of merging several rewards into one update.
+"""Methods that merge several rewards into one update.
 
-Rewards can be merged at three levels: the rewards themselves, before advantages exist; the per-reward advantages; or
-the gradients of the per-reward losses. A `Balancer` is a Lightning callback that does one of these. It decides on
-which optimizer steps per-reward gradients are worth their price, turns their inner products into weights, and
-remembers those weights for the cheaper steps in between, where they multiply the losses. It knows nothing of
-diffusion, images or what a reward measures: only rows of a matrix and their names. A new method is one file that
-overrides one method.
+A method merges at one of three levels: the rewards, before advantages are computed; the per-reward advantages; or the
+gradients of the per-reward losses. A `Balancer` is a Lightning callback that merges at one of these levels. It chooses
+the optimizer steps on which per-reward gradients are computed, turns their inner products into weights, and keeps the
+weights for the cheaper steps in between, where they multiply the losses. It does not depend on diffusion, images or
+reward models: its input is a matrix and the names of its rows. A new method is one file that overrides one method.
 """
 
 from balancers.advantage_sum import AdvantageSum
 from balancers.base import CADENCE, Balancer
 from balancers.cagrad import CAGrad
 from balancers.fixed_weights import FixedWeights
-from balancers.harmony import cosines
+from balancers.gramian import cosines
 from balancers.marble import MARBLE
 from balancers.mgda import MGDA
 from balancers.pcgrad import PCGrad

@@ -6,10 +6,10 @@ from torch import Tensor
 
 
 class GradientSum:
-    """Adds up the first `wanted` micro-batches' gradients in float32, then hands the sum over and forgets it.
+    """Sums the gradients of the first `wanted` micro-batches in float32.
 
     Args:
-        wanted: micro-batches to add, >= 0.
+        wanted: Micro-batches to add, >= 0.
     """
 
     def __init__(self, wanted: int = 0) -> None:
@@ -18,15 +18,15 @@ class GradientSum:
 
     @property
     def incomplete(self) -> bool:
-        """Whether micro-batches are still wanted."""
+        """Whether micro-batches are still missing."""
         return self.received < self.wanted
 
     def add(self, gradients: Float[Tensor, "reward parameter"], n_rewards: int) -> None:
         """Add one micro-batch's gradients.
 
         Raises:
-            RuntimeError: no gradients are wanted now.
-            ValueError: there are not `n_rewards` rows.
+            RuntimeError: The sum is complete.
+            ValueError: There are not `n_rewards` rows.
         """
         if not self.incomplete:
             raise RuntimeError("`add_gradients` must be called while `wants_gradients` is true. Found false.")
@@ -39,10 +39,10 @@ class GradientSum:
         self.received += 1
 
     def take(self) -> Float[Tensor, "reward parameter"]:
-        """Hand over the sum.
+        """Return the sum and free it.
 
         Raises:
-            RuntimeError: micro-batches are missing, or the sum was taken before.
+            RuntimeError: Micro-batches are missing, or the sum was taken before.
         """
         if self.total is None or self.incomplete:
             raise RuntimeError(

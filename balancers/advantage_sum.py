@@ -1,4 +1,4 @@
-"""Merging after advantages: one weighted sum of what each reward's own scale has been taken out of."""
+"""Merging at the level of advantages: one weighted sum of the standardised per-reward advantages."""
 
 from collections.abc import Sequence
 
@@ -7,7 +7,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from balancers.base import Balancer
-from balancers.by_name import weights_by_name
+from balancers.per_reward_options import weights_by_name
 
 
 class AdvantageSum(Balancer):
@@ -16,25 +16,25 @@ class AdvantageSum(Balancer):
     $$A_i = \frac{S_i - \operatorname{mean}(S)}{\operatorname{std}(S) + \epsilon}, \qquad
       S_i = \sum_{k \in K_i} w_k A_{ik}, \qquad K_i = \{k : \text{reward } k \text{ applies to sample } i\}$$
 
-    Unlike WeightedSum no reward drowns another by its scale, but the sample still has a single advantage. With the
+    Unlike in WeightedSum, the scale of a reward does not matter, but a sample still has a single advantage. With the
     objective's `advantage_std: group` the $A_{ik}$ are the source's group z-scores.
+
+    Args:
+        weights: Weight of each reward by name, > 0; 1 for those not named. Null: all 1.
 
     Source: GDPO, "Group reward-Decoupled Normalization Policy Optimization for Multi-reward RL Optimization", 2026,
     decoupled normalisation and batch-wise normalisation.
-
-    Args:
-        weights: weight of each reward by name, > 0; 1 for those not named. Null: all 1.
     """
 
     merged_name = "sum"
 
     def __init__(self, weights: dict[str, float] | None = None) -> None:
         super().__init__()
-        self.by_name = weights
+        self.named_weights = weights
 
     def bind(self, reward_names: Sequence[str]) -> None:
         super().bind(reward_names)
-        self.reward_weights = weights_by_name(self.by_name, self.reward_names)
+        self.reward_weights = weights_by_name(self.named_weights, self.reward_names)
 
     def merge_advantages(self, advantages: Float[Tensor, "sample reward"]) -> Float[Tensor, "sample 1"]:
         """Weighted sum over the rewards that apply, normalised over all samples; NaN where none applies.
@@ -45,12 +45,12 @@ class AdvantageSum(Balancer):
         weights = self.reward_weights.to(advantages)
         present = ~advantages.isnan()
         total = (weights * torch.where(present, advantages, 0)).sum(1, keepdim=True)
-        judged = present.any(1)
-        among = total[judged]
-        if len(among) == 0:
+        scored = present.any(1)
+        sums = total[scored]
+        if len(sums) == 0:
             return torch.full_like(total, torch.nan)
-        normalised = (total - among.mean()) / (among.std(correction=0) + EPSILON)
-        return torch.where(judged[:, None], normalised, torch.nan)
+        normalised = (total - sums.mean()) / (sums.std(correction=0) + EPSILON)
+        return torch.where(scored[:, None], normalised, torch.nan)
 
 
 EPSILON = 1e-4

@@ -1,4 +1,4 @@
-"""What a method's levels take and return, checked in one place for every method, custom ones included."""
+"""Checks of what the three levels of a method receive and return, for every method, custom ones included."""
 
 from __future__ import annotations
 
@@ -15,39 +15,39 @@ Level = Callable[..., Any]
 
 
 def checked_weights(method: Level) -> Level:
-    """`weights` of any method: float64 on the CPU inside, uniform for a zero Gram matrix, K finite numbers returned."""
+    """Wrap `weights`: float64 on the CPU as input, uniform weights for a zero Gram matrix, K finite numbers as output."""
 
     @wraps(method)
     def weights(self: Any, gram: Tensor) -> Tensor:
         gram = checked_gram(gram, list(compress(self.names, self.active.tolist())) if self.names else [])
         if not gram.any():
-            return torch.full_like(gram[0], 1 / len(gram))  # no gradient says anything
-        found = method(self, gram)
-        if not isinstance(found, Tensor) or found.shape != gram.shape[:1] or not found.float().isfinite().all():
+            return torch.full_like(gram[0], 1 / len(gram))  # all gradients are zero
+        alpha = method(self, gram)
+        if not isinstance(alpha, Tensor) or alpha.shape != gram.shape[:1] or not alpha.float().isfinite().all():
             raise ValueError(
                 f"`{method.__qualname__}` must return a tensor of {len(gram)} numbers, one for each row of `gram`, that are "
-                f"finite in float32. Found {found}."
+                f"finite in float32. Found {alpha}."
             )
-        return found
+        return alpha
 
     return weights
 
 
 def checked_columns(method: Level) -> Level:
-    """`merge_rewards` or `merge_advantages` of any method: the precision it was given is returned, without infinity."""
+    """Wrap `merge_rewards` or `merge_advantages`: the result has the dtype of the input and no infinity."""
 
     @wraps(method)
     def merge(self: Any, values: Tensor, *arguments: Any) -> Tensor:
-        found = method(self, values, *arguments)
-        if not isinstance(found, Tensor):
-            raise ValueError(f"`{method.__qualname__}` must return a tensor. Found {type(found).__name__}.")
-        found = found.to(values.dtype)
-        if found.isinf().any():
+        merged = method(self, values, *arguments)
+        if not isinstance(merged, Tensor):
+            raise ValueError(f"`{method.__qualname__}` must return a tensor. Found {type(merged).__name__}.")
+        merged = merged.to(values.dtype)
+        if merged.isinf().any():
             raise ValueError(
                 f"`{method.__qualname__}` must return numbers that are finite in {values.dtype}, or NaN where "
                 "a sample has none. Found infinity; use smaller weights."
             )
-        return found
+        return merged
 
     return merge
 
@@ -56,11 +56,11 @@ def checked_gram(gram: Float[Tensor, "row row"], names: Sequence[str] = ()) -> F
     """A Gram matrix in float64 on the CPU.
 
     Args:
-        gram: inner products of the gradients.
-        names: the rows' rewards, for the error message; anything else than one per row is not used.
+        gram: Inner products of the gradients.
+        names: Rewards of the rows, for the error message; ignored unless there is one per row.
 
     Raises:
-        ValueError: it is not square, or not finite.
+        ValueError: The matrix is not square or not finite.
     """
     if gram.ndim != 2 or gram.shape[0] != gram.shape[1] or len(gram) == 0:
         raise ValueError(f"`gram` must have shape (K, K) with K >= 1. Found {tuple(gram.shape)}.")
@@ -75,5 +75,5 @@ def checked_gram(gram: Float[Tensor, "row row"], names: Sequence[str] = ()) -> F
     return gram.to("cpu", torch.float64)
 
 
-CHECKED = {"weights": checked_weights, "merge_rewards": checked_columns, "merge_advantages": checked_columns}
-"""What is put around a method's own levels."""
+LEVEL_CHECKS = {"weights": checked_weights, "merge_rewards": checked_columns, "merge_advantages": checked_columns}
+"""Wrapper of each level that a method overrides."""

@@ -1,4 +1,4 @@
-"""Checks of what all balancers share: their options and the rewards' names."""
+"""Checks of the options that all balancers share, and of the rewards' names."""
 
 from collections.abc import Sequence
 
@@ -11,10 +11,10 @@ def check_options(
     estimate_share: float,
     uniform_after_step: int | None,
 ) -> None:
-    """Raise if an option of `Balancer` is out of its range.
+    """Check that every option of `Balancer` is in its range.
 
     Raises:
-        ValueError: says which, the range and what was found.
+        ValueError: An option is out of its range.
     """
     if refresh_every < 1:
         raise ValueError(f"`refresh_every` must be >= 1. Found {refresh_every}.")
@@ -30,16 +30,16 @@ def check_options(
         raise ValueError(f"`uniform_after_step` must be >= 0 or null. Found {uniform_after_step}.")
 
 
-def check_names(found: Sequence[str], known: Sequence[str]) -> None:
-    """Raise if there is no reward, or the names differ from those known from before (none known: anything goes).
+def check_names(names: Sequence[str], known: Sequence[str]) -> None:
+    """Check the rewards' names against earlier ones; an empty `known` allows any names.
 
     Raises:
-        ValueError: names both.
+        ValueError: There is no reward, or the names differ from `known`.
     """
-    if not found:
+    if not names:
         raise ValueError("`rewards` must name at least one reward. Found none.")
-    if known and tuple(found) != tuple(known):
+    if known and tuple(names) != tuple(known):
         raise ValueError(
-            f"`rewards` must stay the same and in the same order: {', '.join(known)}. Found {', '.join(found)}. "
+            f"`rewards` must stay the same and in the same order: {', '.join(known)}. Found {', '.join(names)}. "
             "Use the rewards the checkpoint was saved with, or start without it."
         )

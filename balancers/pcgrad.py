@@ -1,4 +1,4 @@
-"""PCGrad: each gradient gives up what it has against the others."""
+"""PCGrad: each gradient is projected so that it no longer conflicts with the others."""
 
 from typing import Any
 
@@ -10,32 +10,36 @@ from balancers.base import Balancer
 
 
 class PCGrad(Balancer):
-    r"""Average the gradients after projecting each off those it conflicts with, one after the other in random order.
+    r"""Average the gradients after projecting each onto the normal planes of those it conflicts with, in random order.
 
     $$g_i^{PC} \leftarrow g_i^{PC} - \frac{\min(\langle g_i^{PC}, g_j \rangle, 0)}{\|g_j\|^2}\, g_j \quad (j \ne i),
       \qquad d = \tfrac1K \sum_i g_i^{PC}$$
 
-    The projections are linear, so the inner products are all they need. The source adds the $g_i^{PC}$ up, and sets that
-    beside the gradient of the sum of the losses. Every method here stands beside the mean instead, so this is their mean:
-    where nothing conflicts it is the plain mean, at the same learning rate.
-
-    Source: Yu et al., "Gradient Surgery for Multi-Task Learning", NeurIPS 2020, algorithm 1.
+    The projections are linear, so inner products suffice. The source sums the $g_i^{PC}$ and compares the sum with the
+    gradient of the summed losses. All methods here are compared with the mean gradient, so this method takes the mean of
+    the $g_i^{PC}$: without conflicts it is the mean gradient, at the same learning rate.
 
     Args:
-        seed: seed of the order of projection, which also depends on the optimizer step; the same on every rank.
+        seed: Seed of the order of projection, which also depends on the optimizer step; the same on every rank.
+
+    Source: Yu et al., "Gradient Surgery for Multi-Task Learning", NeurIPS 2020, algorithm 1.
     """
 
     def __init__(self, *, seed: int = 0, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.seed = seed
 
-    def weights(self, gram: Float[Tensor, "active active"]) -> Float[Tensor, "active"]:
+    def weights(self, gram: Float[Tensor, "active active"]) -> Float[Tensor, " active"]:
         draws = torch.Generator().manual_seed(1_000_003 * self.seed + self.step)
         return projected(gram, [torch.randperm(len(gram), generator=draws).tolist() for _ in gram]) / len(gram)
 
 
-def projected(gram: Float[Tensor, "reward reward"], orders: list[list[int]]) -> Float[Tensor, "reward"]:
-    """Weights of the sum of projected gradients; `orders[i]` is the order in which gradient i meets the others.
+def projected(gram: Float[Tensor, "reward reward"], orders: list[list[int]]) -> Float[Tensor, " reward"]:
+    """Weights of the sum of projected gradients.
+
+    Args:
+        gram: Inner products of the gradients.
+        orders: Order in which gradient i is projected against the others, for each i.
 
     Shape:
         gram (K, K) -> (K,).

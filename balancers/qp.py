@@ -1,4 +1,4 @@
-"""The min-norm point of a convex hull, given only inner products: a small, differentiable quadratic program."""
+"""The min-norm point of a convex hull from inner products alone, by a small differentiable quadratic program."""
 
 import torch
 from jaxtyping import Float
@@ -6,14 +6,14 @@ from qpth.qp import QPFunction
 from torch import Tensor
 
 RIDGE = 1e-8
-"""Added to the diagonal of the Gram matrix scaled to mean diagonal 1. It picks one point where several are optimal."""
+"""Added to the diagonal of the Gram matrix, scaled to mean diagonal 1, so that the optimal point is unique."""
 
 
 def check_floor(floor: float, n_rewards: int) -> None:
-    """Raise if no point of the simplex has all its `n_rewards` weights at `floor` or above.
+    """Check that `n_rewards` weights of at least `floor` can sum to 1.
 
     Raises:
-        ValueError: `floor` is negative, not a number, or times `n_rewards` above 1.
+        ValueError: `floor` is negative or not a number, or `floor * n_rewards` is above 1.
     """
     if not 0 <= floor * n_rewards <= 1 + 1e-12:
         raise ValueError(
@@ -28,22 +28,22 @@ def min_norm_weights(gram: Float[Tensor, "*batch reward reward"], floor: float =
       \textstyle\sum_k \alpha_k = 1, \ \alpha_k \ge \text{floor}, \qquad G_{jk} = \langle g_j, g_k \rangle$$
 
     With `floor = 0` the direction $\sum_k \alpha^*_k g_k$ has a non-negative inner product with every $g_k$. The
-    program is solved in float64 whatever the input, after dividing `gram` by its mean diagonal and adding a ridge of
-    1e-8, so the answer does not depend on the scale of `gram`. The objective found exceeds the least one by at most
-    about 1e-8 of that mean diagonal, by far less when the gradients have similar norms. Among several optimal points,
-    the most even one is returned. Differentiable in `gram`.
-
-    Source: MARBLE, arXiv 2605.06507, eq. 6; the min-norm point is MGDA's (Désidéri, 2012).
+    program is always solved in float64, after dividing `gram` by its mean diagonal and adding a ridge of 1e-8, so the
+    result does not depend on the scale of `gram`. The objective exceeds the minimum by at most about 1e-8 of that mean
+    diagonal, and by far less when the gradients have similar norms. Among several optimal points, the most even one is
+    returned. Differentiable in `gram`.
 
     Args:
-        gram: inner products of the gradients, symmetric positive semi-definite.
-        floor: smallest weight of a reward, in [0, 1/K].
+        gram: Inner products of the gradients, symmetric positive semi-definite.
+        floor: Smallest weight of a reward, in [0, 1/K].
 
     Shape:
         gram (..., K, K) -> weights (..., K), dtype of `gram`.
 
     Raises:
         ValueError: `gram` is not square or not finite, or `floor` is out of range.
+
+    Source: MARBLE, arXiv 2605.06507, eq. 6; the min-norm point is MGDA's (Désidéri, 2012).
 
     >>> min_norm_weights(torch.tensor([[1.0, 0.0], [0.0, 4.0]]))
     tensor([0.8000, 0.2000])
@@ -57,7 +57,7 @@ def min_norm_weights(gram: Float[Tensor, "*batch reward reward"], floor: float =
     if k == 1 or gram.numel() == 0:
         return torch.ones_like(gram[..., 0])
 
-    # alpha = floor + free * z with z on the plain simplex: feasible even where the floor leaves no room at all.
+    # alpha = floor + free * z with z on the simplex: feasible even where floor * K = 1 and only one point is allowed.
     free = max(1 - k * floor, 0.0)
     scaled = gram.double().reshape(-1, k, k)
     scaled = (scaled + scaled.mT) / 2
@@ -70,7 +70,7 @@ def min_norm_weights(gram: Float[Tensor, "*batch reward reward"], floor: float =
 def simplex_minimum(
     quadratic: Float[Tensor, "*batch reward reward"], linear: Float[Tensor, "*batch reward"]
 ) -> Float[Tensor, "*batch reward"]:
-    r"""The point of the simplex with the least $\tfrac12 z^\top Q z + p^\top z$. Differentiable in both; Q of size about 1.
+    r"""The point of the simplex that minimises $\tfrac12 z^\top Q z + p^\top z$, differentiable in both; Q of size about 1.
 
     Shape:
         quadratic (..., K, K), linear (..., K) -> (..., K), float64.
@@ -87,19 +87,19 @@ def simplex_minimum(
     return (z / z.sum(-1, keepdim=True)).reshape(linear.shape)
 
 
-def sensitivity(gram: Float[Tensor, "reward reward"], floor: float = 0.0) -> Float[Tensor, "reward"]:
-    r"""How firmly a Gram matrix determines its min-norm weights: $\| \partial \alpha^*_k / \partial G \|$ of each weight.
+def sensitivity(gram: Float[Tensor, "reward reward"], floor: float = 0.0) -> Float[Tensor, " reward"]:
+    r"""Sensitivity of the min-norm weights to the Gram matrix: $\| \partial \alpha^*_k / \partial G \|$ of each weight.
 
-    Large where a small change of the gradients would shift the weight a lot, 0 where it rests at its floor. By autograd
-    through the quadratic program.
+    It is large where a small change of the gradients would change the weight a lot, and 0 where the weight is at its
+    floor. It is computed by autograd through the quadratic program.
 
     Shape:
         gram (K, K) -> (K,).
     """
     if len(gram) == 1:
         return torch.zeros_like(gram[0], dtype=torch.float64)
-    copies = gram.detach().double().repeat(len(gram), 1, 1).requires_grad_()  # one for each weight, in a single solution
+    copies = gram.detach().double().repeat(len(gram), 1, 1).requires_grad_()  # one per weight, solved as one batch
     with torch.enable_grad():
-        own = min_norm_weights(copies, floor).diagonal().sum()
-    (rows,) = torch.autograd.grad(own, copies)
+        diagonal = min_norm_weights(copies, floor).diagonal().sum()  # weight k of copy k
+    (rows,) = torch.autograd.grad(diagonal, copies)
     return (rows + rows.mT).norm(dim=(1, 2)) / 2

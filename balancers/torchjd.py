@@ -1,4 +1,4 @@
-"""Any of TorchJD's aggregators that weigh gradients, fed with our inner products."""
+"""TorchJD's aggregators that weight gradients, applied to inner products."""
 
 import inspect
 from typing import Any
@@ -11,21 +11,21 @@ from balancers.base import Balancer
 
 
 class TorchJD(Balancer):
-    """Weigh the gradients as an aggregator of the TorchJD library does.
+    """Weight the gradients as an aggregator of the TorchJD library does.
 
-    It is built afresh for every solution, since gradients may drop out and return; only the smoothing of `ema_decay`
-    remembers. So aggregators that live by their own memory are refused.
+    The aggregator is built again for every solution, since rewards may become inactive and active again; the only state is
+    the smoothing of `ema_decay`. So aggregators whose state changes their result are refused.
 
-    Gradients are brought to a root mean square length of 1 first: below 0.01 UPGrad and DualProj take them for zero and
-    return the plain mean, and NashMTL returns nothing. An aggregator keeps the length it has in TorchJD, where PCGrad and
-    Sum add up K gradients and most others average them.
-
-    Source: Quinton and Rey, "Jacobian Descent for Multi-Objective Optimization", 2024, and the papers TorchJD names.
+    Gradients are first rescaled to a root mean square length of 1: below 0.01, UPGrad and DualProj treat them as zero and
+    return the plain mean, and NashMTL returns nothing. The update has the same length as in TorchJD, where PCGrad and Sum
+    add up K gradients and most other aggregators average them.
 
     Args:
-        aggregator: name of a class in `torchjd.aggregation`, such as UPGrad, DualProj, AlignedMTL, IMTLG, NashMTL.
-        arguments: what it is built with. Null: its defaults. `n_tasks` is filled in.
-        seed: seed of aggregators that draw, which also depends on the optimizer step; the same on every rank.
+        aggregator: Name of a class in `torchjd.aggregation`, such as UPGrad, DualProj, AlignedMTL, IMTLG, NashMTL.
+        arguments: Arguments of its constructor. Null: its defaults. `n_tasks` is filled in.
+        seed: Seed of aggregators that draw, which also depends on the optimizer step; the same on every rank.
+
+    Source: Quinton and Rey, "Jacobian Descent for Multi-Objective Optimization", 2024, and the papers TorchJD names.
     """
 
     def __init__(
@@ -35,7 +35,7 @@ class TorchJD(Balancer):
         self.aggregator, self.arguments, self.seed = aggregator, dict(arguments or {}), seed
         build(aggregator, self.arguments, 2)  # a wrong name or argument fails here
 
-    def weights(self, gram: Float[Tensor, "active active"]) -> Float[Tensor, "active"]:
+    def weights(self, gram: Float[Tensor, "active active"]) -> Float[Tensor, " active"]:
         unit = gram / gram.diagonal().mean()
         with torch.random.fork_rng(devices=[]), torch.no_grad():
             torch.manual_seed(1_000_003 * self.seed + self.step)
@@ -43,7 +43,7 @@ class TorchJD(Balancer):
 
 
 def root(gram: Float[Tensor, "reward reward"]) -> Float[Tensor, "reward reward"]:
-    r"""Some $R$ with $R R^\top = G$: as good as the gradients themselves to whatever only looks at inner products.
+    r"""A matrix $R$ with $R R^\top = G$, whose rows have the same inner products as the gradients.
 
     >>> root(torch.diag(torch.tensor([1.0, 4.0]))).square().sum(1)
     tensor([1., 4.])
@@ -53,16 +53,16 @@ def root(gram: Float[Tensor, "reward reward"]) -> Float[Tensor, "reward reward"]
 
 
 WARM_STARTED = ("NashMTL",)
-"""Aggregators whose memory only saves time."""
+"""Aggregators that are allowed although they have state: it only saves time."""
 
 
 def build(name: str, arguments: dict[str, Any], n_rewards: int) -> Any:
-    """An aggregator of TorchJD.
+    """Build an aggregator of TorchJD.
 
     Raises:
-        ImportError: TorchJD, or what the aggregator needs, is not installed.
-        ValueError: there is no such aggregator, or it has a memory that matters.
-        TypeError: it does not take those arguments.
+        ImportError: TorchJD, or a package that the aggregator needs, is not installed.
+        ValueError: There is no such aggregator, or its state changes its result.
+        TypeError: It does not take those arguments.
     """
     try:
         import torchjd

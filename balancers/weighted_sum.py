@@ -1,4 +1,4 @@
-"""Scalarisation before anything else: one weighted mean of the rewards."""
+"""Merging at the level of rewards: one weighted mean of the rewards of a sample."""
 
 from collections.abc import Sequence
 
@@ -7,30 +7,30 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from balancers.base import Balancer
-from balancers.by_name import weights_by_name
+from balancers.per_reward_options import weights_by_name
 
 
 class WeightedSum(Balancer):
-    r"""Merge the rewards of a sample into their weighted mean; advantages and gradients then see a single reward.
+    r"""Merge the rewards of a sample into their weighted mean; advantages and gradients are those of a single reward.
 
     $$R_i = \frac{\sum_{k \in K_i} w_k R_{ik}}{\sum_{k \in K_i} w_k}, \qquad
       K_i = \{k : \text{reward } k \text{ applies to sample } i \text{ and is finite}\}$$
 
-    Source: the weighted-sum baseline of MARBLE, arXiv 2605.06507.
-
     Args:
-        weights: weight of each reward by name, > 0; 1 for those not named. Null: all 1.
+        weights: Weight of each reward by name, > 0; 1 for those not named. Null: all 1.
+
+    Source: the weighted-sum baseline of MARBLE, arXiv 2605.06507.
     """
 
     merged_name = "sum"
 
     def __init__(self, weights: dict[str, float] | None = None) -> None:
         super().__init__()
-        self.by_name = weights
+        self.named_weights = weights
 
     def bind(self, reward_names: Sequence[str]) -> None:
         super().bind(reward_names)
-        self.reward_weights = weights_by_name(self.by_name, self.reward_names)
+        self.reward_weights = weights_by_name(self.named_weights, self.reward_names)
 
     def merge_rewards(
         self, rewards: Float[Tensor, "sample reward"], applies: Bool[Tensor, "sample reward"]

@@ -1,1 +1,1 @@
-"""Long measurements, each a module to run: `python -m benchmarks.NAME`. The README says which made a figure."""
+"""Benchmarks, each a module to run with `python -m benchmarks.NAME`. The documentation names that of each number."""

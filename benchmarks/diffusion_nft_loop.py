@@ -1,7 +1,8 @@
-"""A round as DiffusionNFT's released loop runs it, built from the same stock parts: what ours is timed against.
+"""A round of DiffusionNFT's released loop, built from the same stock components, as the baseline for timings.
 
-The base is float32 (under autocast where training is mixed), every picture's prompt is encoded, all rewards are one sum,
-scored in a pool of threads while sampling goes on, and the old, trained and reference policies are one network call each.
+The base model is float32 (under autocast if training is in mixed precision). The prompt of every image is encoded. The sum
+of all rewards is the only reward; it is computed in a thread pool during sampling. The old, trained and reference
+velocities take one network call each.
 
 Source: DiffusionNFT, arXiv 2509.16117, and its released training script.
 """
@@ -20,28 +21,28 @@ from torch.nn.utils import clip_grad_norm_
 
 from benchmarks.phases import Phases
 from marble_lightning.module import DiffusionNFT
-from marble_lightning.policy import SD3Policy
-from marble_lightning.solvers import flow_sigmas, scheduler_for
+from marble_lightning.policies.samplers import flow_sigmas, scheduler_for
+from marble_lightning.policies.sd3 import SD3Policy
 from rewards import Prompt, Reward
 from rewards.files import resolve_path
 
 
 class DiffusionNFTLoop:
-    """Rounds of DiffusionNFT with the settings of one of our modules.
+    """Rounds of DiffusionNFT with the settings of a module of this package.
 
     Args:
-        ours: Whose settings and rewards it takes.
+        module: The module with the settings.
         policy: Its policy.
-        rewards: What is summed.
-        images_per_prompt: k.
-        device: Where it runs.
-        half: Autocast's type; None trains in float32.
-        phases: Takes the times.
+        rewards: Rewards to sum.
+        images_per_prompt: k, images sampled for each prompt.
+        device: Device of the loop.
+        half: Dtype of autocast; None trains in float32.
+        phases: Measures the phases.
     """
 
     def __init__(
         self,
-        ours: DiffusionNFT,
+        module: DiffusionNFT,
         policy: SD3Policy,
         rewards: Mapping[str, Reward],
         images_per_prompt: int,
@@ -49,7 +50,7 @@ class DiffusionNFTLoop:
         half: torch.dtype | None,
         phases: Phases,
     ) -> None:
-        self.ours, self.policy, self.rewards, self.k = ours, policy, rewards, images_per_prompt
+        self.module, self.policy, self.rewards, self.k = module, policy, rewards, images_per_prompt
         self.device, self.half, self.phases = device, half, phases
         absent = {name: None for name in ("text_encoder_3", "tokenizer_3") if getattr(policy.pipeline, name) is None}
         self.pipeline = StableDiffusion3Pipeline.from_pretrained(resolve_path(policy.path), dtype=torch.float32, **absent)
@@ -73,13 +74,13 @@ class DiffusionNFTLoop:
     def round(self, prompts: Sequence[Prompt]) -> None:
         """Sample, score and train on a round of distinct prompts."""
         repeated = [prompt for prompt in prompts for _ in range(self.k)]
-        batch, samples, scores = self.ours.sampling.batch_size, [], []
+        batch, samples, scores = self.module.sampling.batch_size, [], []
         for start in range(0, len(repeated), batch):
-            own = repeated[start : start + batch]
+            chunk = repeated[start : start + batch]
             with self.phases("encode"):
-                embeds, pooled = self._encode([prompt.text for prompt in own])
+                embeds, pooled = self._encode([prompt.text for prompt in chunk])
             latents, images = self._sample(embeds, pooled)
-            scores.append(self.pool.submit(self._score, images, own))
+            scores.append(self.pool.submit(self._score, images, chunk))
             samples.append((embeds, pooled, latents))
         with self.phases("score"):
             summed = torch.cat([score.result() for score in scores]).to(self.device)
@@ -103,12 +104,12 @@ class DiffusionNFTLoop:
     def _sample(self, embeds: Tensor, pooled: Tensor) -> tuple[Tensor, Tensor]:
         side = self.policy.resolution
         self.transformer.set_adapter("old")
-        self.pipeline.scheduler = scheduler_for(self.ours.sampling.solver, self.flow)
+        self.pipeline.scheduler = scheduler_for(self.module.sampling.solver, self.flow)
         with torch.no_grad(), self._autocast():
             with self.phases("sample"):
                 latents = self.pipeline(
                     prompt_embeds=embeds, pooled_prompt_embeds=pooled, height=side, width=side, guidance_scale=1.0,
-                    num_inference_steps=self.ours.sampling.steps, output_type="latent",
+                    num_inference_steps=self.module.sampling.steps, output_type="latent",
                 ).images  # fmt: skip
             with self.phases("decode"):
                 vae = self.pipeline.vae
@@ -121,17 +122,17 @@ class DiffusionNFTLoop:
         return torch.stack([reward(images=images, prompts=prompts).nan_to_num() for reward in self.rewards.values()]).sum(0)
 
     def _train(self, embeds: Tensor, pooled: Tensor, clean: Tensor, advantages: Tensor) -> None:
-        settings, times = self.ours.objective, self.ours.sampling
+        settings, times = self.module.objective, self.module.sampling
         grid = flow_sigmas(self.flow, times.steps)[: times.usable_times].to(self.device)
-        size, steps, inner_epochs = self.ours.sizes
+        size, steps, inner_epochs = self.module.sizes
         for _ in range(inner_epochs):
             order = torch.randperm(len(clean), device=self.device)
             for step in order.chunk(steps):
                 batches = step.split(size)
                 for chosen in batches:
-                    own = embeds[chosen], pooled[chosen], clean[chosen], advantages[chosen]
+                    inputs = embeds[chosen], pooled[chosen], clean[chosen], advantages[chosen]
                     for t in self._times(grid, len(chosen), times.times):
-                        (self._loss(*own, t, settings.beta, settings.max_advantage, settings.kl_weight)
+                        (self._loss(*inputs, t, settings.beta, settings.max_advantage, settings.kl_weight)
                          / (len(batches) * times.times)).backward()  # fmt: skip
                 clip_grad_norm_(self.trained, 1.0)
                 self.optimizer.step()
@@ -139,17 +140,25 @@ class DiffusionNFTLoop:
                 self.steps += 1
                 for mean, parameter in zip(self.mean, self.trained, strict=True):
                     mean.lerp_(parameter.detach(), 0.1)
-        keep = self.ours.averaging.old_decay(self.steps)
+        keep = self.module.averaging.old_decay(self.steps)
         with torch.no_grad():
             for old, parameter in zip(self.old, self.trained, strict=True):
                 old.copy_(old * keep + parameter * (1 - keep))
 
-    def _times(self, grid: Tensor, pictures: int, count: int) -> Iterator[Tensor]:
-        drawn = torch.stack([torch.randperm(len(grid), device=self.device)[:count] for _ in range(pictures)])
+    def _times(self, grid: Tensor, n_images: int, count: int) -> Iterator[Tensor]:
+        drawn = torch.stack([torch.randperm(len(grid), device=self.device)[:count] for _ in range(n_images)])
         yield from grid[drawn].T
 
     def _loss(
-        self, embeds: Tensor, pooled: Tensor, x0: Tensor, advantages: Tensor, t: Tensor, beta: float, most: float, kl: float
+        self,
+        embeds: Tensor,
+        pooled: Tensor,
+        x0: Tensor,
+        advantages: Tensor,
+        t: Tensor,
+        beta: float,
+        max_advantage: float,
+        kl_weight: float,
     ) -> Tensor:
         t_ = t.view(-1, 1, 1, 1)
         xt = (1 - t_) * x0 + t_ * torch.randn_like(x0)
@@ -171,7 +180,7 @@ class DiffusionNFTLoop:
                 self.transformer.disable_adapters()
                 reference = call()
                 self.transformer.enable_adapters()
-        r = (advantages.clamp(-most, most) / most / 2 + 0.5).clamp(0, 1)
+        r = (advantages.clamp(-max_advantage, max_advantage) / max_advantage / 2 + 0.5).clamp(0, 1)
 
         def loss(mixed: Tensor) -> Tensor:
             predicted = xt - t_ * mixed
@@ -179,5 +188,5 @@ class DiffusionNFTLoop:
             return ((predicted - x0) ** 2 / scale).mean((1, 2, 3))
 
         plus, minus = loss(beta * new + (1 - beta) * old), loss((1 + beta) * old - beta * new)
-        policy = (r * plus / beta + (1 - r) * minus / beta).mul(most).mean()
-        return policy + kl * (new - reference).square().mean()
+        policy = (r * plus / beta + (1 - r) * minus / beta).mul(max_advantage).mean()
+        return policy + kl_weight * (new - reference).square().mean()

@@ -1,9 +1,9 @@
-"""Runs killed at random moments and resumed: do they end with the same weights as one that nobody killed?
+"""Check that runs that are killed at random times and resumed end with the same weights as an uninterrupted run.
 
 `python -m benchmarks.kill_and_resume --kills 24` kills a small run of configs/tiny.yaml with SIGKILL at seeded random
-moments, resumes each with `--ckpt_path last`, and compares adapters and optimizer of the last checkpoint bit for bit. It
-prints a table in Markdown and ends with status 1 where anything differs. A finished trial is not repeated, so an interrupted
-comparison continues with the rest. Other options go to `fit`.
+times, resumes each with `--ckpt_path last`, and compares adapters and optimizer of the last checkpoint bit for bit. It
+prints a table in Markdown and exits with status 1 if anything differs. A finished trial is not repeated, so an interrupted
+comparison resumes with the remaining trials. Other options are passed to `fit`.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ SMALL = {
     "model.optimizer_steps_per_round": 3,
     "memory.check": "off",
 }
-"""Options of `fit`: rounds of a second or two, in which every part of a run occurs."""
+"""Options of `fit` for rounds of one or two seconds that run every part of a training run."""
 
 
 def options(folder: Path, extra: Sequence[str]) -> list[str]:
@@ -57,20 +57,20 @@ def options(folder: Path, extra: Sequence[str]) -> list[str]:
 
 
 def fit(arguments: list[str], output: Path, folder: Path, kill_after: float | None = None) -> tuple[int, float]:
-    """Fit in a child process, forked so that imports are paid for once, and maybe kill it.
+    """Fit in a child process, forked so that imports run only once, and kill it if wanted.
 
     Args:
-        arguments: Of the command line.
-        output: File for what it prints.
-        folder: Where the run writes.
-        kill_after: Seconds from when the run's configuration is written; None lets it end.
+        arguments: Arguments of the command line.
+        output: File for its output.
+        folder: Folder that the run writes to.
+        kill_after: Seconds from the writing of the run's configuration to the kill; None does not kill it.
 
     Returns:
         Exit status, or minus the signal that ended it, and seconds from the configuration to the end.
     """
     before = set(folder.rglob("config.yaml"))
     if not (process := os.fork()):
-        os.setsid()  # what it starts is killed with it
+        os.setsid()  # its children are killed with it
         with output.open("a") as file:
             os.dup2(file.fileno(), 1)
             os.dup2(file.fileno(), 2)
@@ -83,15 +83,15 @@ def fit(arguments: list[str], output: Path, folder: Path, kill_after: float | No
             sys.stdout.flush()
             sys.stderr.flush()
             os._exit(status)
-    begun = None
+    start = None
     while True:
         ended, status = os.waitpid(process, os.WNOHANG)
         now = time.monotonic()
-        if begun is None and set(folder.rglob("config.yaml")) - before:
-            begun = now
+        if start is None and set(folder.rglob("config.yaml")) - before:
+            start = now
         if ended:
-            return os.waitstatus_to_exitcode(status), now - (begun or now)
-        if kill_after is not None and begun is not None and now - begun >= kill_after:
+            return os.waitstatus_to_exitcode(status), now - (start or now)
+        if kill_after is not None and start is not None and now - start >= kill_after:
             os.killpg(process, signal.SIGKILL)
             kill_after = None
         time.sleep(0.005)
@@ -103,13 +103,13 @@ def last(folder: Path) -> Path | None:
 
 
 def state(file: Path) -> dict[str, Any]:
-    """What training resumes from."""
-    found = torch.load(file, weights_only=True)
-    return {name: found[name] for name in ("state_dict", "optimizer_states", "global_step")}
+    """The part of a checkpoint that training depends on."""
+    checkpoint = torch.load(file, weights_only=True)
+    return {name: checkpoint[name] for name in ("state_dict", "optimizer_states", "global_step")}
 
 
 def same(one: Any, other: Any) -> bool:
-    """Whether nested states agree bit for bit."""
+    """Whether nested states are equal bit for bit."""
     if isinstance(one, Tensor):
         return isinstance(other, Tensor) and torch.equal(one, other)
     if isinstance(one, dict):
@@ -125,65 +125,70 @@ def trial(
     """Kill one run and resume it.
 
     Args:
-        index: Which one.
-        seed: Of the moments.
-        whole: Seconds that a run takes.
-        expected: What it must end with.
-        folder: Where it writes.
-        extra: More options of `fit`.
+        index: Index of the trial.
+        seed: Seed of the kill times.
+        whole: Seconds that an uninterrupted run takes.
+        expected: State that the resumed run must end with.
+        folder: Folder of all trials.
+        extra: Further options of `fit`.
+
+    Returns:
+        The trial's record.
     """
-    place, moment = folder / f"kill_{index:02d}", random.Random(f"{seed} {index}").uniform(0, whole)
-    shutil.rmtree(place, ignore_errors=True)  # what an interrupted comparison left
-    place.mkdir(parents=True)
-    arguments, output = options(place, extra), place / "output.txt"
-    status, _ = fit(arguments, output, place, kill_after=moment)
-    left = last(place)
-    found = {"kill": index, "seconds": moment, "status": status, "steps": state(left)["global_step"] if left else 0}
-    resumed, _ = fit([*arguments, "--ckpt_path", "last"], output, place)
+    run_folder, kill_time = folder / f"kill_{index:02d}", random.Random(f"{seed} {index}").uniform(0, whole)
+    shutil.rmtree(run_folder, ignore_errors=True)  # left by an interrupted comparison
+    run_folder.mkdir(parents=True)
+    arguments, output = options(run_folder, extra), run_folder / "output.txt"
+    status, _ = fit(arguments, output, run_folder, kill_after=kill_time)
+    checkpoint = last(run_folder)
+    steps = state(checkpoint)["global_step"] if checkpoint else 0
+    record = {"kill": index, "seconds": kill_time, "status": status, "steps": steps}
+    resumed, _ = fit([*arguments, "--ckpt_path", "last"], output, run_folder)
     if resumed:
-        raise RuntimeError(f"A run that was killed after {moment:.2f} s must resume. Found status {resumed}; see {output}.")
-    newest = last(place)
-    return found | {"same": newest is not None and same(expected, state(newest))}
+        raise RuntimeError(f"A run killed after {kill_time:.2f} s must resume. Found status {resumed}; see {output}.")
+    newest = last(run_folder)
+    return record | {"same": newest is not None and same(expected, state(newest))}
 
 
 def main() -> None:
-    """Kill, resume, tabulate."""
+    """Run the trials and print the table."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--kills", type=int, default=24)
-    parser.add_argument("--seed", type=int, default=0, help="of the moments")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the kill times")
     parser.add_argument("--folder", type=Path, default=Path("runs/kills"))
     chosen, extra = parser.parse_known_args()
 
-    place, record = chosen.folder / "whole", chosen.folder / "kills.jsonl"
-    if not (place / "seconds").exists():
-        shutil.rmtree(place, ignore_errors=True)
-        place.mkdir(parents=True)
-        status, seconds = fit(options(place, extra), place / "output.txt", place)
+    run_folder, records = chosen.folder / "whole", chosen.folder / "kills.jsonl"
+    if not (run_folder / "seconds").exists():
+        shutil.rmtree(run_folder, ignore_errors=True)
+        run_folder.mkdir(parents=True)
+        status, seconds = fit(options(run_folder, extra), run_folder / "output.txt", run_folder)
         if status:
-            raise RuntimeError(f"The run that nobody kills must end well. Found status {status}; see {place}/output.txt.")
-        (place / "seconds").write_text(str(seconds))
-    whole, end = float((place / "seconds").read_text()), last(place)
-    assert end is not None
-    done = [json.loads(line) for line in record.read_text().splitlines()] if record.exists() else []
-    for index in range(len(done), chosen.kills):
-        done.append(trial(index, chosen.seed, whole, state(end), chosen.folder, extra))
-        with record.open("a") as file:
-            file.write(json.dumps(done[-1]) + "\n")
-        print(f"{done[-1]}", file=sys.stderr)
-    print(table(done, whole))
-    sys.exit(0 if all(each["same"] for each in done) else 1)
+            raise RuntimeError(f"The uninterrupted run must succeed. Found status {status}; see {run_folder}/output.txt.")
+        (run_folder / "seconds").write_text(str(seconds))
+    whole, checkpoint = float((run_folder / "seconds").read_text()), last(run_folder)
+    assert checkpoint is not None
+    trials = [json.loads(line) for line in records.read_text().splitlines()] if records.exists() else []
+    for index in range(len(trials), chosen.kills):
+        trials.append(trial(index, chosen.seed, whole, state(checkpoint), chosen.folder, extra))
+        with records.open("a") as file:
+            file.write(json.dumps(trials[-1]) + "\n")
+        print(f"{trials[-1]}", file=sys.stderr)
+    print(table(trials, whole))
+    sys.exit(0 if all(record["same"] for record in trials) else 1)
 
 
-def table(done: Sequence[dict[str, Any]], whole: float) -> str:
-    """One line per kill, and how many runs ended with the same weights."""
+def table(trials: Sequence[dict[str, Any]], whole: float) -> str:
+    """One line per kill, and the number of runs that ended with the same weights."""
     lines = [f"| kill | after, of {whole:.1f} s | status | optimizer steps in `last.ckpt` | same end |", "|---" * 5 + "|"]
-    for each in done:
-        agree = "yes" if each["same"] else "NO"
-        lines.append(f"| {each['kill']} | {each['seconds']:.2f} s | {each['status']} | {each['steps']} | {agree} |")
-    killed = [each for each in done if each["status"] == -signal.SIGKILL]
-    lines.append(
-        f"\n{len(killed)} of {len(done)} were killed; {sum(each['same'] for each in done)} end bit for bit the same."
-    )
+    for record in trials:
+        same_end = "yes" if record["same"] else "NO"
+        lines.append(
+            f"| {record['kill']} | {record['seconds']:.2f} s | {record['status']} | {record['steps']} | {same_end} |"
+        )
+    killed = [record for record in trials if record["status"] == -signal.SIGKILL]
+    equal = sum(record["same"] for record in trials)
+    lines.append(f"\n{len(killed)} of {len(trials)} were killed; {equal} end bit for bit the same.")
     return "\n".join(lines)
 
 

@@ -1,8 +1,8 @@
-"""What `configs/sd35m.yaml` needs on a GPU of a given size, and which settings fit: estimated on a machine without one.
+"""Estimate, without a GPU, the GPU memory that `configs/sd35m.yaml` needs, and the settings that fit.
 
 `python -m benchmarks.memory --limit 22` builds Stable Diffusion 3.5 Medium with its three text encoders and the rewards and
-metrics of the published run at full size on torch's `meta` device, so without memory, and prints the tables of the run's
-memory check.
+metrics of the published run at full size. It builds them on torch's `meta` device, which allocates no memory, and prints
+the tables of the run's memory check.
 """
 
 from __future__ import annotations
@@ -38,20 +38,20 @@ from transformers import (
 import rewards
 from balancers import MARBLE
 from benchmarks.random_sd35m import WHOLE, random_sd35m
+from marble_lightning.data.datamodule import PromptDataModule
 from marble_lightning.memory.estimate import Choices, Estimate, Estimator
 from marble_lightning.memory.report import CUDA_CONTEXT, FRAGMENTATION, GIB, Room, gib, memory_table
 from marble_lightning.module import DiffusionNFT
-from marble_lightning.policy import SD3Policy
-from marble_lightning.prompts import PromptDataModule
-from marble_lightning.rollouts import Plan
-from marble_lightning.sd3_files import PARTS
-from marble_lightning.settings import Scoring
+from marble_lightning.nft.rollout import Plan
+from marble_lightning.policies.sd3 import SD3Policy
+from marble_lightning.policies.sd3_checks import PARTS
+from marble_lightning.scoring.settings import Scoring
 from marble_lightning.tinyworld.recipe.vocabulary import train_tokenizer
-from rewards.blip import BLIPTower
-from rewards.clip import CLIPTower, Preprocess
-from rewards.clip_loading import in_precision
-from rewards.instances import DetectorPreprocess
-from rewards.open_clip import VIT_H_14, architecture
+from rewards.clip.loading import in_precision
+from rewards.clip.open_clip import VIT_H_14, architecture
+from rewards.clip.tower import CLIPTower, Preprocess
+from rewards.geneval.instances import DetectorPreprocess
+from rewards.imagereward.blip import BLIPTower
 
 CLIP_L: dict[str, Any] = {
     "text_config": {"hidden_size": 768, "intermediate_size": 3072, "num_attention_heads": 12, "num_hidden_layers": 12},
@@ -63,40 +63,40 @@ CLIP_L: dict[str, Any] = {
 """openai/clip-vit-large-patch14."""
 
 
-def the_rewards(tokenizer: Any, dtype: str) -> tuple[dict[str, rewards.Reward], dict[str, rewards.Reward]]:
-    """Rewards and metrics as in configs/sd35m.yaml, on `meta`."""
-    numbers, precision = ((0.48, 0.46, 0.41), (0.27, 0.26, 0.28)), getattr(torch, dtype)
+def build_rewards(tokenizer: Any, dtype: str) -> tuple[dict[str, rewards.Reward], dict[str, rewards.Reward]]:
+    """Build the rewards and metrics of configs/sd35m.yaml on the `meta` device."""
+    mean_and_std, precision = ((0.48, 0.46, 0.41), (0.27, 0.26, 0.28)), getattr(torch, dtype)
 
     def tower(config: Any) -> CLIPTower:
-        return CLIPTower(in_precision(CLIPModel(config), precision), tokenizer, Preprocess(224, 224, *numbers))
+        return CLIPTower(in_precision(CLIPModel(config), precision), tokenizer, Preprocess(224, 224, *mean_and_std))
 
     swin = SwinConfig(
         depths=[2, 2, 18, 2], num_heads=[3, 6, 12, 24], embed_dim=96, out_features=["stage1", "stage2", "stage3", "stage4"]
     )
-    found = {"pickscore": rewards.PickScore(), "hpsv2": rewards.HPSv2(), "clipscore": rewards.CLIPScore()}
+    reward_models = {"pickscore": rewards.PickScore(), "hpsv2": rewards.HPSv2(), "clipscore": rewards.CLIPScore()}
     detector = rewards.Mask2Former()
     with torch.device("meta"):
         for name in ("pickscore", "hpsv2"):
-            found[name].tower = tower(architecture(VIT_H_14))
-        found["clipscore"].tower = detector.classifier.tower = tower(CLIPConfig(**CLIP_L))
+            reward_models[name].tower = tower(architecture(VIT_H_14))
+        reward_models["clipscore"].tower = detector.classifier.tower = tower(CLIPConfig(**CLIP_L))
         detector.model = Mask2FormerForUniversalSegmentation(Mask2FormerConfig(backbone_config=swin, num_labels=80)).eval()
-    detector.preprocess = DetectorPreprocess(800, 1333, 32, 1.0, *numbers)
+    detector.preprocess = DetectorPreprocess(800, 1333, 32, 1.0, *mean_and_std)
     detector.model.to(precision)
     aesthetic, imagereward = rewards.Aesthetic(), rewards.ImageReward()
-    aesthetic.tower = found["clipscore"].tower
+    aesthetic.tower = reward_models["clipscore"].tower
     with torch.device("meta"):
         aesthetic.head, imagereward.head = nn.Sequential(nn.Linear(768, 1)), nn.Sequential(nn.Linear(768, 1))
         vision = BlipVisionModel(BlipVisionConfig(**CLIP_L["vision_config"] | {"image_size": 224, "patch_size": 16}))
         text = BlipTextModel(BlipTextConfig(encoder_hidden_size=1024, num_attention_heads=12), add_pooling_layer=False)
-    preprocess = Preprocess(224, 224, *numbers)
+    preprocess = Preprocess(224, 224, *mean_and_std)
     imagereward.tower = BLIPTower(vision.to(precision), text.to(precision), tokenizer, preprocess)
     accuracy = rewards.GenEval(detector, "accuracy", batch_size=8)
     metrics = {"geneval_accuracy": accuracy, "aesthetic": aesthetic, "imagereward": imagereward}
-    return {**found, "ocr": rewards.OCR(), "geneval": rewards.GenEval(detector, batch_size=8)}, metrics
+    return {**reward_models, "ocr": rewards.OCR(), "geneval": rewards.GenEval(detector, batch_size=8)}, metrics
 
 
 def write_prompts(folder: Path) -> None:
-    """Prompts as every reward can judge them; what they say does not matter."""
+    """Write prompts that the rewards support; their content does not affect the estimate."""
     for source in ("pickscore", "ocr", "geneval"):
         (folder / source).mkdir()
     for split in ("train", "test"):
@@ -107,7 +107,7 @@ def write_prompts(folder: Path) -> None:
 
 
 def module_on_a_gpu(folder: Path, options: argparse.Namespace) -> DiffusionNFT:
-    """What `fit` has set up when it begins, without data or weights."""
+    """Build the module as `fit` sets it up, without weights."""
     t5, ranks = not options.no_t5, options.ranks
     tokenizer = train_tokenizer(folder / "tokenizer", seed=0)
     tokenizer.model_max_length = 77
@@ -118,12 +118,12 @@ def module_on_a_gpu(folder: Path, options: argparse.Namespace) -> DiffusionNFT:
     policy = SD3Policy(str(folder), resolution=512, rank=32, alpha=64, text_length=128, dtype="bfloat16")
     with torch.device("meta"):
         pipeline = random_sd35m(tokenizer, **WHOLE | ({} if t5 else {"t5_layers": 0}))
-    loaded = patch("marble_lightning.policy.load_pipeline", return_value=pipeline)
+    loaded = patch("marble_lightning.policies.sd3.load_pipeline", return_value=pipeline)
     with loaded, torch.device("meta"):
         policy.setup(seed=0)
-    judges, metrics = the_rewards(tokenizer, options.reward_dtype)
-    scoring = Scoring(devices=dict.fromkeys(judges | metrics, "cpu") if options.rewards_on_cpu else {})
-    module = DiffusionNFT(policy, judges, metrics, scoring=scoring)
+    reward_models, metrics = build_rewards(tokenizer, options.reward_dtype)
+    scoring = Scoring(devices=dict.fromkeys(reward_models | metrics, "cpu") if options.rewards_on_cpu else {})
+    module = DiffusionNFT(policy, reward_models, metrics, scoring=scoring)
     module.requires_grad_(False)
     module.trainable = policy.parameters_of("trained")
     for parameter in module.trainable:
@@ -146,7 +146,7 @@ def module_on_a_gpu(folder: Path, options: argparse.Namespace) -> DiffusionNFT:
 
 
 def row(title: str, estimate: Estimate, limit: float) -> tuple[str, ...]:
-    """One set of settings: what the main phases need, and whether all fit."""
+    """A row of the table: the memory of the main phases, and whether the settings fit."""
     needed = [estimate.total(name) for name in ("encoding prompts", "decoding", "scoring", "training", "held-out prompts")]
     tight = estimate.peak + CUDA_CONTEXT <= limit < FRAGMENTATION * (estimate.peak + CUDA_CONTEXT)
     fits = "no" if estimate.peak + CUDA_CONTEXT > limit else "tightly" if tight else "yes"
@@ -154,16 +154,16 @@ def row(title: str, estimate: Estimate, limit: float) -> tuple[str, ...]:
 
 
 def main() -> None:
-    """Print the tables."""
+    """Estimate the memory and print the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--limit", type=float, default=22.0, help="GiB of the GPU")
-    parser.add_argument("--prompts", type=int, default=48, help="prompts of a round, of 24 pictures each")
+    parser.add_argument("--prompts", type=int, default=48, help="prompts of a round, of 24 images each")
     parser.add_argument("--ranks", type=int, default=1, help="GPUs")
     parser.add_argument("--no-t5", action="store_true", help="without the third text encoder")
     parser.add_argument("--reward-dtype", default="float32", choices=["float32", "bfloat16"])
-    parser.add_argument("--rewards-on-cpu", action="store_true", help="all of them")
-    parser.add_argument("--frugal", action="store_true", help="text encoders and rewards leave, VAE slicing")
-    parser.add_argument("--no-overlap", action="store_true", help="sampling and scoring take turns")
+    parser.add_argument("--rewards-on-cpu", action="store_true", help="run all rewards on the CPU")
+    parser.add_argument("--frugal", action="store_true", help="offload text encoders and rewards, VAE slicing")
+    parser.add_argument("--no-overlap", action="store_true", help="score after sampling, not during it")
     parser.add_argument("--held-out", type=int, default=16, help="batch of held-out prompts")
     parser.add_argument("--sampling", type=int, default=9, help="batch of sampling")
     parser.add_argument("--micro", nargs="+", type=int, default=[9, 4, 2, 1], help="micro-batch sizes to try")
@@ -172,7 +172,7 @@ def main() -> None:
     limit = options.limit * GIB
     with tempfile.TemporaryDirectory() as folder:
         module = module_on_a_gpu(Path(folder), options)
-        begun = time.perf_counter()
+        start = time.perf_counter()
         estimator, choices = Estimator(module), Choices.of(module)
         choices = replace(choices, held_out_batch_size=options.held_out, sampling_batch_size=options.sampling)
         if options.frugal:
@@ -183,15 +183,15 @@ def main() -> None:
         console.print(memory_table(estimate, Room(int(limit), None)))
         for name, error in estimate.unknown.items():
             console.print(f"{name}: {type(error).__name__}: {error}", markup=False)
-        print(f"counted in {time.perf_counter() - begun:.0f} s")
+        print(f"counted in {time.perf_counter() - start:.0f} s")
         table = Table(title=f"GiB, all but {gib(CUDA_CONTEXT)} of CUDA itself; fits into {options.limit:g} GiB?")
         for column in ("settings", "encode", "decode", "score", "train", "held out", "most", "fits"):
             table.add_column(column, justify="left" if column == "settings" else "right")
         for checkpointing in (False, True):
             for micro in options.micro:
-                tried = replace(choices, micro_batch_size=micro, gradient_checkpointing=checkpointing)
+                settings = replace(choices, micro_batch_size=micro, gradient_checkpointing=checkpointing)
                 title = f"micro-batch {micro}" + ", checkpointing" * checkpointing
-                table.add_row(*row(title, estimator(tried), limit))
+                table.add_row(*row(title, estimator(settings), limit))
         console.print(table)
 
 

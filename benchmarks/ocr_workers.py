@@ -1,6 +1,6 @@
-"""How much faster OCR reads with several workers: `python -m benchmarks.ocr_workers`.
+"""Speed-up of OCR with several workers: `python -m benchmarks.ocr_workers`.
 
-Rendered words are read by one engine, by threads and by processes in turns; the table has medians and ratios of one run.
+One engine, threads and processes alternate in reading rendered words. The table has medians and ratios of one run.
 """
 
 from __future__ import annotations
@@ -19,23 +19,23 @@ from rewards import OCR
 
 
 def rendered(count: int, size: int) -> Tensor:
-    """Pictures with a number in words each, (count, 3, size, size) in [0, 1]."""
-    pictures = []
+    """Images with the text "Word N", (count, 3, size, size) in [0, 1]."""
+    images = []
     for index in range(count):
         image = Image.new("RGB", (size, size), "white")
         font = ImageFont.load_default(size // 6)
         ImageDraw.Draw(image).text((size / 2, size / 2), f"Word {index}", fill="black", font=font, anchor="mm")
-        pictures.append(torch.from_numpy(np.array(image)))
-    return torch.stack(pictures).permute(0, 3, 1, 2).float() / 255
+        images.append(torch.from_numpy(np.array(image)))
+    return torch.stack(images).permute(0, 3, 1, 2).float() / 255
 
 
 def main() -> None:
-    """Time and tabulate."""
+    """Time the readers and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--images", type=int, default=64)
     parser.add_argument("--size", type=int, default=256)
-    parser.add_argument("--cycles", type=int, default=5, help="measured turns of each, after one that warms up")
+    parser.add_argument("--cycles", type=int, default=5, help="measured turns of each reader, after a warm-up")
     parser.add_argument("--line", action="store_true", help="recognition only, without detection")
     options = parser.parse_args()
 
@@ -50,16 +50,16 @@ def main() -> None:
     times: dict[str, list[float]] = {name: [] for name in readers}
     for cycle in tqdm(range(options.cycles + 1), desc="Turns, the first a warm-up"):
         for name, reader in readers.items():
-            begun = time.perf_counter()
+            start = time.perf_counter()
             reader.read(images)
             if cycle:
-                times[name].append(time.perf_counter() - begun)
-    print(f"\n{options.workers} workers, {options.images} pictures of {options.size} px\n")
-    print("| | pictures a second | times one engine | spread |\n|---|---|---|---|")
-    for name, own in times.items():
-        ratios = [one / each for one, each in zip(times["one engine"], own, strict=True)]
+                times[name].append(time.perf_counter() - start)
+    print(f"\n{options.workers} workers, {options.images} images of {options.size} px\n")
+    print("| | images a second | times one engine | spread |\n|---|---|---|---|")
+    for name, seconds in times.items():
+        ratios = [one / other for one, other in zip(times["one engine"], seconds, strict=True)]
         print(
-            f"| {name} | {options.images / statistics.median(own):.1f} | {statistics.median(ratios):.2f} "
+            f"| {name} | {options.images / statistics.median(seconds):.1f} | {statistics.median(ratios):.2f} "
             f"| {min(ratios):.2f} to {max(ratios):.2f} |"
         )
 

@@ -1,4 +1,4 @@
-"""Seconds of the phases of a round."""
+"""Durations of the phases of a round."""
 
 from __future__ import annotations
 
@@ -13,27 +13,27 @@ PHASES = ("encode", "sample", "decode", "score", "train")
 
 
 class Phases:
-    """Adds up what each phase of a round takes, once the device has done all it was given."""
+    """Sums the seconds of each phase of a round, after synchronising the device."""
 
     def __init__(self) -> None:
         self.seconds: defaultdict[str, float] = defaultdict(float)
 
     @contextmanager
     def __call__(self, phase: str) -> Iterator[None]:
-        """Count what happens inside to a phase."""
-        begun = now()
+        """Add the time of a block to a phase."""
+        start = now()
         yield
-        self.seconds[phase] += now() - begun
+        self.seconds[phase] += now() - start
 
-    def taken(self) -> dict[str, float]:
-        """Seconds of each phase since this was asked last, and begin anew."""
-        found = {phase: self.seconds[phase] for phase in PHASES}
+    def take(self) -> dict[str, float]:
+        """Seconds of each phase since the last call; resets them."""
+        seconds = {phase: self.seconds[phase] for phase in PHASES}
         self.seconds.clear()
-        return found
+        return seconds
 
 
 def now() -> float:
-    """Seconds, once a CUDA device has done all it was given."""
+    """Time in seconds, after synchronising a CUDA device."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     return time.perf_counter()

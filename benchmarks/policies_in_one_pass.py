@@ -1,7 +1,7 @@
-"""Whether the old and the reference policy are faster in one pass: `python -m benchmarks.policies_in_one_pass`.
+"""Speed of the old and reference velocities in one network call or two: `python -m benchmarks.policies_in_one_pass`.
 
-Two network calls of B pictures, as training makes them, beside one of 2 B in which peft gives the first half the old adapter
-and the second none, in turns within one run, on the bundled tiny model.
+Training makes two network calls of B images. The alternative is one call of 2 B images, in which peft uses the old adapter
+for the first half and none for the second. Both alternate within one run, on the bundled tiny model.
 """
 
 from __future__ import annotations
@@ -17,18 +17,18 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from marble_lightning.flow_policy import Conditions
-from marble_lightning.policy import SD3Policy
-from marble_lightning.seeds import generator
+from marble_lightning.policies.base import Conditions
+from marble_lightning.policies.sd3 import SD3Policy
 from marble_lightning.tinyworld import WEIGHTS
+from marble_lightning.utils.seeds import generator
 
 BASE = "__base__"
-"""peft's name for no adapter, in a batch of several."""
+"""peft's name for no adapter, in a batch with several adapters."""
 
 
 @contextmanager
 def mixed(policy: SD3Policy, names: list[str]) -> Iterator[None]:
-    """Give every picture of a batch the adapter of its name."""
+    """Use the adapter `names[i]` for image i of a batch."""
 
     def add(layer: Any, arguments: Any, options: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         return arguments, {**options, "adapter_names": names}
@@ -42,9 +42,9 @@ def mixed(policy: SD3Policy, names: list[str]) -> Iterator[None]:
 
 
 def main() -> None:
-    """Time and tabulate."""
+    """Time both alternatives and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--sizes", nargs="+", type=int, default=[9, 72], help="pictures of a micro-batch")
+    parser.add_argument("--sizes", nargs="+", type=int, default=[9, 72], help="images of a micro-batch")
     parser.add_argument("--cycles", type=int, default=10)
     options = parser.parse_args()
     policy = SD3Policy(str(WEIGHTS / "sd3"), resolution=32, rank=16, alpha=32, text_length=4, dtype="float32")
@@ -52,7 +52,7 @@ def main() -> None:
     with torch.no_grad():
         for index, parameter in enumerate(policy.parameters_of("old")):
             parameter.add_(0.02 * torch.randn(parameter.shape, generator=generator(index)))
-    print("| pictures | one pass is faster by | spread | largest difference |\n|---|---|---|---|")
+    print("| images | one pass is faster by | spread | largest difference |\n|---|---|---|---|")
     for size in options.sizes:
         conditions = policy.encode(["a red circle"] * size)
         noisy, t = torch.randn(size, 4, 16, 16), torch.rand(size) * 0.9 + 0.05
@@ -63,21 +63,21 @@ def main() -> None:
                 return policy.velocity(noisy.repeat(2, 1, 1, 1), t.repeat(2), twice)
 
         def two(noisy: Tensor = noisy, t: Tensor = t, conditions: Conditions = conditions) -> Tensor:
-            found = []
+            velocities = []
             for adapter in ("old", None):
-                with policy.using(adapter):  # type: ignore[arg-type]
-                    found.append(policy.velocity(noisy, t, conditions))
-            return torch.cat(found)
+                with policy.use_adapter(adapter):  # type: ignore[arg-type]
+                    velocities.append(policy.velocity(noisy, t, conditions))
+            return torch.cat(velocities)
 
         ratios = []
         with torch.no_grad():
             difference = float((one() - two()).abs().max())
-            for _ in tqdm(range(options.cycles), f"{size} pictures", leave=False):
+            for _ in tqdm(range(options.cycles), f"{size} images", leave=False):
                 seconds = []
                 for call in (two, one):
-                    begun = time.perf_counter()
+                    start = time.perf_counter()
                     call()
-                    seconds.append(time.perf_counter() - begun)
+                    seconds.append(time.perf_counter() - start)
                 ratios.append(seconds[0] / seconds[1])
         print(f"| {size} | {statistics.median(ratios):.2f} | {min(ratios):.2f} to {max(ratios):.2f} | {difference:.0e} |")
 

@@ -1,8 +1,8 @@
-"""A pipeline of Stable Diffusion 3.5 Medium's architecture with random weights, where no checkpoint is at hand.
+"""A pipeline with Stable Diffusion 3.5 Medium's architecture and random weights, for benchmarks without a checkpoint.
 
 `python -m benchmarks.random_sd35m FOLDER` saves it in diffusers format, as a path for `fit`: 5 GB, or 16 GB with
-`--encoders`. Transformer and autoencoder have their full size. Without `--encoders` the two CLIP text encoders keep their
-widths but have one layer, and T5 is left out: a round encodes a prompt once, so for timings they hardly count.
+`--encoders`. Transformer and autoencoder have their full size. Without `--encoders` the two CLIP text encoders have their
+full width but one layer, and T5 is left out: a round encodes a prompt once, so they hardly affect timings.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from transformers import CLIPTextConfig, CLIPTextModelWithProjection, T5Config, 
 from marble_lightning.tinyworld.recipe.vocabulary import train_tokenizer
 
 WHOLE: dict[str, Any] = {"clip_layers": (12, 32), "t5_layers": 24}
-"""Layers of the text encoders in the original."""
+"""Layers of the text encoders in the original model."""
 
 
 def networks(layers: int = 24) -> dict[str, Any]:
-    """The pipeline's components with weights that matter, transformer and autoencoder, and its scheduler.
+    """Build the pipeline's transformer, autoencoder and scheduler.
 
     Args:
         layers: Blocks of the transformer, 24 in the original.
@@ -46,20 +46,20 @@ def networks(layers: int = 24) -> dict[str, Any]:
 def random_sd35m(
     tokenizer: Any, layers: int = 24, clip_layers: tuple[int, int] = (1, 1), t5_layers: int = 0
 ) -> StableDiffusion3Pipeline:
-    """The pipeline in bfloat16, on torch's default device.
+    """Build the pipeline in bfloat16, on torch's default device.
 
     Args:
-        tokenizer: Of CLIP, for all text encoders.
-        layers: Blocks of the transformer, 24 in the original; fewer for a trial on a small machine.
+        tokenizer: CLIP tokenizer, for all text encoders.
+        layers: Blocks of the transformer, 24 in the original; fewer for a test on a small machine.
         clip_layers: Layers of the two CLIP text encoders, 12 and 32 in the original.
         t5_layers: Layers of T5, 24 in the original; 0 leaves it out.
     """
-    marks = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    special_tokens = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     encoders = [
         CLIPTextModelWithProjection(
             CLIPTextConfig(
                 hidden_size=width, intermediate_size=4 * width, projection_dim=width, num_hidden_layers=depth,
-                num_attention_heads=width // 64, max_position_embeddings=77, **marks,
+                num_attention_heads=width // 64, max_position_embeddings=77, **special_tokens,
             )
         )
         for width, depth in zip((768, 1280), clip_layers, strict=True)
@@ -79,12 +79,12 @@ def random_sd35m(
 
 
 def save_random_sd35m(folder: Path, layers: int = 24, seed: int = 0, **encoders: Any) -> Path:
-    """Save the pipeline as a diffusers folder; keep what is there.
+    """Save the pipeline as a diffusers folder, unless the folder holds one already.
 
     Args:
-        folder: Where to.
+        folder: Folder of the pipeline.
         layers: Blocks of the transformer.
-        seed: Of the weights.
+        seed: Seed of the weights.
         encoders: `clip_layers` and `t5_layers` of `random_sd35m`; `WHOLE` for the original's.
 
     Returns:
@@ -99,10 +99,10 @@ def save_random_sd35m(folder: Path, layers: int = 24, seed: int = 0, **encoders:
 
 
 def main() -> None:
-    """Save one."""
+    """Save a pipeline and print its folder."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--encoders", action="store_true", help="text encoders at full size, T5 among them")
+    parser.add_argument("--encoders", action="store_true", help="text encoders at full size, including T5")
     options = parser.parse_args()
     print(save_random_sd35m(options.folder, **(WHOLE if options.encoders else {})))
 

@@ -1,7 +1,7 @@
-"""A round, phase by phase, beside DiffusionNFT's loop: `python -m benchmarks.round_speed`.
+"""Durations of the phases of a round, compared with DiffusionNFT's loop: `python -m benchmarks.round_speed`.
 
-Both train on the same prompts with the same sizes, solver and rewards, a round in turn within one process. Options go to
-`fit`, e.g. `--model.policy.compile true`, `-c balancers/weighted_sum`, or `-c sd35m` with a path.
+Both train on the same prompts with the same sizes, solver and rewards, and their rounds alternate within one process.
+Options are passed to `fit`, e.g. `--model.policy.compile true`, `-c balancers/weighted_sum`, or `-c sd35m` with a path.
 """
 
 from __future__ import annotations
@@ -20,34 +20,34 @@ from tqdm import tqdm
 from balancers import Balancer
 from benchmarks.diffusion_nft_loop import DiffusionNFTLoop
 from benchmarks.phases import PHASES, Phases, now
-from marble_lightning.checks import the_data
 from marble_lightning.cli import command_line
+from marble_lightning.data.datamodule import get_datamodule
 from marble_lightning.module import DiffusionNFT
-from marble_lightning.policy import SD3Policy
+from marble_lightning.policies.sd3 import SD3Policy
 
 DEFAULT = ("-c", "tiny")
 
 
-class InTurn(Callback):
-    """After each round of ours, one of theirs on the same prompts.
+class Alternation(Callback):
+    """After each round of the trainer, runs a round of `DiffusionNFTLoop` on the same prompts.
 
     Args:
-        cycles: Measured rounds, after one that warms up.
+        cycles: Measured rounds, after a warm-up.
     """
 
     def __init__(self, cycles: int) -> None:
         self.phases, self.times = Phases(), {name: defaultdict[str, list[float]](list) for name in ("ours", "theirs")}
-        self.bar = tqdm(total=cycles + 1, desc="Rounds of both, the first a warm-up")
+        self.bar = tqdm(total=cycles + 1, desc="Rounds of both loops, the first a warm-up")
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        ours = cast(DiffusionNFT, pl_module)
-        policy, data = cast(SD3Policy, ours.policy), the_data(trainer)
+        module = cast(DiffusionNFT, pl_module)
+        policy, data = cast(SD3Policy, module.policy), get_datamodule(trainer)
         for name, phase in (("encode", "encode"), ("sample", "sample"), ("decode", "decode")):
             setattr(policy, name, self._timed(getattr(policy, name), phase))
         precision = str(trainer.precision)
         half = torch.bfloat16 if "bf16" in precision else torch.float16 if "16" in precision else None
-        rewards, device = ours._learned, trainer.strategy.root_device
-        self.theirs = DiffusionNFTLoop(ours, policy, rewards, data.images_per_prompt, device, half, Phases())
+        rewards, device = module._learned, trainer.strategy.root_device
+        self.loop = DiffusionNFTLoop(module, policy, rewards, data.images_per_prompt, device, half, Phases())
 
     def _timed(self, function: Callable[..., Any], phase: str) -> Callable[..., Any]:
         @wraps(function)
@@ -58,28 +58,28 @@ class InTurn(Callback):
         return timed
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self.sampled = now()  # callbacks come before the module, which now samples and trains
+        self.start = now()  # callbacks run before the module, which then samples and trains
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        found, ours = trainer.callback_metrics, cast(DiffusionNFT, pl_module)
-        whole = now() - self.sampled
-        taken = self.phases.taken()
-        taken |= {"score": float(found["time/waiting_for_scores"]), "train": float(found["time/training"])}
-        self._keep("ours", taken, whole)
+        metrics, module = trainer.callback_metrics, cast(DiffusionNFT, pl_module)
+        whole = now() - self.start
+        by_phase = self.phases.take()
+        by_phase |= {"score": float(metrics["time/waiting_for_scores"]), "train": float(metrics["time/training"])}
+        self._record("ours", by_phase, whole)
 
-        begun = now()
-        self.theirs.round(the_data(trainer).round(ours.seed, trainer.current_epoch, 0, 1))
-        self._keep("theirs", self.theirs.phases.taken(), now() - begun)
+        start = now()
+        self.loop.round(get_datamodule(trainer).round(module.seed, trainer.current_epoch, 0, 1))
+        self._record("theirs", self.loop.phases.take(), now() - start)
         self.bar.update()
 
-    def _keep(self, whose: str, taken: dict[str, float], whole: float) -> None:
+    def _record(self, loop: str, by_phase: dict[str, float], whole: float) -> None:
         if self.bar.n:  # not the warm-up
-            for phase, seconds in (*taken.items(), ("round", whole)):
-                self.times[whose][phase].append(seconds)
+            for phase, seconds in (*by_phase.items(), ("round", whole)):
+                self.times[loop][phase].append(seconds)
 
 
 def table(times: dict[str, defaultdict[str, list[float]]]) -> str:
-    """Medians, and how many times as fast ours is, with the spread over rounds."""
+    """Medians of both loops and the speed-up, with its spread over rounds."""
     lines = ["| phase | DiffusionNFT's loop, s | ours, s | ours is faster by | spread |", "|---|---|---|---|---|"]
     for phase in (*PHASES, "round"):
         theirs, ours = times["theirs"][phase], times["ours"][phase]
@@ -92,9 +92,9 @@ def table(times: dict[str, defaultdict[str, list[float]]]) -> str:
 
 
 def main(arguments: Iterable[str] | None = None) -> None:
-    """Time and tabulate."""
+    """Time both loops and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--cycles", type=int, default=5, help="measured rounds of each, after one that warms up")
+    parser.add_argument("--cycles", type=int, default=5, help="measured rounds of each loop, after a warm-up")
     options, extra = parser.parse_known_args(None if arguments is None else list(arguments))
     rounds = str(options.cycles + 1)
     chosen = extra if "-c" in extra and "balancers" not in extra[extra.index("-c") + 1] else [*DEFAULT, *extra]
@@ -106,11 +106,11 @@ def main(arguments: Iterable[str] | None = None) -> None:
         ],
         run=False,
     )  # fmt: skip
-    turns = InTurn(options.cycles)
+    alternation = Alternation(options.cycles)
     kept = [callback for callback in cli.trainer.callbacks if isinstance(callback, Balancer)]  # type: ignore[attr-defined]
-    cli.trainer.callbacks = [*kept, turns]  # type: ignore[attr-defined] # nothing is written or shown
+    cli.trainer.callbacks = [*kept, alternation]  # type: ignore[attr-defined] # nothing is written or shown
     cli.trainer.fit(cli.model, datamodule=cli.datamodule)
-    print(f"\n{' '.join(chosen)}\n\n{table(turns.times)}")
+    print(f"\n{' '.join(chosen)}\n\n{table(alternation.times)}")
 
 
 if __name__ == "__main__":

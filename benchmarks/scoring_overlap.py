@@ -1,7 +1,7 @@
-"""What scoring costs a round when it runs beside the sampling: `python -m benchmarks.scoring_overlap`.
+"""Time that scoring adds to a round when it runs during sampling: `python -m benchmarks.scoring_overlap`.
 
-On the bundled tiny model, a reward sleeps as long over a batch as sampling a batch takes, as one behind a busy server
-would. Rounds without it, with it beside the sampling and with it after the sampling take turns in one run.
+On the bundled tiny model, a reward sleeps for as long as a batch takes to sample, like a reward on a busy server. Rounds
+without this reward, with scoring during sampling and with scoring after sampling alternate in one run.
 """
 
 from __future__ import annotations
@@ -20,10 +20,11 @@ from tqdm import tqdm
 
 from balancers import WeightedSum
 from marble_lightning.cli import QUIET
+from marble_lightning.data.datamodule import PromptDataModule
 from marble_lightning.module import DiffusionNFT
-from marble_lightning.policy import SD3Policy
-from marble_lightning.prompts import PromptDataModule
-from marble_lightning.settings import Sampling, Scoring
+from marble_lightning.nft.sampling import Sampling
+from marble_lightning.policies.sd3 import SD3Policy
+from marble_lightning.scoring.settings import Scoring
 from marble_lightning.tinyworld import PROMPTS, WEIGHTS
 from rewards import Reward
 
@@ -31,7 +32,7 @@ TURNS = ("sampling alone", "scored meanwhile", "scored afterwards")
 
 
 class Sleeper(Reward):
-    """Takes its time."""
+    """A reward that sleeps for `seconds` per batch."""
 
     seconds = 0.0
 
@@ -41,12 +42,12 @@ class Sleeper(Reward):
 
 
 class Turns(Callback):
-    """Gives rounds to the ways of scoring in turn, and keeps the seconds from a round's first picture to its last score.
+    """Alternates between the ways of scoring, and records the seconds from a round's start to its last score.
 
     Args:
         sleeper: The reward.
         batches: Batches of a round.
-        rounds: Rounds of the run; the first of each way warms up.
+        rounds: Rounds of the run; the first of each way is a warm-up.
     """
 
     def __init__(self, sleeper: Sleeper, batches: int, rounds: int) -> None:
@@ -61,17 +62,19 @@ class Turns(Callback):
         scorer.settings = replace(scorer.settings, overlap=turn == TURNS[1])
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        found = trainer.callback_metrics
-        taken = float(found["time/sampling"] + found["time/waiting_for_scores"])
-        self.seconds[TURNS[trainer.current_epoch % len(TURNS)]].append(taken)
+        metrics = trainer.callback_metrics
+        seconds = float(metrics["time/sampling"] + metrics["time/waiting_for_scores"])
+        self.seconds[TURNS[trainer.current_epoch % len(TURNS)]].append(seconds)
         self.bar.update()
 
 
 def main() -> None:
-    """Time and tabulate."""
+    """Time the ways of scoring and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--batches", type=int, default=8, help="batches of a round: the last one's score must be waited for")
-    parser.add_argument("--cycles", type=int, default=5, help="measured rounds of each way, after one that warms up")
+    parser.add_argument(
+        "--batches", type=int, default=8, help="batches of a round; the run always waits for the last one's scores"
+    )
+    parser.add_argument("--cycles", type=int, default=5, help="measured rounds of each way, after a warm-up")
     options = parser.parse_args()
     for known in QUIET:
         warnings.filterwarnings("ignore", known)
@@ -98,7 +101,7 @@ def main() -> None:
     print("| | seconds | times sampling alone | spread |\n|---|---|---|---|")
     measured = {turn: seconds[1:] for turn, seconds in turns.seconds.items()}
     for turn in TURNS:
-        ratios = [own / alone for own, alone in zip(measured[turn], measured[TURNS[0]], strict=True)]
+        ratios = [seconds / alone for seconds, alone in zip(measured[turn], measured[TURNS[0]], strict=True)]
         print(
             f"| {turn} | {statistics.median(measured[turn]):.2f} | {statistics.median(ratios):.2f} "
             f"| {min(ratios):.2f} to {max(ratios):.2f} |"

@@ -1,8 +1,8 @@
-"""Whole optimizer steps of several ways to merge K rewards, timed in turns within one run, as ratios to the weighted sum.
+"""Time of optimizer steps with several methods that merge K rewards, alternating in one run, relative to the weighted sum.
 
-`python -m benchmarks.training_speed` takes the bundled tiny model, `--model sd35m` the full architecture of Stable
-Diffusion 3.5 Medium with random weights (512 px, LoRA 32, micro-batches of 9; for a GPU). A measured unit is one round of
-ten optimizer steps, so that a method that solves every ten steps solves once in each.
+`python -m benchmarks.training_speed` uses the bundled tiny model, `--model sd35m` the full architecture of Stable
+Diffusion 3.5 Medium with random weights (512 px, LoRA 32, micro-batches of 9; for a GPU). The unit of measurement is a
+round of ten optimizer steps, so that a method that solves every ten steps solves once per round.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ from tqdm import tqdm
 from balancers import MARBLE, Balancer, WeightedSum
 from benchmarks.random_sd35m import save_random_sd35m
 from marble_lightning.cli import QUIET
+from marble_lightning.data.datamodule import PromptDataModule
 from marble_lightning.module import DiffusionNFT
-from marble_lightning.policy import SD3Policy
-from marble_lightning.prompts import PromptDataModule
-from marble_lightning.settings import Sampling
+from marble_lightning.nft.sampling import Sampling
+from marble_lightning.policies.sd3 import SD3Policy
 from marble_lightning.tinyworld import PROMPTS, WEIGHTS
 from rewards import Reward
 
@@ -49,7 +49,7 @@ class Method:
     """Optimizer steps between two solutions; None for the weighted sum."""
     passes: Literal["two", "per_reward"] = "two"
     share: float = 1.0
-    """Share of a step's two micro-batches that the program is solved on; the solution applies to both."""
+    """Share of a step's two micro-batches whose gradients the solution uses; it applies to both."""
 
     def balancer(self) -> Balancer:
         """A new balancer."""
@@ -60,16 +60,16 @@ EVERY_STEP = Method("MARBLE, every step", "", every=1)
 METHODS = (
     Method("weighted sum", "1.00"),
     Method("MARBLE, every 10th step", "", every=10),
-    Method("MARBLE, every 10th step, half its pictures", "0.97 (one micro-batch)", every=10, share=0.5),
+    Method("MARBLE, every 10th step, half its images", "0.97 (one micro-batch)", every=10, share=0.5),
     EVERY_STEP,
-    Method("MARBLE, every step, half its pictures", "", every=1, share=0.5),
+    Method("MARBLE, every step, half its images", "", every=1, share=0.5),
     Method("MARBLE, every step, K passes", "0.56 (K = 5)", every=1, passes="per_reward"),
 )
-"""Two passes unless it says otherwise."""
+"""Two backward passes unless the title says otherwise."""
 
 
 class Projection(Reward):
-    """A random direction of the picture's pixels: a reward that costs nothing."""
+    """A reward with negligible cost: the projection of the image's pixels on a random direction."""
 
     def __init__(self, seed: int) -> None:
         super().__init__()
@@ -81,11 +81,11 @@ class Projection(Reward):
 
 
 class Turns(Callback):
-    """Gives every round to the next (method, number of rewards), and keeps its times.
+    """Uses the next (method, number of rewards) in every round, and records its times.
 
     Args:
-        turns: What takes turns.
-        cycles: Full cycles to run, after a first one that warms up.
+        turns: Methods and numbers of rewards that alternate.
+        cycles: Full cycles to run, after a warm-up cycle.
     """
 
     def __init__(self, turns: list[tuple[Method, int]], cycles: int) -> None:
@@ -97,7 +97,7 @@ class Turns(Callback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         module = cast(DiffusionNFT, pl_module)
-        self.taps, self.rewards = module.per_reward.taps, dict(module.rewards.items())
+        self.taps, self.rewards = module.step.per_reward.taps, dict(module.rewards.items())
         self.bar = tqdm(total=self.rounds, desc="Rounds, the first of each a warm-up", dynamic_ncols=True)
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -105,13 +105,13 @@ class Turns(Callback):
         method, k = self.turns[index]
         module.rewards = nn.ModuleDict(dict(list(self.rewards.items())[:k]))
         module.balancer = self.balancers[index]
-        module.per_reward.taps = self.taps if method.passes == "two" else None
+        module.step.per_reward.taps = self.taps if method.passes == "two" else None
         if self.taps:
             self.taps.on = False
         module.balancer.bind(list(module.rewards))
         if on_gpu(trainer):
             torch.cuda.reset_peak_memory_stats()
-        self.begun = now(trainer)
+        self.start = now(trainer)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         if batch_idx == 0:
@@ -121,7 +121,7 @@ class Turns(Callback):
         end, turn = now(trainer), self.turns[trainer.current_epoch % len(self.turns)]
         if trainer.current_epoch >= len(self.turns):
             self.training[turn].append(end - self.sampled)
-            self.whole[turn].append(end - self.begun)
+            self.whole[turn].append(end - self.start)
         if on_gpu(trainer):
             self.peak[turn] = torch.cuda.max_memory_allocated() / 2**20
         self.bar.set_postfix_str(f"{turn[0].title}, K = {turn[1]}: {end - self.sampled:.1f} s")
@@ -134,7 +134,7 @@ def on_gpu(trainer: Trainer) -> bool:
 
 
 def now(trainer: Trainer) -> float:
-    """Seconds, once the device has done all it was given."""
+    """Time in seconds, after synchronising the device."""
     if on_gpu(trainer):
         torch.cuda.synchronize()
     return time.perf_counter()
@@ -165,13 +165,13 @@ def run(turns: Turns, model: str, path: Path, device: str, rollout_steps: int) -
 
 
 def peak_of_a_process(method: Method, k: int, arguments: list[str]) -> float:
-    """Peak resident memory in MiB of a process that runs this turn alone."""
+    """Peak resident memory in MiB of a process that runs only this turn."""
     command = [sys.executable, "-m", "benchmarks.training_speed", *arguments, "--alone", str(METHODS.index(method)), str(k)]
     return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1])
 
 
 def table(turns: Turns) -> str:
-    """Medians as ratios to the weighted sum's at the same K: speed (above 1 is faster) and peak memory."""
+    """Median speed (above 1 is faster) and peak memory, as ratios to those of the weighted sum with the same K."""
     lines = [
         "| method | K | seconds | speed, steps only | spread | speed, with rollout | peak memory | paper's speed |",
         "|---|---|---|---|---|---|---|---|",
@@ -195,16 +195,16 @@ def table(turns: Turns) -> str:
 
 
 def main() -> None:
-    """Time and tabulate."""
+    """Time the methods and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", choices=["tiny", "sd35m"], default="tiny")
     parser.add_argument("--rewards", nargs="+", type=int, default=[2, 5, 10, 20], help="numbers of rewards K")
     parser.add_argument("--cycles", type=int, default=5, help="measured rounds of each method and K")
     parser.add_argument("--device", default="auto", help="Lightning's accelerator")
-    parser.add_argument("--folder", type=Path, help="where the random sd35m is kept; default a temporary folder")
+    parser.add_argument("--folder", type=Path, help="folder of the random sd35m; default a temporary folder")
     parser.add_argument("--layers", type=int, default=24, help="blocks of the random sd35m")
     parser.add_argument("--rollout-steps", type=int, help="solver steps of a rollout; default 8 for tiny, 25 for sd35m")
-    parser.add_argument("--memory", nargs="*", type=int, help="K of which a CPU's memory is measured too; default all")
+    parser.add_argument("--memory", nargs="*", type=int, help="numbers K for which CPU memory is measured too; default all")
     parser.add_argument("--alone", nargs=2, type=int, help=argparse.SUPPRESS)
     options = parser.parse_args()
     rollout_steps = options.rollout_steps or (8 if options.model == "tiny" else 25)
@@ -227,18 +227,18 @@ def main() -> None:
             return
         turns = Turns([(method, k) for k in options.rewards for method in METHODS], options.cycles)
         if options.device == "cpu" or not torch.accelerator.is_available():
-            # Only a process of its own tells what a method takes. First, so that nothing is lost where one fails.
+            # Peak memory needs a separate process for each turn. These run first, so that a failure loses no timings.
             arguments = ["--model", options.model, "--device", options.device, "--folder", str(path)]
-            arguments += ["--rollout-steps", "3"]  # two times to train on; more take time, not memory
-            asked = options.rewards if options.memory is None else options.memory
-            for turn in tqdm([turn for turn in turns.turns if turn[1] in asked], desc="Memory"):
+            arguments += ["--rollout-steps", "3"]  # for two times to train on; more need time, not memory
+            measured = options.rewards if options.memory is None else options.memory
+            for turn in tqdm([turn for turn in turns.turns if turn[1] in measured], desc="Memory"):
                 turns.peak[turn] = peak_of_a_process(turn[0], turn[1], arguments)
         run(turns, options.model, path, options.device, rollout_steps)
     print(f"\n{options.model}, {torch.get_num_threads()} threads, {gpu_name()}\n\n{table(turns)}")
 
 
 def gpu_name() -> str:
-    """The GPU's name, or that there is none."""
+    """The GPU's name, or "no GPU"."""
     return torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
 
 

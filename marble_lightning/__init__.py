@@ -2,14 +2,26 @@
 
 A `DiffusionNFT` module wraps an `SD3Policy` (the stock pipeline, a frozen base, three LoRA adapters) and a dictionary of
 rewards. One epoch is one round: the prompts of a `PromptDataModule` are sampled with the old adapter, scored, turned into
-advantages, and trained on. How the rewards are merged is the business of a callback from `balancers`. `Sampling`,
-`Objective`, `Averaging` and `Evaluation` are its groups of settings, `solvers` its samplers, `tinyworld` a small world that
-runs on a laptop.
+advantages, and trained on. A callback from `balancers` merges the rewards. `Sampling`, `Objective`, `Averaging`, `Scoring`
+and `Evaluation` are groups of settings; `tinyworld` has small models and data that run on a laptop.
 """
 
+from marble_lightning import _shadowing as _shadowing  # first: it checks what the others import
+from marble_lightning.data import PromptDataModule
+from marble_lightning.evaluation import Evaluation
 from marble_lightning.module import DiffusionNFT
-from marble_lightning.policy import SD3Policy
-from marble_lightning.prompts import PromptDataModule
-from marble_lightning.settings import Averaging, Evaluation, Objective, Sampling
+from marble_lightning.nft import Objective, Sampling
+from marble_lightning.policies import Averaging, FlowPolicy, SD3Policy
+from marble_lightning.scoring import Scoring
 
-__all__ = ["Averaging", "DiffusionNFT", "Evaluation", "Objective", "PromptDataModule", "SD3Policy", "Sampling"]
+__all__ = [
+    "Averaging",
+    "DiffusionNFT",
+    "Evaluation",
+    "FlowPolicy",
+    "Objective",
+    "PromptDataModule",
+    "SD3Policy",
+    "Sampling",
+    "Scoring",
+]

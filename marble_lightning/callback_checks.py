@@ -1,4 +1,4 @@
-"""Which of Lightning's callbacks a run can have, and what they can monitor."""
+"""Checks of a run's callbacks, and of the metrics that they monitor."""
 
 from __future__ import annotations
 
@@ -18,29 +18,32 @@ from lightning.pytorch.callbacks import (
     WeightAveraging,
 )
 
-from marble_lightning.checkpoints import warn
+from marble_lightning.checkpoints.files import warn
 
 UNUSABLE: dict[type[Callback], str] = {
     GradientAccumulationScheduler: "accumulation follows from the size of a round; use `model.optimizer_steps_per_round`",
-    BatchSizeFinder: "it measures batches of another kind; use `model.micro_batch_size`, and `memory` to see what fits",
+    BatchSizeFinder: "it tries batches of another kind; use `model.micro_batch_size`, and `memory` to estimate what fits",
     LearningRateFinder: "it trains on parts of a round; use `model.optimizer.lr`",
     StochasticWeightAveraging: "it replaces all adapters at the end; use `model.averaging.ema_decay`",
     WeightAveraging: "it replaces all adapters in validations and checkpoints; use `model.averaging.ema_decay`",
     ModelPruning: "it renames the weights that checkpoints hold; use `model.policy.rank` for fewer parameters",
 }
-"""Callbacks that change how a round is cut or what an adapter is, each with the reason and the remedy."""
+"""Callbacks that change the micro-batches of a round or the adapters, each with the reason and the remedy."""
 
 KNOWN_PACKAGES = ("lightning", "balancers", "marble_lightning")
 """Packages whose callbacks log no metric under a name unknown to `metric_names`, except `LearningRateMonitor`."""
 
 
 def check_trainer(enable_checkpointing: bool | None, added: Iterable[object], sections: Mapping[str, object]) -> None:
-    """Refuse settings of the trainer that collide with the callbacks of the command line.
+    """Refuse settings of the trainer that conflict with the callbacks of the command line.
 
     Args:
         enable_checkpointing: As in `trainer`.
-        added: The callbacks in `trainer`.
-        sections: The callbacks with a section of settings, by the name of the section.
+        added: The callbacks in `trainer.callbacks`.
+        sections: The callbacks that have their own section of settings, by the name of the section.
+
+    Raises:
+        ValueError: `enable_checkpointing` is false, or an added callback has a section of settings.
     """
     if enable_checkpointing is False:
         raise ValueError(
@@ -48,16 +51,16 @@ def check_trainer(enable_checkpointing: bool | None, added: Iterable[object], se
             "use `checkpoints.every_n_rounds` for fewer checkpoints."
         )
     for callback in added:
-        for section, ours in sections.items():
-            if type(callback) is type(ours):
+        for section, existing in sections.items():
+            if type(callback) is type(existing):
                 raise ValueError(
                     f"`trainer.callbacks` must not add a callback that has a section of settings. Found "
-                    f"{type(ours).__name__}; use `{section}`."
+                    f"{type(existing).__name__}; use `{section}`."
                 )
 
 
 def check_callbacks(callbacks: Iterable[Callback]) -> None:
-    """Refuse callbacks that change how a round is cut or what an adapter is."""
+    """Refuse callbacks that change the micro-batches of a round or the adapters."""
     for callback in callbacks:
         for kind, reason in UNUSABLE.items():
             if isinstance(callback, kind):
@@ -65,14 +68,17 @@ def check_callbacks(callbacks: Iterable[Callback]) -> None:
 
 
 def check_monitors(callbacks: Iterable[Callback], module: LightningModule, names: Iterable[str]) -> None:
-    """Refuse an EarlyStopping or ModelCheckpoint whose metric nothing logs; it would end the run after its first round.
+    """Refuse an EarlyStopping or ModelCheckpoint that monitors an unknown metric; it would end the run after one round.
 
-    Custom callbacks and modules may log metrics of their own. With one in the run, there is only a warning.
+    Custom callbacks and modules may log other metrics. If the run has one, this only warns.
 
     Args:
-        callbacks: All of the run.
-        module: What is trained.
+        callbacks: All callbacks of the run.
+        module: The trained module.
         names: The metrics that the run logs.
+
+    Raises:
+        ValueError: The metric is unknown, and the run has no custom callback or module.
     """
     known: set[str] = {*names, "epoch", "step"}
     custom = [type(part).__name__ for part in (*callbacks, module) if _may_log(part)]

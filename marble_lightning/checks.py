@@ -1,46 +1,51 @@
-"""What must hold before any weight loads, checked by name and with the remedy."""
+"""Checks of settings, data and rewards that run before any weights are loaded."""
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Mapping
 
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import Timer
 from lightning.pytorch.callbacks.timer import Interval
-from torch.amp import GradScaler
-from torch.optim import Optimizer
-from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from balancers import Balancer
-from marble_lightning.prompts import PromptDataModule
-from marble_lightning.rollouts import Plan
-from marble_lightning.scoring import exit_is_failure
-from marble_lightning.settings import Sampling
+from marble_lightning.data.datamodule import PromptDataModule, get_datamodule
+from marble_lightning.nft.rollout import Plan
+from marble_lightning.nft.sampling import Sampling
+from marble_lightning.policies.base import FlowPolicy
+from marble_lightning.scoring.failures import exit_is_failure
 from rewards import Prompt, Reward
 from rewards.texts import excerpt, reason
 
+log = logging.getLogger(__name__)
+
 WHOLE_ROUNDS: dict[str, tuple[object, ...]] = {
-    "limit_train_batches": (1.0,),  # 1 is one micro-batch
+    "limit_train_batches": (1.0,),  # the integer 1 would be one micro-batch
     "overfit_batches": (0.0, 0),
     "fast_dev_run": (False, 0),
     "max_steps": (-1,),
 }
-"""Trainer options that would cut a round short, with the values that do not. Types count: 1 == 1.0 == True."""
+"""Trainer options that could shorten a round, with the values that do not. Types are compared too: 1 == 1.0 == True."""
 
 PRECISIONS = ("32-true", "bf16-mixed", "16-mixed")
-"""Precisions of the trainer that leave the adapters and what they learn in float32."""
+"""Precisions of the trainer that keep the adapters and their gradients in float32."""
 
 
-def the_balancer(trainer: Trainer) -> Balancer:
-    """The trainer's one Balancer callback."""
-    found = [callback for callback in trainer.callbacks if isinstance(callback, Balancer)]  # type: ignore[attr-defined]
-    if len(found) != 1:
-        raise ValueError(f"The trainer must have one Balancer callback, e.g. balancers.MARBLE(). Found {len(found)}.")
-    return found[0]
+def get_balancer(trainer: Trainer) -> Balancer:
+    """The trainer's only Balancer callback.
+
+    Raises:
+        ValueError: The trainer has none, or more than one.
+    """
+    balancers = [callback for callback in trainer.callbacks if isinstance(callback, Balancer)]  # type: ignore[attr-defined]
+    if len(balancers) != 1:
+        raise ValueError(f"The trainer must have one Balancer callback, e.g. balancers.MARBLE(). Found {len(balancers)}.")
+    return balancers[0]
 
 
-def the_precision(trainer: Trainer) -> None:
-    """One that leaves the adapters in float32."""
+def check_precision(trainer: Trainer) -> None:
+    """Refuse a precision that does not keep the adapters in float32."""
     if trainer.precision not in PRECISIONS:
         raise ValueError(
             f"`precision` must be one of {', '.join(PRECISIONS)}. Found {trainer.precision}: adapters learn in float32; "
@@ -48,17 +53,13 @@ def the_precision(trainer: Trainer) -> None:
         )
 
 
-def the_data(trainer: Trainer) -> PromptDataModule:
-    """The trainer's PromptDataModule."""
-    data = getattr(trainer, "datamodule", None)
-    if not isinstance(data, PromptDataModule):
-        raise ValueError(f"The trainer must be given a PromptDataModule. Found {type(data).__name__}.")
-    return data
+def plan_round(trainer: Trainer, sampling: Sampling, micro_batch_size: int, optimizer_steps: int, inner_epochs: int) -> Plan:
+    """Plan the micro-batches and optimizer steps of a round.
 
-
-def the_plan(trainer: Trainer, sampling: Sampling, micro_batch_size: int, optimizer_steps: int, inner_epochs: int) -> Plan:
-    """How a round is cut, where the trainer's and the data's sizes allow it."""
-    data, ranks = the_data(trainer), trainer.world_size
+    Raises:
+        ValueError: Settings of the trainer or of the data do not allow whole rounds.
+    """
+    data, ranks = get_datamodule(trainer), trainer.world_size
     if data.prompts_per_round % ranks:
         raise ValueError(
             f"`prompts_per_round` must be a multiple of the number of processes, {ranks}. Found {data.prompts_per_round}."
@@ -69,10 +70,10 @@ def the_plan(trainer: Trainer, sampling: Sampling, micro_batch_size: int, optimi
             f"Found {trainer.accumulate_grad_batches}; set `micro_batch_size` and `optimizer_steps_per_round`."
         )
     for name, defaults in WHOLE_ROUNDS.items():
-        found = getattr(trainer, name)
-        if not any(type(found) is type(default) and found == default for default in defaults):
+        value = getattr(trainer, name)
+        if not any(type(value) is type(default) and value == default for default in defaults):
             raise ValueError(
-                f"`{name}` must keep its default, {defaults[0]}, since a round is trained on as a whole. Found {found}; "
+                f"`{name}` must keep its default, {defaults[0]}, since a round is trained on as a whole. Found {value}; "
                 "use `max_epochs` for fewer rounds, and `prompts_per_round` or `images_per_prompt` for smaller ones."
             )
     if any(isinstance(callback, Timer) and callback._interval == Interval.step for callback in trainer.callbacks):  # type: ignore[attr-defined]
@@ -84,72 +85,72 @@ def the_plan(trainer: Trainer, sampling: Sampling, micro_batch_size: int, optimi
     return Plan(images, sampling.times, micro_batch_size, optimizer_steps, inner_epochs)
 
 
-def every_reward_applies(rewards: Mapping[str, Reward], data: PromptDataModule) -> None:
-    """Each reward judges at least one training prompt."""
+def check_rewards_apply(rewards: Mapping[str, Reward], data: PromptDataModule) -> None:
+    """Check that each reward applies to at least one training prompt."""
     for name, reward in rewards.items():
         with exit_is_failure(name):
-            applies = any(map(reward.judges, data.training))
+            applies = any(map(reward.supports, data.training))
         if not applies:
             raise ValueError(
                 f"`rewards.{name}` must apply to at least one training prompt. Found none in {', '.join(data.shares)}; "
-                "add a source of prompts it judges, or leave it out."
+                "add a source of prompts that it applies to, or leave it out."
             )
 
 
-def every_prompt_can_be_judged(judges: Mapping[str, Reward], prompts: Iterable[Prompt]) -> None:
-    """No reward or metric rejects a prompt it applies to."""
+def check_prompts(reward_models: Mapping[str, Reward], prompts: Iterable[Prompt]) -> None:
+    """Check that no reward or metric rejects a prompt that it applies to."""
     for prompt in prompts:
-        for name, judge in judges.items():
+        for name, reward_model in reward_models.items():
             try:
                 with exit_is_failure(name):
-                    if judge.judges(prompt):
-                        judge.check_prompt(prompt)
+                    if reward_model.supports(prompt):
+                        reward_model.check_prompt(prompt)
             except ValueError as error:
                 raise ValueError(
                     f"`{name}` must be able to score every prompt that it applies to. Found {excerpt(prompt.text)} of "
-                    f"source {excerpt(prompt.source)}, of which it says: {reason(error)}"
+                    f"source {excerpt(prompt.source)}, which it rejects: {reason(error)}"
                 ) from error
 
 
-def prompts_without_a_score(judges: Mapping[str, Reward], prompts: Iterable[Prompt]) -> list[str]:
-    """A sentence for each reward or metric that does not apply to all prompts of a source of its own.
+def prompts_without_a_score(reward_models: Mapping[str, Reward], prompts: Iterable[Prompt]) -> list[str]:
+    """Warnings about rewards and metrics that do not apply to all prompts of their sources, one sentence each.
 
-    Its own sources are those it names, or else those with a prompt that it applies to: an OCR reward's have texts in quotes.
+    The sources of a reward are those in its `sources`, and those with at least one prompt that it applies to. An OCR reward,
+    for example, applies to prompts with a text in quotes.
     """
     by_source: dict[str, list[Prompt]] = {}
     for prompt in prompts:
         by_source.setdefault(prompt.source, []).append(prompt)
     sentences = []
-    for name, judge in judges.items():
-        for source, own in by_source.items():
-            missing = [prompt for prompt in own if not judge.judges(prompt)]
-            named = judge.sources is not None and source in judge.sources
-            if missing and (named or len(missing) < len(own)):
+    for name, reward_model in reward_models.items():
+        for source, of_source in by_source.items():
+            missing = [prompt for prompt in of_source if not reward_model.supports(prompt)]
+            named = reward_model.sources is not None and source in reward_model.sources
+            if missing and (named or len(missing) < len(of_source)):
                 sentences.append(
-                    f"`{name}` does not apply to {len(missing)} of {len(own)} prompts of the source {excerpt(source)}, "
-                    f"which get no score from it. For example {excerpt(missing[0].text)}."
+                    f"`{name}` does not apply to {len(missing)} of {len(of_source)} prompts of the source "
+                    f"{excerpt(source)}, which get no score from it. For example {excerpt(missing[0].text)}."
                 )
     return sentences
 
 
-def enough_held_out_prompts(trainer: Trainer) -> None:
-    """Every process has a picture to sample."""
-    if (pictures := len(the_data(trainer).held_out)) < trainer.world_size:
+def check_held_out_prompts(trainer: Trainer) -> None:
+    """Check that every process has at least one held-out image to sample."""
+    if (images := len(get_datamodule(trainer).held_out)) < trainer.world_size:
         raise ValueError(
-            f"There must be a picture for each of the {trainer.world_size} processes to sample. Found {pictures}; use fewer "
-            "devices, or more prompts or pictures of each."
+            f"There must be an image for each of the {trainer.world_size} processes to sample. Found {images}; use fewer "
+            "devices, or more prompts or images per prompt."
         )
 
 
-def the_optimizer_fits(optimizer: Optimizer, scheduler: object, scaler: GradScaler | None) -> None:
-    """A merged gradient can be written before its step, and its learning rate goes by steps."""
-    if scaler is not None and getattr(optimizer, "_step_supports_amp_scaling", False):
-        raise ValueError(
-            "`optimizer` must not be a fused one with `precision` 16-mixed: it undoes the loss scaling within its step, so "
-            f"that no merged gradient can be written before. Found a fused {type(optimizer).__name__}; use bf16-mixed, or "
-            "`fused: false`."
+def warn_about_prompts(policy: FlowPolicy, reward_models: Mapping[str, Reward], data: PromptDataModule) -> None:
+    """Warn about prompts that the text encoders truncate, and about prompts without a score."""
+    prompts = list({id(prompt): prompt for prompt in data.training + data.held_out}.values())  # without repetitions
+    texts = [prompt.text for prompt in prompts]
+    if truncated := policy.truncated_prompts(dict.fromkeys(texts)):
+        log.warning(
+            f"The CLIP text encoders do not read the end of {len(truncated)} of {len(set(texts))} prompts, which have more "
+            f"than {policy.max_prompt_tokens} tokens. For example {excerpt(truncated[0])}."
         )
-    if isinstance(scheduler, ReduceLROnPlateau):
-        raise ValueError(
-            "`lr_scheduler` must be one that goes by optimizer steps. Found ReduceLROnPlateau, which goes by a metric."
-        )
+    for sentence in prompts_without_a_score(reward_models, prompts):
+        log.warning(sentence)

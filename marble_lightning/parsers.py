@@ -1,4 +1,4 @@
-"""Parsers of the command line, which say what is wrong instead of all that could be right."""
+"""Parsers of the command line, with short error messages."""
 
 from __future__ import annotations
 
@@ -11,30 +11,33 @@ from lightning.pytorch.cli import LightningArgumentParser
 from marble_lightning.config_files import located
 
 NULLABLE = ("model.rewards", "model.metrics")
-"""Mappings that another one replaces as a whole."""
+"""Mappings that a later configuration replaces as a whole."""
 
 
 class Parser(ArgumentParser):
-    """jsonargparse's, whose errors come without the usage: it is 110 lines of `fit`, and `--help` prints it."""
+    """jsonargparse's parser without the usage text in errors, which has 110 lines for `fit`; `--help` prints it."""
 
     hint = "All settings: {prog} --help"
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        """Print what is wrong and where help is, and exit with status 2."""
+        """Print the error and the command for help, and exit with status 2."""
         if not self.exit_on_error or "JSONARGPARSE_DEBUG" in os.environ:
             super().error(message, ex)
-        asked = getattr(ex, "subcommand_parser", None) or self
-        self.exit(2, f"error: {message}\n{self.hint.format(prog=asked.prog.replace(' [options]', ''))}\n")
+        parser = getattr(ex, "subcommand_parser", None) or self
+        self.exit(2, f"error: {message}\n{self.hint.format(prog=parser.prog.replace(' [options]', ''))}\n")
 
 
 class ConfigByName(ActionConfigFile):
-    """`-c` with a file or a name. In a later one, rewards that are all null drop these from those before."""
+    """The option `-c`, which takes a file or a name.
+
+    If all rewards of a later configuration are null, it only removes these rewards from the earlier ones.
+    """
 
     def __call__(self, parser: Any, cfg: Any, values: Any, option_string: str | None = None) -> None:
         try:
             file = located(values)
         except ValueError as error:
-            raise TypeError(str(error)) from error  # what the parser takes for a wrong argument
+            raise TypeError(str(error)) from error  # the parser reports a TypeError as a wrong argument
         before = {name: cfg.get(name) for name in NULLABLE}
         super().__call__(parser, cfg, file, option_string)
         for name, rewards in before.items():
@@ -44,7 +47,7 @@ class ConfigByName(ActionConfigFile):
 
 
 class TrainingParser(Parser, LightningArgumentParser):
-    """LightningCLI's, which finds configurations by name."""
+    """LightningCLI's parser, with configurations by name."""
 
     hint = f"{Parser.hint}. Configurations for -c: marble-lightning configs"
 
@@ -53,6 +56,6 @@ class TrainingParser(Parser, LightningArgumentParser):
             options |= {
                 "action": ConfigByName,
                 "help": "A YAML file, or the name of a configuration (`marble-lightning configs` lists them); "
-                "a later one overrides the one before.",
+                "a later one overrides an earlier one.",
             }
         return super().add_argument(*args, **options)

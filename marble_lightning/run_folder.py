@@ -1,4 +1,4 @@
-"""The folder of a run: configuration, checkpoints, results and images of one command, and of no other."""
+"""The folder of a run: configuration, checkpoints, results and images of exactly one command."""
 
 from __future__ import annotations
 
@@ -12,16 +12,15 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 
-from marble_lightning.results import JSON
-
+RESULTS = "results.json"
 CONFIG = "config.yaml"
 
 
 def folder_of_runs(trainer: Trainer) -> Path:
-    """The folder with the runs of one name, the same on every process before any logger has begun.
+    """The folder with all runs of one name; it is the same on every process, even before a logger has started.
 
-    `save_dir/name` of a logger with a folder for each version (TensorBoard, CSV); `default_root_dir` for others, such as W&B
-    and MLflow, and without a logger.
+    It is `save_dir/name` of a logger with a folder for each version (TensorBoard, CSV), and `default_root_dir` for other
+    loggers, such as W&B and MLflow, and without a logger.
     """
     logger = trainer.logger
     if isinstance(logger, TensorBoardLogger | CSVLogger):
@@ -30,7 +29,7 @@ def folder_of_runs(trainer: Trainer) -> Path:
 
 
 def run_folder(trainer: Trainer) -> Path:
-    """Where a run's files go. Every process must ask, after `RunFolder` was set up; without it, Lightning's folder."""
+    """The folder of a run's files: that of `RunFolder` once it is set up, or Lightning's. Every process must call this."""
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         if isinstance(callback, RunFolder):
             return callback.folder
@@ -38,14 +37,14 @@ def run_folder(trainer: Trainer) -> Path:
 
 
 class RunFolder(Callback):
-    """Gives every run a folder of its own, which has the whole configuration.
+    """Creates a new folder for every run, and writes the complete configuration to it.
 
-    A logger's version folder is taken if no earlier run has used it. Otherwise, as with `version: mine`, the run gets the
-    next free `mine_1`, `mine_2` and so on beside it. Loggers without version folders, and runs without a logger, get
-    `version_0`, `version_1` and so on in `trainer.default_root_dir`.
+    A run uses the logger's version folder if no earlier run has used it. Otherwise, for example with `version: mine`, it
+    uses the next free `mine_1`, `mine_2` and so on beside it. With loggers without version folders, and without a logger, it
+    uses `version_0`, `version_1` and so on in `trainer.default_root_dir`.
 
     Args:
-        config: The configuration as YAML. It may hold keys, so only its owner can read the file.
+        config: The configuration as YAML. It may contain API keys, so only its owner can read the file.
     """
 
     def __init__(self, config: str) -> None:
@@ -53,7 +52,7 @@ class RunFolder(Callback):
         self.folder = Path()
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Choose the folder on the first process, and have checkpoints written there."""
+        """Choose the folder on the first process, and set it as the folder of checkpoints."""
         chosen = claimed(candidates(trainer), self.config) if trainer.is_global_zero else Path()
         self.folder = trainer.strategy.broadcast(chosen)
         for callback in trainer.checkpoint_callbacks:
@@ -62,27 +61,27 @@ class RunFolder(Callback):
 
 
 def candidates(trainer: Trainer) -> Iterator[Path]:
-    """Folders that a run may take, the first choice first."""
+    """Folders that a run may use, in order of preference."""
     root, logger = folder_of_runs(trainer), trainer.logger
     if isinstance(logger, TensorBoardLogger | CSVLogger):
         version = logger.version if isinstance(logger.version, str) else f"version_{logger.version}"
         return chain([root / version], (root / f"{version}_{index}" for index in count(1)))
-    taken = [int(found[1]) for folder in root.glob("version_*") if (found := re.fullmatch(r"version_(\d+)", folder.name))]
+    taken = [int(match[1]) for folder in root.glob("version_*") if (match := re.fullmatch(r"version_(\d+)", folder.name))]
     return (root / f"version_{index}" for index in count(max(taken, default=-1) + 1))
 
 
 def claimed(folders: Iterator[Path], config: str) -> Path:
-    """The first folder that no other run has used, which from now on has the configuration.
+    """Claim the first folder that no other run has used, by writing the configuration to it.
 
     Args:
-        folders: Without end.
-        config: What the configuration file shall hold.
+        folders: An infinite iterator of candidates.
+        config: Content of the configuration file.
     """
     for folder in folders:
-        if (folder / "checkpoints").exists() or (folder / JSON).exists():  # of a run that was started in Python
+        if (folder / "checkpoints").exists() or (folder / RESULTS).exists():  # used by a run that was started in Python
             continue
         folder.mkdir(parents=True, exist_ok=True)
-        try:  # in one step, since another run may have begun at the same time
+        try:  # an atomic operation, since another run may have begun at the same time
             handle = os.open(folder / CONFIG, os.O_CREAT | os.O_EXCL | os.O_WRONLY, mode=0o600)
         except FileExistsError:
             continue

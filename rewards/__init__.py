@@ -1,33 +1,26 @@
 """Rewards: how good an image is for its prompt, one number per (image, prompt) pair.
 
 A `Reward` is a frozen `nn.Module` that scores images of shape (B, 3, H, W) with values in [0, 1] against B prompts and
-returns B numbers, higher is better. Rewards do not all apply to all prompts: a spelling reward needs quoted text, a
-counting reward needs to know what should be counted. `Reward.applies_to` says which prompts a reward can judge, and a
-score that does not exist is NaN, never 0. Weights load in `setup`, so building a reward costs nothing.
+returns B numbers; higher is better. A reward may apply to some prompts only: a spelling reward needs quoted text, and a
+counting reward needs the object to count. `Reward.applies_to` defines which prompts a reward can score. A missing score is
+NaN, never 0. Weights load in `setup`, so building a reward is cheap.
 
-A reward of your own is a subclass of `Reward` that overrides `score`:
+A custom reward is a subclass of `Reward` that overrides `score`:
 
     class Brightness(Reward):
         def score(self, *, images, prompts):
             return images.mean(dim=(1, 2, 3))
 
-This package knows nothing of policies, gradients or training.
+This package is independent of policies, gradients and training.
 """
 
-from rewards.aesthetic import Aesthetic
 from rewards.base import Prompt, Reward
-from rewards.clipscore import CLIPScore
-from rewards.detectors import Detection, Detector
-from rewards.geneval import GenEval
-from rewards.geneval_rules import Verdict
-from rewards.hpsv2 import HPSv2
+from rewards.clip import Aesthetic, CLIPScore, HPSv2, PickScore
+from rewards.geneval import Detection, Detector, GenEval, Mask2Former, Verdict
 from rewards.imagereward import ImageReward
 from rewards.jpeg import JPEGCompressibility
-from rewards.mask2former import Mask2Former
 from rewards.ocr import OCR
-from rewards.pickscore import PickScore
-from rewards.remote import RemoteReward
-from rewards.unified import UnifiedReward
+from rewards.remote import RemoteReward, UnifiedReward
 
 __all__ = [
     "OCR",

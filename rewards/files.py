@@ -1,4 +1,4 @@
-"""Files of weights, from a local folder, the installed package or the hub."""
+"""Find and load weight files from a local folder, the installed package or the hub."""
 
 from collections.abc import Mapping
 from importlib.util import find_spec
@@ -21,20 +21,20 @@ PINNED = {
     "xswu/HPSv2": "697403c78157020a1ae59d23f111aa58ced35b0a",
     "yuvalkirstain/PickScore_v1": "a4e4367c6dfa7288a00c550414478f865b875800",
 }
-"""Commits of published weights, so that a score means the same next year; all else is read at its main branch."""
+"""Pinned commits of published weights, so that scores stay reproducible. Other repositories use their main branch."""
 
 BUNDLED = "package:"
-"""Prefix of paths in `PACKAGE`, wherever it is installed: settings and results name no folder of one machine."""
+"""Prefix of paths inside the installed `PACKAGE`, so that settings and results contain no machine-specific folders."""
 
 PACKAGE = "marble_lightning"
-"""The package that brings weights and prompts. It is found by name, since this one imports nothing of it."""
+"""The package with bundled weights and prompts. It is located by name, because `rewards` does not import it."""
 
 
 def resolve_path(path: str) -> str:
-    """A path as libraries take it: `package:` and `~` become folders of this machine, all else and hub ids stay.
+    """Replace `package:` and `~` by folders of this machine; return other paths and hub ids unchanged.
 
     Args:
-        path: folder, file or hub id, as a setting names it; `package:tinyworld/weights/sd3` is a folder of the package.
+        path: Folder, file or hub id, as in a setting; `package:tinyworld/weights/sd3` is a folder of the package.
 
     Raises:
         FileNotFoundError: if the package is not installed.
@@ -51,7 +51,7 @@ def resolve_path(path: str) -> str:
 
 
 def pinned(path: str, revision: str | None) -> str | None:
-    """The revision to read a hub repository at: the one asked for, else the pinned one, else None, its main branch.
+    """Return the revision of a hub repository: `revision` if given, else the pinned one, else None for the main branch.
 
     >>> pinned("xswu/HPSv2", None)
     '697403c78157020a1ae59d23f111aa58ced35b0a'
@@ -60,16 +60,16 @@ def pinned(path: str, revision: str | None) -> str | None:
 
 
 def find_file(owner: str, *, path: str, name: str, revision: str | None = None) -> Path:
-    """The file `name` in a local folder or a hub repository; a download where it must be.
+    """Find the file `name` in a local folder or a hub repository, and download it if necessary.
 
     Args:
-        owner: name of the reward, for error messages.
-        path: folder or hub id, see `resolve_path`.
-        name: of the file there.
-        revision: branch, tag or commit of a hub id. None: the pinned commit, see `rewards.files`.
+        owner: Name of the reward, for error messages.
+        path: Folder or hub id, see `resolve_path`.
+        name: Name of the file in that folder or repository.
+        revision: Branch, tag or commit of a hub id. None: the pinned commit, see `rewards.files`.
 
     Raises:
-        FileNotFoundError: if there is no such file, or the hub cannot be reached.
+        FileNotFoundError: if the file does not exist, or the hub cannot be reached.
     """
     path = resolve_path(path)
     folder = Path(path)
@@ -77,40 +77,40 @@ def find_file(owner: str, *, path: str, name: str, revision: str | None = None) 
         return folder / name
     try:
         if folder.exists():
-            raise OSError("the folder is there, the file is not")
+            raise OSError("the folder exists, the file does not")
         from huggingface_hub import hf_hub_download
 
         return Path(hf_hub_download(path, name, revision=pinned(path, revision)))
     except (OSError, ValueError) as error:
         raise FileNotFoundError(
             f"{owner}: {name} must be a file in a folder or hub repository. Found no such file in '{path}': "
-            f"{hub_reason(error, path)}. A folder with it will do, too."
+            f"{hub_reason(error, path)}. A folder that contains it also works."
         ) from error
 
 
 def load_weights(owner: str, file: Path) -> dict[str, Tensor]:
-    """Named tensors of a safetensors or PyTorch file, on the CPU; of the latter nothing but tensors is ever unpickled.
+    """Load the named tensors of a safetensors or PyTorch file on the CPU; a PyTorch file is read with `weights_only`.
 
-    A training checkpoint's weights lie under `state_dict` and are taken from there.
+    If the file is a training checkpoint with a `state_dict`, its weights are returned.
 
     Raises:
-        ValueError: if the file is damaged or holds something else.
+        ValueError: if the file is damaged or holds other content.
     """
-    found: Any
+    content: Any
     try:
         safe = file.suffix == ".safetensors"
-        found = load_file(file) if safe else torch.load(file, map_location="cpu", weights_only=True)
+        content = load_file(file) if safe else torch.load(file, map_location="cpu", weights_only=True)
     except (EOFError, RuntimeError, UnpicklingError, SafetensorError) as error:
         reason = str(error).strip().partition("\n")[0].rstrip(".") or "it ends too early"
         raise ValueError(
             f"{owner}: {file} must be a file of named tensors. Found one that cannot be read: {reason}. Download it again."
         ) from error
-    found = found.get("state_dict", found) if isinstance(found, Mapping) else found
-    if not isinstance(found, Mapping) or not all(isinstance(value, Tensor) for value in found.values()):
+    content = content.get("state_dict", content) if isinstance(content, Mapping) else content
+    if not isinstance(content, Mapping) or not all(isinstance(value, Tensor) for value in content.values()):
         raise ValueError(f"{owner}: {file} must hold named tensors, or those under 'state_dict'. Found something else.")
-    return dict(found)
+    return dict(content)
 
 
 def below(prefix: str, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The weights whose names begin with `prefix`, without it."""
+    """Select the weights with names that begin with `prefix`, and remove the prefix."""
     return {name.removeprefix(prefix): tensor for name, tensor in weights.items() if name.startswith(prefix)}

@@ -1,17 +1,17 @@
-"""Mappings and lists that refuse to change, and are otherwise as those they were made of: equal, printed alike."""
+"""Immutable mappings and lists that compare and print like the originals."""
 
 from collections.abc import Mapping
 from typing import Any, NoReturn
 
 DEEPEST = 100
-"""Most mappings and lists within each other. Python's own limit would be another one in every place that walks through."""
+"""Maximum nesting of mappings and lists. Python's recursion limit would be reached at a different depth in each function."""
 
 
 def frozen(value: Any, depth: int = 0) -> Any:
-    """A copy that cannot be changed of mappings and lists, and of those within; all else as it is.
+    """Copy mappings and lists recursively into immutable ones; return any other value unchanged.
 
     Raises:
-        ValueError: if more than 100 are within each other.
+        ValueError: if mappings and lists nest more than 100 levels deep.
     """
     if depth > DEEPEST:
         raise ValueError(f"`metadata` must not nest more than {DEEPEST} mappings and lists. Found more. Flatten it.")
@@ -30,23 +30,23 @@ def _refuse(*_: Any, **__: Any) -> NoReturn:
 
 
 class FrozenDict(dict[Any, Any]):
-    """A dict that refuses to change."""
+    """A dict that raises TypeError on every attempt to change it."""
 
     __slots__ = ()
     __setitem__ = __delitem__ = __ior__ = clear = pop = popitem = setdefault = update = _refuse  # type: ignore[assignment]
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Pickled as a whole; pickle would fill an empty one."""
+        """Pickle the whole dict at once; by default pickle would add items to an empty dict."""
         return FrozenDict, (dict(self),)
 
 
 class FrozenList(list[Any]):
-    """A list that refuses to change."""
+    """A list that raises TypeError on every attempt to change it."""
 
     __slots__ = ()
     __setitem__ = __delitem__ = __iadd__ = __imul__ = _refuse  # type: ignore[assignment]
     append = clear = extend = insert = pop = remove = reverse = sort = _refuse  # type: ignore[assignment]
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Pickled as a whole; pickle would fill an empty one."""
+        """Pickle the whole list at once; by default pickle would append items to an empty list."""
         return FrozenList, (list(self),)

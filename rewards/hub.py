@@ -1,4 +1,4 @@
-"""Why something could not be had from the hub, found in what its library raises and other libraries raise from that."""
+"""Find the real cause of a failed hub download in the chain of exceptions that libraries raise."""
 
 from __future__ import annotations
 
@@ -6,17 +6,17 @@ from collections.abc import Iterator
 from pathlib import Path
 
 DENIED = (401, 403)
-"""Statuses of a hub that knows the repository and keeps it to itself."""
+"""HTTP statuses with which the hub refuses access to an existing repository."""
 
 
 def hub_reason(error: BaseException, path: str) -> str:
-    """The real cause and its remedy, for an error message; an error's first line where the hub had no part in it.
+    """Return the real cause and its remedy for an error message, or the error's first line if the hub is not the cause.
 
-    Libraries say of nearly every failure that a file is missing. The first cause lies further down.
+    Libraries report nearly every failure as a missing file. The real cause is deeper in the chain of exceptions.
 
     Args:
-        error: What was raised.
-        path: Folder or hub id that was asked for.
+        error: The raised exception.
+        path: The requested folder or hub id.
     """
     if Path(path).expanduser().exists():
         return f"{_first_line(error)}. Check the folder, or download it again"
@@ -24,33 +24,33 @@ def hub_reason(error: BaseException, path: str) -> str:
 
     chain = list(_causes(error))
 
-    def found(*kinds: type[BaseException]) -> bool:
-        return any(isinstance(each, kinds) for each in chain)
+    def raised(*kinds: type[BaseException]) -> bool:
+        return any(isinstance(cause, kinds) for cause in chain)
 
-    status = next((each.response.status_code for each in chain if isinstance(each, errors.HfHubHTTPError)), None)
-    if found(errors.HFValidationError):
+    status = next((cause.response.status_code for cause in chain if isinstance(cause, errors.HfHubHTTPError)), None)
+    if raised(errors.HFValidationError):
         return "there is no such folder, and a hub id is owner/name. Check the spelling, or download it and give its folder"
-    if found(errors.GatedRepoError):
+    if raised(errors.GatedRepoError):
         return (
             f"access to it is gated. Accept its licence at {constants.ENDPOINT}/{path}, then log in (`hf auth login`) or "
             "set HF_TOKEN"
         )
-    if constants.HF_HUB_OFFLINE or found(errors.OfflineModeIsEnabled):
+    if constants.HF_HUB_OFFLINE or raised(errors.OfflineModeIsEnabled):
         return (
             "HF_HUB_OFFLINE is set, and the cache on this machine does not have it. Unset it, or run "
-            f"`hf download {path}` where there is a network"
+            f"`hf download {path}` on a machine with a network"
         )
-    if found(errors.RevisionNotFoundError):
-        return "the repository has no such revision. Look at `revision`"
-    if found(errors.RepositoryNotFoundError):
+    if raised(errors.RevisionNotFoundError):
+        return "the repository has no such revision. Check `revision`"
+    if raised(errors.RepositoryNotFoundError):
         return "the hub has no such repository, or it is private. Check the spelling, or log in (`hf auth login`)"
-    if found(errors.RemoteEntryNotFoundError):
-        return f"the repository is there, the file is not: {_first_line(error)}"
+    if raised(errors.RemoteEntryNotFoundError):
+        return f"the repository exists, the file does not: {_first_line(error)}"
     if status in DENIED:
         return f"the hub refuses access (status {status}). Log in with a token that may read it (`hf auth login`)"
     if status is not None:
         return f"the hub failed (status {status}), and the cache on this machine does not have it. Try again later"
-    if found(errors.LocalEntryNotFoundError, errors.HTTPError):
+    if raised(errors.LocalEntryNotFoundError, errors.HTTPError):
         return (
             f"{constants.ENDPOINT} cannot be reached ({_first_line(chain[-1])}), and the cache on this machine does not "
             "have it. Check the network and its proxy"

@@ -1,4 +1,4 @@
-"""JPEG compressibility: a reward without weights, to try a set-up with."""
+"""JPEG compressibility: a reward without weights, for testing a setup."""
 
 from collections.abc import Sequence
 from io import BytesIO
@@ -12,27 +12,27 @@ from torch import Tensor
 from rewards.base import Prompt, Reward
 
 UNIT = 500_000
-"""Bytes that cost one point."""
+"""Number of bytes that lower the score by 1."""
 
 
 class JPEGCompressibility(Reward):
-    """-(bytes of the image as a JPEG) / 500,000: smooth and empty pictures win.
-
-    Source: Black et al., "Training Diffusion Models with Reinforcement Learning", 2023, section 5.2, at that scale in
-    Flow-GRPO.
+    """-(bytes of the image as a JPEG) / 500,000: smooth and empty images score highest.
 
     Args:
-        quality: of the JPEG, 1 to 100.
-        batch_size: images scored at once, >= 1.
+        quality: JPEG quality, 1 to 100.
+        batch_size: Images scored at once, >= 1.
 
     Shape:
         - images: (B, 3, H, W), result: (B,)
 
     Raises:
         ValueError: if an argument is out of range.
+
+    Source: Black et al., "Training Diffusion Models with Reinforcement Learning", 2023, section 5.2, with the scale of
+    Flow-GRPO.
     """
 
-    scored_by = (*Reward.scored_by, "quality")
+    identity_fields = (*Reward.identity_fields, "quality")
 
     def __init__(self, quality: int = 95, batch_size: int = 32) -> None:
         super().__init__(batch_size)
@@ -40,12 +40,12 @@ class JPEGCompressibility(Reward):
             raise ValueError(f"JPEGCompressibility: `quality` must be in [1, 100]. Found {quality}. 95 is the usual one.")
         self.quality = quality
 
-    def score(self, *, images: Float[Tensor, "b 3 h w"], prompts: Sequence[Prompt]) -> Float[Tensor, "b"]:
-        """The size of each image, negative."""
+    def score(self, *, images: Float[Tensor, "b 3 h w"], prompts: Sequence[Prompt]) -> Float[Tensor, " b"]:
+        """Return the negative JPEG size of each image, in units of 500,000 bytes."""
         pixels = (images * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
-        return torch.tensor([-self._bytes(picture) / UNIT for picture in pixels], device=images.device)
+        return torch.tensor([-self._bytes(image) / UNIT for image in pixels], device=images.device)
 
-    def _bytes(self, picture: np.ndarray) -> int:
+    def _bytes(self, image: np.ndarray) -> int:
         buffer = BytesIO()
-        Image.fromarray(picture).save(buffer, "JPEG", quality=self.quality)
+        Image.fromarray(image).save(buffer, "JPEG", quality=self.quality)
         return buffer.tell()

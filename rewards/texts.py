@@ -1,16 +1,16 @@
-"""Texts of any length: what messages quote of them, and what models read of them."""
+"""Shorten long texts for error messages and for tokenizers."""
 
 from typing import Any
 
 QUOTED = 200
-"""Characters that a message quotes of somebody else's text."""
+"""Maximum number of characters that a message quotes from a text."""
 
 TOKEN_LENGTH = 100
-"""Characters kept per token that a model reads: more than any token of CLIP's, T5's and BERT's vocabularies has."""
+"""Characters kept per token that a model reads. No token of the vocabularies of CLIP, T5 and BERT is longer."""
 
 
 def cut(text: str, limit: int = QUOTED) -> str:
-    """A text for a message, cut where it is longer than `limit`, with its length.
+    """Cut a text for a message to `limit` characters, and add the full length if it was longer.
 
     >>> cut("abcdef" * 1000, limit=4)
     'abcd... (6000 characters)'
@@ -19,30 +19,30 @@ def cut(text: str, limit: int = QUOTED) -> str:
 
 
 def excerpt(value: Any, limit: int = QUOTED) -> str:
-    """A value for a message, as Python writes it and cut.
+    """Return the `repr` of a value for a message, cut to `limit` characters.
 
     >>> excerpt("a cat"), excerpt("abcdef" * 1000, limit=4)
     ("'a cat'", "'abcd'... (6000 characters)")
     """
-    if isinstance(value, str) and len(value) > limit:  # the whole is not escaped first
+    if isinstance(value, str) and len(value) > limit:  # avoids escaping the whole text
         return f"{value[:limit]!r}... ({len(value)} characters)"
     return cut(repr(value), limit)
 
 
 def reason(error: BaseException, limit: int = 10 * QUOTED) -> str:
-    """What an exception says, cut; an exception whose text cannot be had is still reported.
+    """Return the text of an exception, cut to `limit` characters, even if its `__str__` fails.
 
     >>> reason(ValueError("no letters"))
     'no letters'
     """
     try:
         return cut(str(error), limit)
-    except Exception as other:  # noqa: BLE001 - the first error must not be lost for a second one in its text
-        return f"(no text: its `__str__` raises {type(other).__name__})"
+    except Exception as str_error:  # noqa: BLE001 - an error in `__str__` must not hide the first error
+        return f"(no text: its `__str__` raises {type(str_error).__name__})"
 
 
 def beginning(text: str, tokens: int) -> str:
-    """The part of a text that a model of so many tokens can read, so that a tokenizer need not go through all of it.
+    """Cut a text to the part that a model of `tokens` tokens can read, so that the tokenizer skips the rest.
 
     >>> beginning("a cat", tokens=77)
     'a cat'

@@ -11,7 +11,8 @@ from zipfile import ZipFile
 
 import pytest
 
-ROOT = Path(__file__).parents[1]
+from tests.helpers import ROOT
+
 PACKAGES = ("balancers", "marble_lightning", "rewards")
 USE = """
 from marble_lightning.cli import main

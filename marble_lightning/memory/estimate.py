@@ -8,11 +8,11 @@ from typing import Any, NamedTuple
 
 import torch
 
-from marble_lightning.checks import the_data
-from marble_lightning.flow_policy import ADAPTERS
+from marble_lightning.data.datamodule import get_datamodule
 from marble_lightning.memory.ledger import tensors_of, text_encoders
 from marble_lightning.memory.phases import Phases
 from marble_lightning.module import DiffusionNFT
+from marble_lightning.policies.base import ADAPTERS
 
 
 @dataclass(frozen=True)
@@ -20,13 +20,13 @@ class Choices:
     """Settings that memory depends on, as they are or as they might be.
 
     Args:
-        micro_batch_size: Pictures of one forward and backward pass.
-        sampling_batch_size: Pictures sampled and decoded at once.
+        micro_batch_size: Images of one forward and backward pass.
+        sampling_batch_size: Images sampled and decoded at once.
         held_out_batch_size: The same of held-out prompts; 0 where none are sampled.
-        gradient_checkpointing: Whether blocks are computed anew on the way back.
+        gradient_checkpointing: Whether blocks are recomputed in the backward pass.
         text_encoders_stay: Whether text encoders are on the device also when nothing is encoded.
-        vae_slicing: Whether pictures are decoded one by one.
-        overlap: Whether pictures are scored while the next ones are sampled.
+        vae_slicing: Whether images are decoded one by one.
+        overlap: Whether images are scored while the next ones are sampled.
         rewards_stay: Whether rewards are on the device also during training.
         dtype: Precision of the frozen weights.
     """
@@ -49,11 +49,11 @@ class Choices:
         own = {id(tensor) for tensor in tensors_of(policy)}
         visitors = [tensor for tensor in tensors_of(*text_encoders(policy).values()) if id(tensor) not in own]
         on_cpu = trainer.strategy.root_device.type == "cpu"  # where those who wait, wait on the same device
-        judged = bool(trainer.limit_val_batches and trainer.check_val_every_n_epoch)
+        evaluates = bool(trainer.limit_val_batches and trainer.check_val_every_n_epoch)
         return cls(
             micro_batch_size=module.plan.batch_size,
             sampling_batch_size=module.sampling.batch_size,
-            held_out_batch_size=the_data(trainer).held_out_batch_size if judged else 0,
+            held_out_batch_size=get_datamodule(trainer).held_out_batch_size if evaluates else 0,
             gradient_checkpointing=bool(policy.transformer.is_gradient_checkpointing),
             text_encoders_stay=on_cpu or not visitors,
             vae_slicing=policy.pipeline.vae.use_slicing,
@@ -152,17 +152,17 @@ class Estimator:
             phases = Phases(self.module, None if choices.dtype == policy.dtype else choices.dtype)
             self._worlds[choices.dtype] = phases, parts_of(phases)
         counted, parts = self._worlds[choices.dtype]
-        visiting = ("text encoders", "rewards", "rewards elsewhere", "pictures")
+        visiting = ("text encoders", "rewards", "rewards elsewhere", "images")
         always = tuple(name for name in parts if name not in visiting)
         encoders = ("text encoders",) if choices.text_encoders_stay else ()
-        sampling = (*always, *encoders, "rewards", "pictures")
+        sampling = (*always, *encoders, "rewards", "images")
         resting = (*always, *(("rewards",) if choices.rewards_stay else ()))
         training = (*resting, *encoders)
         batch, slicing = choices.sampling_batch_size, choices.vae_slicing
         sample, decode = counted.sample(batch), counted.decode(batch, slicing)
 
         def score(images: int) -> int:
-            each = [counted.score(name, images) for name in counted.judges]
+            each = [counted.score(name, images) for name in counted.reward_models]
             return sum(each) if choices.overlap else max(each, default=0)
 
         found = {
@@ -173,12 +173,12 @@ class Estimator:
             "sampling": Phase(sampling, sample),
             "decoding": Phase(sampling, decode),
             "scoring": Phase(sampling, score(batch) + (max(sample, decode) if choices.overlap else 0)),
-            "picture statistics": Phase((*training, "pictures"), counted.statistics),
+            "image statistics": Phase((*training, "images"), counted.statistics),
             "training": Phase(training, counted.step(choices.micro_batch_size, choices.gradient_checkpointing)),
             "optimizer step": Phase(training, counted.optimizer[1]),
         }
         if held_out := choices.held_out_batch_size:
-            guided, resolution = self.module.evaluation.guidance > 1, self.module.evaluation.resolution
+            guided, resolution = self.module.evaluator.evaluation.guidance > 1, self.module.evaluator.evaluation.resolution
             sample = counted.sample(held_out, guided, resolution)
             decode = counted.decode(held_out, slicing, mixed=True, resolution=resolution)
             beyond = max(sample, decode, score(held_out))  # one after the other
@@ -192,9 +192,9 @@ def parts_of(phases: Phases) -> dict[str, int]:
     adapters = [parameter for name in ADAPTERS for parameter in policy.parameters_of(name)]
     vae, encoders = policy.pipeline.vae, text_encoders(policy)
     apart = {id(tensor) for tensor in (*adapters, *tensors_of(vae, *encoders.values()))}
-    judges = tensors_of(*phases.judges.values())
-    here = {id(tensor) for tensor in judges}
-    elsewhere = [tensor for tensor in tensors_of(*module.judges.values()) if id(tensor) not in here]
+    reward_models = tensors_of(*phases.reward_models.values())
+    here = {id(tensor) for tensor in reward_models}
+    elsewhere = [tensor for tensor in tensors_of(*module.reward_models.values()) if id(tensor) not in here]
     conditions = phases.encoded[0]
     return {
         "transformer": phases.bytes([tensor for tensor in tensors_of(policy) if id(tensor) not in apart]),
@@ -203,8 +203,8 @@ def parts_of(phases: Phases) -> dict[str, int]:
         "optimizer": phases.optimizer[0],
         "autoencoder": phases.bytes(tensors_of(vae)),
         "text encoders": phases.bytes(tensors_of(*encoders.values())),
-        "rewards": phases.bytes(judges),
+        "rewards": phases.bytes(reward_models),
         "rewards elsewhere": phases.bytes(elsewhere),
         "latents and prompts": phases.bytes([phases.latents(module.plan.images), conditions.embeds, conditions.pooled]),
-        "pictures": phases.bytes([phases.pictures(module.plan.images)]),
+        "images": phases.bytes([phases.decoded(module.plan.images)]),
     }

@@ -222,7 +222,10 @@ class Fakes:
             yield ledger
 
     def checkpoint(self, module: nn.Module, *arguments: Any) -> Any:
-        """Gradient checkpointing as diffusers does it. Torch lifts modes on the way back; a GPU's autocast comes again."""
+        """Gradient checkpointing as diffusers does it.
+
+        Torch leaves all modes in the backward pass; a GPU's autocast is entered again.
+        """
 
         def contexts() -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
             return nullcontext(), CudaAutocast() if self.cuda else nullcontext()

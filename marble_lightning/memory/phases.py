@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cached_property
 from typing import Any
@@ -12,44 +11,57 @@ import torch
 from lightning.pytorch.plugins import MixedPrecision
 from torch import Tensor, nn
 
-from balancers.accumulation import GradientSum
-from balancers.harmony import gram_matrix
-from marble_lightning.checks import the_data
-from marble_lightning.flow_policy import Adapter, Conditions
-from marble_lightning.gradients import LinearTaps, RewardGradients
-from marble_lightning.image_statistics import PER_IMAGE
+from balancers import Balancer
+from balancers.gramian import gram_matrix
+from marble_lightning.data.datamodule import get_datamodule
+from marble_lightning.evaluation.image_statistics import PER_IMAGE
 from marble_lightning.memory.ledger import CUDA_BLOCK, Fakes, Ledger, Once, bytes_of, tensors_of, text_encoders
 from marble_lightning.module import DiffusionNFT
-from marble_lightning.objective import Coefficients
-from marble_lightning.rollouts import MicroBatch
+from marble_lightning.nft.loss import Coefficients
+from marble_lightning.nft.reward_gradients import LinearTaps, RewardGradients
+from marble_lightning.nft.rollout import MicroBatch
+from marble_lightning.nft.step import TrainingStep
+from marble_lightning.policies.base import Adapter, Conditions
 from rewards import Reward
 
 
-class _Asked:
-    """What `training_step` asks of a balancer on a refresh, or on any other micro-batch, without looking at any number."""
+class _Unsolved(Balancer):
+    """A balancer in the second micro-batch of a refresh, or of any other step, that looks at no number."""
 
-    any_gradient_overflowed = False
-
-    def __init__(self, columns: int, parameters: int, refresh: bool) -> None:
-        self.loss_weights, self.needs_gradients = torch.ones(columns), refresh
-        self.columns, self.sum = columns, GradientSum(2 if refresh else 0)
-        if refresh:  # as after an earlier micro-batch
-            self.sum.add(torch.empty(columns, parameters), columns)
+    def __init__(self, names: Sequence[str], parameters: int, refresh: bool) -> None:
+        super().__init__()
+        self.refresh = refresh
+        self.bind(names)
+        self.begin_step(2)
+        if refresh:
+            self.add_gradients(torch.empty(len(names), parameters))
 
     @property
-    def wants_gradients(self) -> bool:
-        return self.sum.incomplete
+    def needs_gradients(self) -> bool:
+        return self.refresh
 
-    def begin_step(self, micro_batches: int) -> None:
-        pass
-
-    def add_gradients(self, gradients: Tensor) -> None:
-        self.sum.add(gradients, self.columns)
+    @property
+    def loss_weights(self) -> Tensor:
+        return torch.ones(len(self.names))
 
     def solve(self, reduce: Any, loss_scaled: bool = False) -> Tensor:
-        gradients = self.sum.take()
+        gradients = self._sum.take()
         gram_matrix(gradients)
         return torch.zeros_like(gradients[0])
+
+
+class _CountedStep(TrainingStep):
+    """A training step whose passes without a graph, of the old and the reference policy, have been counted before."""
+
+    def __init__(self, ledger: Ledger, without_graph: int, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self.ledger, self.without_graph = ledger, without_graph
+
+    def velocity(self, batch: MicroBatch, adapter: Adapter | None) -> Tensor:
+        if adapter == "trained":
+            return super().velocity(batch, adapter)
+        self.ledger.peak = max(self.ledger.peak, self.ledger.live + self.without_graph)
+        return torch.empty_like(batch.clean)
 
 
 class Phases:
@@ -83,26 +95,26 @@ class Phases:
         return bytes_of(tensors, self.block)
 
     @cached_property
-    def judges(self) -> dict[str, Reward]:
+    def reward_models(self) -> dict[str, Reward]:
         """Rewards and metrics on this device."""
         places = self.module.scorer.settings.devices
-        devices = {name: torch.device(places.get(name, self.device)) for name in self.module.judges}
+        devices = {name: torch.device(places.get(name, self.device)) for name in self.module.reward_models}
         index = self.device.index or 0
         return {
-            name: judge
-            for name, judge in self.module.judges.items()
+            name: reward_model
+            for name, reward_model in self.module.reward_models.items()
             if devices[name].type == self.device.type and (devices[name].index or index) == index
         }
 
     def latents(self, images: int, resolution: int | None = None) -> Tensor:
-        """Latents of so many pictures, as sampling leaves them."""
+        """Latents of so many images, as sampling leaves them."""
         pipeline = self.policy.pipeline
         side = (resolution or self.policy.resolution) // pipeline.vae_scale_factor
         with self.fakes.mode:
             return torch.empty(images, pipeline.transformer.config.in_channels, side, side, dtype=self.policy.dtype)
 
-    def pictures(self, images: int) -> Tensor:
-        """So many decoded pictures."""
+    def decoded(self, images: int) -> Tensor:
+        """So many decoded images."""
         with self.fakes.mode:
             return torch.empty(images, 3, self.policy.resolution, self.policy.resolution)
 
@@ -114,7 +126,7 @@ class Phases:
     @cached_property
     def encoded(self) -> tuple[Conditions, int]:
         """The conditions of a round's prompts, and the bytes that encoding them takes."""
-        prompts = self.module.plan.images // the_data(self.trainer).images_per_prompt
+        prompts = self.module.plan.images // get_datamodule(self.trainer).images_per_prompt
         with self.fakes.counting() as ledger:
             conditions = self.policy.encode(["a"] * prompts)
         return conditions, ledger.peak
@@ -126,9 +138,9 @@ class Phases:
         """Bytes to sample a batch: the network without gradients, beside what a solver of two steps' memory keeps.
 
         Args:
-            images: Pictures of the batch.
+            images: Images of the batch.
             guided: Whether the empty prompt is beside each.
-            resolution: Side of the pictures in pixels; None for the policy's.
+            resolution: Side of the images in pixels; None for the policy's.
         """
         largest = self.module.sampling.batch_size
         if not guided and not resolution and images < largest:  # no more than that, and need not be counted
@@ -140,7 +152,7 @@ class Phases:
                 kept = [torch.empty_like(self.latents(images, resolution), dtype=torch.float32) for _ in range(3)]
                 conditions = self._conditions(2 * images) if guided else own
                 latents = self.latents(len(conditions.embeds), resolution)
-                with self.policy.using("old"):
+                with self.policy.use_adapter("old"):
                     self.policy.velocity(latents, torch.empty(len(latents)), conditions)
                 del own, kept
             return ledger.peak
@@ -151,10 +163,10 @@ class Phases:
         """Bytes to decode a batch.
 
         Args:
-            images: Pictures of the batch.
+            images: Images of the batch.
             slicing: Whether they are decoded one by one.
             mixed: Whether in the trainer's precision.
-            resolution: Side of the pictures in pixels; None for the policy's.
+            resolution: Side of the images in pixels; None for the policy's.
         """
 
         def count() -> int:
@@ -172,39 +184,39 @@ class Phases:
 
     def score(self, name: str, images: int) -> int:
         """Bytes that a reward takes beyond its weights, as far as it can be followed without data."""
-        images = min(images, self.judges[name].batch_size)
+        images = min(images, self.reward_models[name].batch_size)
         return self._once(lambda: self._score(name, images), "score", name, images)
 
     def _score(self, name: str, images: int) -> int:
-        reward = self.judges[name]
-        prompts = [prompt for prompt in the_data(self.trainer).training if reward.judges(prompt)]
+        reward = self.reward_models[name]
+        prompts = [prompt for prompt in get_datamodule(self.trainer).training if reward.supports(prompt)]
         if not prompts or not tensors_of(reward):  # whoever has no weights does not compute with torch, or next to nothing
             return 0
-        chosen, pictures = (prompts * images)[:images], self.pictures(images)
+        chosen, pixels = (prompts * images)[:images], self.decoded(images)
         ledger = Ledger()
         try:
             faked = self.fakes.copy(reward)
             with self.fakes.counting() as ledger, torch.no_grad():
-                faked.score(images=pictures.clone(), prompts=chosen)
+                faked.score(images=pixels.clone(), prompts=chosen)
         except Exception as error:  # noqa: BLE001 - a reward may do anything; what it did until then is counted
             self.unknown[name] = error
         return ledger.peak
 
     @cached_property
     def statistics(self) -> int:
-        """Bytes that the statistics of all the round's pictures take."""
-        pictures = self.pictures(self.module.plan.images)
-        with self.fakes.counting(pictures) as ledger, torch.no_grad():
+        """Bytes that the statistics of all the round's images take."""
+        pixels = self.decoded(self.module.plan.images)
+        with self.fakes.counting(pixels) as ledger, torch.no_grad():
             for statistic in PER_IMAGE.values():
-                statistic(pictures)
+                statistic(pixels)
         return ledger.peak
 
     def step(self, images: int, checkpointing: bool, refresh: bool | None = None) -> int:
         """Bytes of one micro-batch's forward and backward pass, gradients of earlier ones being there.
 
         Args:
-            images: Pictures of the micro-batch.
-            checkpointing: Whether blocks are computed anew on the way back.
+            images: Images of the micro-batch.
+            checkpointing: Whether blocks are recomputed in the backward pass.
             refresh: Whether per-reward gradients are asked for, which takes more; None: where the balancer ever does.
         """
         refresh = self.module.balancer.needs_gradients if refresh is None else refresh
@@ -223,18 +235,18 @@ class Phases:
         else:
             self.policy.transformer.disable_gradient_checkpointing()
         with self._without_taps(), self.fakes.counting(*given) as ledger:
-            columns = len(self.module.balancer.names)
-            asked = _Asked(columns, sum(parameter.numel() for parameter in self.trained), refresh)
-            step = self._step(asked, ledger, without_graph)
+            names = self.module.balancer.names
+            balancer = _Unsolved(names, sum(parameter.numel() for parameter in self.trained), refresh)
+            step = self._step(ledger, without_graph, refresh)
             with self._precision():
-                loss = step(self._micro_batch(images, columns), 0)
+                loss, _ = step(self._micro_batch(images, len(names)), balancer, 1, lambda mean: mean, None)
             loss.backward()
         return ledger.peak
 
     @contextmanager
     def _without_taps(self) -> Iterator[None]:
         """Switch off taps that came with the copied layers, from the module or an earlier count."""
-        own: RewardGradients | None = vars(self.module).get("per_reward")
+        own: RewardGradients | None = vars(self.module.step).get("per_reward")
         taps = [*self._taps, *([own.taps] if own and own.taps else [])]
         before = [each.on for each in taps]
         try:
@@ -245,27 +257,14 @@ class Phases:
             for each, on in zip(taps, before, strict=True):
                 each.on = on
 
-    def _step(self, asked: _Asked, ledger: Ledger, without_graph: int) -> Callable[[MicroBatch, int], Tensor]:
-        """The module's own `training_step`, of a double that has the fake policy and logs nothing."""
-        double = copy.copy(self.module)
-        double._modules = {**self.module._modules, "policy": self.policy}
-        double._trainer = self.trainer
-
-        def velocity(batch: MicroBatch, adapter: Adapter | None) -> Tensor:
-            if adapter == "trained":
-                return DiffusionNFT._velocity(double, batch, adapter)
-            ledger.peak = max(ledger.peak, ledger.live + without_graph)
-            return torch.empty_like(batch.clean)
-
-        stand_ins: dict[str, Any] = {"balancer": asked, "trainable": self.trained, "_velocity": velocity}
-        if asked.needs_gradients:
-            per_reward = stand_ins["per_reward"] = RewardGradients(
-                self.module.gradient_passes, self.policy.transformer, self.trained
-            )
-            self._taps += [per_reward.taps] if per_reward.taps else []
-            vars(per_reward)["expect"] = lambda _: None  # taps are on, and nothing is compiled
-        vars(double).update(stand_ins, log_dict=lambda *_, **__: None)
-        return double.training_step
+    def _step(self, ledger: Ledger, without_graph: int, refresh: bool) -> TrainingStep:
+        """The training step of the fake policy."""
+        settings = (self.policy, self.module.objective, self.trained, self.module.gradient_passes)
+        step = _CountedStep(ledger, without_graph, *settings)
+        if refresh:
+            self._taps += [step.per_reward.taps] if step.per_reward.taps else []
+            vars(step.per_reward)["set_capture"] = lambda _: None  # taps are on, and nothing is compiled
+        return step
 
     def _micro_batch(self, images: int, columns: int) -> MicroBatch:
         clean = self.latents(images).float()

@@ -111,7 +111,7 @@ class Memory(Callback):
     Every phase is run once on tensors without data, which takes seconds: encoding, sampling and decoding at the sampling
     batch, scoring, a micro-batch forward and back (one that asks for per-reward gradients, where the balancer does), the
     optimizer. What stays on the device is added: weights, adapters, optimizer state, rewards, the round's latents and
-    pictures. On a GPU there come 0.6 GiB for CUDA itself. Callbacks' own memory is not counted, but for the alarms'
+    images. On a GPU there come 0.6 GiB for CUDA itself. Callbacks' own memory is not counted, but for the alarms'
     statistics; nor are kernels' workspaces.
 
     Args:
@@ -141,9 +141,9 @@ class Memory(Callback):
             if not isinstance(cause, WITHOUT_DATA):
                 warn(f"The memory of {name} is estimated in part only. Found {type(cause).__name__}: {cause}")
         if device.type == "cuda" and room.total and room.free:
-            self._judge(estimator, choices, estimate, room.total, room.free)
+            self._score(estimator, choices, estimate, room.total, room.free)
 
-    def _judge(self, estimator: Estimator, choices: Choices, estimate: Estimate, total: int, free: int) -> None:
+    def _score(self, estimator: Estimator, choices: Choices, estimate: Estimate, total: int, free: int) -> None:
         """Refuse what cannot fit, and warn of what may not."""
         needed = estimate.peak + CUDA_CONTEXT
         if needed <= total and needed * FRAGMENTATION <= free:

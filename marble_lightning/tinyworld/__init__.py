@@ -1,9 +1,9 @@
-"""The laptop world: a small but real Stable Diffusion 3, the scenes it was trained on, and what judges its pictures.
+"""The tiny world for laptops: a small but real Stable Diffusion 3, its training scenes, and reward models for its images.
 
-Scenes are coloured shapes, or a sign with a word, drawn in code at 32 x 32 pixels (`scenes`) with captions in the style
-of the published prompt sets (`captions`) and six ways to go wrong (`degradations`). `train` makes the bundled weights
-from them: an SD3 pipeline in diffusers format and three CLIP reward models in transformers format. `ColourBlobs` is the
-object detector GenEval uses here. Everything else in the project treats this world exactly as it would the large one.
+Scenes are coloured shapes, or a sign with a word, drawn in code at 32 x 32 pixels (`scenes`), with captions in the style
+of the published prompt sets (`captions`) and six kinds of faults (`degradations`). `train` makes the bundled weights from
+them: an SD3 pipeline in diffusers format and three CLIP reward models in transformers format. `ColourBlobs` is GenEval's
+object detector here. The rest of the project handles this model exactly like the large one.
 """
 
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Scenes with their captions, in the style of the published prompts: GenEval's six tags, signs, general captions."""
+"""Scenes with captions in the style of the published prompts: GenEval's six tags, signs and general captions."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ SIGN_OPENINGS = (
 
 @dataclass(frozen=True)
 class Captioned:
-    """A scene with its caption; `source` names the prompt set, `metadata` is GenEval's where there is one."""
+    """A scene with its caption; `source` is the name of the prompt set, `metadata` is for GenEval and may be empty."""
 
     caption: str
     scene: Scene
@@ -52,12 +52,12 @@ class Captioned:
 
 
 def plural(shape: str) -> str:
-    """The plural of a shape's name."""
+    """Return the plural of a shape's name."""
     return shape + ("es" if shape == "cross" else "s")
 
 
 def clause(shape: str, count: int = 1, **more: Any) -> dict[str, Any]:
-    """One entry of GenEval's `include` list."""
+    """Return one entry of GenEval's `include` list."""
     return {"class": shape, "count": count, **more}
 
 
@@ -71,7 +71,7 @@ def _size(rng: random.Random, count: int) -> float:
 
 
 def _scatter(rng: random.Random, names: list[tuple[str, str]]) -> Scene:
-    """Things at random places that do not touch: one anywhere, two in opposite halves, more in quarters."""
+    """Place things at random without contact: one anywhere, two in opposite halves, more in separate quarters."""
     size = _size(rng, len(names))
     low, high = size / 2 + 1, SIZE - size / 2 - 1
     if len(names) == 1:
@@ -100,7 +100,7 @@ def _colour(rng: random.Random) -> str:
 
 
 def single_object(rng: random.Random, opening: str) -> Captioned:
-    """GenEval `single_object`."""
+    """Draw an example of GenEval's `single_object`."""
     shape = rng.choice(SHAPES)
     return Captioned(
         f"{opening} a {shape}",
@@ -111,7 +111,7 @@ def single_object(rng: random.Random, opening: str) -> Captioned:
 
 
 def two_object(rng: random.Random, opening: str) -> Captioned:
-    """GenEval `two_object`."""
+    """Draw an example of GenEval's `two_object`."""
     first, second = rng.sample(SHAPES, 2)
     return Captioned(
         f"{opening} a {first} and a {second}",
@@ -122,7 +122,7 @@ def two_object(rng: random.Random, opening: str) -> Captioned:
 
 
 def counting(rng: random.Random, opening: str) -> Captioned:
-    """GenEval `counting`."""
+    """Draw an example of GenEval's `counting`."""
     shape, count = rng.choice(SHAPES), rng.choice(list(NUMERALS))
     colour = _colour(rng)
     return Captioned(
@@ -134,7 +134,7 @@ def counting(rng: random.Random, opening: str) -> Captioned:
 
 
 def colors(rng: random.Random, opening: str) -> Captioned:
-    """GenEval `colors`."""
+    """Draw an example of GenEval's `colors`."""
     shape, colour = rng.choice(SHAPES), _colour(rng)
     return Captioned(
         f"{opening} a {colour} {shape}",
@@ -145,7 +145,7 @@ def colors(rng: random.Random, opening: str) -> Captioned:
 
 
 def position(rng: random.Random, opening: str) -> Captioned:
-    """GenEval `position`: the first shape stands in the relation to the second."""
+    """Draw an example of GenEval's `position`: the first shape has the relation to the second."""
     first, second = rng.sample(SHAPES, 2)
     relation = rng.choice(RELATIONS)
     size = _size(rng, 2)
@@ -169,7 +169,7 @@ def position(rng: random.Random, opening: str) -> Captioned:
 
 
 def color_attr(rng: random.Random, opening: str) -> Captioned:
-    """GenEval `color_attr`: two shapes, each with its own colour."""
+    """Draw an example of GenEval's `color_attr`: two shapes with different colours."""
     first, second = rng.sample(SHAPES, 2)
     one, other = rng.sample(list(COLOURS), 2)
     return Captioned(
@@ -183,11 +183,11 @@ def color_attr(rng: random.Random, opening: str) -> Captioned:
 GENEVAL: tuple[Callable[[random.Random, str], Captioned], ...] = (
     single_object, two_object, counting, colors, position, color_attr,
 )  # fmt: skip
-"""One maker per GenEval tag."""
+"""One function per GenEval tag."""
 
 
 def sign(rng: random.Random) -> Captioned:
-    """A sign that says a quoted word, as in the published OCR prompts."""
+    """Draw an example of a sign with a quoted word, as in the published OCR prompts."""
     word, board = rng.choice(WORDS), rng.choice(list(INK))
     opening = rng.choice(SIGN_OPENINGS).format(board=board)
     place = Sign(word, board, SIZE / 2 + rng.uniform(-0.4, 0.4), SIZE / 2 + rng.uniform(-1, 1))
@@ -195,7 +195,7 @@ def sign(rng: random.Random) -> Captioned:
 
 
 def general(rng: random.Random) -> Captioned:
-    """A general caption with style and quality words, as people type them; the light decides the background."""
+    """Draw an example of a general caption with style and quality words; the word for the light sets the background."""
     count = rng.choice((1, 1, 2))
     shapes, colours = rng.sample(SHAPES, count), rng.sample(list(COLOURS), count)
     content = " and ".join(f"a {colour} {shape}" for colour, shape in zip(colours, shapes, strict=True))
@@ -206,12 +206,12 @@ def general(rng: random.Random) -> Captioned:
 
 
 SHARES = {"geneval": 0.63, "ocr": 0.12, "pickscore": 0.25}
-"""How often each source is drawn when the base model is trained. Signs stand still and are learned long before
-shapes, so they are few: the base must leave room to learn to spell."""
+"""Shares of the sources in the training data of the base model. Signs have a fixed position and are learned long before
+shapes, so their share is small: the base model must leave room for learning to spell."""
 
 
 def held_out(caption: str) -> bool:
-    """Whether a caption belongs to the held-out quarter, on which neither the base nor the rewards were trained."""
+    """Whether a caption belongs to the held-out quarter, which is not in the training data of base and reward models."""
     return hashlib.blake2b(caption.encode(), digest_size=1).digest()[0] < 64
 
 
@@ -219,19 +219,19 @@ def captioned(rng: random.Random, source: str | None = None, *, test: bool = Fal
     """Draw one captioned scene.
 
     Args:
-        rng: Source of randomness.
+        rng: Random number generator.
         source: `geneval`, `ocr` or `pickscore`; None draws one with the shares of `SHARES`.
-        test: Whether the caption must be a held-out one; otherwise it must not be.
+        test: True draws a held-out caption, False a training caption.
     """
     source = source or rng.choices(list(SHARES), weights=list(SHARES.values()))[0]
     while True:
         if source == "geneval":
-            drawn = rng.choice(GENEVAL)(rng, rng.choice(OPENINGS))
+            example = rng.choice(GENEVAL)(rng, rng.choice(OPENINGS))
         elif source == "ocr":
-            drawn = sign(rng)
+            example = sign(rng)
         elif source == "pickscore":
-            drawn = general(rng)
+            example = general(rng)
         else:
             raise ValueError(f"`source` must be one of {', '.join(SHARES)}. Found {source!r}.")
-        if held_out(drawn.caption) == test:
-            return drawn
+        if held_out(example.caption) == test:
+            return example

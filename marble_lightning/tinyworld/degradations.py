@@ -1,4 +1,4 @@
-"""Six ways a picture goes wrong: three spoil the pixels (technique), three what the caption asks for (content)."""
+"""Six faults of images: three degrade the pixels (technical), three contradict the caption (content)."""
 
 from __future__ import annotations
 
@@ -14,26 +14,26 @@ from marble_lightning.tinyworld.scenes import COLOURS, INK, SHAPES, SIZE, WORDS,
 
 
 def blur(scene: Scene, rng: random.Random) -> np.ndarray:
-    """Gaussian blur of 1.0 to 1.8 pixels."""
+    """Blur with a Gaussian of 1.0 to 1.8 pixels."""
     sigma = rng.uniform(1.0, 1.8)
     return ndimage.gaussian_filter(draw(scene), sigma=(sigma, sigma, 0))
 
 
 def noise(scene: Scene, rng: random.Random) -> np.ndarray:
-    """Gaussian pixel noise of standard deviation 28 to 50 (of 255)."""
+    """Add Gaussian pixel noise with a standard deviation of 28 to 50 (of 255)."""
     generator = np.random.default_rng(rng.getrandbits(63))
-    picture = draw(scene).astype(np.float32)
-    return _bytes(picture + generator.normal(0, rng.uniform(28, 50), picture.shape))
+    image = draw(scene).astype(np.float32)
+    return _bytes(image + generator.normal(0, rng.uniform(28, 50), image.shape))
 
 
 def washed_out(scene: Scene, rng: random.Random) -> np.ndarray:
-    """Contrast and saturation lowered to 20 to 45 percent, towards a grey."""
+    """Lower contrast and saturation to 20 to 45 percent, towards a grey."""
     keep, grey = rng.uniform(0.2, 0.45), rng.uniform(120, 190)
     return _bytes(grey + keep * (draw(scene).astype(np.float32) - grey))
 
 
 def wrong_colour(scene: Scene, rng: random.Random) -> np.ndarray:
-    """One thing, or the board of a sign, in another colour."""
+    """Change the colour of one thing, or of the board of a sign."""
     if scene.sign is not None:
         board = rng.choice([c for c in INK if c != scene.sign.board])
         return draw(replace(scene, sign=replace(scene.sign, board=board)))
@@ -44,7 +44,7 @@ def wrong_colour(scene: Scene, rng: random.Random) -> np.ndarray:
 
 
 def distorted(scene: Scene, rng: random.Random) -> np.ndarray:
-    """Things squeezed and bent, or one exchanged for another shape; on a sign, another word."""
+    """Squeeze and bend the things, or replace one by another shape; on a sign, replace the word."""
     if scene.sign is not None:
         word = rng.choice([word for word in WORDS if word != scene.sign.word])
         return draw(replace(scene, sign=replace(scene.sign, word=word)))
@@ -67,8 +67,8 @@ def distorted(scene: Scene, rng: random.Random) -> np.ndarray:
 
 
 def clutter(scene: Scene, rng: random.Random) -> np.ndarray:
-    """Two to four small shapes thrown over the picture."""
-    litter = [
+    """Scatter two to four small shapes over the image."""
+    extra = [
         Thing(
             rng.choice(SHAPES),
             rng.choice(list(COLOURS)),
@@ -79,11 +79,11 @@ def clutter(scene: Scene, rng: random.Random) -> np.ndarray:
         )
         for size in (rng.uniform(6, 9) for _ in range(rng.randint(2, 4)))
     ]
-    under = draw(scene)
-    over = draw(replace(scene, things=(*scene.things, *litter), sign=None))
-    plain = draw(replace(scene, sign=None))
-    changed = (over != plain).any(axis=-1, keepdims=True)
-    return np.where(changed, over, under)
+    original = draw(scene)
+    cluttered = draw(replace(scene, things=(*scene.things, *extra), sign=None))
+    without_sign = draw(replace(scene, sign=None))
+    changed = (cluttered != without_sign).any(axis=-1, keepdims=True)
+    return np.where(changed, cluttered, original)
 
 
 Fault = Callable[[Scene, random.Random], np.ndarray]
@@ -91,15 +91,15 @@ TECHNICAL: tuple[Fault, ...] = (blur, noise, washed_out)
 CONTENT: tuple[Fault, ...] = (wrong_colour, distorted, clutter)
 
 
-def spoil(shown: Captioned, rng: random.Random, faults: Sequence[Fault] = (*TECHNICAL, *CONTENT)) -> np.ndarray:
-    """Draw the scene with one fault; a wrong colour only where the caption names one.
+def spoil(example: Captioned, rng: random.Random, faults: Sequence[Fault] = (*TECHNICAL, *CONTENT)) -> np.ndarray:
+    """Draw the scene with one random fault; a wrong colour only if the caption contains a colour.
 
     Returns:
-        RGB picture, uint8, shape (32, 32, 3).
+        RGB image, uint8, shape (32, 32, 3).
     """
-    named = any(colour in shown.caption for colour in COLOURS)
-    return rng.choice([fault for fault in faults if named or fault is not wrong_colour])(shown.scene, rng)
+    has_colour = any(colour in example.caption for colour in COLOURS)
+    return rng.choice([fault for fault in faults if has_colour or fault is not wrong_colour])(example.scene, rng)
 
 
-def _bytes(picture: np.ndarray) -> np.ndarray:
-    return np.clip(np.rint(picture), 0, 255).astype(np.uint8)
+def _bytes(image: np.ndarray) -> np.ndarray:
+    return np.clip(np.rint(image), 0, 255).astype(np.uint8)

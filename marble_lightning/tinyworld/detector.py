@@ -1,4 +1,4 @@
-"""The tiny world's object detector for GenEval: blobs of one colour, recognised by their silhouette."""
+"""The object detector for GenEval in the tiny world: blobs of one colour, recognised by their silhouette."""
 
 from __future__ import annotations
 
@@ -12,41 +12,41 @@ from scipy import ndimage
 from torch import Tensor
 
 from marble_lightning.tinyworld.scenes import COLOURS, SHAPES, Thing, outline
-from rewards.detectors import Detection, Detector
+from rewards.geneval.detectors import Detection, Detector
 
 SIDE = 16
-"""Side of the square a silhouette is stretched to before it is compared."""
+"""Side in pixels of the square to which silhouettes are stretched for comparison."""
 
 
 class ColourBlobs(Detector):
-    """Finds connected pixels of one palette colour and compares their silhouette with each shape's.
+    """Detect connected pixels of one palette colour, and compare their silhouette with the silhouette of each shape.
 
-    A pixel belongs to the palette colour nearest to it, if that is near enough. A blob's score for a shape rises from 0
-    to 1 with the overlap (intersection over union) of the silhouettes, and falls where it is not as wide as high.
+    A pixel belongs to the nearest palette colour within `reach`. The score of a blob for a shape rises from 0 to 1 with the
+    overlap (intersection over union) of the silhouettes. It falls if width and height of the blob differ.
 
     Args:
-        reach: Largest distance of a pixel to a palette colour, in RGB units of 0 to 255.
-        min_area: Smallest blob in pixels.
+        reach: Maximum distance of a pixel to a palette colour, in RGB units of 0 to 255.
+        min_area: Minimum size of a blob in pixels.
     """
 
     classes = frozenset(SHAPES)
     colour_names = frozenset(COLOURS)
-    scored_by = (*Detector.scored_by, "reach", "min_area")
+    identity_fields = (*Detector.identity_fields, "reach", "min_area")
 
     def __init__(self, reach: float = 62.0, min_area: int = 14) -> None:
         super().__init__()
         self.reach, self.min_area = reach, min_area
 
     def detect(self, images: Float[Tensor, "batch 3 height width"]) -> list[list[Detection]]:
-        """All blobs of each picture, each as its likeliest shape."""
+        """Return all blobs of each image, each with its most likely shape."""
         pixels = (images.detach().float().cpu() * 255).permute(0, 2, 3, 1).numpy()
         palette = np.array(list(COLOURS.values()), dtype=np.float32)
         distance = np.linalg.norm(pixels[:, :, :, None] - palette, axis=-1)
         nearest = np.where(distance.min(-1) < self.reach, distance.argmin(-1), -1)
-        return [self._blobs(picture) for picture in nearest]
+        return [self._blobs(image) for image in nearest]
 
     def _blobs(self, nearest: np.ndarray) -> list[Detection]:
-        found = []
+        detections = []
         for index, colour in enumerate(COLOURS):
             labels, _ = ndimage.label(nearest == index)
             for number, place in enumerate(ndimage.find_objects(labels), start=1):
@@ -57,12 +57,12 @@ class ColourBlobs(Detector):
                 rows, columns = place
                 mask = torch.from_numpy(labels == number)
                 box = (float(columns.start), float(rows.start), float(columns.stop), float(rows.stop))
-                found.append(Detection(shape, score, box, mask, colour))
-        return found
+                detections.append(Detection(shape, score, box, mask, colour))
+        return detections
 
 
 def recognise(blob: np.ndarray) -> tuple[str, float]:
-    """The likeliest shape of a silhouette (bool, cut to its box) and a score from 0 to 1."""
+    """Return the most likely shape of a silhouette (bool, cropped to its box) and a score from 0 to 1."""
     stretched = np.asarray(Image.fromarray(blob).resize((SIDE, SIDE), Image.Resampling.NEAREST))
     overlaps = {shape: _overlap(stretched, silhouette) for shape, silhouette in _silhouettes().items()}
     shape = max(overlaps, key=lambda name: overlaps[name])
@@ -77,11 +77,11 @@ def _overlap(a: np.ndarray, b: np.ndarray) -> float:
 
 @lru_cache
 def _silhouettes() -> dict[str, np.ndarray]:
-    """Each shape filling the square, cut to its box."""
-    pictures = {}
+    """Return the silhouette of each shape, cropped to its box and stretched to the square."""
+    silhouettes = {}
     for shape in SHAPES:
         canvas = Image.new("1", (8 * SIDE, 8 * SIDE))
         side = 8.0 * SIDE
         ImageDraw.Draw(canvas).polygon(outline(Thing(shape, "red", side / 2, side / 2, side, side)), fill=1)
-        pictures[shape] = np.asarray(canvas.resize((SIDE, SIDE), Image.Resampling.NEAREST))
-    return pictures
+        silhouettes[shape] = np.asarray(canvas.resize((SIDE, SIDE), Image.Resampling.NEAREST))
+    return silhouettes

@@ -1,4 +1,4 @@
-"""What a scene is and how it is drawn: coloured shapes, or a sign with a word, on a quiet ground, 32 x 32 pixels."""
+"""Scenes and how to draw them: coloured shapes, or a sign with a word, on a plain background, 32 x 32 pixels."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 SIZE = 32
-"""Side of a picture in pixels."""
+"""Side of an image in pixels."""
 OVERSAMPLING = 4
-"""Scenes are drawn this much larger and averaged down, so that edges are smooth."""
+"""Scenes are drawn larger by this factor and averaged down, so that edges are smooth."""
 
 COLOURS: dict[str, tuple[int, int, int]] = {
     "red": (214, 38, 38),
@@ -24,7 +24,7 @@ COLOURS: dict[str, tuple[int, int, int]] = {
     "black": (16, 16, 18),
     "white": (252, 252, 252),
 }
-"""Names and RGB values of everything that is not background."""
+"""Names and RGB values of all colours except the backgrounds."""
 
 BACKGROUNDS: dict[str, tuple[int, int, int]] = {
     "grey": (142, 144, 148),
@@ -36,16 +36,16 @@ BACKGROUNDS: dict[str, tuple[int, int, int]] = {
 
 SHAPES = ("circle", "square", "triangle", "cross")
 WORDS = ("GO", "UP", "NO", "HI", "OK", "BY", "WE", "US", "AX", "TV", "IF", "ME")
-"""Words a sign can carry; few, and as large as the board allows, so that a small network can learn to spell them."""
+"""Words on signs. They are few and as large as the board allows, so that a small network can learn to spell them."""
 
 INK = {"white": "black", "yellow": "black", "blue": "white", "red": "white"}
-"""Board colour of a sign -> colour of its letters."""
+"""Colour of the letters by board colour."""
 FONT_SIZE = 19
 
 
 @dataclass(frozen=True)
 class Thing:
-    """One object: its shape and colour, the centre in pixels, its width and height in pixels, and how bent it is."""
+    """One object: shape, colour, centre in pixels, width and height in pixels, and amount of distortion (`warp`)."""
 
     shape: str
     colour: str
@@ -58,7 +58,7 @@ class Thing:
 
 @dataclass(frozen=True)
 class Sign:
-    """A board across the picture, with a word in capitals; its centre in pixels."""
+    """A board across the image with a word in capitals; `x` and `y` are its centre in pixels."""
 
     word: str
     board: str
@@ -68,19 +68,19 @@ class Sign:
 
 @dataclass(frozen=True)
 class Scene:
-    """A background, the things on it, and perhaps a sign."""
+    """A background, the things on it, and an optional sign."""
 
     background: str
     things: tuple[Thing, ...] = ()
     sign: Sign | None = None
 
     def with_thing(self, index: int, thing: Thing) -> Scene:
-        """The same scene with one thing exchanged."""
+        """Return the same scene with one thing replaced."""
         return replace(self, things=(*self.things[:index], thing, *self.things[index + 1 :]))
 
 
 def outline(thing: Thing) -> list[tuple[float, float]]:
-    """The polygon of a thing in pixels; `warp` pushes its corners about by a fixed pattern."""
+    """Return the polygon of a thing in pixels; `warp` shifts its corners by a fixed pattern."""
     if thing.shape == "circle":
         unit = [(math.cos(a), math.sin(a)) for a in np.linspace(0, 2 * math.pi, 32, endpoint=False)]
     elif thing.shape == "square":
@@ -121,11 +121,11 @@ def draw(scene: Scene) -> np.ndarray:
     """Draw a scene.
 
     Returns:
-        RGB picture, uint8, shape (32, 32, 3).
+        RGB image, uint8, shape (32, 32, 3).
     """
     scale = OVERSAMPLING
-    picture = Image.new("RGB", (SIZE * scale, SIZE * scale), BACKGROUNDS[scene.background])
-    canvas = ImageDraw.Draw(picture)
+    image = Image.new("RGB", (SIZE * scale, SIZE * scale), BACKGROUNDS[scene.background])
+    canvas = ImageDraw.Draw(image)
     for thing in scene.things:
         canvas.polygon([(x * scale, y * scale) for x, y in outline(thing)], fill=COLOURS[thing.colour])
     if scene.sign is not None:
@@ -133,4 +133,4 @@ def draw(scene: Scene) -> np.ndarray:
         x, y, half_width, half_height = (value * scale for value in (sign.x, sign.y, 15.5, 10.5))
         canvas.rectangle([x - half_width, y - half_height, x + half_width, y + half_height], fill=COLOURS[sign.board])
         canvas.text((x, y), sign.word, font=_font(FONT_SIZE * scale), fill=COLOURS[INK[sign.board]], anchor="mm")
-    return np.asarray(picture.resize((SIZE, SIZE), Image.Resampling.BOX))
+    return np.asarray(image.resize((SIZE, SIZE), Image.Resampling.BOX))

@@ -1,4 +1,4 @@
-"""The schedule, the smoothing, the merged gradient and the memory that every method shares."""
+"""The cadence, the smoothing, the merged gradient and the state that all methods share."""
 
 import logging
 from types import SimpleNamespace
@@ -7,47 +7,24 @@ import pytest
 import torch
 
 from balancers import MARBLE, Balancer, FixedWeights, WeightedSum
-from balancers.solution import smooth
-
-NAMES = ("clip", "ocr", "pick")
+from balancers.merging import smooth
+from tests.helpers.small_balancers import NAMES, bound, gradients_of, step
 
 
 class Scripted(Balancer):
-    """Returns prepared weights, so that everything around them can be followed by hand."""
+    """Returns prepared weights, so that tests can compute the results by hand."""
 
-    def __init__(self, *answers, **options):
+    def __init__(self, *prepared, **options):
         super().__init__(**options)
-        self.answers, self.asked = list(answers), []
+        self.prepared, self.grams = list(prepared), []
 
     def weights(self, gram):
-        self.asked.append(gram)
-        return torch.tensor(self.answers[len(self.asked) - 1], dtype=torch.float64)
-
-
-def bound(balancer, names=NAMES):
-    balancer.bind(names)
-    return balancer
-
-
-def step(balancer, gradients, n_micro_batches=1):
-    """One optimizer step. Returns the merged gradient (None on a cheap step) and the coefficients then in use."""
-    merged = None
-    balancer.begin_step(n_micro_batches)
-    while balancer.wants_gradients:
-        balancer.add_gradients(gradients)
-        if not balancer.wants_gradients:
-            merged = balancer.solve(lambda x: x)
-    coefficients = balancer.loss_weights
-    balancer.end_step()
-    return merged, coefficients
-
-
-def gradients_of(seed, k=3, p=7):
-    return torch.randn(k, p, generator=torch.Generator().manual_seed(seed))
+        self.grams.append(gram)
+        return torch.tensor(self.prepared[len(self.grams) - 1], dtype=torch.float64)
 
 
 @pytest.mark.parametrize("every", [1, 2, 5])
-def test_refreshes_every_so_many_steps(every):
+def test_refresh_every(every):
     balancer = bound(MARBLE(refresh_every=every))
     refreshed = [step(balancer, gradients_of(s))[0] is not None for s in range(11)]
     assert refreshed == [s % every == 0 for s in range(11)]
@@ -56,7 +33,7 @@ def test_refreshes_every_so_many_steps(every):
 @pytest.mark.parametrize(
     ("share", "n", "wanted"), [(1.0, 4, 4), (0.25, 4, 1), (0.3, 10, 3), (0.7, 10, 7), (0.01, 3, 1), (0.0, 192, 1)]
 )
-def test_estimate_share_counts_micro_batches(share, n, wanted):
+def test_estimate_share_in_micro_batches(share, n, wanted):
     balancer = bound(MARBLE(estimate_share=share))
     balancer.begin_step(n)
     received = 0
@@ -64,10 +41,10 @@ def test_estimate_share_counts_micro_batches(share, n, wanted):
         balancer.add_gradients(gradients_of(received))
         received += 1
     assert received == wanted
-    # What was added is summed over the micro-batches and then averaged over the ranks.
-    seen = []
-    balancer.solve(lambda x: seen.append(x.clone()) or x / 2)
-    torch.testing.assert_close(seen[0], sum(gradients_of(i) for i in range(wanted)))
+    # Gradients are summed over the micro-batches and then averaged over the ranks.
+    reduced = []
+    balancer.solve(lambda x: reduced.append(x.clone()) or x / 2)
+    torch.testing.assert_close(reduced[0], sum(gradients_of(i) for i in range(wanted)))
 
 
 def test_smoothing_by_hand():
@@ -78,9 +55,9 @@ def test_smoothing_by_hand():
     torch.testing.assert_close(second, torch.tensor([0.44, 0.21, 0.35]))
 
 
-def test_fresh_weights_merge_a_refresh_and_smoothed_ones_serve_in_between():
-    answers = [0.2, 0.3, 0.5], [1.0, 0.0, 0.0]
-    balancer = bound(Scripted(*answers, ema_decay=0.7, refresh_every=2, refresh_alpha="fresh"))
+def test_fresh_weights_on_a_refresh_and_smoothed_ones_in_between():
+    prepared = [0.2, 0.3, 0.5], [1.0, 0.0, 0.0]
+    balancer = bound(Scripted(*prepared, ema_decay=0.7, refresh_every=2, refresh_alpha="fresh"))
     step(balancer, torch.eye(3))
     step(balancer, torch.eye(3))
     merged, on_refresh = step(balancer, torch.eye(3))
@@ -89,17 +66,17 @@ def test_fresh_weights_merge_a_refresh_and_smoothed_ones_serve_in_between():
     torch.testing.assert_close(step(balancer, torch.eye(3))[1], torch.tensor([0.44, 0.21, 0.35]))
 
 
-def test_merged_gradient_is_the_paper_s_formula():
+def test_merged_gradient_equals_the_formula_of_the_paper():
     gradients = gradients_of(3) * torch.tensor([[1.0], [10.0], [0.1]])
     balancer = bound(Scripted([0.2, 0.3, 0.5], normalize=True))
     merged, _ = step(balancer, gradients)
     norms = gradients.norm(dim=1, keepdim=True)
     unit = gradients / norms
     torch.testing.assert_close(merged, (torch.tensor([0.2, 0.3, 0.5]) @ unit) * norms.mean())
-    torch.testing.assert_close(balancer.asked[0], (unit @ unit.T).double(), rtol=0, atol=1e-6)
+    torch.testing.assert_close(balancer.grams[0], (unit @ unit.T).double(), rtol=0, atol=1e-6)
 
 
-def test_marble_direction_is_not_against_any_reward():
+def test_marble_update_opposes_no_reward():
     for seed in range(5):
         balancer = bound(MARBLE(ema_decay=0.0))
         gradients = gradients_of(seed, p=4)
@@ -108,7 +85,7 @@ def test_marble_direction_is_not_against_any_reward():
         assert balancer.counts["update_conflicts"] == 0
 
 
-def test_scaled_and_raw_differ_on_cheap_steps_only():
+def test_scaled_and_raw_differ_between_refreshes_only():
     gradients = gradients_of(3) * torch.tensor([[1.0], [10.0], [0.1]])
     norms = gradients.norm(dim=1)
     alpha = torch.tensor([0.2, 0.3, 0.5])
@@ -120,53 +97,53 @@ def test_scaled_and_raw_differ_on_cheap_steps_only():
     torch.testing.assert_close(step(raw, gradients)[1], alpha)
 
 
-def test_norms_are_smoothed_between_refreshes_and_fresh_on_them():
+def test_norms_are_smoothed_between_refreshes_and_current_on_them():
     first, second = torch.eye(2), torch.diag(torch.tensor([1.0, 3.0]))  # norms (1, 1), then (1, 3): smoothed (1, 2)
     balancer = bound(FixedWeights(normalize=True, ema_decay=0.5, refresh_every=2, amortize="scaled"), ("a", "b"))
     for gradients in (first, first, second):
         _, coefficients = step(balancer, gradients)
-    torch.testing.assert_close(coefficients, torch.tensor([2.0, 2 / 3]) / 2)  # eq. 7 on the gradients at hand
+    torch.testing.assert_close(coefficients, torch.tensor([2.0, 2 / 3]) / 2)  # eq. 7 with the current gradients
     _, coefficients = step(balancer, second)
     torch.testing.assert_close(coefficients, torch.tensor([1.5, 0.75]) / 2)
 
 
-def test_one_faint_gradient_does_not_outweigh_what_follows():
+def test_one_near_zero_gradient_does_not_outweigh_later_ones():
     """Smoothed ratios would remember 1 / 0.001; smoothed norms do not."""
     balancer = bound(FixedWeights(normalize=True, ema_decay=0.7, refresh_every=2, amortize="scaled"), ("a", "b"))
-    usual, faint = torch.eye(2), torch.diag(torch.tensor([1.0, 0.001]))
-    for gradients in (usual, usual, faint, usual):
+    usual, near_zero = torch.eye(2), torch.diag(torch.tensor([1.0, 0.001]))
+    for gradients in (usual, usual, near_zero, usual):
         _, coefficients = step(balancer, gradients)
     assert coefficients.max() < 0.7
 
 
-@pytest.mark.parametrize("silent", [0.0, torch.nan, torch.inf])
-def test_inactive_reward_leaves_and_its_coefficient_survives(silent):
+@pytest.mark.parametrize("factor", [0.0, torch.nan, torch.inf])
+def test_an_inactive_reward_keeps_its_coefficient(factor):
     balancer = bound(Scripted([0.2, 0.3, 0.5], [0.4, 0.6], ema_decay=0.5, normalize=True))
     step(balancer, torch.eye(3))
     gradients = torch.eye(3)
-    gradients[1] *= silent
+    gradients[1] *= factor
     merged, coefficients = step(balancer, gradients)
-    assert balancer.asked[1].shape == (2, 2)
-    assert balancer.diagnostics["left_out"] == {"ocr": "zero" if silent == 0 else "not finite"}
+    assert balancer.grams[1].shape == (2, 2)
+    assert balancer.diagnostics["left_out"] == {"ocr": "zero" if factor == 0 else "not finite"}
     assert balancer.diagnostics["alpha_age"].tolist() == [0, 1, 0]
     torch.testing.assert_close(coefficients, torch.tensor([0.3, 0.3, 0.55]))
     torch.testing.assert_close(merged, torch.tensor([0.3, 0.0, 0.55]))
 
 
-def test_reward_never_active_keeps_the_prior():
+def test_a_reward_that_was_never_active_has_the_prior():
     balancer = bound(Scripted([0.4, 0.6], normalize=True))
     _, coefficients = step(balancer, torch.diag(torch.tensor([1.0, 0.0, 1.0])))
     torch.testing.assert_close(coefficients, torch.tensor([0.4, 1 / 3, 0.6]))
 
 
-def test_one_silent_reward_with_all_the_weight_does_not_stop_the_step():
+def test_an_inactive_reward_with_all_the_weight_does_not_zero_the_update():
     balancer = bound(Scripted([1.0, 0.0], [1.0]), ("a", "b"))
     step(balancer, torch.eye(2))
     merged, _ = step(balancer, torch.diag(torch.tensor([0.0, 2.0])))
     torch.testing.assert_close(merged, torch.tensor([0.0, 2.0]))
 
 
-def test_no_active_reward_changes_nothing_and_is_asked_again(caplog):
+def test_without_active_rewards_nothing_changes_and_the_next_step_solves(caplog):
     balancer = bound(MARBLE(refresh_every=10))
     with caplog.at_level(logging.WARNING):
         merged, coefficients = step(balancer, torch.zeros(3, 4))
@@ -178,15 +155,15 @@ def test_no_active_reward_changes_nothing_and_is_asked_again(caplog):
     assert balancer.counts["refreshes"] == 1
 
 
-@pytest.mark.parametrize("broken", [torch.nan, torch.inf])
-def test_an_overflow_leaves_everything_remembered_as_it_was(broken):
-    """With a loss scaler, which skips the step: of one gradient of three, not only of all."""
+@pytest.mark.parametrize("factor", [torch.nan, torch.inf])
+def test_an_overflow_does_not_change_the_state(factor):
+    """With a loss scaler, which skips the step, also if only one gradient of three overflows."""
     balancer = bound(MARBLE(refresh_every=2))
     step(balancer, gradients_of(0))
     step(balancer, gradients_of(1))
     before, coefficients = balancer.state_dict(), balancer._alpha.float()
     gradients = gradients_of(2)
-    gradients[1] *= broken
+    gradients[1] *= factor
     balancer.begin_step(1)
     balancer.add_gradients(gradients)
     assert not balancer.solve(lambda x: x, loss_scaled=True).any()
@@ -197,12 +174,12 @@ def test_an_overflow_leaves_everything_remembered_as_it_was(broken):
     assert all(torch.equal(after[name], before[name]) for name in ("alpha_smoothed", "norms", "solved_at"))
     assert (after["step"], after["counts"]) == (before["step"], before["counts"])
 
-    merged, _ = step(balancer, gradients_of(2))  # the same step again, scaled less
+    merged, _ = step(balancer, gradients_of(2))  # the same step again, with a smaller loss scale
     assert merged is not None and not balancer.any_gradient_overflowed
     assert balancer.step == before["step"] + 1
 
 
-def test_without_a_loss_scaler_a_broken_gradient_is_no_overflow():
+def test_without_a_loss_scaler_a_non_finite_gradient_is_no_overflow():
     balancer = bound(MARBLE())
     balancer.begin_step(1)
     balancer.add_gradients(torch.eye(3) * torch.tensor([[1.0], [torch.inf], [1.0]]))
@@ -211,7 +188,7 @@ def test_without_a_loss_scaler_a_broken_gradient_is_no_overflow():
 
 
 class Merging(Balancer):
-    """Merges at the level asked for into numbers that fit float64 only."""
+    """Merges the rewards into numbers that are finite in float64 only."""
 
     merged_name = "sum"
 
@@ -220,21 +197,23 @@ class Merging(Balancer):
 
 
 class MergingAdvantages(Merging):
+    """Merges the advantages into numbers that are finite in float64 only."""
+
     merge_rewards = Balancer.merge_rewards
 
     def merge_advantages(self, advantages):
         return advantages.double().sum(1, keepdim=True) * 1e300
 
 
-def test_what_a_level_returns_is_checked_in_the_precision_it_is_used_in():
-    """Numbers that fit float64 only would become infinite weights, or NaN advantages, in silence."""
+def test_levels_must_return_finite_numbers_in_float32():
+    """Numbers that are finite in float64 only would silently become infinite weights or NaN advantages."""
     with pytest.raises(ValueError, match=r"`Scripted.weights` must return .* finite in float32"):
         step(bound(Scripted([0.1, 0.2, 1e300])), torch.eye(3))
-    with pytest.raises(ValueError, match=r"finite in float32 once the norms have been divided out. Found {'pick': "):
+    with pytest.raises(ValueError, match=r"finite in float32 after division by the norms. Found {'pick': "):
         step(bound(Scripted([1.0, 1.0, 3e38], normalize=True)), torch.diag(torch.tensor([1.0, 1.0, 0.01])))
     for balancer, level in ((Merging(), "merge_rewards"), (MergingAdvantages(), "merge_advantages")):
         with pytest.raises(ValueError, match=rf"`\w+.{level}` must return numbers that are finite in torch.float32"):
-            bound(balancer).rehearse()
+            bound(balancer).dry_run()
 
 
 def test_uniform_stage():
@@ -244,29 +223,29 @@ def test_uniform_stage():
     assert coefficients[3].tolist() == pytest.approx([1 / 3] * 3)
 
 
-def test_diagnostics_in_coefficient_space_equal_those_of_the_vectors():
+def test_diagnostics_from_coefficients_equal_those_of_the_vectors():
     gradients = gradients_of(5, p=4)
     balancer = bound(MARBLE())
     merged, _ = step(balancer, gradients)
     for name, update in (("update", merged), ("mean", gradients.mean(0))):
         cos = torch.nn.functional.cosine_similarity(gradients, update[None])
         expected = [cos.min().item(), cos.mean().item(), cos.var(correction=0).item()]
-        found = [balancer.diagnostics[f"{name}/cos_{figure}"] for figure in ("min", "mean", "var")]
-        assert found == pytest.approx(expected, abs=1e-5)
+        statistics = [balancer.diagnostics[f"{name}/cos_{statistic}"] for statistic in ("min", "mean", "var")]
+        assert statistics == pytest.approx(expected, abs=1e-5)
     torch.testing.assert_close(balancer.diagnostics["gram"], gradients.double() @ gradients.double().T)
     torch.testing.assert_close(balancer.diagnostics["gradient_norms"].float(), gradients.norm(dim=1))
     torch.testing.assert_close(balancer.diagnostics["alpha"], balancer.diagnostics["alpha_smoothed"])
 
 
 def test_conflicts_are_counted():
-    gradients = torch.tensor([[10.0, 1.0], [-1.0, 1.0]])  # the plain mean goes against the second
+    gradients = torch.tensor([[10.0, 1.0], [-1.0, 1.0]])  # the plain mean opposes the second
     balancer = bound(MARBLE(refresh_every=1), ("a", "b"))
     for _ in range(3):
         step(balancer, gradients)
     assert balancer.counts == {"refreshes": 3, "update_conflicts": 0, "mean_conflicts": 3}
 
 
-def test_setup_binds_the_module_s_rewards():
+def test_setup_binds_the_rewards_of_the_module():
     balancer = MARBLE()
     balancer.setup(
         None, SimpleNamespace(rewards=torch.nn.ModuleDict({"b": torch.nn.Identity(), "a": torch.nn.Identity()})), "fit"
@@ -326,12 +305,12 @@ def test_option_errors(options, message):
         MARBLE(**options)
 
 
-def test_errors_of_use():
+def test_errors_of_the_call_order():
     balancer = MARBLE()
     with pytest.raises(ValueError, match="at least one reward"):
         balancer.bind(())
     with pytest.raises(TypeError, match="Balancer must override `weights` to merge 3 gradients"):
-        bound(Balancer()).rehearse()
+        bound(Balancer()).dry_run()
     bound(balancer)
     balancer.begin_step(2)
     with pytest.raises(ValueError, match=r"`gradients` must have shape \(3, P\). Found \(2, 4\)."):
@@ -342,13 +321,13 @@ def test_errors_of_use():
     balancer.end_step()
     with pytest.raises(RuntimeError, match="`add_gradients` must be called while `wants_gradients`"):
         balancer.add_gradients(torch.ones(3, 4))
-    for answer in ([1.0, 2.0], [1.0, 2.0, torch.nan]):
+    for weights in ([1.0, 2.0], [1.0, 2.0, torch.nan]):
         with pytest.raises(ValueError, match=r"`Scripted.weights` must return a tensor of 3 numbers, .* finite"):
-            bound(Scripted(answer)).rehearse()
+            bound(Scripted(weights)).dry_run()
 
 
-def test_a_rehearsal_leaves_the_module_alone():
-    """Lightning hangs methods of the module on every callback; a copy of them would copy all of its weights."""
+def test_a_dry_run_does_not_copy_the_module():
+    """Lightning sets methods of the module on every callback; a copy of them would copy all of its weights."""
 
     class Module:
         def log(self) -> None: ...
@@ -358,4 +337,4 @@ def test_a_rehearsal_leaves_the_module_alone():
 
     balancer = bound(MARBLE())
     balancer.log = balancer.log_dict = Module().log
-    balancer.rehearse()
+    balancer.dry_run()

@@ -1,4 +1,4 @@
-"""PCGrad, CAGrad, MGDA, TorchJD and AdvantageSum: agreement with TorchJD's own, and properties of all."""
+"""PCGrad, CAGrad, MGDA, TorchJD and AdvantageSum: agreement with the TorchJD library, and properties of all methods."""
 
 import pytest
 import torch
@@ -28,7 +28,7 @@ def bound(balancer, names=NAMES):
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_pcgrad_is_torchjds_when_the_order_is_the_same(seed):
+def test_pcgrad_equals_torchjd_for_the_same_order(seed):
     gram = gram_of(seed, push=0.8)
     torch.manual_seed(seed)
     expected = aggregation.PCGradWeighting()(gram)
@@ -38,32 +38,32 @@ def test_pcgrad_is_torchjds_when_the_order_is_the_same(seed):
     assert not torch.equal(expected, torch.ones(5))
 
 
-def test_pcgrad_draws_another_order_each_step_and_the_same_one_again():
+def test_the_order_of_pcgrad_depends_on_the_step_only():
     gram = gram_of(3, push=0.9)
     first, second = bound(PCGrad()), bound(PCGrad())
     assert torch.equal(first.weights(gram), second.weights(gram))
     assert bound(PCGrad()).weights(torch.eye(5)).tolist() == [0.2] * 5  # nothing conflicts: the plain mean
-    found = []
+    by_step = []
     for first.step in range(6):
-        found.append(first.weights(gram))
-    assert len({tuple(weights.tolist()) for weights in found}) > 1
+        by_step.append(first.weights(gram))
+    assert len({tuple(weights.tolist()) for weights in by_step}) > 1
 
 
 @pytest.mark.parametrize("c", [0.1, 0.4, 0.9])
 @pytest.mark.parametrize("seed", range(8))
-def test_cagrad_is_torchjds_or_better(seed, c):
-    """TorchJD's cone program stops a little early: same update, and ours serves the worst-served reward no less."""
+def test_cagrad_equals_torchjd_or_is_better(seed, c):
+    """TorchJD's cone program stops slightly early: the update is equal, and its smallest inner product no smaller."""
     gram = gram_of(seed, push=0.5)
     expected = aggregation.CAGradWeighting(c=c, norm_eps=1e-9)(gram)
-    found = conflict_averse(gram, c)
+    weights = conflict_averse(gram, c)
     length = float((expected @ gram @ expected).sqrt())
-    assert float(((found - expected) @ gram @ (found - expected)).clamp(min=0).sqrt()) < 1e-3 * length
-    assert (gram @ found).min() >= (gram @ expected).min() - 1e-9
+    assert float(((weights - expected) @ gram @ (weights - expected)).clamp(min=0).sqrt()) < 1e-3 * length
+    assert (gram @ weights).min() >= (gram @ expected).min() - 1e-9
 
 
 @pytest.mark.parametrize("seed", range(8))
-def test_cagrad_maximises_the_least_progress_in_its_ball(seed):
-    """No other point of the ball serves its worst-served reward better."""
+def test_cagrad_maximises_the_smallest_inner_product_in_its_ball(seed):
+    """No other point of the ball has a larger smallest inner product with a gradient."""
     gradients = torch.randn(4, 6, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     gram = gradients @ gradients.T
     d, mean = conflict_averse(gram, 0.4) @ gradients, gradients.mean(0)
@@ -88,17 +88,17 @@ def test_cagrad_edges():
 
 
 @pytest.mark.parametrize("seed", range(10))
-def test_mgda_is_torchjds(seed):
-    """TorchJD walks towards the point (Frank-Wolfe), so it is compared by the norm it reaches."""
+def test_mgda_equals_torchjd(seed):
+    """TorchJD approaches the point iteratively (Frank-Wolfe), so the norms are compared."""
     gram = gram_of(seed, push=0.5)
     expected = aggregation.MGDAWeighting(epsilon=1e-9, max_iters=20_000)(gram)
-    found = bound(MGDA()).weights(gram)
-    assert found @ gram @ found <= expected @ gram @ expected + 1e-9
-    assert found @ gram @ found == pytest.approx(float(expected @ gram @ expected), rel=1e-2, abs=1e-6)
+    weights = bound(MGDA()).weights(gram)
+    assert weights @ gram @ weights <= expected @ gram @ expected + 1e-9
+    assert weights @ gram @ weights == pytest.approx(float(expected @ gram @ expected), rel=1e-2, abs=1e-6)
 
 
 @pytest.mark.parametrize("name", ["UPGrad", "DualProj", "AlignedMTL", "IMTLG", "Mean", "PCGrad"])
-def test_any_aggregator_of_torchjd(name):
+def test_aggregators_of_torchjd(name):
     balancer = bound(TorchJD(aggregator=name))
     gradients = torch.randn(5, 30, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     gram = gradients @ gradients.T
@@ -107,16 +107,16 @@ def test_any_aggregator_of_torchjd(name):
     torch.testing.assert_close(balancer.weights(gram) @ gradients, expected, rtol=1e-4, atol=1e-5)
 
 
-def test_torchjd_refuses_by_name():
+def test_torchjd_refuses_unknown_and_stateful_aggregators():
     with pytest.raises(ValueError, match=r"`aggregator` must be one of .*UPGrad.*Found 'Typo'"):
         TorchJD(aggregator="Typo")
-    with pytest.raises(ValueError, match=r"Found 'GradVac'"):  # lives by its memory
+    with pytest.raises(ValueError, match=r"Found 'GradVac'"):  # its state changes its result
         TorchJD(aggregator="GradVac")
     with pytest.raises(TypeError):
         TorchJD(aggregator="UPGrad", arguments={"typo": 1})
 
 
-def test_root_has_the_inner_products():
+def test_root_keeps_the_inner_products():
     gram = gram_of(2, k=5, p=3)  # of rank 3
     torch.testing.assert_close(root(gram) @ root(gram).T, gram)
 
@@ -130,12 +130,12 @@ def test_permutation_of_the_rewards_permutes_the_weights(method, seed):
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_one_rule_for_the_gram_matrix_of_any_method(method):
-    """Float64 inside, whatever the precision given; zero is uniform; what is not finite is refused by name."""
+def test_the_gram_matrix_of_any_method(method):
+    """Any dtype is converted to float64, a zero matrix gives uniform weights, and errors name non-finite rewards."""
     balancer = bound(method())
     for seed in range(2):
         gram = gram_of(seed, push=0.3)
-        gram[3] = gram[:, 3] = gram[3] * (seed % 2)  # a zero row in every other one
+        gram[3] = gram[:, 3] = gram[3] * (seed % 2)  # a zero row for every other seed
         expected = balancer.weights(gram)
         assert expected.dtype == torch.float64 and expected.isfinite().all()
         torch.testing.assert_close(balancer.weights(gram.float()), expected, rtol=1e-3, atol=1e-3)
@@ -144,9 +144,9 @@ def test_one_rule_for_the_gram_matrix_of_any_method(method):
                 torch.testing.assert_close(balancer.weights(gram * scale), expected, rtol=1e-4, atol=1e-5)
     for dtype in (torch.float32, torch.float64, torch.bfloat16):
         torch.testing.assert_close(balancer.weights(torch.zeros(5, 5, dtype=dtype)), torch.full((5,), 0.2).double())
-    for broken in (torch.nan, torch.inf, -torch.inf):
+    for value in (torch.nan, torch.inf, -torch.inf):
         gram = gram_of(0)
-        gram[1] = gram[:, 1] = broken
+        gram[1] = gram[:, 1] = value
         with pytest.raises(ValueError, match=r"`gram` must be finite. Found NaN or infinity in the inner products of b\."):
             balancer.weights(gram)
     with pytest.raises(ValueError, match=r"`gram` must have shape \(K, K\) with K >= 1. Found \(5, 4\)"):
@@ -154,7 +154,7 @@ def test_one_rule_for_the_gram_matrix_of_any_method(method):
 
 
 @pytest.mark.parametrize("method", [MGDA, PCGrad, CAGrad, TorchJD])
-def test_weights_of_a_method_that_knows_no_names(method):
+def test_weights_of_an_unbound_method(method):
     torch.testing.assert_close(method().weights(gram_of(0).float()), bound(method()).weights(gram_of(0).float()))
     with pytest.raises(ValueError, match=r"inner products of row 0, row 1\."):
         method().weights(torch.full((2, 2), torch.nan))
@@ -162,7 +162,7 @@ def test_weights_of_a_method_that_knows_no_names(method):
 
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("value", [0.0, torch.nan, torch.inf])
-def test_a_silent_gradient_never_silences_the_others(method, value):
+def test_an_inactive_reward_does_not_zero_the_update(method, value):
     balancer = bound(method(normalize=True))
     gradients = torch.randn(5, 12, generator=torch.Generator().manual_seed(5))
     gradients[2] = value
@@ -178,14 +178,14 @@ def test_advantage_sum_by_hand():
     balancer = bound(AdvantageSum({"b": 0.5}), ("a", "b"))
     summed = torch.tensor([2.0, -1.0, 2.0])
     expected = (summed - summed.mean()) / (summed.std(correction=0) + 1e-4)
-    found = balancer.merge_advantages(advantages)[:, 0]
-    torch.testing.assert_close(found[[0, 1, 3]], expected)
-    assert found[2].isnan()
+    merged = balancer.merge_advantages(advantages)[:, 0]
+    torch.testing.assert_close(merged[[0, 1, 3]], expected)
+    assert merged[2].isnan()
     assert balancer.names == ("sum",)
 
 
-def test_preference_shares_out_guaranteed_progress():
-    """Unit gradients agree with the update in proportion to their preference."""
+def test_progress_is_proportional_to_preference():
+    """Inner products of unit gradients with the update are proportional to the preference."""
     gram = torch.eye(3, dtype=torch.float64)
     balancer = bound(MARBLE(preference={"b": 2.0}), ("a", "b", "c"))
     torch.testing.assert_close(gram @ balancer.weights(gram), torch.tensor([0.25, 0.5, 0.25], dtype=torch.float64))
@@ -196,16 +196,17 @@ def test_preference_shares_out_guaranteed_progress():
 def test_groups_share_one_weight():
     gram = torch.eye(3, dtype=torch.float64)
     balancer = bound(MARBLE(groups={"people": ["a", "c"]}), ("a", "b", "c"))
-    voice = 0.5**0.5  # of b beside the mean of a and c, whose length is sqrt(1/2)
-    torch.testing.assert_close(balancer.weights(gram), torch.tensor([0.5, voice, 0.5], dtype=torch.float64) / (1 + voice))
+    weight = 0.5**0.5  # of b relative to the mean of a and c, which has length sqrt(1/2)
+    expected = torch.tensor([0.5, weight, 0.5], dtype=torch.float64) / (1 + weight)
+    torch.testing.assert_close(balancer.weights(gram), expected)
     opposed = torch.tensor([[1.0, 0.0, -0.92], [0.0, 1.0, 0.0], [-0.92, 0.0, 1.0]], dtype=torch.float64)
     alone = bound(MARBLE(), ("a", "b", "c")).weights(opposed)
-    assert alone[1] < 0.05  # the opposed pair takes all
-    found = balancer.weights(opposed)
+    assert alone[1] < 0.05  # the opposed pair gets nearly all the weight
+    grouped = balancer.weights(opposed)
     mean = torch.tensor([0.5, 0.0, 0.5], dtype=torch.float64)
-    ours, theirs = found @ opposed @ mean / (mean @ opposed @ mean).sqrt(), (found @ opposed)[1]
-    assert float(ours) == pytest.approx(float(theirs))  # the pair's mean, of length 0.2, is served as b is
-    opposed[0, 2] = opposed[2, 0] = -1.0  # nothing is left of the pair to follow
+    progress_of_mean, progress_of_b = grouped @ opposed @ mean / (mean @ opposed @ mean).sqrt(), (grouped @ opposed)[1]
+    assert float(progress_of_mean) == pytest.approx(float(progress_of_b))  # although the mean has length 0.2
+    opposed[0, 2] = opposed[2, 0] = -1.0  # the pair cancels
     torch.testing.assert_close(balancer.weights(opposed), torch.tensor([0.0, 1.0, 0.0], dtype=torch.float64))
     for wrong, message in (
         ({"g": ["typo"]}, "must use the names"),
@@ -216,27 +217,27 @@ def test_groups_share_one_weight():
             bound(MARBLE(groups=wrong), ("a", "b", "c"))
 
 
-def served(balancer: MARBLE, gradients: torch.Tensor, voices: torch.Tensor) -> torch.Tensor:
-    """Cosines of the update of a whole refresh with combinations of the unit gradients, a row of `voices` each."""
+def progress(balancer: MARBLE, gradients: torch.Tensor, combinations: torch.Tensor) -> torch.Tensor:
+    """Cosines of the update of a refresh with combinations of the unit gradients, one per row of `combinations`."""
     balancer.begin_step(1)
     balancer.add_gradients(gradients)
     update = balancer.solve(lambda x: x).double()
     units = gradients.double() / gradients.double().norm(dim=1, keepdim=True)
-    return torch.nn.functional.cosine_similarity(voices.double() @ units, update[None])
+    return torch.nn.functional.cosine_similarity(combinations.double() @ units, update[None])
 
 
-def test_no_group_and_no_reward_outside_one_loses(monkeypatch):
+def test_the_update_opposes_no_group_and_no_reward_outside_groups(monkeypatch):
     monkeypatch.setattr("balancers.marble.sensitivity", lambda gram, floor: torch.zeros_like(gram[0]))  # only logged; slow
     a, b, c = [0.5, 0.866, 0.0], [0.5, -0.866, 0.0], [-0.9, 0.0, 0.436]
     balancer = bound(MARBLE(groups={"g": ["a", "b"]}), ("a", "b", "c"))
-    found = served(balancer, torch.tensor([a, b, c]), torch.tensor([[0.5, 0.5, 0.0], [0.0, 0.0, 1.0]]))
-    assert found.tolist() == pytest.approx([0.22, 0.22], abs=0.01)
-    voices = torch.tensor([[1, 1, 0, 0, 0], [0, 0, 1, 1, 0], [0, 0, 0, 0, 1]])
+    cos = progress(balancer, torch.tensor([a, b, c]), torch.tensor([[0.5, 0.5, 0.0], [0.0, 0.0, 1.0]]))
+    assert cos.tolist() == pytest.approx([0.22, 0.22], abs=0.01)
+    combinations = torch.tensor([[1, 1, 0, 0, 0], [0, 0, 1, 1, 0], [0, 0, 0, 0, 1]])
     for seed in range(300):
         draws = torch.Generator().manual_seed(seed)
         gradients = torch.randn(5, 12, generator=draws) * 10 ** torch.rand(5, 1, generator=draws)
         balancer = bound(MARBLE(groups={"g": ["a", "b"], "h": ["c", "d"]}))
-        assert served(balancer, gradients, voices).min() > -1e-5
+        assert progress(balancer, gradients, combinations).min() > -1e-5
 
 
 def test_floor_counts_groups():
@@ -245,7 +246,7 @@ def test_floor_counts_groups():
         bound(MARBLE(floor=0.5), ("a", "b", "c"))
 
 
-def test_dropout_leaves_rewards_out_and_grows():
+def test_dropout_and_its_ramp():
     gram = torch.eye(5, dtype=torch.float64)
     balancer = bound(MARBLE(dropout=0.6, dropout_ramp=1000))
     shares = []
@@ -262,12 +263,12 @@ def test_dropout_leaves_rewards_out_and_grows():
         MARBLE(dropout=1.0)
 
 
-def test_sensitivity_is_logged_and_right():
-    """The derivative through qpth against finite differences."""
+def test_sensitivity_is_in_the_diagnostics():
+    """The derivative through qpth equals finite differences."""
     balancer = bound(MARBLE(), ("a", "b"))
     gram = torch.tensor([[1.0, 0.2], [0.2, 1.0]], dtype=torch.float64)
     balancer.weights(gram)
-    found = balancer.diagnostics["sensitivity"]
+    sensitivity = balancer.diagnostics["sensitivity"]
 
     step, rows = 1e-5, torch.zeros(2, 2, 2, dtype=torch.float64)
     for i in range(2):
@@ -276,4 +277,4 @@ def test_sensitivity_is_logged_and_right():
             moved[i, j] = step
             rows[:, i, j] = (min_norm_weights(gram + moved) - min_norm_weights(gram - moved)) / (2 * step)
     expected = ((rows + rows.mT) / 2).flatten(1).norm(dim=1)
-    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-7)
+    torch.testing.assert_close(sensitivity, expected, rtol=1e-4, atol=1e-7)

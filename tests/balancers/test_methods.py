@@ -1,7 +1,6 @@
-"""What is particular to each method, and how a user names it."""
+"""Specifics of each method, and its configuration."""
 
 import re
-from pathlib import Path
 
 import pytest
 import torch
@@ -10,9 +9,10 @@ from jsonargparse import ArgumentParser
 
 import balancers
 from balancers import MARBLE, Balancer, FixedWeights, PCGrad, WeightedSum, min_norm_weights
+from tests.helpers import ROOT
 
 NAMES = ("clip", "ocr", "pick")
-CONFIGS = Path(__file__).parents[2] / "configs" / "balancers"
+CONFIGS = ROOT / "configs" / "balancers"
 METHOD_CONFIGS = sorted(set(CONFIGS.glob("*.yaml")) - {CONFIGS / "cadence_marble.yaml"})
 
 
@@ -40,7 +40,7 @@ def test_fixed_weights_are_constant_and_sum_to_one():
     assert bound(FixedWeights()).loss_weights.tolist() == pytest.approx([1 / 3] * 3)
 
 
-def test_fixed_weights_with_norms_and_a_silent_reward():
+def test_normalized_fixed_weights_with_an_inactive_reward():
     balancer = bound(FixedWeights(weights={"ocr": 2.0}, normalize=True))
     balancer.begin_step(1)
     balancer.add_gradients(torch.diag(torch.tensor([1.0, 3.0, 0.0])))
@@ -54,12 +54,12 @@ def test_weights_by_name_errors(method):
     with pytest.raises(ValueError, match=r"must use the names of the rewards: clip, ocr, pick. Found typo"):
         method(weights={"typo": 1.0}).bind(NAMES)
     for wrong in (-1.0, 0.0, float("nan"), 1e300, 1e-300):  # the last two are infinite and zero in float32
-        found = re.escape(str({"ocr": wrong}))
-        with pytest.raises(ValueError, match=rf"must be finite and > 0 in float32. Found {found}. .* to `metrics`"):
+        shown = re.escape(str({"ocr": wrong}))
+        with pytest.raises(ValueError, match=rf"must be finite and > 0 in float32. Found {shown}. .* to `metrics`"):
             method(weights={"ocr": wrong}).bind(NAMES)
 
 
-def test_marble_is_min_norm_with_the_paper_s_options():
+def test_marble_is_min_norm_with_the_options_of_the_paper():
     balancer = bound(MARBLE())
     assert (balancer.refresh_every, balancer.ema_decay, balancer.normalize, balancer.floor) == (10, 0.7, True, 0.0)
     assert balancer.amortize == "raw"
@@ -83,7 +83,7 @@ def command_line() -> ArgumentParser:
 
 
 @pytest.mark.parametrize("config", METHOD_CONFIGS, ids=lambda path: path.stem)
-def test_configs_name_a_balancer_that_binds(config):
+def test_balancers_of_configs_can_be_bound(config):
     assert config.read_text().startswith("# ")
     settings = yaml.safe_load(config.read_text())
     assert settings.keys() <= {"balancer", "model"}
@@ -93,35 +93,37 @@ def test_configs_name_a_balancer_that_binds(config):
 
 
 def test_there_is_a_config_for_every_method():
-    named = {yaml.safe_load(path.read_text())["balancer"]["class_path"] for path in METHOD_CONFIGS}
+    configured = {yaml.safe_load(path.read_text())["balancer"]["class_path"] for path in METHOD_CONFIGS}
     methods = {name for name in balancers.__all__ if isinstance(getattr(balancers, name), type)} - {"Balancer"}
-    assert named == {f"balancers.{name}" for name in methods}
+    assert configured == {f"balancers.{name}" for name in methods}
 
 
-OTHERS = {"refresh_every": 7, "ema_decay": 0.5, "normalize": True, "amortize": "scaled", "refresh_alpha": "fresh"}
-OTHERS |= {"estimate_share": 0.05, "uniform_after_step": 3}
+OTHER_OPTIONS = {"refresh_every": 7, "ema_decay": 0.5, "normalize": True, "amortize": "scaled", "refresh_alpha": "fresh"}
+OTHER_OPTIONS |= {"estimate_share": 0.05, "uniform_after_step": 3}
 
 
 @pytest.mark.parametrize("config", METHOD_CONFIGS, ids=lambda path: path.stem)
-def test_a_config_s_options_are_its_own_whatever_it_is_laid_over(config, tmp_path):
-    """Options that two classes share outlive a change of class, so a file has to say all of them."""
+def test_a_config_overrides_all_options_of_the_file_below(config, tmp_path):
+    """Options that two classes share survive a change of the class, so a file has to set all of them."""
     below, names = tmp_path / "below.yaml", ("a", "b", "c")
-    below.write_text(yaml.safe_dump({"balancer": {"class_path": "balancers.MARBLE", "init_args": {**OTHERS, "floor": 0.1}}}))
-    own = tmp_path / "own.yaml"
-    own.write_text(yaml.safe_dump({"balancer": yaml.safe_load(config.read_text())["balancer"]}))
-    parser = command_line()
-    found, alone = (
-        bound(parser.instantiate(parser.parse_args([part for file in files for part in ("-c", str(file))])).balancer, names)
-        for files in ((below, own), (own,))
+    below.write_text(
+        yaml.safe_dump({"balancer": {"class_path": "balancers.MARBLE", "init_args": {**OTHER_OPTIONS, "floor": 0.1}}})
     )
-    assert found.cadence == alone.cadence
-    assert found.uniform_after_step is None
+    method = tmp_path / "method.yaml"
+    method.write_text(yaml.safe_dump({"balancer": yaml.safe_load(config.read_text())["balancer"]}))
+    parser = command_line()
+    over, alone = (
+        bound(parser.instantiate(parser.parse_args([part for file in files for part in ("-c", str(file))])).balancer, names)
+        for files in ((below, method), (method,))
+    )
+    assert over.cadence == alone.cadence
+    assert over.uniform_after_step is None
     if config.stem in ("pcgrad", "cagrad", "mgda", "torchjd"):
-        assert found.cadence == bound(type(found)()).cadence
-        assert (found.refresh_every, found.ema_decay, found.estimate_share, found.normalize) == (1, 0, 1, False)
+        assert over.cadence == bound(type(over)()).cadence
+        assert (over.refresh_every, over.ema_decay, over.estimate_share, over.normalize) == (1, 0, 1, False)
 
 
-def test_marble_s_cadence_for_another_method():
+def test_the_cadence_of_marble_for_another_method():
     parser = command_line()
     files = (CONFIGS / f"{name}.yaml" for name in ("pcgrad", "cadence_marble"))
     balancer = bound(parser.instantiate(parser.parse_args([part for file in files for part in ("-c", str(file))])).balancer)
@@ -131,7 +133,7 @@ def test_marble_s_cadence_for_another_method():
     assert bound(FixedWeights()).cadence == bound(WeightedSum()).cadence == {}
 
 
-def test_the_paper_s_marble():
+def test_the_config_of_the_paper():
     settings = yaml.safe_load((CONFIGS / "marble_paper.yaml").read_text())["balancer"]["init_args"]
     balancer = bound(MARBLE(**settings))
     assert balancer.cadence == {**bound(MARBLE()).cadence, "refresh_alpha": "fresh", "estimate_share": 0.0}
@@ -155,10 +157,10 @@ def test_short_names_and_single_options_on_the_command_line():
     assert (balancer.refresh_every, balancer.amortize, balancer.floor, balancer.ema_decay) == (5, "scaled", 0.1, 0.7)
     arguments = ["--balancer", "FixedWeights", "--balancer.weights", "{ocr: 2}", "--balancer.uniform_after_step", "7"]
     balancer = parser.instantiate(parser.parse_args(arguments)).balancer
-    assert (balancer.by_name, balancer.uniform_after_step) == ({"ocr": 2.0}, 7)
+    assert (balancer.named_weights, balancer.uniform_after_step) == ({"ocr": 2.0}, 7)
 
 
-def test_every_option_is_explained_by_help(capsys):
+def test_help_explains_every_option(capsys):
     parser = ArgumentParser()
     parser.add_subclass_arguments(Balancer, "balancer", required=True)
     with pytest.raises(SystemExit):

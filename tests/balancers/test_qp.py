@@ -1,4 +1,4 @@
-"""The min-norm program: its properties first, then agreement with independent solvers."""
+"""The min-norm program: its properties, then agreement with independent solvers."""
 
 import pytest
 import torch
@@ -20,7 +20,7 @@ def value(gram: torch.Tensor, weights: torch.Tensor) -> float:
 
 
 def scipy_minimum(gram: torch.Tensor, floor: float = 0.0, only_centre: bool = False) -> float:
-    """Least value that SLSQP reaches from the centre and, unless told not to, from every vertex."""
+    """Smallest value that SLSQP reaches from the centre and, unless `only_centre`, from every vertex."""
     g, k = gram.numpy() / gram.diagonal().mean().item(), len(gram)
     starts = [torch.full((k,), 1 / k)] if only_centre else [torch.full((k,), 1 / k), *torch.eye(k)]
     results = [
@@ -43,12 +43,12 @@ grams = st.builds(gram_of, st.integers(2, 6), st.integers(1, 7), st.integers(0, 
 
 @settings(max_examples=60, deadline=None, derandomize=True)
 @given(grams)
-def test_weights_are_on_the_simplex_and_no_reward_loses(gram):
+def test_weights_are_on_the_simplex_and_the_update_opposes_no_reward(gram):
     weights = min_norm_weights(gram)
     size = gram.diagonal().mean()
     assert (weights >= 0).all()
     assert abs(weights.sum().item() - 1) < 1e-12
-    # The optimality condition of the whole program: every gradient's inner product is at least the squared length.
+    # The optimality condition of the program: every gradient's inner product is at least the squared length.
     assert (gram @ weights >= value(gram, weights) - 1e-7 * size).all()
 
 
@@ -70,7 +70,7 @@ def test_permuting_rewards_permutes_weights(gram, random):
 @given(
     st.lists(st.lists(st.integers(-2, 2), min_size=3, max_size=3), min_size=2, max_size=5),
 )
-def test_integer_gradients_with_every_degeneracy(rows):
+def test_degenerate_integer_gradients(rows):
     rows = torch.tensor(rows, dtype=torch.float64)
     gram = rows @ rows.T
     weights = min_norm_weights(gram)
@@ -84,16 +84,16 @@ def test_integer_gradients_with_every_degeneracy(rows):
 def test_value_agrees_with_scipy(k, rank, floor):
     for seed in range(2):
         gram = gram_of(k, rank, seed)
-        found, expected = value(gram, min_norm_weights(gram, floor)), scipy_minimum(gram, floor)
-        assert found <= expected * (1 + 1e-6) + 1e-9 * gram.diagonal().mean().item()
+        minimum, expected = value(gram, min_norm_weights(gram, floor)), scipy_minimum(gram, floor)
+        assert minimum <= expected * (1 + 1e-6) + 1e-9 * gram.diagonal().mean().item()
 
 
 KINDS = ("random", "rank one", "opposite", "duplicate", "zero")
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_five_hundred_grams_against_scipy(kind):
-    """A hundred of each kind, rows of lengths from 1e-6 to 1e6, unit length before the program as in MARBLE."""
+def test_five_hundred_grams_agree_with_scipy(kind):
+    """A hundred of each kind with rows of lengths from 1e-6 to 1e6, scaled to unit length as in MARBLE."""
     for seed in range(100):
         draw = torch.Generator().manual_seed(1000 * KINDS.index(kind) + seed)
         k = 2 + seed % 5
@@ -113,19 +113,19 @@ def test_five_hundred_grams_against_scipy(kind):
 def test_direction_agrees_with_torchjd(rank):
     rows = torch.randn(4, rank, dtype=torch.float64, generator=torch.Generator().manual_seed(rank))
     expected = MGDA(epsilon=1e-9, max_iters=3_000)(rows)
-    found = min_norm_weights(rows @ rows.T) @ rows
-    # Frank-Wolfe comes close to the minimum slowly and from above.
-    assert found.norm() <= expected.norm() + 1e-9
-    torch.testing.assert_close(found, expected, rtol=0, atol=2e-2)
+    direction = min_norm_weights(rows @ rows.T) @ rows
+    # Frank-Wolfe approaches the minimum slowly and from above.
+    assert direction.norm() <= expected.norm() + 1e-9
+    torch.testing.assert_close(direction, expected, rtol=0, atol=2e-2)
 
 
-def test_zero_row_takes_everything():
+def test_a_zero_row_gets_all_the_weight():
     weights = min_norm_weights(torch.diag(torch.tensor([1.0, 0.0, 2.0], dtype=torch.float64)))
     torch.testing.assert_close(weights, torch.tensor([0.0, 1.0, 0.0], dtype=torch.float64), rtol=0, atol=1e-7)
 
 
 @pytest.mark.parametrize("gram", [torch.zeros(3, 3), torch.ones(3, 3), torch.eye(3)], ids=["zero", "identical", "equal"])
-def test_symmetric_rewards_share_evenly(gram):
+def test_symmetric_rewards_have_equal_weights(gram):
     torch.testing.assert_close(min_norm_weights(gram.double()), torch.full((3,), 1 / 3, dtype=torch.float64))
 
 
@@ -172,7 +172,7 @@ def test_floor_is_respected(floor):
 
 @pytest.mark.parametrize("floor", [0.0, 0.05])
 @pytest.mark.parametrize("k", [1, 3, 4])
-def test_gradients_are_right(k, floor):
+def test_gradcheck(k, floor):
     gram = gram_of(k, k + 3, seed=k).requires_grad_()
     assert torch.autograd.gradcheck(lambda g: min_norm_weights(g, floor), gram, eps=1e-6, atol=1e-5)
 
@@ -192,6 +192,6 @@ def test_dtype_is_kept(dtype):
         (torch.eye(2), -0.1, "`floor` must be >= 0 .* Found -0.1"),
     ],
 )
-def test_errors_say_what_was_found(gram, floor, message):
+def test_errors(gram, floor, message):
     with pytest.raises(ValueError, match=message):
         min_norm_weights(gram, floor)

@@ -1,4 +1,4 @@
-"""What a balancer remembers between runs."""
+"""The state of a balancer in a checkpoint."""
 
 import copy
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from balancers import MARBLE
-from tests.balancers.test_base import NAMES, bound, gradients_of, step
+from tests.helpers.small_balancers import NAMES, bound, gradients_of, step
 
 
 @pytest.mark.parametrize("amortize", ["scaled", "raw"])
@@ -32,7 +32,7 @@ def test_state_round_trip_continues_bit_for_bit(tmp_path, amortize, bind_first, 
     assert whole.counts == resumed.counts
 
 
-def test_state_is_a_snapshot():
+def test_later_steps_do_not_change_a_state_dict():
     balancer = bound(MARBLE(refresh_every=1))
     step(balancer, gradients_of(0))
     state = balancer.state_dict()
@@ -43,7 +43,7 @@ def test_state_is_a_snapshot():
 
 
 @pytest.mark.parametrize("bind_first", [True, False])
-def test_other_rewards_than_the_checkpoint_s_are_refused(bind_first):
+def test_rewards_must_equal_those_of_the_checkpoint(bind_first):
     state, balancer = bound(MARBLE()).state_dict(), MARBLE()
     first, second = (lambda: balancer.bind(("clip", "geneval"))), (lambda: balancer.load_state_dict(state))
     if not bind_first:

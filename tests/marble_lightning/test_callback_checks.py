@@ -1,4 +1,4 @@
-"""Callbacks of Lightning that a run cannot have are refused with the reason and the remedy."""
+"""Unsupported callbacks of Lightning are refused with the reason and the remedy."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from lightning.pytorch.callbacks import (
 )
 
 from marble_lightning.callback_checks import check_callbacks, check_monitors, check_trainer
-from marble_lightning.callbacks import Results
+from marble_lightning.callbacks.results_writer import Results
 from marble_lightning.checks import WHOLE_ROUNDS
 from marble_lightning.module import DiffusionNFT
-from tests.marble_lightning.test_resume import fit_with, options
+from tests.helpers.command_line import fit_with, options
 
 
 class Custom(Callback):
-    """May log anything."""
+    """A custom callback, which may log any metric."""
 
 
 MODULE = DiffusionNFT.__new__(DiffusionNFT)
@@ -52,7 +52,7 @@ def test_callbacks_that_change_rounds_or_adapters_are_refused(callback):
         check_callbacks([callback])
 
 
-def test_what_collides_with_the_command_lines_callbacks():
+def test_settings_that_conflict_with_the_command_lines_callbacks():
     check_trainer(None, [Timer()], {"results": Results()})
     with pytest.raises(
         ValueError, match=r"`trainer\.enable_checkpointing` must be true or null.*`checkpoints\.every_n_rounds`"
@@ -65,30 +65,30 @@ def test_what_collides_with_the_command_lines_callbacks():
 @pytest.mark.parametrize(
     "callback", [EarlyStopping("held_out/orc"), ModelCheckpoint(monitor="held_out/orc")], ids=["stopping", "checkpoint"]
 )
-def test_what_nothing_logs_cannot_be_monitored(callback, caplog):
+def test_unknown_metrics_cannot_be_monitored(callback, caplog):
     with pytest.raises(ValueError, match=r"`monitor` of \w+ must be .* Found 'held_out/orc'; use e\.g\. held_out/ocr,"):
         check_monitors([callback], MODULE, NAMES)
-    for other in (Custom(), LearningRateMonitor()):  # which log names of their own
+    for other in (Custom(), LearningRateMonitor()):  # these log other names
         caplog.clear()
         with caplog.at_level(logging.WARNING):
             check_monitors([callback, other], MODULE, NAMES)
         assert f"Unless {type(other).__name__} logs it, `monitor` of" in caplog.text
 
 
-def test_what_is_logged_can_be_monitored():
+def test_known_metrics_can_be_monitored():
     known = [EarlyStopping(name) for name in NAMES] + [ModelCheckpoint(monitor=name) for name in (*NAMES, "step", None)]
     check_monitors(known, MODULE, NAMES)
 
 
-def test_one_micro_batch_is_no_whole_round():
-    """Where a share and a number are meant, 1 is not 1.0."""
+def test_one_micro_batch_is_not_a_whole_round():
+    """An option takes a share as float and a number as int: 1 is not 1.0."""
     for name, allowed in WHOLE_ROUNDS.items():
-        for found, kinds in ((1, int), (True, bool)):
-            assert not any(type(each) is kinds and each == found for each in allowed), name
+        for value, kind in ((1, int), (True, bool)):
+            assert not any(type(default) is kind and default == value for default in allowed), name
 
 
 class Metrics(Callback):
-    """Keeps the names of what a run can monitor."""
+    """Keeps the names of logged metrics and of known metrics."""
 
     def on_train_end(self, trainer: Trainer, pl_module: DiffusionNFT) -> None:
         self.logged, self.known = set(trainer.callback_metrics), pl_module.metric_names()
@@ -97,6 +97,6 @@ class Metrics(Callback):
 @pytest.mark.filterwarnings("ignore:The '.*_dataloader' does not have many workers")
 @pytest.mark.filterwarnings("ignore:Found .* in eval mode at the start of training")
 def test_the_known_metrics_are_those_of_a_run(checkpoints, tmp_path):
-    kept = Metrics()
-    fit_with(options(checkpoints, tmp_path, **{"trainer.max_epochs": 1, "trainer.check_val_every_n_epoch": 1}), kept)
-    assert kept.logged == kept.known
+    metrics = Metrics()
+    fit_with(options(checkpoints, tmp_path, **{"trainer.max_epochs": 1, "trainer.check_val_every_n_epoch": 1}), metrics)
+    assert metrics.logged == metrics.known

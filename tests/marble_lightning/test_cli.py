@@ -1,4 +1,4 @@
-"""fit, validate, predict through the command line; bad configs fail early and by name."""
+"""fit, validate and predict on the command line; wrong settings fail early with their name."""
 
 from __future__ import annotations
 
@@ -9,8 +9,10 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from marble_lightning.cli import command_line, main
+from tests.helpers import ROOT
+from tests.helpers.command_line import column
 
-CONFIGS = Path(__file__).parents[2] / "configs"
+CONFIGS = ROOT / "configs"
 
 
 def checkpoint(folder: Path, version: int = 0) -> Path:
@@ -19,18 +21,6 @@ def checkpoint(folder: Path, version: int = 0) -> Path:
 
 def adapters(path: Path) -> dict[str, torch.Tensor]:
     return torch.load(path, weights_only=True)["state_dict"]
-
-
-def column(shown: str, title: str) -> dict[str, str]:
-    """A column of the printed table of all prompt sets, by reward."""
-    rows = [
-        line.strip("│┃").replace("┃", "│").split("│")
-        for line in shown.partition("all, 6 prompts")[2].partition("└")[0].splitlines()
-        if line[:1] in ("│", "┃")
-    ]
-    cells = [[cell.strip() for cell in row] for row in rows]
-    index = cells[0].index(title)
-    return {row[0]: row[index] for row in cells[1:]}
 
 
 def test_fit_shows_a_table_and_the_printed_command_repeats_it(small, tmp_path, capsys):
@@ -44,8 +34,8 @@ def test_fit_shows_a_table_and_the_printed_command_repeats_it(small, tmp_path, c
     assert {name.split(".")[-2] for name in saved} == {"trained", "old", "ema"}
     assert not any("base_layer" in name or "rewards" in name for name in saved)
 
-    (command,) = [line for line in shown.splitlines() if line.startswith("Judge it again:")]
-    main(command.split()[4:])
+    (command,) = [line for line in shown.splitlines() if line.startswith("Evaluate again:")]
+    main(command.split()[3:])
     again = capsys.readouterr().out
     assert column(again, "trained") == after
     assert "By tag, base -> trained" in again and "mean_of_tags" in again
@@ -59,20 +49,20 @@ def test_a_checkpoint_of_another_rank_is_refused(small, tmp_path):
         main(["validate", *small, "--model.policy.rank", "3", "--ckpt_path", str(checkpoint(tmp_path))])
 
 
-def test_scores_measured_otherwise_are_not_compared(small, tmp_path, capsys):
+def test_scores_with_other_settings_are_not_compared(small, tmp_path, capsys):
     main(["fit", *small])
     capsys.readouterr()
     main(["validate", *small, "--model.evaluation.steps", "3", "--ckpt_path", str(checkpoint(tmp_path))])
     shown = capsys.readouterr().out
     assert "change" not in shown
-    assert "No base beside it: it was not measured, or otherwise than this; measure it with" in shown
+    assert "No scores of the base to compare with: it was not evaluated, or with other settings; evaluate it with" in shown
 
 
-def test_what_tensorboard_gets(small, tmp_path):
+def test_tensorboard_curves_and_images(small, tmp_path):
     main(["fit", *small])
     events = EventAccumulator(str(tmp_path / "tiny/version_0")).Reload()
     scalars = set(events.Tags()["scalars"])
-    wanted = {
+    expected = {
         "train/ocr",
         "held_out/geneval",
         "alpha/clipscore",
@@ -80,21 +70,21 @@ def test_what_tensorboard_gets(small, tmp_path):
         "gradient_norms/pickscore",
         "kl",
     }
-    wanted |= {f"harmony/{kind}/cos_{what}" for kind in ("update", "mean") for what in ("min", "mean", "var")}
-    wanted |= {
+    expected |= {f"harmony/{kind}/cos_{name}" for kind in ("update", "mean") for name in ("min", "mean", "var")}
+    expected |= {
         "time/sampling",
         "time/scoring/ocr",
         "time/waiting_for_scores",
         "time/training",
         "harmony/update/conflict_rate",
     }
-    assert wanted <= scalars
+    assert expected <= scalars
     assert events.Tags()["images"] == ["held_out", "cosines"]
     assert len(events.Images("held_out")) == 2  # the base and the last round
     assert len(events.Scalars("held_out/pickscore")) == 2
 
 
-def test_validate_without_a_checkpoint_judges_the_base(small, capsys):
+def test_validate_without_a_checkpoint_evaluates_the_base(small, capsys):
     main(["fit", *small])
     before = column(capsys.readouterr().out, "base")
     main(["validate", *small])
@@ -135,7 +125,7 @@ def test_validate_without_a_checkpoint_judges_the_base(small, capsys):
         (["--model.evaluation.steps", "0"], "`evaluation.steps` must be >= 1. Found 0"),
         (
             ["--model.policy.prompt_cache", __file__],
-            f"`policy.prompt_cache` must be a folder. Found a file, or a link that leads nowhere, {__file__}",
+            f"`policy.prompt_cache` must be a folder. Found a file, or a broken link, {__file__}",
         ),
         (["--trainer.accumulate_grad_batches", "4"], "`accumulate_grad_batches` follows from"),
         (["--trainer.max_epochs", "3"], "`max_epochs` must be a multiple"),
@@ -162,7 +152,7 @@ def test_validate_without_a_checkpoint_judges_the_base(small, capsys):
             "`trainer.callbacks` must not add a GradientAccumulationScheduler. Found one: accumulation follows from",
         ),
         (
-            ["--trainer.callbacks", "marble_lightning.callbacks.Results"],
+            ["--trainer.callbacks", "marble_lightning.callbacks.results_writer.Results"],
             "must not add a callback that has a section of settings. Found Results; use `results`",
         ),
         (
@@ -175,18 +165,18 @@ def test_validate_without_a_checkpoint_judges_the_base(small, capsys):
     ],
 )
 def test_bad_settings_fail_before_anything_is_loaded_or_written(small, options, message, tmp_path, monkeypatch, capsys):
-    def loading(*arguments: object) -> None:
+    def load(*arguments: object) -> None:
         raise AssertionError("weights were loaded")
 
     before = sorted(tmp_path.iterdir())
-    monkeypatch.setattr("marble_lightning.policy.load_pipeline", loading)
+    monkeypatch.setattr("marble_lightning.policies.sd3.load_pipeline", load)
     with pytest.raises((ValueError, SystemExit)) as error:
         main(["fit", *small, *options])
     assert message in str(error.value) + capsys.readouterr().err
     assert sorted(tmp_path.iterdir()) == before
 
 
-def test_a_run_without_its_prompts_leaves_nothing_behind(small, tmp_path, monkeypatch):
+def test_a_run_without_prompts_writes_no_files(small, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ValueError, match=r"`data\.folder` must be a folder with prompt files\. Found no folder"):
         main(["fit", *small, "--trainer.logger.save_dir", "runs", "--data.folder", "prompts"])
@@ -208,20 +198,20 @@ def test_a_tilde_is_the_home_folder_in_every_path(small, tmp_path, monkeypatch):
         "results.compare_with": "[~/one, /two, three~/~four]",
     }
     cli = command_line([*small, *(part for name, path in paths.items() for part in (f"--{name}", path))], run=False)
-    kept = (
+    model_paths = (
         cli.model.rewards["clipscore"].path,
         cli.model.policy.path,
         cli.model.policy.prompt_cache,
         cli.model.policy.init_lora,
     )
-    assert kept == tuple(str(tmp_path / name) for name in ("clip", "sd3", "cache", "lora"))
+    assert model_paths == tuple(str(tmp_path / name) for name in ("clip", "sd3", "cache", "lora"))
     assert (cli.datamodule.folder, cli.datamodule.predict_file) == (tmp_path / "prompts", tmp_path / "mine.txt")
     assert cli.trainer.default_root_dir == cli.trainer.logger.save_dir == str(tmp_path / "runs")
     assert cli.config_init["predictions"].folder == str(tmp_path / "images")
     assert cli.config_init["results"].compare_with == [str(tmp_path / "one"), "/two", "three~/~four"]
 
 
-def test_another_progress_bar_takes_the_place_of_ours(small):
+def test_another_progress_bar_replaces_the_default(small):
     bar = "lightning.pytorch.callbacks.RichProgressBar"
     cli = command_line([*small, "--trainer.enable_progress_bar", "true", "--trainer.callbacks+", bar], run=False)
     assert type(cli.trainer.progress_bar_callback).__name__ == "RichProgressBar"

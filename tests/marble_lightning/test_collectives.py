@@ -1,4 +1,4 @@
-"""What ranks send each other is on their devices: NCCL, which knows GPUs only, refuses a tensor of the CPU."""
+"""Tensors sent between ranks are on their devices, since NCCL has no CPU backend."""
 
 from __future__ import annotations
 
@@ -19,30 +19,30 @@ pytestmark = [pytest.mark.filterwarnings(f"ignore:{known}") for known in QUIET]
 
 
 class MarkCPU(TorchFunctionMode):
-    """Marks tensors that would be on the CPU if the run's device were a GPU: by where they come from.
+    """Marks tensors that would be on the CPU if the run's device were a GPU.
 
-    `.cpu()`, `.to("cpu")` and a factory function without `device` give one, `.to(device)` and a factory function with a
-    device do not; what is computed of one is one.
+    `.cpu()`, `.to("cpu")` and factory functions without `device` return marked tensors; `.to(device)` and factory functions
+    with a device do not. Results computed from a marked tensor are marked too.
     """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
         name = getattr(func, "__name__", "")
-        given = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
-        if name in ("cpu", "to") and any(result is each for each in given):
-            result = result.view_as(result)  # on a GPU it would be another tensor
-        place = kwargs.get("device", args[1] if name == "to" and len(args) > 1 else None)
-        if name == "cpu" or isinstance(place, str):
+        inputs = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        if name in ("cpu", "to") and any(result is tensor for tensor in inputs):
+            result = result.view_as(result)  # on a GPU it would be a new tensor
+        target = kwargs.get("device", args[1] if name == "to" and len(args) > 1 else None)
+        if name == "cpu" or isinstance(target, str):
             mark = f"{name} in {caller()}"
-        elif isinstance(place, torch.device):
+        elif isinstance(target, torch.device):
             mark = ""
-        elif name == "to" and len(given) > 1:  # where another tensor is
-            mark = mark_of(given[1])
-        elif name == "__getitem__":  # indices may be elsewhere
-            mark = mark_of(given[0])
-        elif given:  # a number of the CPU is welcome on a GPU
-            mark = max(mark_of(each) if each.ndim or len(given) == 1 else "" for each in given)
+        elif name == "to" and len(inputs) > 1:  # `.to(other)` takes the device of another tensor
+            mark = mark_of(inputs[1])
+        elif name == "__getitem__":  # indices may be on another device
+            mark = mark_of(inputs[0])
+        elif inputs:  # a 0-dimensional CPU tensor is allowed in operations on a GPU
+            mark = max(mark_of(tensor) if tensor.ndim or len(inputs) == 1 else "" for tensor in inputs)
         else:
             mark = f"{name} in {caller()}"
         for leaf in tree_leaves(result):
@@ -52,7 +52,7 @@ class MarkCPU(TorchFunctionMode):
 
 
 def mark_of(tensor: Tensor) -> str:
-    """Where a tensor of the CPU was made; "" of any other."""
+    """The line that created a CPU tensor; "" for other tensors."""
     return getattr(tensor, "mark", "")
 
 
@@ -65,25 +65,25 @@ def caller() -> str:
 def test_marks_follow_devices():
     device = torch.device("cpu")  # stands for a GPU
     with MarkCPU():
-        here = torch.zeros(2, device=device)
-        assert mark_of(torch.zeros(2)) and mark_of(here.cpu()) and mark_of(here.cpu().mean() * 2)
-        assert not mark_of(here.mean()) and not mark_of(torch.zeros(2).to(device).sum())
-        assert not mark_of(here * torch.tensor(2.0)) and not mark_of(here[torch.tensor([1])])
+        on_device = torch.zeros(2, device=device)
+        assert mark_of(torch.zeros(2)) and mark_of(on_device.cpu()) and mark_of(on_device.cpu().mean() * 2)
+        assert not mark_of(on_device.mean()) and not mark_of(torch.zeros(2).to(device).sum())
+        assert not mark_of(on_device * torch.tensor(2.0)) and not mark_of(on_device[torch.tensor([1])])
 
 
-def test_no_tensor_of_the_cpu_is_sent(small, monkeypatch):
-    """In a run with every callback, validations, refreshes and cheap steps, resumed once."""
+def test_no_cpu_tensor_is_sent(small, monkeypatch):
+    """In a run with every callback, validations, refreshes and steps between them, resumed once."""
     sent: list[str] = []
 
-    def check(value: Any, what: str) -> None:
-        sent.append(what)
+    def check(value: Any, name: str) -> None:
+        sent.append(name)
         marks = [mark_of(leaf) for leaf in tree_leaves(value) if isinstance(leaf, Tensor)]
-        assert not any(marks), f"{what} is on the CPU since {max(marks)}"
+        assert not any(marks), f"{name} is on the CPU since {max(marks)}"
 
     def log(self: Any, name: str, value: Any, *arguments: Any, sync_dist: bool = False, **options: Any) -> None:
         if sync_dist:
             check(value, name)
-        own_log(self, name, value, *arguments, sync_dist=sync_dist, **options)
+        original_log(self, name, value, *arguments, sync_dist=sync_dist, **options)
 
     def reduce(self: Any, tensor: Any, *arguments: Any, **options: Any) -> Any:
         check(tensor, "reduce")
@@ -93,11 +93,11 @@ def test_no_tensor_of_the_cpu_is_sent(small, monkeypatch):
         check(tensor, "all_gather")
         return tensor
 
-    def run_stage(self: Any) -> None:  # once everything is loaded, and on its device
+    def run_stage(self: Any) -> None:  # starts after weights are loaded and moved to their device
         with MarkCPU():
-            own_run_stage(self)
+            original_run_stage(self)
 
-    own_log, own_run_stage = LightningModule.log, Trainer._run_stage
+    original_log, original_run_stage = LightningModule.log, Trainer._run_stage
     monkeypatch.setattr(Trainer, "_run_stage", run_stage)
     monkeypatch.setattr(LightningModule, "log", log)
     monkeypatch.setattr(SingleDeviceStrategy, "reduce", reduce)

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 import yaml
 
 from marble_lightning.cli import command_line, main
 from marble_lightning.config_files import known, located
+from tests.helpers import ROOT
 
-CONFIGS = Path(__file__).parents[2] / "configs"
+CONFIGS = ROOT / "configs"
 
 
 @pytest.fixture(autouse=True)
-def _elsewhere(tmp_path, monkeypatch):
+def _other_working_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
 
@@ -23,20 +22,20 @@ def test_every_file_has_a_name():
     assert {"tiny", "sd35m", "balancers/pcgrad"} <= known().keys()
 
 
-def test_a_file_of_that_name_comes_first(tmp_path):
+def test_a_file_takes_precedence_over_a_configuration(tmp_path):
     assert located("tiny") == str(CONFIGS / "tiny.yaml")
-    (tmp_path / "tiny").mkdir()  # a folder is no configuration
+    (tmp_path / "tiny").mkdir()  # a folder is not a configuration
     assert located("tiny") == str(CONFIGS / "tiny.yaml")
     (tmp_path / "tiny").rmdir()
     (tmp_path / "tiny").write_text("{}")
     assert located("tiny") == "tiny"
 
 
-def test_yaml_is_left_to_the_parser():
+def test_yaml_text_is_unchanged():
     assert located("seed_everything: 1") == "seed_everything: 1"
 
 
-def test_an_unknown_name_lists_those_that_exist(tmp_path, capsys):
+def test_the_error_for_an_unknown_name_lists_the_names(tmp_path, capsys):
     with pytest.raises(SystemExit):
         main(["fit", "-c", "tinny"])
     shown = capsys.readouterr().err
@@ -45,24 +44,24 @@ def test_an_unknown_name_lists_those_that_exist(tmp_path, capsys):
 
 
 def test_tiny_loads_its_weights_and_prompts_from_any_folder():
-    made = command_line(["-c", "tiny", "--trainer.logger", "false"], run=False)
-    made.datamodule.setup("fit")
-    made.model.policy.check_resolution("resolution", 32)
-    made.model.policy.setup(0)
-    assert made.model.policy.identity["model"] == "package:tinyworld/weights/sd3"
+    cli = command_line(["-c", "tiny", "--trainer.logger", "false"], run=False)
+    cli.datamodule.setup("fit")
+    cli.model.policy.check_resolution("resolution", 32)
+    cli.model.policy.setup(0)
+    assert cli.model.policy.identity["model"] == "package:tinyworld/weights/sd3"
     for name in ("pickscore", "hpsv2", "clipscore"):
-        made.model.judges[name].setup()
-    assert str(CONFIGS.parent) not in made.model.run_config  # it travels with checkpoints and exported adapters
+        cli.model.reward_models[name].setup()
+    assert str(CONFIGS.parent) not in cli.model.run_config  # it is copied to checkpoints and exported adapters
 
 
-def test_configs_lists_names_with_what_they_are(capsys):
+def test_configs_lists_names_with_descriptions(capsys):
     main(["configs"])
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in lines] == list(known())
     assert all(len(line.split()) > 3 and "marble-lightning fit" not in line for line in lines)
 
 
-def test_a_copy_is_a_configuration_too(tmp_path, capsys):
+def test_a_copy_is_a_configuration(tmp_path, capsys):
     main(["configs", "--copy", "tiny", "--to", "mine/my.yaml"])
     assert (tmp_path / "mine/my.yaml").read_text() == (CONFIGS / "tiny.yaml").read_text()
     main(["configs", "--copy", "balancers/pcgrad"])
@@ -76,11 +75,11 @@ def test_a_copy_is_a_configuration_too(tmp_path, capsys):
     ("options", "message"),
     [
         (["--copy", "tinny"], "`copy` must be the name of a configuration: sd35l, .* Found 'tinny'"),
-        (["--copy", "tiny", "--to", "there.yaml"], "`to` must be a file that is not there yet. Found .*there.yaml"),
-        (["--to", "my.yaml"], "`to` must be null where nothing is copied. Found my.yaml"),
+        (["--copy", "tiny", "--to", "there.yaml"], "`to` must be a file that does not exist yet. Found .*there.yaml"),
+        (["--to", "my.yaml"], "`to` must be null if nothing is copied. Found my.yaml"),
     ],
 )
-def test_copies_that_are_refused(options, message, tmp_path):
+def test_refused_copies(options, message, tmp_path):
     (tmp_path / "there.yaml").write_text("kept")
     with pytest.raises(ValueError, match=message):
         main(["configs", *options])

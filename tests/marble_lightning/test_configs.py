@@ -1,4 +1,4 @@
-"""Every file of configs/: it parses as its second line says, and the large runs' settings train a small model."""
+"""Every file of configs/: the command in its second line parses, and the large runs' settings train a small model."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ import torch
 import yaml
 
 from marble_lightning.cli import command_line, main
+from tests.helpers import ROOT
 
-ROOT = Path(__file__).parents[2]
 CONFIGS = ROOT / "configs"
 LARGE = ("sd35m", "sd35m_1gpu", "sd35l")
 
 
 def launched(file: Path) -> list[str]:
-    """The `-c` options of the command in a file's second line; a file of balancers goes over `tiny`."""
+    """The `-c` options of the command in a file's second line; a file of balancers is an overlay of `tiny`."""
     if file.parent != CONFIGS:
         method = ["-c", "balancers/pcgrad"] if file.stem == "cadence_marble" else []
         return ["-c", "tiny", *method, "-c", f"balancers/{file.stem}"]
@@ -36,28 +36,28 @@ def test_every_config_parses(file, capsys):
 
 @pytest.mark.parametrize("run", ["tiny", "sd35m"])
 @pytest.mark.parametrize("name", ["pcgrad", "cagrad", "mgda", "torchjd"])
-def test_a_file_of_balancers_is_the_published_method_over_any_run(name, run, capsys):
+def test_overlays_of_balancers_are_the_published_methods(name, run, capsys):
     with pytest.raises(SystemExit):
         main(["fit", "-c", f"{CONFIGS}/{run}.yaml", "-c", f"{CONFIGS}/balancers/{name}.yaml", "--print_config"])
-    found = yaml.safe_load(capsys.readouterr().out)["balancer"]
-    assert found["class_path"].lower() == f"balancers.{name}"
-    asked = {"refresh_every": 1, "ema_decay": 0.0, "estimate_share": 1.0, "normalize": False}
-    assert {option: found["init_args"][option] for option in asked} == asked
+    balancer = yaml.safe_load(capsys.readouterr().out)["balancer"]
+    assert balancer["class_path"].lower() == f"balancers.{name}"
+    cadence = {"refresh_every": 1, "ema_decay": 0.0, "estimate_share": 1.0, "normalize": False}
+    assert {option: balancer["init_args"][option] for option in cadence} == cadence
 
 
 @pytest.mark.parametrize("name", LARGE)
-def test_files_laid_over_the_published_run_only_change_what_they_say(name, capsys):
-    """The effective round is the published one: 48 prompts, 24 pictures of each, 24 of 25 times, one step."""
+def test_large_runs_keep_the_published_settings(name, capsys):
+    """The effective round is the published one: 48 prompts, 24 images of each, 24 of 25 times, one step."""
     with pytest.raises(SystemExit):
         main(["fit", *launched(CONFIGS / f"{name}.yaml"), "--print_config"])
-    found = yaml.safe_load(capsys.readouterr().out)
-    model, data = found["model"], found["data"]
+    config = yaml.safe_load(capsys.readouterr().out)
+    model, data = config["model"], config["data"]
     assert (data["prompts_per_round"], data["images_per_prompt"]) == (48, 24)
     assert (model["sampling"]["steps"], model["sampling"]["times_per_image"]) == (25, 24)
     assert (model["optimizer_steps_per_round"], model["inner_epochs"]) == (1, 1)
     policy = model["policy"]["init_args"]
     assert (policy["rank"], policy["alpha"], policy["dtype"], policy["resolution"]) == (32, 64, "bfloat16", 512)
-    ranks = found["trainer"]["devices"] * found["trainer"]["num_nodes"]
+    ranks = config["trainer"]["devices"] * config["trainer"]["num_nodes"]
     assert 48 * 24 // ranks % model["micro_batch_size"] == 0
     assert set(model["rewards"]) == {"pickscore", "hpsv2", "clipscore", "ocr", "geneval"}
     assert model["rewards"]["ocr"]["init_args"]["sources"] == ["ocr"]
@@ -66,7 +66,7 @@ def test_files_laid_over_the_published_run_only_change_what_they_say(name, capsy
 
 @pytest.mark.parametrize("name", ["sd35m", *(pytest.param(name, marks=pytest.mark.slow) for name in LARGE[1:])])
 def test_the_large_runs_train_a_small_model(name, checkpoints, tmp_path, capsys):
-    """Same file and code, with T5, bfloat16 weights and mixed precision; sizes and paths are all that differs."""
+    """Same file and code, with T5, bfloat16 weights and mixed precision; only sizes and paths differ."""
     clip = str(checkpoints / "clip")
     small = {
         "trainer.accelerator": "cpu",

@@ -1,4 +1,4 @@
-"""What `--help` says of every setting."""
+"""The help text of every setting."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ import rewards
 from marble_lightning.cli import CKPT_PATH, MarbleCLI, command_line
 
 CLASSES = [
-    found
+    member
     for package in (balancers, rewards, marble_lightning)
     for name in package.__all__
-    if inspect.isclass(found := getattr(package, name)) and hasattr(found, "setup")  # not what is no setting
+    if inspect.isclass(member := getattr(package, name)) and hasattr(member, "setup")  # classes that a configuration names
 ]
 
 
 class Parsed(Exception):
-    """A parser has been made."""
+    """Raised with the parser once it is built."""
 
 
 def without_help(actions: list[Action]) -> list[str]:
-    """Settings of which less is said than what they are; the trainer's are Lightning's."""
+    """Settings with a help text of fewer than three words, except Lightning's `trainer`."""
     return [
         action.dest
         for action in actions
@@ -36,10 +36,10 @@ def without_help(actions: list[Action]) -> list[str]:
 
 @pytest.mark.parametrize("command", ["fit", "validate", "test", "predict"])
 def test_every_setting_has_a_line_of_help(command, monkeypatch):
-    def made(self, *arguments):
+    def stop(self, *arguments):
         raise Parsed(self)
 
-    monkeypatch.setattr(MarbleCLI, "parse_arguments", made)
+    monkeypatch.setattr(MarbleCLI, "parse_arguments", stop)
     with pytest.raises(Parsed) as parsed:
         command_line([command])
     actions = parsed.value.args[0]._subcommand_parsers[command]._actions
@@ -51,7 +51,7 @@ def test_every_setting_has_a_line_of_help(command, monkeypatch):
 
 
 @pytest.mark.parametrize("kind", CLASSES, ids=lambda kind: kind.__name__)
-def test_every_argument_of_what_a_config_names_has_a_line_of_help(kind):
+def test_every_argument_of_configurable_classes_has_a_line_of_help(kind):
     parser = ArgumentParser()
     parser.add_class_arguments(kind, fail_untyped=False)
     assert without_help(parser._actions) == []

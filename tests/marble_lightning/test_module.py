@@ -1,248 +1,137 @@
-"""One optimizer step against plain autograd, and what balancing must leave alone."""
+"""One optimizer step against plain autograd, and properties that balancing must not change."""
 
 from __future__ import annotations
 
-import copy
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import replace
-from functools import cached_property
-from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch import Callback, Trainer
+from lightning.pytorch import Callback
 from lightning.pytorch.plugins import MixedPrecision
 from torch import Tensor
 
-from balancers import MARBLE, Balancer, FixedWeights, WeightedSum, min_norm_weights
+from balancers import MARBLE, FixedWeights, WeightedSum, min_norm_weights
 from marble_lightning.cli import QUIET
-from marble_lightning.flow_policy import Conditions
-from marble_lightning.gradients import RewardGradients, flat, gradients_by_passes
 from marble_lightning.module import DiffusionNFT
-from marble_lightning.objective import Coefficients, coefficients, nft_losses, noised
-from marble_lightning.policy import SD3Policy
-from marble_lightning.prompts import PromptDataModule
-from marble_lightning.rollouts import MicroBatch
-from marble_lightning.settings import Averaging, Evaluation, Objective, Sampling
-from marble_lightning.tinyworld import PROMPTS
-from rewards import Prompt, Reward
-
-
-class Brightness(Reward):
-    def score(self, *, images: Tensor, prompts: Any) -> Tensor:
-        return images.mean((1, 2, 3))
-
-
-class Redness(Brightness):
-    """Applies to a part of the prompts only."""
-
-    def applies_to(self, prompt: Prompt) -> bool:
-        return prompt.source == "geneval"
-
-    def score(self, *, images: Tensor, prompts: Any) -> Tensor:
-        return images[:, 0].mean((1, 2)) - images[:, 2].mean((1, 2))
-
-
-class Contrast(Brightness):
-    def score(self, *, images: Tensor, prompts: Any) -> Tensor:
-        return images.std((1, 2, 3))
-
-
-class Gradients(Callback):
-    """Keeps the gradient of every optimizer step, and the micro-batches it came from."""
-
-    def __init__(self) -> None:
-        self.batches: list[Any] = []
-        self.gradients: list[Tensor] = []
-        self.states: list[Any] = []
-
-    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
-        if not self.states or batch_idx % pl_module.plan.per_step == 0:
-            self.states.append(copy.deepcopy(pl_module.policy.transformer.state_dict()))
-            self.batches.append([])
-        self.batches[-1].append(batch)
-
-    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
-        if (batch_idx + 1) % pl_module.plan.per_step == 0:
-            self.gradients.append(flat([parameter.grad for parameter in pl_module.trainable]))
-
-
-def run(
-    checkpoints: Path,
-    folder: Path,
-    balancer: Balancer,
-    rounds: int = 1,
-    callbacks: Sequence[Callback] = (),
-    kind: type[DiffusionNFT] = DiffusionNFT,
-    micro_batch_size: int = 6,
-    gradient_passes: Literal["two", "per_reward"] = "two",
-    gradient_checkpointing: bool = False,
-    compile: bool = False,
-    lr_scheduler: Any = None,
-    precision: Any = "32-true",
-    plugins: Any = None,
-    data: PromptDataModule | None = None,
-    rewards: Sequence[str] = ("bright", "red", "contrast"),
-    ckpt_path: Path | None = None,
-    inner_epochs: int = 1,
-    clip: float | None = None,
-    ema_warmup: bool = False,
-    optimizer: Any = lambda parameters: torch.optim.SGD(parameters, lr=0.1),
-    **objective: Any,
-):
-    module = kind(
-        SD3Policy(
-            str(checkpoints / "sd3"),
-            resolution=16,
-            rank=2,
-            alpha=4,
-            text_length=4,
-            dtype="float32",
-            gradient_checkpointing=gradient_checkpointing,
-            compile=compile,
-        ),
-        rewards={name: {"bright": Brightness, "red": Redness, "contrast": Contrast}[name]() for name in rewards},
-        sampling=Sampling(steps=4, batch_size=12, times_per_image=2),
-        objective=Objective(beta=0.5, **objective),
-        averaging=Averaging(old_rate=0.5, old_cap=0.5, ema_decay=0.75, ema_warmup=ema_warmup),
-        evaluation=Evaluation(steps=2),
-        micro_batch_size=micro_batch_size,
-        optimizer=optimizer,
-        lr_scheduler=lr_scheduler,
-        gradient_passes=gradient_passes,
-        inner_epochs=inner_epochs,
-    )
-    kept = Gradients()
-    trainer = Trainer(
-        accelerator="cpu", max_epochs=rounds, logger=False, enable_checkpointing=False, enable_progress_bar=False,
-        enable_model_summary=False, callbacks=[balancer, kept, *callbacks], limit_val_batches=0, default_root_dir=folder,
-        precision=None if plugins else precision, plugins=plugins, gradient_clip_val=clip,
-    )  # fmt: skip
-    data = data or PromptDataModule(str(PROMPTS), ["ocr", "geneval"], prompts_per_round=4, images_per_prompt=3)
-    trainer.fit(module, datamodule=data, ckpt_path=ckpt_path)
-    return module, kept
-
-
-def reference(module: DiffusionNFT, kept: Gradients, step: int) -> tuple[Tensor, Tensor]:
-    """Per-reward gradients (reward, parameter) and the KL gradient of one step, by plain autograd over all samples."""
-    module.policy.transformer.load_state_dict(kept.states[step])
-    totals, divergence = [], []
-    for batch in kept.batches[step]:
-        noisy = noised(batch.clean, batch.noise, batch.t)
-        old, base, velocity = (module._velocity(batch, name) for name in ("old", None, "trained"))
-        plus, minus = nft_losses(velocity, old, noisy, batch.clean, batch.t, module.objective.beta)
-        totals.append(batch.coefficients.losses(plus, minus))
-        divergence.append((velocity - base).square().mean())
-    losses, kl = torch.stack(totals).sum(0), torch.stack(divergence).mean()
-    return gradients_by_passes(losses, module.trainable), gradients_by_passes(kl[None], module.trainable)[0]
-
+from marble_lightning.nft.loss import Coefficients, coefficients
+from marble_lightning.nft.reward_gradients import flat
+from marble_lightning.nft.rollout import MicroBatch
+from marble_lightning.policies.base import Conditions
+from marble_lightning.policies.sd3 import SD3Policy
+from tests.helpers.small_runs import reference, run
 
 pytestmark = [pytest.mark.filterwarnings(f"ignore:{known}") for known in QUIET]
 
 
-def test_a_cheap_step_is_the_mixture_of_the_per_reward_gradients(checkpoints, tmp_path):
+def test_a_step_between_refreshes_is_the_weighted_sum_of_per_reward_gradients(checkpoints, tmp_path):
     weights = {"bright": 0.2, "red": 0.5, "contrast": 0.3}
-    module, kept = run(checkpoints, tmp_path, FixedWeights(weights=weights), rounds=2, kl_weight=0.5, max_advantage=0.5)
+    module, recorded = run(checkpoints, tmp_path, FixedWeights(weights=weights), rounds=2, kl_weight=0.5, max_advantage=0.5)
     for step in range(2):
-        gradients, kl = reference(module, kept, step)
+        gradients, kl = reference(module, recorded, step)
         expected = torch.tensor(list(weights.values())) @ gradients + 0.5 * kl
-        torch.testing.assert_close(kept.gradients[step], expected, rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(recorded.gradients[step], expected, rtol=1e-4, atol=1e-6)
 
 
-def test_a_refresh_step_is_marbles_formula_and_kl_is_untouched(checkpoints, tmp_path):
-    module, kept = run(checkpoints, tmp_path, MARBLE(refresh_every=1, ema_decay=0.0), rounds=2, kl_weight=0.5)
+def test_a_refresh_is_marbles_formula_and_kl_is_not_balanced(checkpoints, tmp_path):
+    module, recorded = run(checkpoints, tmp_path, MARBLE(refresh_every=1, ema_decay=0.0), rounds=2, kl_weight=0.5)
     for step in range(2):
-        gradients, kl = reference(module, kept, step)
+        gradients, kl = reference(module, recorded, step)
         norms = gradients.norm(dim=1)
         unit = gradients / norms[:, None]
         alpha = min_norm_weights(unit.double() @ unit.double().T).float()
         expected = alpha @ unit * norms.mean() + 0.5 * kl
-        torch.testing.assert_close(kept.gradients[step], expected, rtol=1e-3, atol=1e-6)
+        torch.testing.assert_close(recorded.gradients[step], expected, rtol=1e-3, atol=1e-6)
 
 
-def test_an_estimate_from_a_part_of_the_step_is_applied_to_all_of_it(checkpoints, tmp_path):
+def test_weights_estimated_from_a_part_of_the_step_apply_to_all_of_it(checkpoints, tmp_path):
     balancer = MARBLE(refresh_every=1, ema_decay=0.0, estimate_share=0.5)
-    module, kept = run(checkpoints, tmp_path, balancer, kl_weight=0.0)
-    gradients, _ = reference(module, kept, 0)
+    module, recorded = run(checkpoints, tmp_path, balancer, kl_weight=0.0)
+    gradients, _ = reference(module, recorded, 0)
     coefficients_used = (balancer.alpha_smoothed * balancer.scale).float()
-    torch.testing.assert_close(kept.gradients[0], coefficients_used @ gradients, rtol=1e-3, atol=1e-6)
+    torch.testing.assert_close(recorded.gradients[0], coefficients_used @ gradients, rtol=1e-3, atol=1e-6)
 
 
 def test_rewards_merged_before_advantages_train_on_one_column(checkpoints, tmp_path):
-    module, kept = run(checkpoints, tmp_path, WeightedSum(), kl_weight=0.0)
-    gradients, _ = reference(module, kept, 0)
+    module, recorded = run(checkpoints, tmp_path, WeightedSum(), kl_weight=0.0)
+    gradients, _ = reference(module, recorded, 0)
     assert gradients.shape[0] == 1
-    torch.testing.assert_close(kept.gradients[0], gradients[0], rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(recorded.gradients[0], gradients[0], rtol=1e-4, atol=1e-6)
 
 
 class Counted(DiffusionNFT):
     """Counts forward passes by adapter, and backward passes through the trained one."""
 
-    def on_fit_start(self) -> None:
-        self.passes = Counter()
+    def setup(self, stage: str) -> None:
+        super().setup(stage)
+        self.passes, predict = Counter(), self.step.velocity
 
-    def _velocity(self, batch: MicroBatch, adapter: Any) -> Tensor:
-        self.passes[adapter] += 1
-        velocity = super()._velocity(batch, adapter)
-        if velocity.requires_grad:
-            velocity.register_hook(lambda _: self.passes.update(["backward"]))
-        return velocity
+        def velocity(batch: MicroBatch, adapter: Any) -> Tensor:
+            self.passes[adapter] += 1
+            predicted = predict(batch, adapter)
+            if predicted.requires_grad:
+                predicted.register_hook(lambda _: self.passes.update(["backward"]))
+            return predicted
+
+        self.step.velocity = velocity
 
 
 @pytest.mark.parametrize(("balancer", "backward"), [(WeightedSum, 1), (MARBLE, 2)])
-def test_without_weight_the_kl_term_costs_nothing(checkpoints, tmp_path, balancer, backward):
-    """Neither the reference policy's forward pass, nor a third backward pass on a refresh."""
+def test_a_kl_term_without_weight_costs_no_passes(checkpoints, tmp_path, balancer, backward):
+    """No forward pass of the base, and no third backward pass on a refresh."""
     options = {} if balancer is WeightedSum else {"refresh_every": 1}
-    with_kl, kept = run(checkpoints, tmp_path, balancer(**options), rounds=2, kind=Counted, kl_weight=1e-9)
-    without, others = run(checkpoints, tmp_path, balancer(**options), rounds=2, kind=Counted, kl_weight=0.0)
-    n, old = without.passes["trained"], without.passes["trained"] + 2  # one to see that a round's end is finite
+    with_kl, recorded = run(checkpoints, tmp_path, balancer(**options), rounds=2, kind=Counted, kl_weight=1e-9)
+    without, recorded_without = run(checkpoints, tmp_path, balancer(**options), rounds=2, kind=Counted, kl_weight=0.0)
+    n, old = without.passes["trained"], without.passes["trained"] + 2  # one per round checks that the last step is finite
     assert without.passes == {"trained": n, "old": old, "backward": backward * n}
     assert with_kl.passes == {"trained": n, "old": old, None: n, "backward": (backward + (balancer is MARBLE)) * n}
     assert "kl" not in without.trainer.callback_metrics
-    for ours, theirs in zip(others.gradients, kept.gradients, strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-7)
+    for one, other in zip(recorded_without.gradients, recorded.gradients, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-7)
 
 
-def test_coefficients_count_over_the_whole_step(checkpoints, tmp_path):
-    """Each reward's c+ and c- add up to A_max / beta over the step, however samples fall into micro-batches."""
-    _, kept = run(checkpoints, tmp_path, FixedWeights())
-    sums = sum(batch.coefficients.plus.sum(0) + batch.coefficients.minus.sum(0) for batch in kept.batches[0])
+def test_coefficients_are_normalised_over_the_whole_step(checkpoints, tmp_path):
+    """Each reward's c+ and c- add up to A_max / beta over the step, for any micro-batch size."""
+    _, recorded = run(checkpoints, tmp_path, FixedWeights())
+    sums = sum(batch.coefficients.plus.sum(0) + batch.coefficients.minus.sum(0) for batch in recorded.batches[0])
     torch.testing.assert_close(sums, torch.full((3,), 5.0 / 0.5))
 
 
 class Recut(DiffusionNFT):
-    """Draws micro-batches of six, and cuts their samples anew into those asked for."""
+    """Cuts a round into micro-batches of six, and regroups their samples by the requested micro-batch size."""
 
-    def _cut(self, *arguments: Any) -> Iterator[MicroBatch]:
-        asked, self.plan = self.plan, replace(self.plan, batch_size=6)
-        drawn, self.plan = list(super()._cut(*arguments)), asked
-        clean, noise, t = (torch.cat([getattr(each, name) for each in drawn]) for name in ("clean", "noise", "t"))
-        conditions = Conditions(*(torch.cat([getattr(e.conditions, name) for e in drawn]) for name in ("embeds", "pooled")))
-        weights = Coefficients(*(torch.cat([getattr(e.coefficients, name) for e in drawn]) for name in ("plus", "minus")))
-        for own in torch.arange(len(clean)).split(asked.batch_size):
-            shares = Coefficients(weights.plus[own], weights.minus[own])
-            yield MicroBatch(clean[own], noise[own], t[own], conditions[own], shares)
+    def cut(self, *arguments: Any) -> Iterator[MicroBatch]:
+        plan, self.plan = self.plan, replace(self.plan, batch_size=6)
+        batches, self.plan = list(super().cut(*arguments)), plan
+        clean, noise, t = (torch.cat([getattr(batch, name) for batch in batches]) for name in ("clean", "noise", "t"))
+        conditions = Conditions(
+            *(torch.cat([getattr(b.conditions, name) for b in batches]) for name in ("embeds", "pooled"))
+        )
+        weights = Coefficients(*(torch.cat([getattr(b.coefficients, name) for b in batches]) for name in ("plus", "minus")))
+        for part in torch.arange(len(clean)).split(plan.batch_size):
+            shares = Coefficients(weights.plus[part], weights.minus[part])
+            yield MicroBatch(clean[part], noise[part], t[part], conditions[part], shares)
 
 
 @pytest.mark.parametrize("balancer", [WeightedSum, MARBLE])
-def test_how_samples_fall_into_micro_batches_does_not_matter(checkpoints, tmp_path, balancer):
-    """On a refresh and on a cheap step, with clamped advantages and a reward that applies to a part of the samples."""
+def test_the_micro_batch_size_does_not_matter(checkpoints, tmp_path, balancer):
+    """On a refresh and on a step without one, with clamped advantages and a reward that applies to some samples only."""
     options = {} if balancer is WeightedSum else {"refresh_every": 2}
-    found = [
+    gradients = [
         run(
             checkpoints, tmp_path, balancer(**options), rounds=2, kind=Recut, micro_batch_size=size, max_advantage=0.5,
             kl_weight=0.5,
         )[1].gradients
         for size in (3, 6, 12)
     ]  # fmt: skip
-    for others in found[1:]:
-        for ours, theirs in zip(found[0], others, strict=True):
-            assert (ours - theirs).norm() <= 1e-5 * ours.norm()
+    for others in gradients[1:]:
+        for expected, actual in zip(gradients[0], others, strict=True):
+            assert (expected - actual).norm() <= 1e-5 * expected.norm()
 
 
-def test_every_way_to_per_reward_gradients_is_the_same_fit(checkpoints, tmp_path):
+def test_all_ways_to_compute_per_reward_gradients_agree(checkpoints, tmp_path):
     plain, *others = (
         run(
             checkpoints, tmp_path, MARBLE(refresh_every=2), rounds=3, gradient_passes=passes,
@@ -251,12 +140,12 @@ def test_every_way_to_per_reward_gradients_is_the_same_fit(checkpoints, tmp_path
         for passes, checkpointing in (("per_reward", False), ("per_reward", True), ("two", False), ("two", True))
     )  # fmt: skip
     for gradients in others:
-        for ours, theirs in zip(gradients, plain, strict=True):
-            assert (ours - theirs).norm() <= 1e-4 * theirs.norm()
+        for actual, expected in zip(gradients, plain, strict=True):
+            assert (actual - expected).norm() <= 1e-4 * expected.norm()
 
 
 class Precisions(Callback):
-    """Keeps whether the transformer ran under autocast, sampling and training."""
+    """Records for each forward pass whether the transformer ran under autocast."""
 
     def __init__(self) -> None:
         self.autocast: list[bool] = []
@@ -269,50 +158,50 @@ class Precisions(Callback):
 
 @pytest.mark.parametrize("balancer", [WeightedSum, MARBLE])
 def test_mixed_precision_is_near_full_precision(checkpoints, tmp_path, balancer):
-    """Pictures are sampled as they are trained on, and a refresh and a cheap step come out alike."""
-    seen = Precisions()
-    mixed = run(checkpoints, tmp_path, balancer(), rounds=2, callbacks=[seen], precision="bf16-mixed")[1].gradients
-    assert len(seen.autocast) > 8 and all(seen.autocast)
-    for ours, theirs in zip(mixed, run(checkpoints, tmp_path, balancer(), rounds=2)[1].gradients, strict=True):
-        assert torch.nn.functional.cosine_similarity(ours, theirs, dim=0) > 0.9
+    """Sampling and training both run under autocast; gradients of a refresh and of the next step are similar."""
+    precisions = Precisions()
+    mixed = run(checkpoints, tmp_path, balancer(), rounds=2, callbacks=[precisions], precision="bf16-mixed")[1].gradients
+    assert len(precisions.autocast) > 8 and all(precisions.autocast)
+    for actual, expected in zip(mixed, run(checkpoints, tmp_path, balancer(), rounds=2)[1].gradients, strict=True):
+        assert torch.nn.functional.cosine_similarity(actual, expected, dim=0) > 0.9
 
 
 @pytest.mark.parametrize("balancer", [WeightedSum, MARBLE])
-def test_the_usual_loss_scale_fits_half_precision(checkpoints, tmp_path, balancer):
+def test_the_default_loss_scale_fits_half_precision(checkpoints, tmp_path, balancer):
     scaler = torch.amp.GradScaler("cpu")
-    usual = scaler.get_scale()
+    default = scaler.get_scale()
     run(checkpoints, tmp_path, balancer(), rounds=2, plugins=[MixedPrecision("16-mixed", "cpu", scaler=scaler)])
-    assert scaler.get_scale() == usual
+    assert scaler.get_scale() == default
 
 
 @pytest.mark.parametrize("balancer", [WeightedSum, MARBLE])
-def test_a_loss_scale_that_is_too_large_shrinks_until_training_goes_on(checkpoints, tmp_path, balancer):
+def test_a_too_large_loss_scale_shrinks_until_training_continues(checkpoints, tmp_path, balancer):
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**60, backoff_factor=2.0**-24)
     half = MixedPrecision("16-mixed", "cpu", scaler=scaler)
     module, _ = run(checkpoints, tmp_path, balancer(), rounds=5, plugins=[half], kl_weight=0.5)
     assert scaler.get_scale() < 2.0**60
     first = SD3Policy(str(checkpoints / "sd3"), resolution=16, rank=2, alpha=4, dtype="float32")
     first.setup(module.seed)
-    moved = (flat(module.trainable) - flat(first.parameters_of("trained"))).norm()
-    assert 0 < moved < torch.inf
+    change = (flat(module.trainable) - flat(first.parameters_of("trained"))).norm()
+    assert 0 < change < torch.inf
 
 
 class Overflowing(DiffusionNFT):
     """One reward's gradient does not fit half precision at a loss scale above 1024."""
 
-    @cached_property
-    def per_reward(self) -> Any:
-        found = RewardGradients(self.gradient_passes, self.policy.transformer, self.trainable)
+    def setup(self, stage: str) -> None:
+        super().setup(stage)
+        per_reward = self.step.per_reward
 
         class Overflows:
-            expect = found.expect
+            set_capture = per_reward.set_capture
 
             def __call__(self, *arguments: Any) -> Tensor:
-                gradients, scaler = found(*arguments), arguments[-1]
+                gradients, scaler = per_reward(*arguments), arguments[-1]
                 gradients[1] *= torch.inf if scaler.get_scale() > 1024 else 1
                 return gradients
 
-        return Overflows()
+        self.step.per_reward = Overflows()
 
 
 def test_a_step_in_which_one_gradient_overflows_is_skipped_and_repeated(checkpoints, tmp_path):
@@ -333,7 +222,7 @@ def test_a_step_in_which_one_gradient_overflows_is_skipped_and_repeated(checkpoi
 
 
 class States(Callback):
-    """Keeps the adapter before the first and after every optimizer step, and what the balancer remembers after it."""
+    """Keeps the adapter before the first and after every optimizer step, and the balancer's state after it."""
 
     def __init__(self) -> None:
         self.adapters: list[Tensor] = []
@@ -367,19 +256,19 @@ class Averages(Callback):
         self.steps.append(tuple(flat(pl_module.policy.parameters_of(name)).clone() for name in ("trained", "ema")))
 
 
-def test_the_average_warms_up_as_the_release_does(checkpoints, tmp_path):
-    after = Averages()
-    module, _ = run(checkpoints, tmp_path, WeightedSum(), rounds=3, ema_warmup=True, callbacks=[after])
+def test_the_average_warms_up_as_in_the_published_code(checkpoints, tmp_path):
+    averages = Averages()
+    module, _ = run(checkpoints, tmp_path, WeightedSum(), rounds=3, ema_warmup=True, callbacks=[averages])
     first = SD3Policy(str(checkpoints / "sd3"), resolution=16, rank=2, alpha=4, dtype="float32")
     first.setup(module.seed)
     average = flat(first.parameters_of("ema"))
-    for step, (trained, found) in enumerate(after.steps, start=1):
+    for step, (trained, actual) in enumerate(averages.steps, start=1):
         decay = min((1 + step) / (10 + step), 0.75)
         average = decay * average + (1 - decay) * trained
-        torch.testing.assert_close(found, average, rtol=1e-5, atol=1e-7)
+        torch.testing.assert_close(actual, average, rtol=1e-5, atol=1e-7)
 
 
-def test_reference_coefficients_are_the_published_ones():
+def test_loss_coefficients_have_the_published_values():
     advantages = torch.tensor([[1.0], [-2.0]])
     plus, minus = coefficients(advantages, torch.tensor([2]), 0.1, 5.0)
     torch.testing.assert_close(plus[:, 0], torch.tensor([0.6, 0.3]) * 50 / 2)

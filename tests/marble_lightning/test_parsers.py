@@ -1,4 +1,4 @@
-"""What a wrong command line is told, and mappings of rewards that follow each other."""
+"""Errors of a wrong command line, and successive mappings of rewards."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from marble_lightning.serve import main as serve
         (serve, [], "error: the following arguments are required: reward", "marble-lightning-serve --help"),
     ],
 )
-def test_the_error_comes_first_and_the_usage_on_request(command, arguments, error, hint, capsys):
+def test_errors_are_printed_without_the_usage(command, arguments, error, hint, capsys):
     with pytest.raises(SystemExit) as end:
         command(arguments)
     assert end.value.code == 2
@@ -42,24 +42,24 @@ def test_the_error_comes_first_and_the_usage_on_request(command, arguments, erro
 
 
 def printed(capsys, *options: str) -> dict:
-    """The model's settings that a command line means."""
+    """The model's settings after parsing a command line."""
     with pytest.raises(SystemExit) as end:
         main(["fit", "-c", "tiny", *options, "--print_config"])
     assert end.value.code == 0
     return yaml.safe_load(capsys.readouterr().out)["model"]
 
 
-def test_null_drops_a_reward(capsys):
-    found = printed(capsys, "--model.rewards.geneval", "null", "--model.metrics.geneval_accuracy", "null")
-    assert [name for name, reward in found["rewards"].items() if reward] == ["pickscore", "hpsv2", "clipscore", "ocr"]
-    assert found["metrics"] == {"geneval_accuracy": None}
+def test_null_removes_a_reward(capsys):
+    model = printed(capsys, "--model.rewards.geneval", "null", "--model.metrics.geneval_accuracy", "null")
+    assert [name for name, reward in model["rewards"].items() if reward] == ["pickscore", "hpsv2", "clipscore", "ocr"]
+    assert model["metrics"] == {"geneval_accuracy": None}
 
 
-def test_a_later_file_of_nulls_drops_these_and_any_other_replaces_all(tmp_path, capsys):
+def test_a_later_mapping_of_nulls_removes_and_any_other_replaces(tmp_path, capsys):
     file = tmp_path / "over.yaml"
     file.write_text("model: {rewards: {geneval: null, ocr: null}, metrics: {}}")
-    found = printed(capsys, "-c", str(file))
-    assert [name for name, reward in found["rewards"].items() if reward] == ["pickscore", "hpsv2", "clipscore"]
-    assert found["metrics"] == {}
+    model = printed(capsys, "-c", str(file))
+    assert [name for name, reward in model["rewards"].items() if reward] == ["pickscore", "hpsv2", "clipscore"]
+    assert model["metrics"] == {}
     file.write_text("model: {rewards: {small: {class_path: rewards.JPEGCompressibility}, ocr: null}}")
     assert list(printed(capsys, "-c", str(file))["rewards"]) == ["small", "ocr"]

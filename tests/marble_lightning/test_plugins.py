@@ -1,4 +1,4 @@
-"""A reward and a balancer of somebody else's, each a short file outside the project, named in YAML."""
+"""A custom reward and a custom balancer, each a short file outside the project, named in YAML."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ from marble_lightning import Averaging
 
 @dataclass(frozen=True)
 class Halfway(Averaging):
-    """The old adapter takes over all of the trained one from a round on, and nothing before."""
+    """From step `since` on the old adapter copies the trained one; before, it does not change."""
 
     since: int = 2
 
@@ -56,23 +56,23 @@ class Halfway(Averaging):
 
 CONFIG = """
 balancer:
-  class_path: their_balancer.InverseNorm
+  class_path: my_balancer.InverseNorm
   init_args: {refresh_every: 2, ema_decay: 0.5}
 model:
   rewards:
     warmth:
-      class_path: their_reward.Warmth
+      class_path: my_reward.Warmth
       init_args: {gain: 2.0}
     brightness:
-      class_path: their_reward.Warmth
+      class_path: my_reward.Warmth
       init_args: {gain: -1.0}
 """
 
 
-def test_they_train_for_two_rounds(small, tmp_path, monkeypatch):
-    (tmp_path / "their_reward.py").write_text(REWARD)
-    (tmp_path / "their_balancer.py").write_text(BALANCER)
-    config = Path(tmp_path / "theirs.yaml")
+def test_custom_reward_and_balancer_train(small, tmp_path, monkeypatch):
+    (tmp_path / "my_reward.py").write_text(REWARD)
+    (tmp_path / "my_balancer.py").write_text(BALANCER)
+    config = Path(tmp_path / "my.yaml")
     config.write_text(CONFIG)
     assert max(len(text.strip().splitlines()) for text in (REWARD, BALANCER)) <= 15
     monkeypatch.syspath_prepend(tmp_path)
@@ -89,24 +89,24 @@ def _without_rewards(options: list[str]) -> list[str]:
     return [part for name, value in pairs if not name.startswith("--model.rewards") for part in (name, value)]
 
 
-def test_the_readmes_command_adds_a_reward_to_the_five(small, tmp_path, monkeypatch, capsys):
-    (tmp_path / "their_reward.py").write_text(REWARD)
-    (tmp_path / "their_balancer.py").write_text(BALANCER)
+def test_the_command_line_adds_a_custom_reward(small, tmp_path, monkeypatch, capsys):
+    (tmp_path / "my_reward.py").write_text(REWARD)
+    (tmp_path / "my_balancer.py").write_text(BALANCER)
     monkeypatch.syspath_prepend(tmp_path)
-    theirs = ["--model.rewards.warmth", "their_reward.Warmth", "--balancer", "their_balancer.InverseNorm"]
+    custom = ["--model.rewards.warmth", "my_reward.Warmth", "--balancer", "my_balancer.InverseNorm"]
     with pytest.raises(SystemExit):
-        main(["fit", *small, *theirs, "--balancer.refresh_every", "5", "--print_config"])
+        main(["fit", *small, *custom, "--balancer.refresh_every", "5", "--print_config"])
     shown = capsys.readouterr().out
-    assert "class_path: their_balancer.InverseNorm" in shown
+    assert "class_path: my_balancer.InverseNorm" in shown
     assert all(f"    {name}:" in shown for name in ("pickscore", "hpsv2", "clipscore", "ocr", "geneval", "warmth"))
 
 
-def test_a_schedule_of_ones_own_moves_the_old_policy(small, tmp_path, monkeypatch):
-    (tmp_path / "their_schedule.py").write_text(SCHEDULE)
+def test_a_custom_schedule_updates_the_old_adapter(small, tmp_path, monkeypatch):
+    (tmp_path / "my_schedule.py").write_text(SCHEDULE)
     monkeypatch.syspath_prepend(tmp_path)
     for since in (2, 3):
-        main(["fit", *small, "--model.averaging", "their_schedule.Halfway", "--model.averaging.since", str(since)])
+        main(["fit", *small, "--model.averaging", "my_schedule.Halfway", "--model.averaging.since", str(since)])
         saved = torch.load(tmp_path / f"tiny/version_{since - 2}/checkpoints/last.ckpt", weights_only=True)["state_dict"]
-        learned = [name for name in saved if ".lora_B.trained" in name]
-        moved = [torch.equal(saved[name.replace(".trained.", ".old.")], saved[name]) for name in learned]
-        assert all(moved) == (since == 2)
+        names = [name for name in saved if ".lora_B.trained" in name]
+        copied = [torch.equal(saved[name.replace(".trained.", ".old.")], saved[name]) for name in names]
+        assert all(copied) == (since == 2)

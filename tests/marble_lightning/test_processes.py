@@ -1,4 +1,4 @@
-"""Two processes learn what one would from the same pictures."""
+"""Two processes train as one process does on the same images."""
 
 from __future__ import annotations
 
@@ -14,23 +14,20 @@ from pathlib import Path
 import pytest
 import torch
 
-from marble_lightning.alarms import measured
+from marble_lightning.callbacks.image_drift import reference_of
 from marble_lightning.cli import QUIET
-from marble_lightning.policy import SD3Policy
-from marble_lightning.results import read
-from tests.marble_lightning import stopped, two_processes
-from tests.marble_lightning.test_resume import differences, last, options, state
-from tests.marble_lightning.two_processes import Replay, method, train
-
-ROOT = Path(__file__).parents[2]
-
+from marble_lightning.evaluation.results import read
+from marble_lightning.policies.sd3 import SD3Policy
+from tests.helpers import ROOT, stopped, two_processes
+from tests.helpers.command_line import differences, last, options, state
+from tests.helpers.two_processes import Replay, method, train
 
 METHODS = ["WeightedSum", "MARBLE"]
 SLOWER = ["PCGrad", "CAGrad"]
 
 
 def on_two_ranks(checkpoints: Path, folder: Path, names: list[str]) -> Path:
-    """Train with these methods; returns the folder of what each rank has kept."""
+    """Train with these methods; returns the folder with the results of each rank."""
     command = [sys.executable, two_processes.__file__, str(checkpoints), str(folder), *names]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     ended = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=200, check=False)
@@ -51,36 +48,41 @@ def trained_slower(checkpoints, tmp_path_factory) -> Path:
 @pytest.mark.filterwarnings(*(f"ignore:{known}" for known in QUIET))
 @pytest.mark.parametrize("name", [*METHODS, *(pytest.param(name, marks=pytest.mark.slow) for name in SLOWER)])
 def test_two_ranks_equal_one_process(checkpoints, tmp_path, request, name):
-    """After five optimizer steps on the same pictures, across refreshes, reuse, clamps and missing rewards."""
+    """After five optimizer steps on the same images, across refreshes, reuse, clamps and missing rewards."""
     folder = request.getfixturevalue("trained" if name in METHODS else "trained_slower")
     ranks = [torch.load(folder / f"{name}_{rank}.pt", weights_only=False) for rank in range(2)]
 
     module, *_ = train(Replay, checkpoints, method(name), [rank["rounds"] for rank in ranks], default_root_dir=tmp_path)
     fresh = SD3Policy(str(checkpoints / "sd3"), resolution=16, rank=2, alpha=4, text_length=4, dtype="float32")
     fresh.setup(seed=0)
-    start, one = flat(fresh.parameters_of("trained")), flat(module.trainable)
+    start, single = flat(fresh.parameters_of("trained")), flat(module.trainable)
     first, second = (flat(rank["parameters"]) for rank in ranks)
     assert torch.equal(first, second)
-    moved = (one - start).norm()
-    assert moved > 1e-3 * start.norm(), "too little was learned for a difference to show"
-    assert (one - first).norm() <= 1e-5 * moved  # of the movement, which is less than of the parameters
-    looks = [rank["looks"][0] for rank in ranks]
-    assert not torch.equal(*looks)
-    assert ranks[0]["reference"] == ranks[1]["reference"] == measured(torch.cat(looks))
+    change = (single - start).norm()
+    assert change > 1e-3 * start.norm(), "the change is too small for the comparison"
+    assert (single - first).norm() <= 1e-5 * change  # relative to the change, which is smaller than the parameters
+    statistics = [rank["statistics"][0] for rank in ranks]
+    assert not torch.equal(*statistics)
+    assert ranks[0]["reference"] == ranks[1]["reference"] == reference_of(torch.cat(statistics))
 
 
 def flat(parameters):
-    """As one vector."""
+    """Concatenate parameters to one vector."""
     return torch.cat([parameter.detach().flatten() for parameter in parameters])
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("balancer", ["MARBLE", "WeightedSum"])
 def test_two_processes_train_from_the_command_line(small, tmp_path, balancer):
-    """DistributedDataParallel over gloo: the run ends with a table, and its adapters have moved."""
+    """DistributedDataParallel over gloo: the run ends with a table, and its adapters have changed."""
     options = ["--trainer.devices", "2", "--trainer.strategy", "ddp", "--balancer", balancer]
     options += ["--model.micro_batch_size", "6", "--harmony.probe_every", "1"]
-    options += ["--data.held_out_per_source", "1", "--data.held_out_batch_size", "1"]  # two batches here, one there
+    options += [
+        "--data.held_out_per_source",
+        "1",
+        "--data.held_out_batch_size",
+        "1",
+    ]  # two batches on one rank, one on the other
     command = [sys.executable, "-m", "marble_lightning", "fit", *small, *options]
     ended = subprocess.run(
         command,
@@ -93,17 +95,17 @@ def test_two_processes_train_from_the_command_line(small, tmp_path, balancer):
     )
     assert ended.returncode == 0, ended.stderr[-3000:]
     assert "This run:" in ended.stdout
-    assert [each["index"] for each in read(tmp_path / "tiny/version_0")["prompts"]] == [0, 1, 2]
+    assert [prompt["index"] for prompt in read(tmp_path / "tiny/version_0")["prompts"]] == [0, 1, 2]
     saved = torch.load(tmp_path / "tiny/version_0/checkpoints/last.ckpt", weights_only=True)["state_dict"]
     assert max(tensor.abs().max() for name, tensor in saved.items() if ".lora_B.trained" in name) > 0
 
 
 def ranks(
-    arguments: list[str], said: Path, slurm: dict[str, str] | None = None, moments: list[str] | None = None
+    arguments: list[str], output: Path, slurm: dict[str, str] | None = None, moments: list[str] | None = None
 ) -> list[subprocess.Popen[bytes]]:
-    """The command line as two ranks, started from outside as a cluster does; by SLURM with variables of its own.
+    """Start the command line as two ranks like a cluster does; like SLURM if `slurm` has its variables.
 
-    With `moments` each rank's is a child process, stopped then, whose exit status is what the rank says.
+    With `moments` process rank runs in a child process that is stopped then, and prints the exit status of the child.
     """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -113,15 +115,16 @@ def ranks(
         environment = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "LOCAL_RANK": str(rank)}
         environment |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
         if slurm:
-            places = {"PROCID": str(rank), "LOCALID": str(rank), "NODEID": "0", "NTASKS": "2", "NTASKS_PER_NODE": "2"} | {
+            variables = {"PROCID": str(rank), "LOCALID": str(rank), "NODEID": "0", "NTASKS": "2", "NTASKS_PER_NODE": "2"} | {
                 "JOB_NAME": "fit"
             }
-            environment |= {f"SLURM_{name}": value for name, value in (slurm | places).items()}
-            environment |= {"SAID": str(said), "PATH": f"{Path(__file__).parent / 'slurm'}{os.pathsep}{os.environ['PATH']}"}
-        with said.with_suffix(f".{rank}").open("w") as file:
+            environment |= {f"SLURM_{name}": value for name, value in (slurm | variables).items()}
+            path = f"{ROOT / 'tests/helpers/slurm'}{os.pathsep}{os.environ['PATH']}"
+            environment |= {"OUTPUT_FILE": str(output), "PATH": path}
+        with output.with_suffix(f".{rank}").open("w") as file:
             command = [sys.executable, "-m", "marble_lightning", "fit", *arguments]
             if moments:
-                child = [moments[rank], ["fit", *arguments], str(said.with_suffix(f".child_{rank}"))]
+                child = [moments[rank], ["fit", *arguments], str(output.with_suffix(f".child_{rank}"))]
                 command = [sys.executable, stopped.__file__, json.dumps([child])]
             started.append(subprocess.Popen(command, cwd=ROOT, env=os.environ | environment, stdout=file, stderr=file))
     return started
@@ -129,44 +132,48 @@ def ranks(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("end", [signal.SIGKILL, signal.SIGTERM, signal.SIGUSR1])
-def test_two_ranks_that_were_ended_go_on_bit_for_bit(checkpoints, tmp_path, end):
-    """At whatever moment after the first round."""
-    folders, said = [tmp_path / "whole", tmp_path / "ended"], tmp_path / "said"
+def test_two_stopped_ranks_resume_bit_for_bit(checkpoints, tmp_path, end):
+    """The signal arrives at any moment after the first round."""
+    folders, output = [tmp_path / "complete", tmp_path / "ended"], tmp_path / "output"
     more = {"trainer.devices": 2, "trainer.strategy": "ddp", "trainer.max_epochs": 6, "trainer.check_val_every_n_epoch": 6}
-    whole, ended = (options(checkpoints, each, **more) for each in folders)
-    assert [each.wait(100) for each in ranks(whole, said)] == [0, 0], said.with_suffix(".0").read_text()[-3000:]
+    complete, ended = (options(checkpoints, folder, **more) for folder in folders)
+    assert [process.wait(100) for process in ranks(complete, output)] == [0, 0], output.with_suffix(".0").read_text()[-3000:]
 
     job = {"JOB_ID": "7"} if end == signal.SIGUSR1 else {}
-    started = ranks(ended, said, job)
+    started = ranks(ended, output, job)
     try:
         while not last(folders[1]).exists():
-            assert all(each.poll() is None for each in started), said.with_suffix(".0").read_text()[-3000:]
+            assert all(process.poll() is None for process in started), output.with_suffix(".0").read_text()[-3000:]
             time.sleep(0.05)
-        for each in started[: 1 if end == signal.SIGTERM else 2]:  # where one ends in good order, all do
-            each.send_signal(end)
-        statuses = [each.wait(60) for each in started]
+        for process in started[: 1 if end == signal.SIGTERM else 2]:  # after SIGTERM to one rank, all stop
+            process.send_signal(end)
+        statuses = [process.wait(60) for process in started]
     finally:
-        for each in started:
-            each.kill()
-    # in good order: the first one, which leaves the checkpoint, says that it was ended
-    assert statuses == ([-9, -9] if end == signal.SIGKILL else [128 + end, 0]), said.with_suffix(".0").read_text()[-3000:]
-    assert state(last(folders[1]))["epoch"] < 5, "too late to show anything"
+        for process in started:
+            process.kill()
+    # a clean stop: only the first rank, which writes the checkpoint, returns the status of the signal
+    assert statuses == ([-9, -9] if end == signal.SIGKILL else [128 + end, 0]), output.with_suffix(".0").read_text()[-3000:]
+    assert state(last(folders[1]))["epoch"] < 5, "the signal came too late"
     if job:
-        assert said.read_text() == "scontrol requeue 7\n"
-    again = ranks(ended if job else [*ended, "--ckpt_path", "last"], said, job and job | {"RESTART_COUNT": "1"})
-    assert [each.wait(100) for each in again] == [0, 0], said.with_suffix(".0").read_text()[-3000:]
+        assert output.read_text() == "scontrol requeue 7\n"
+    again = ranks(ended if job else [*ended, "--ckpt_path", "last"], output, job and job | {"RESTART_COUNT": "1"})
+    assert [process.wait(100) for process in again] == [0, 0], output.with_suffix(".0").read_text()[-3000:]
     assert differences(state(last(folders[0])), state(last(folders[1], 1))) == []
 
 
 @pytest.mark.slow
-def test_a_signal_to_one_of_two_ranks_that_judge_ends_both(checkpoints, tmp_path):
-    """One has a batch of held-out prompts more than the other."""
+def test_a_signal_to_one_of_two_evaluating_ranks_ends_both(checkpoints, tmp_path):
+    """One rank has one more batch of held-out prompts than the other."""
     more = {"trainer.devices": 2, "trainer.strategy": "ddp", "trainer.max_epochs": 2, "trainer.check_val_every_n_epoch": 2}
     more |= {"data.held_out_per_source": 3, "data.held_out_batch_size": 2}
-    said = tmp_path / "said"
+    output = tmp_path / "output"
     moments = ["never", "SIGTERM in validation"]
-    assert [each.wait(100) for each in ranks(options(checkpoints, tmp_path, **more), said, moments=moments)] == [0, 0]
-    assert [said.with_suffix(f".{rank}").read_text().splitlines()[-1] for rank in range(2)] == ["[143]", "[0]"]
+    assert [process.wait(100) for process in ranks(options(checkpoints, tmp_path, **more), output, moments=moments)] == [
+        0,
+        0,
+    ]
+    assert [output.with_suffix(f".{rank}").read_text().splitlines()[-1] for rank in range(2)] == ["[143]", "[0]"]
     assert (
-        state(last(tmp_path))["epoch"] == 0 and "Stopped after 1 whole round(s)" in said.with_suffix(".child_0").read_text()
+        state(last(tmp_path))["epoch"] == 0
+        and "Stopped after 1 complete round(s)" in output.with_suffix(".child_0").read_text()
     )

@@ -1,4 +1,4 @@
-"""Every run has a folder of its own, whichever logger it has."""
+"""Every run has its own folder, with any logger."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.loggers.logger import Logger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from marble_lightning.checkpoints import last_of
+from marble_lightning.checkpoints.files import last_of
 from marble_lightning.cli import QUIET, main
+from marble_lightning.evaluation.results import read
 from marble_lightning.module import DiffusionNFT
-from marble_lightning.results import read
 from marble_lightning.run_folder import RunFolder, folder_of_runs, run_folder
-from tests.marble_lightning.test_resume import options
+from tests.helpers.command_line import options
 
 pytestmark = [pytest.mark.filterwarnings(f"ignore:{known}") for known in QUIET]
 
@@ -27,13 +27,13 @@ ONE = {"trainer.max_epochs": 1, "trainer.check_val_every_n_epoch": 1}
 
 
 class Online(Logger):
-    """Has no folder for a version, as W&B and MLflow do not."""
+    """A logger without version folders, like those of W&B and MLflow."""
 
-    made: ClassVar[list[Online]] = []
+    instances: ClassVar[list[Online]] = []
 
     def __init__(self, save_dir: str | None = ".") -> None:
         super().__init__()
-        Online.made.append(self)
+        Online.instances.append(self)
         self.folder = save_dir
         self.metrics: dict[str, float] = {}
         self.images: dict[str, Any] = {}
@@ -53,16 +53,16 @@ class Online(Logger):
 
 
 def run(folder: Path, logger: Any) -> tuple[Path, list[str]]:
-    """The folder of a new run, and those of its ModelCheckpoints."""
-    own, best = RunFolder("a: 1\n"), ModelCheckpoint(folder / "best")
-    kept = ModelCheckpoint(monitor="loss")
+    """The folder of a new run, and the folders of its ModelCheckpoints."""
+    callback, best = RunFolder("a: 1\n"), ModelCheckpoint(folder / "best")
+    default = ModelCheckpoint(monitor="loss")
     trainer = Trainer(
-        logger=logger, callbacks=[own, best, kept], default_root_dir=folder, accelerator="cpu",
+        logger=logger, callbacks=[callback, best, default], default_root_dir=folder, accelerator="cpu",
         enable_progress_bar=False, enable_model_summary=False,
     )  # fmt: skip
-    own.setup(trainer, DiffusionNFT.__new__(DiffusionNFT), "fit")
-    assert run_folder(trainer) == own.folder
-    return own.folder, [str(best.dirpath), str(kept.dirpath)]
+    callback.setup(trainer, DiffusionNFT.__new__(DiffusionNFT), "fit")
+    assert run_folder(trainer) == callback.folder
+    return callback.folder, [str(best.dirpath), str(default.dirpath)]
 
 
 @pytest.mark.parametrize(
@@ -76,7 +76,7 @@ def run(folder: Path, logger: Any) -> tuple[Path, list[str]]:
         (lambda folder: TensorBoardLogger(folder, "", "mine", sub_dir="x"), ["mine", "mine_1", "mine_2"]),
     ],
 )
-def test_no_run_takes_anothers_folder(tmp_path, logger, names):
+def test_every_run_gets_a_new_folder(tmp_path, logger, names):
     for name in names:
         folder, checkpoints = run(tmp_path, logger(tmp_path))
         assert folder == tmp_path / name
@@ -85,13 +85,13 @@ def test_no_run_takes_anothers_folder(tmp_path, logger, names):
         assert stat.S_IMODE((folder / "config.yaml").stat().st_mode) == 0o600
 
 
-@pytest.mark.parametrize("there", ["results.json", "checkpoints"])
-def test_folders_of_runs_without_a_configuration_are_left_alone(tmp_path, there):
-    (tmp_path / "mine" / there).mkdir(parents=True)
+@pytest.mark.parametrize("content", ["results.json", "checkpoints"])
+def test_folders_of_runs_without_a_configuration_are_not_used(tmp_path, content):
+    (tmp_path / "mine" / content).mkdir(parents=True)
     assert run(tmp_path, TensorBoardLogger(tmp_path, "", "mine"))[0] == tmp_path / "mine_1"
 
 
-def test_last_is_found_where_earlier_runs_without_a_logger_kept_it(tmp_path):
+def test_last_is_found_in_folders_of_earlier_runs_without_a_logger(tmp_path):
     trainer = Trainer(logger=False, default_root_dir=tmp_path, accelerator="cpu")
     (tmp_path / "checkpoints").mkdir()
     (tmp_path / "checkpoints/last.ckpt").touch()
@@ -106,28 +106,28 @@ SEVERAL = [
 
 
 @pytest.mark.parametrize("loggers", [False, SEVERAL], ids=["none", "several"])
-def test_a_run_is_resumed_and_evaluated_whatever_logs_it(checkpoints, tmp_path, monkeypatch, capsys, loggers):
+def test_a_run_is_resumed_and_evaluated_with_any_logger(checkpoints, tmp_path, monkeypatch, capsys, loggers):
     monkeypatch.chdir(tmp_path)
     for logger in loggers or []:
         logger.setdefault("init_args", {})["save_dir"] = str(tmp_path)
-    Online.made.clear()
-    own = options(checkpoints, tmp_path, **ONE | {"trainer.logger": json.dumps(loggers)})
-    main(["fit", *own])
+    Online.instances.clear()
+    run_options = options(checkpoints, tmp_path, **ONE | {"trainer.logger": json.dumps(loggers)})
+    main(["fit", *run_options])
     first = capsys.readouterr().out
-    main(["fit", *own, "--trainer.max_epochs", "2", "--ckpt_path", "last"])
-    main(["validate", *own, "--ckpt_path", "last"])
-    places = [f"csv/version_{index}" if loggers == SEVERAL else f"version_{index}" for index in range(3)]
-    found = [read(tmp_path / place)["judged"] for place in places]
-    assert [(each["command"], each["optimizer_step"]) for each in found] == [("fit", 2), ("fit", 4), ("validate", 4)]
-    assert found[2]["checkpoint"] == str((tmp_path / places[1] / "checkpoints/last.ckpt").resolve())
-    assert all(list((tmp_path / place).glob("held_out*.png")) for place in places)
-    assert f"-c {tmp_path / places[0]}/config.yaml --ckpt_path {tmp_path / places[0]}/checkpoints/last.ckpt" in first
+    main(["fit", *run_options, "--trainer.max_epochs", "2", "--ckpt_path", "last"])
+    main(["validate", *run_options, "--ckpt_path", "last"])
+    names = [f"csv/version_{index}" if loggers == SEVERAL else f"version_{index}" for index in range(3)]
+    evaluated = [read(tmp_path / name)["judged"] for name in names]
+    assert [(facts["command"], facts["optimizer_step"]) for facts in evaluated] == [("fit", 2), ("fit", 4), ("validate", 4)]
+    assert evaluated[2]["checkpoint"] == str((tmp_path / names[1] / "checkpoints/last.ckpt").resolve())
+    assert all(list((tmp_path / name).glob("held_out*.png")) for name in names)
+    assert f"-c {tmp_path / names[0]}/config.yaml --ckpt_path {tmp_path / names[0]}/checkpoints/last.ckpt" in first
 
-    for online in Online.made[:2]:
+    for online in Online.instances[:2]:
         assert {"held_out", "cosines"} == set(online.images) and "held_out/jpeg" in online.metrics
     assert ("tensorboard --logdir" in first) == (loggers == SEVERAL)
     if loggers == SEVERAL:
         assert f"tensorboard --logdir {tmp_path}/board\n" in first
-        shown = EventAccumulator(str(tmp_path / "board/mine"), size_guidance={"images": 0}).Reload()
-        assert set(shown.Tags()["images"]) == {"held_out", "cosines"}
-        assert len(shown.Scalars("held_out/jpeg")) >= 2  # the base and the first round
+        events = EventAccumulator(str(tmp_path / "board/mine"), size_guidance={"images": 0}).Reload()
+        assert set(events.Tags()["images"]) == {"held_out", "cosines"}
+        assert len(events.Scalars("held_out/jpeg")) >= 2  # the base and the first round

@@ -1,10 +1,13 @@
-"""Settings written down in Python are checked as those of the command line are."""
+"""Settings made in Python are checked like those of the command line."""
 
 from __future__ import annotations
 
 import pytest
 
-from marble_lightning.settings import Averaging, Evaluation, Objective, Sampling
+from marble_lightning.evaluation.settings import Evaluation
+from marble_lightning.nft.loss import Objective
+from marble_lightning.nft.sampling import Sampling
+from marble_lightning.policies.averaging import Averaging
 
 
 @pytest.mark.parametrize(
@@ -20,12 +23,12 @@ from marble_lightning.settings import Averaging, Evaluation, Objective, Sampling
         ),
     ],
 )
-def test_a_choice_that_there_is_not(group, options, message):
+def test_unknown_choices_are_refused(group, options, message):
     with pytest.raises(ValueError, match=message):
         group(**options)
 
 
-def test_the_average_is_quick_at_first():
+def test_the_warm_up_of_the_average():
     """The release's decay min((1 + s) / (10 + s), 0.9) after optimizer step s, counted from 1."""
     assert [Averaging().averaged_decay(step) for step in (1, 100)] == [0.9, 0.9]
     warm = Averaging(ema_warmup=True)

@@ -1,14 +1,13 @@
-"""Every notebook runs from top to bottom, on a random model and few rounds."""
+"""The notebooks run from top to bottom, with a random model and few rounds."""
 
 from __future__ import annotations
-
-from pathlib import Path
 
 import nbformat
 import pytest
 from nbclient import NotebookClient
 
-ROOT = Path(__file__).parents[2]
+from tests.helpers import ROOT
+
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 
 
@@ -21,7 +20,7 @@ def test_outputs_are_stripped(file):
 def test_compare_balancers(small, tmp_path):
     notebook = nbformat.read(ROOT / "notebooks/compare_balancers.ipynb", as_version=4)
     (parameters,) = [cell for cell in notebook.cells if "parameters" in cell.metadata.get("tags", [])]
-    options = [*small[2:], "--harmony.probe_every", "1"]  # without `-c ...tiny.yaml`, which the notebook names itself
+    options = [*small[2:], "--harmony.probe_every", "1"]  # without `-c ...tiny.yaml`, which the notebook adds itself
     folder = options.index("--trainer.logger.save_dir")
     del options[folder : folder + 2]
     parameters.source = "\n".join(
@@ -33,12 +32,12 @@ def test_compare_balancers(small, tmp_path):
             f"OPTIONS = {options!r}",
         ]
     )
-    done = NotebookClient(notebook, timeout=280, resources={"metadata": {"path": str(ROOT / "notebooks")}}).execute()
-    shown = [output for cell in done.cells if cell.cell_type == "code" for output in cell.outputs]
-    data = [output.data for output in shown if "data" in output]
-    assert sum("image/png" in each for each in data) >= 5  # three figures, a sheet of pictures per method
-    table = next(each["text/markdown"] for each in data if "| weighted_sum |" in each.get("text/markdown", ""))
+    executed = NotebookClient(notebook, timeout=280, resources={"metadata": {"path": str(ROOT / "notebooks")}}).execute()
+    outputs = [output for cell in executed.cells if cell.cell_type == "code" for output in cell.outputs]
+    data = [output.data for output in outputs if "data" in output]
+    assert sum("image/png" in item for item in data) >= 5  # three figures, and a grid of images per method
+    table = next(item["text/markdown"] for item in data if "| weighted_sum |" in item.get("text/markdown", ""))
     assert "| base |" in table and "| marble |" in table
-    assert any("- marble: MARBLE, refresh_every 10, ema_decay 0.7" in each.get("text/markdown", "") for each in data)
-    printed = "".join(output.text for output in shown if output.get("name") == "stdout")
+    assert any("- marble: MARBLE, refresh_every 10, ema_decay 0.7" in item.get("text/markdown", "") for item in data)
+    printed = "".join(output.text for output in outputs if output.get("name") == "stdout")
     assert "probe/reused/fresh" in printed

@@ -1,4 +1,4 @@
-"""Small checkpoints in the real formats, and pictures with text. Helpers are fixtures, so no test imports this file."""
+"""Small checkpoints in published formats, and images with text. Helpers are fixtures, so no test imports this file."""
 
 import json
 from collections.abc import Callable, Iterator
@@ -11,15 +11,16 @@ from PIL import Image, ImageDraw, ImageFont
 from safetensors.torch import save_file
 
 from rewards import Detection, Detector, Prompt
-from tests.rewards.blip_reference import write_image_reward
-from tests.rewards.scripted_server import ScriptedServer, chat, remote_reward
+from tests.helpers import ROOT
+from tests.helpers.blip_reference import write_image_reward
+from tests.helpers.scripted_server import ScriptedServer, chat, remote_reward
 
 IMAGE_SIZE = 32
 POSITIONS = 12
 
 
 def write_clip(folder: Path, *, seed: int = 0, image_size: int = IMAGE_SIZE, positions: int = POSITIONS) -> Path:
-    """A CLIPModel folder as published ones: config, safetensors, vocab.json, merges.txt, preprocessor_config.json."""
+    """Write a CLIPModel folder as published: config, safetensors, vocab.json, merges.txt, preprocessor_config.json."""
     from transformers import CLIPConfig, CLIPModel
 
     folder.mkdir(parents=True, exist_ok=True)
@@ -62,7 +63,7 @@ def write_clip(folder: Path, *, seed: int = 0, image_size: int = IMAGE_SIZE, pos
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model = CLIPModel(config)
-        # Fresh weights are so small that all embeddings look alike; larger ones make scores differ.
+        # Initial weights are so small that all embeddings are similar; larger ones make scores differ.
         for parameter in model.parameters():
             if parameter.ndim > 1:
                 parameter.data.mul_(6)
@@ -72,7 +73,7 @@ def write_clip(folder: Path, *, seed: int = 0, image_size: int = IMAGE_SIZE, pos
 
 
 def write_head(folder: Path, *, width: int, seed: int) -> None:
-    """An aesthetic head in the published format, numbered as with its dropout layers."""
+    """Write an aesthetic head in the published format, with indices that count dropout layers."""
     generator, sizes = torch.Generator().manual_seed(seed), (width, 1024, 128, 64, 16, 1)
     head = {}
     for number, inputs, outputs in zip((0, 2, 4, 6, 7), sizes, sizes[1:], strict=False):
@@ -113,35 +114,35 @@ def chat_url() -> Iterator[str]:
 
 @pytest.fixture(scope="session")
 def published_metadata() -> list[dict]:
-    """GenEval's prompts of the published runs, which are no part of this project."""
-    file = Path(__file__).parents[3] / "shared/prompts/geneval/test_metadata.jsonl"
+    """GenEval's prompts of the published runs, which are not part of this project."""
+    file = ROOT.parent / "shared/prompts/geneval/test_metadata.jsonl"
     if not file.exists():
-        pytest.skip(f"there is no {file}")
+        pytest.skip(f"{file} does not exist")
     return [json.loads(line) for line in file.read_text().splitlines()]
 
 
 def render(text: str, size: int = 256, font_size: int = 60) -> torch.Tensor:
-    """A white square with black text in its middle, (3, size, size) in [0, 1]."""
+    """Render a white square with black text in its centre, (3, size, size) in [0, 1]."""
     image = Image.new("RGB", (size, size), "white")
     font = ImageFont.load_default(font_size)
     ImageDraw.Draw(image).text((size / 2, size / 2), text, fill="black", font=font, anchor="mm")
     return torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 255
 
 
-@pytest.fixture(scope="session")
-def picture() -> Callable[..., torch.Tensor]:
+@pytest.fixture(scope="session", name="render")
+def _render() -> Callable[..., torch.Tensor]:
     return render
 
 
 class BrightBlobs(Detector):
-    """A real, if simple, detector: one cat in each half of the picture that is bright, coloured by its channel."""
+    """A simple detector: one cat per half of the image, scored by brightness and coloured by the brightest channel."""
 
     def detect(self, images: torch.Tensor) -> list[list[Detection]]:
         width = images.shape[-1]
-        found: list[list[Detection]] = []
+        detections: list[list[Detection]] = []
         for image in images:
             halves = {0: image[..., : width // 2], width // 2: image[..., width // 2 :]}
-            found.append(
+            detections.append(
                 [
                     Detection(
                         "cat",
@@ -152,7 +153,7 @@ class BrightBlobs(Detector):
                     for x, half in halves.items()
                 ]
             )
-        return found
+        return detections
 
 
 @pytest.fixture(scope="session", name="BrightBlobs")
@@ -162,7 +163,7 @@ def _bright_blobs() -> type[Detector]:
 
 @pytest.fixture
 def prompts() -> list[Prompt]:
-    """Prompts of three sources; each of the five rewards applies to some of them."""
+    """Prompts of three sources; every reward applies to some of them."""
     one_cat = {"tag": "colors", "include": [{"class": "cat", "count": 1, "color": "red"}]}
     return [
         Prompt("a cat", "plain"),
@@ -176,7 +177,7 @@ def prompts() -> list[Prompt]:
 
 @pytest.fixture
 def images() -> torch.Tensor:
-    """Six different pictures, 48 pixels square, some with text."""
+    """Six different images, 48 pixels square, some with text."""
     generator = torch.Generator().manual_seed(1)
     noise = torch.rand(4, 3, 48, 48, generator=generator)
     return torch.stack([noise[0], render("CAT", 48, 18), noise[1], noise[2], render("dig", 48, 18), noise[3]])

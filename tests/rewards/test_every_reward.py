@@ -1,4 +1,4 @@
-"""What holds for every reward, shown on each with a small checkpoint in the real format."""
+"""Properties of all rewards, tested on each reward with a small checkpoint in the published format."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -65,10 +65,10 @@ def test_scores_have_shape_type_and_range(reward: Reward, images: torch.Tensor, 
     assert scores.shape == (6,)
     assert scores.dtype == torch.float32
     assert not scores.requires_grad
-    applicable = torch.tensor([reward.judges(prompt) for prompt in prompts])
+    applicable = torch.tensor([reward.supports(prompt) for prompt in prompts])
     assert applicable.any()
     assert torch.equal(scores.isnan(), ~applicable)
-    assert len(scores[applicable].unique()) > 1  # a constant would pass most of the other tests
+    assert len(scores[applicable].unique()) > 1  # a constant score would pass most other tests
     lowest, highest = RANGES.get(type(reward).__name__, (-2, 2))
     assert lowest <= scores[applicable].min() and scores[applicable].max() <= highest
 
@@ -76,21 +76,21 @@ def test_scores_have_shape_type_and_range(reward: Reward, images: torch.Tensor, 
 def test_only_applicable_samples_reach_score(
     reward: Reward, images: torch.Tensor, prompts: list[Prompt], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    seen: list[Prompt] = []
+    scored_prompts: list[Prompt] = []
     score = reward.score
 
     def spy(*, images: torch.Tensor, prompts: list[Prompt]) -> torch.Tensor:
-        seen.extend(prompts)
+        scored_prompts.extend(prompts)
         return score(images=images, prompts=prompts)
 
     monkeypatch.setattr(reward, "score", spy)
     reward(images=images, prompts=prompts)
-    assert seen == [prompt for prompt in prompts if reward.judges(prompt)]
+    assert scored_prompts == [prompt for prompt in prompts if reward.supports(prompt)]
 
 
-def test_which_rewards_apply_where(reward: Reward, prompts: list[Prompt]) -> None:
+def test_which_prompts_a_reward_supports(reward: Reward, prompts: list[Prompt]) -> None:
     expected = {"OCR": [0, 1, 0, 0, 1, 0], "GenEval": [0, 0, 1, 0, 0, 1]}.get(type(reward).__name__, [1] * 6)
-    assert [int(reward.judges(prompt)) for prompt in prompts] == expected
+    assert [int(reward.supports(prompt)) for prompt in prompts] == expected
 
 
 @pytest.mark.parametrize("batch_size", [1, 4])
@@ -125,7 +125,7 @@ def test_setup_is_idempotent_and_frozen(reward: Reward) -> None:
     before = list(reward.modules())
     reward.setup()
     assert [id(module) for module in reward.modules()] == [id(module) for module in before]
-    reward.train()  # what a trainer does to its children
+    reward.train()  # a trainer calls this on its children
     assert not any(module.training for module in reward.modules())
     assert not any(parameter.requires_grad for parameter in reward.parameters())
 
@@ -137,11 +137,11 @@ def test_no_gradient_flows(reward: Reward, images: torch.Tensor, prompts: list[P
 def test_autocast_does_not_change_scores(reward: Reward, images: torch.Tensor, prompts: list[Prompt]) -> None:
     expected = reward(images=images, prompts=prompts)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        found = reward(images=images, prompts=prompts)
-    assert torch.equal(found.nan_to_num(-9), expected.nan_to_num(-9))
+        actual = reward(images=images, prompts=prompts)
+    assert torch.equal(actual.nan_to_num(-9), expected.nan_to_num(-9))
 
 
-def test_half_precision_images_are_taken(reward: Reward, images: torch.Tensor, prompts: list[Prompt]) -> None:
+def test_half_precision_images_are_accepted(reward: Reward, images: torch.Tensor, prompts: list[Prompt]) -> None:
     scores = reward(images=images.bfloat16(), prompts=prompts)
     assert scores.dtype == torch.float32
     torch.testing.assert_close(scores, reward(images=images, prompts=prompts), equal_nan=True, rtol=0, atol=0.1)
@@ -150,9 +150,9 @@ def test_half_precision_images_are_taken(reward: Reward, images: torch.Tensor, p
 @pytest.mark.gpu
 def test_scores_are_the_same_on_a_gpu(reward: Reward, images: torch.Tensor, prompts: list[Prompt]) -> None:
     expected = reward(images=images, prompts=prompts)
-    found = reward.to("cuda")(images=images.cuda(), prompts=prompts)
-    assert found.device.type == "cuda"
-    torch.testing.assert_close(found.cpu(), expected, equal_nan=True, rtol=0, atol=1e-3)
+    actual = reward.to("cuda")(images=images.cuda(), prompts=prompts)
+    assert actual.device.type == "cuda"
+    torch.testing.assert_close(actual.cpu(), expected, equal_nan=True, rtol=0, atol=1e-3)
 
 
 def test_empty_batch(reward: Reward) -> None:
@@ -168,7 +168,7 @@ def test_batch_size_is_checked(build: Build, batch_size: int) -> None:
 def test_weights_load_in_setup_only(build: Build, images: torch.Tensor, prompts: list[Prompt]) -> None:
     reward = build()
     assert not list(reward.parameters())
-    if isinstance(reward, GenEval | JPEGCompressibility):  # there are none
+    if isinstance(reward, GenEval | JPEGCompressibility):  # rewards without weights
         return
     with pytest.raises(RuntimeError, match=r"Call `setup\(\)`"):
         reward(images=images, prompts=prompts)
@@ -194,11 +194,11 @@ def test_bad_images_are_rejected(reward: Reward, images: torch.Tensor, prompts: 
         reward(images=change(images), prompts=prompts)
 
 
-def test_rounding_outside_the_range_is_forgiven(reward: Reward, images: torch.Tensor, prompts: list[Prompt]) -> None:
+def test_rounding_outside_the_range_is_tolerated(reward: Reward, images: torch.Tensor, prompts: list[Prompt]) -> None:
     slightly_off = torch.where(images == 1, 1.0009, torch.where(images < 0.001, -0.0009, images))
     expected = reward(images=slightly_off.clamp(0, 1), prompts=prompts)
-    found = reward(images=slightly_off, prompts=prompts)
-    assert torch.equal(found.nan_to_num(-9), expected.nan_to_num(-9))
+    actual = reward(images=slightly_off, prompts=prompts)
+    assert torch.equal(actual.nan_to_num(-9), expected.nan_to_num(-9))
 
 
 def test_texts_must_be_prompts(reward: Reward, images: torch.Tensor) -> None:

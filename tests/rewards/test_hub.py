@@ -1,4 +1,4 @@
-"""What a hub that is offline, failing or closed is reported as, by everything that loads from it."""
+"""Error messages of all loaders when the hub is offline, fails or refuses access."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from typing import Any
 
 import pytest
 
-from marble_lightning.sd3_files import pipeline_index
+from marble_lightning.policies.sd3_checks import pipeline_index
 from rewards import Aesthetic, CLIPScore, ImageReward
+from rewards.geneval.mask2former import _describe
 from rewards.hub import hub_reason
-from rewards.mask2former import _describe
 
 pytestmark = pytest.mark.filterwarnings("ignore:The `local_dir_use_symlinks` argument")
 
 
 @pytest.fixture
 def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Callable[..., None]]:
-    """Sets what a local hub answers to everything: a status and its X-Error-Code; None stops it."""
+    """A function that sets the status and X-Error-Code of all answers of a local hub; None stops the hub."""
     answer: list[Any] = [503, ""]
 
     class Handler(BaseHTTPRequestHandler):
@@ -44,11 +44,11 @@ def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Callable[..
         "huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE", url + "/{repo_id}/resolve/{revision}/{filename}"
     )
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
-    monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", lambda _: None)  # between its tries
+    monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", lambda _: None)  # between attempts
 
     stopped: list[bool] = []
 
-    def say(status: int | None, code: str = "") -> None:
+    def set_answer(status: int | None, code: str = "") -> None:
         if status is None:
             stopped.append(True)
             server.shutdown()
@@ -56,9 +56,9 @@ def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Callable[..
         else:
             answer[:] = [status, code]
 
-    yield say
+    yield set_answer
     if not stopped:
-        say(None)
+        set_answer(None)
 
 
 LOADERS = {
@@ -83,7 +83,9 @@ LOADERS = {
         (None, "", r"http://127.* cannot be reached \(.*refused\)"),
     ],
 )
-def test_the_real_cause(hub: Callable[..., None], loader: str, status: int | None, code: str, reason: str) -> None:
+def test_the_real_cause_is_reported(
+    hub: Callable[..., None], loader: str, status: int | None, code: str, reason: str
+) -> None:
     hub(status, code)
     with pytest.raises((ValueError, FileNotFoundError), match=reason) as error:
         LOADERS[loader]()
@@ -91,14 +93,14 @@ def test_the_real_cause(hub: Callable[..., None], loader: str, status: int | Non
 
 
 @pytest.mark.parametrize("loader", LOADERS)
-def test_offline(hub: Callable[..., None], monkeypatch: pytest.MonkeyPatch, loader: str) -> None:
+def test_offline_mode_is_reported(hub: Callable[..., None], monkeypatch: pytest.MonkeyPatch, loader: str) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises((ValueError, FileNotFoundError), match="HF_HUB_OFFLINE is set.*`hf download owner/name`") as error:
         LOADERS[loader]()
     assert "licence" not in str(error.value)
 
 
-def test_a_folder_is_no_business_of_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_error_in_a_folder_does_not_blame_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     assert (
         hub_reason(OSError("no config.json.\nMore."), str(tmp_path))

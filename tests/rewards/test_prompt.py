@@ -1,4 +1,4 @@
-"""Prompts: shared by all rewards, so that none may change one."""
+"""Prompts are immutable, because all rewards share them."""
 
 import copy
 import json
@@ -39,13 +39,13 @@ CHANGES = {
 
 
 @pytest.mark.parametrize("change", CHANGES)
-def test_metadata_refuses_to_change(prompt: Prompt, change: str) -> None:
+def test_metadata_is_immutable(prompt: Prompt, change: str) -> None:
     with pytest.raises(TypeError, match="`metadata` must stay as it is"):
         CHANGES[change](prompt.metadata)
     assert prompt.metadata == METADATA
 
 
-def test_fields_refuse_to_change_and_the_callers_mapping_is_not_shared() -> None:
+def test_fields_are_immutable_and_the_callers_mapping_is_copied() -> None:
     metadata = copy.deepcopy(METADATA)
     prompt = Prompt("a cat", "geneval", metadata)
     with pytest.raises(FrozenInstanceError):
@@ -54,8 +54,8 @@ def test_fields_refuse_to_change_and_the_callers_mapping_is_not_shared() -> None
     assert prompt.metadata == METADATA
 
 
-def test_metadata_is_otherwise_what_it_was_made_of(prompt: Prompt) -> None:
-    """Derived seeds go by the repr, prompt sets by JSON, workers by pickle."""
+def test_metadata_equals_and_prints_like_the_original(prompt: Prompt) -> None:
+    """Derived seeds use the repr, prompt sets use JSON, worker processes use pickle."""
     assert repr(prompt) == f"Prompt(text='a cat', source='geneval', metadata={METADATA!r})"
     assert json.dumps(prompt.metadata) == json.dumps(METADATA)
     assert isinstance(prompt.metadata, dict) and isinstance(prompt.metadata["include"], list)
@@ -72,7 +72,7 @@ def test_metadata_is_otherwise_what_it_was_made_of(prompt: Prompt) -> None:
         lambda prompt: Prompt(**asdict(prompt)),
     ],
 )
-def test_copies_are_equal_and_refuse_to_change(prompt: Prompt, copied) -> None:
+def test_copies_are_equal_and_immutable(prompt: Prompt, copied) -> None:
     other = copied(prompt)
     assert other == prompt and repr(other) == repr(prompt)
     for change in CHANGES.values():
@@ -80,7 +80,7 @@ def test_copies_are_equal_and_refuse_to_change(prompt: Prompt, copied) -> None:
             change(other.metadata)
 
 
-def test_a_changed_copy_is_easily_had(prompt: Prompt) -> None:
+def test_a_mutable_copy_by_json(prompt: Prompt) -> None:
     other = json.loads(json.dumps(prompt.metadata))
     other["include"][0]["count"] = 2
     assert prompt.metadata == METADATA != other

@@ -1,4 +1,4 @@
-"""What is taken for a secret, and what is not."""
+"""Which names and values are treated as secrets."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def test_names_of_secrets(name: str) -> None:
         {"scale": 1e-4, "names": ["a", "b"], "text": "a: b@c, see http://host/@me"},
     ],
 )
-def test_all_else_stays(tree: dict[str, object]) -> None:
+def test_other_values_are_unchanged(tree: dict[str, object]) -> None:
     assert redacted(tree) == tree
 
 
@@ -38,7 +38,7 @@ def test_a_password_may_be_a_number() -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "shown"),
+    ("text", "expected"),
     [
         ("http://me:pass@host:80/v1", "http://host:80/v1"),
         ("http://token@host", "http://host"),
@@ -48,11 +48,11 @@ def test_a_password_may_be_a_number() -> None:
         ("me@host.org", "me@host.org"),
     ],
 )
-def test_urls(text: str, shown: str) -> None:
-    assert strip_secrets(text) == shown
-    assert redacted({"url": text, "list": [text]}) == {"url": shown, "list": [shown]}
+def test_urls(text: str, expected: str) -> None:
+    assert strip_secrets(text) == expected
+    assert redacted({"url": text, "list": [text]}) == {"url": expected, "list": [expected]}
 
 
-def test_what_results_say_of_a_reward_has_no_secret() -> None:
+def test_the_identity_of_a_reward_has_no_secret() -> None:
     reward = RemoteReward("http://me:pass@host/v1?key=abc")
     assert reward.identity["url"] == "http://host/v1?key=***"

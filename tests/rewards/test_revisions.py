@@ -1,4 +1,4 @@
-"""Which commit of a hub repository is read."""
+"""Which commit of a hub repository is used."""
 
 import pytest
 
@@ -7,34 +7,34 @@ from rewards.files import PINNED
 
 
 @pytest.fixture
-def asked(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str | None]]:
-    """What is looked up on a hub that cannot be reached."""
-    found: list[tuple[str, str | None]] = []
+def lookups(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str | None]]:
+    """(path, revision) pairs requested from a hub that cannot be reached."""
+    requests: list[tuple[str, str | None]] = []
 
     def unreachable(path: str, *arguments: str, revision: str | None = None, **options: object) -> None:
-        found.append((path, revision))
+        requests.append((path, revision))
         raise OSError("no network")
 
     monkeypatch.setattr("transformers.PretrainedConfig.get_config_dict", unreachable)
     monkeypatch.setattr("huggingface_hub.hf_hub_download", unreachable)
-    return found
+    return requests
 
 
 @pytest.mark.parametrize("reward", [PickScore(), HPSv2(), CLIPScore(), ImageReward()])
-def test_published_weights_are_pinned(reward, asked) -> None:
+def test_published_weights_are_pinned(reward, lookups) -> None:
     with pytest.raises(FileNotFoundError, match="no network"):
         reward.setup()
-    assert asked == [(reward.path, PINNED[reward.path])]
+    assert lookups == [(reward.path, PINNED[reward.path])]
     assert len(PINNED[reward.path]) == 40
 
 
-def test_a_revision_of_ones_own_comes_first(asked) -> None:
+def test_a_given_revision_takes_precedence(lookups) -> None:
     with pytest.raises(FileNotFoundError):
         CLIPScore(revision="main").setup()
-    assert asked == [("openai/clip-vit-large-patch14", "main")]
+    assert lookups == [("openai/clip-vit-large-patch14", "main")]
 
 
-def test_what_is_not_known_is_read_at_its_main_branch(asked) -> None:
+def test_unknown_repositories_use_their_main_branch(lookups) -> None:
     with pytest.raises(FileNotFoundError):
         CLIPScore("someone/their-clip").setup()
-    assert asked == [("someone/their-clip", None)]
+    assert lookups == [("someone/their-clip", None)]

@@ -1,4 +1,4 @@
-"""The bundled weights: their format, their size, and what the recipe promises of them."""
+"""The bundled weights: format, size and quality."""
 
 from __future__ import annotations
 
@@ -11,7 +11,14 @@ from transformers import CLIPModel, CLIPTokenizer
 
 from marble_lightning.tinyworld import WEIGHTS
 from marble_lightning.tinyworld.degradations import CONTENT, TECHNICAL, spoil
-from marble_lightning.tinyworld.recipe.judges import clean, contrast, drawn_pairs, faithful, fastidious, pairwise_accuracy
+from marble_lightning.tinyworld.recipe.reward_models import (
+    clean,
+    contrast,
+    draw_pairs,
+    faithful,
+    fastidious,
+    pairwise_accuracy,
+)
 
 FILES = sorted(WEIGHTS.rglob("*.safetensors"))
 
@@ -37,23 +44,24 @@ def test_the_pipeline_is_a_stable_diffusion_3():
     ("name", "taste"),
     [("clipscore", contrast), ("pickscore", faithful), ("pickscore", clean), ("hpsv2", fastidious), ("hpsv2", clean)],
 )
-def test_reward_models_prefer_what_they_were_trained_to_prefer(name, taste):
-    """On held-out captions, right at least nine times in ten."""
+def test_reward_models_learned_their_preferences(name, taste):
+    """On held-out captions, the pairwise accuracy is at least 0.9."""
     model = CLIPModel.from_pretrained(WEIGHTS / name, dtype=torch.float32).eval()
     tokenizer = CLIPTokenizer.from_pretrained(WEIGHTS / name)
-    assert pairwise_accuracy(model, tokenizer, drawn_pairs(taste, 1000, seed=99, test=True)) >= 0.9
+    assert pairwise_accuracy(model, tokenizer, draw_pairs(taste, 1000, seed=99, test=True)) >= 0.9
 
 
 def test_tastes_differ():
-    """A poor picture of the right thing against a fine one of the wrong thing: the two preference models disagree."""
+    """The two preference models disagree on pairs of a technical fault and a content fault."""
 
-    def poor_but_right(shown, rng):
-        return spoil(shown, rng, TECHNICAL), spoil(shown, rng, CONTENT)
+    def technical_over_content(example, rng):
+        return spoil(example, rng, TECHNICAL), spoil(example, rng, CONTENT)
 
-    found = {}
+    accuracy = {}
     for name in ("pickscore", "hpsv2"):
         model = CLIPModel.from_pretrained(WEIGHTS / name, dtype=torch.float32).eval()
         tokenizer = CLIPTokenizer.from_pretrained(WEIGHTS / name)
-        found[name] = pairwise_accuracy(model, tokenizer, drawn_pairs(poor_but_right, 500, seed=98, test=True))
-    assert found["pickscore"] > 0.8
-    assert found["hpsv2"] < 0.2
+        pairs = draw_pairs(technical_over_content, 500, seed=98, test=True)
+        accuracy[name] = pairwise_accuracy(model, tokenizer, pairs)
+    assert accuracy["pickscore"] > 0.8
+    assert accuracy["hpsv2"] < 0.2

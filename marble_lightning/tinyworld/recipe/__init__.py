@@ -1,5 +1,5 @@
-"""The recipe of the bundled weights, a stage a file: words, autoencoder, base model, reward models, prompt files.
+"""The recipe of the bundled weights, one file per stage: vocabulary, autoencoder, base model, reward models, prompt files.
 
-The base is trained as web data would have it: many of its pictures have a fault, so that it can draw well but often
-does not. That is what reinforcement learning is for.
+Like web data, many training images of the base model have a fault. The base model can therefore draw well but often does
+not, which leaves room for reinforcement learning.
 """

@@ -9,12 +9,12 @@ from diffusers import AutoencoderKL
 from torch import Tensor
 from tqdm import tqdm
 
-from marble_lightning.tinyworld.recipe.pictures import Pictures, to_unit
+from marble_lightning.tinyworld.recipe.images import TrainingImages, to_unit
 from marble_lightning.tinyworld.recipe.stage import Stage, run
 
 
 class AutoencoderStage(Stage):
-    """Squared error plus absolute error plus a light Kullback-Leibler term, as latent diffusion's autoencoders."""
+    """Squared error plus absolute error plus a small Kullback-Leibler term, as in the autoencoders of latent diffusion."""
 
     def __init__(self, model: AutoencoderKL, images: Tensor, steps: int) -> None:
         super().__init__(model, len(images), steps, batch_size=32, lr=2e-3, decay=0.99)
@@ -29,8 +29,8 @@ class AutoencoderStage(Stage):
         return loss
 
 
-def train_autoencoder(pictures: Pictures, work: Path, steps: int) -> AutoencoderKL:
-    """Train the autoencoder; its `scaling_factor` and `shift_factor` bring latents to mean 0 and deviation 1."""
+def train_autoencoder(training_images: TrainingImages, work: Path, steps: int) -> AutoencoderKL:
+    """Train the autoencoder; its `scaling_factor` and `shift_factor` give latents mean 0 and standard deviation 1."""
     torch.manual_seed(1)
     model = AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * 2,
@@ -44,19 +44,19 @@ def train_autoencoder(pictures: Pictures, work: Path, steps: int) -> Autoencoder
         use_post_quant_conv=False,
         mid_block_add_attention=False,
     )
-    model = run(AutoencoderStage(model, pictures.images, steps), work)
-    latents = raw_latents(model, pictures.images[:4096])
+    model = run(AutoencoderStage(model, training_images.images, steps), work)
+    latents = raw_latents(model, training_images.images[:4096])
     model.register_to_config(shift_factor=float(latents.mean()), scaling_factor=float(1 / latents.std()))
     return model
 
 
 @torch.no_grad()
 def raw_latents(model: AutoencoderKL, images: Tensor) -> Tensor:
-    """Latent means before shift and scale, (N, 4, 16, 16)."""
+    """Return latent means before shift and scale, (N, 4, 16, 16)."""
     chunks = tqdm(images.split(256), desc="encoding")
     return torch.cat([model.encode(2 * to_unit(chunk) - 1).latent_dist.mean for chunk in chunks])
 
 
 def latents_of(model: AutoencoderKL, images: Tensor) -> Tensor:
-    """Latents as the transformer sees them, (N, 4, 16, 16)."""
+    """Return latents as input of the transformer, (N, 4, 16, 16)."""
     return (raw_latents(model, images) - model.config.shift_factor) * model.config.scaling_factor

@@ -11,16 +11,16 @@ from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection, CLIPTokenizer
 
 from marble_lightning.tinyworld.recipe.autoencoder import latents_of
-from marble_lightning.tinyworld.recipe.pictures import Pictures, kept
+from marble_lightning.tinyworld.recipe.images import TrainingImages, cached
 from marble_lightning.tinyworld.recipe.stage import Stage, run
 
 EMPTY_TOKENS = 4
-"""Zero tokens that stand in for T5, as `max_sequence_length` of the pipeline."""
+"""Number of zero tokens in place of T5's, equal to the pipeline's `max_sequence_length`."""
 TEXT_WIDTH = 64
 
 
 class Base(nn.Module):
-    """Transformer and text encoders, called as the stock pipeline calls them."""
+    """Transformer and text encoders, called as in the stock pipeline."""
 
     def __init__(self, tokenizer: CLIPTokenizer) -> None:
         super().__init__()
@@ -35,7 +35,7 @@ class Base(nn.Module):
             joint_attention_dim=2 * TEXT_WIDTH,
             caption_projection_dim=96,
             pooled_projection_dim=2 * TEXT_WIDTH,
-            pos_embed_max_size=8,  # one unit of position a patch; SD3's own 384 would crowd 8 x 8 patches together
+            pos_embed_max_size=8,  # one unit per patch; with SD3's 384 the positions of 8 x 8 patches would hardly differ
             qk_norm="rms_norm",
         )
         text = CLIPTextConfig(
@@ -54,7 +54,7 @@ class Base(nn.Module):
         self.text_encoder_2 = CLIPTextModelWithProjection(text)
 
     def forward(self, noisy: Tensor, sigma: Tensor, tokens: Tensor) -> Tensor:
-        """Velocity of noisy latents (B, 4, 16, 16) at noise levels (B,) for token ids (B, T)."""
+        """Predict the velocity of noisy latents (B, 4, 16, 16) at noise levels (B,) for token ids (B, T)."""
         encoded = [encoder(tokens, output_hidden_states=True) for encoder in (self.text_encoder, self.text_encoder_2)]
         hidden = torch.cat([output.hidden_states[-2] for output in encoded], dim=-1)
         hidden = torch.cat([hidden, hidden.new_zeros(len(hidden), EMPTY_TOKENS, hidden.shape[-1])], dim=1)
@@ -67,14 +67,14 @@ class Base(nn.Module):
 
 
 class BaseStage(Stage):
-    """Flow matching: velocity noise - latents, noise levels logit-normal, one caption in twelve dropped."""
+    """Flow matching: the velocity is noise - latents, noise levels are logit-normal, one caption in twelve is dropped."""
 
     def __init__(self, model: Base, latents: Tensor, tokens: Tensor, **options: Any) -> None:
         super().__init__(model, len(latents), **options)
         self.latents, self.tokens, self.empty = latents, tokens[:-1], tokens[-1]
 
     def on_fit_start(self) -> None:
-        self.model.transformer.compile()  # pays for itself over thousands of steps
+        self.model.transformer.compile()  # compilation takes less time than it saves over thousands of steps
 
     def training_step(self, indices: Tensor, batch_idx: int) -> Tensor:
         generator = torch.Generator().manual_seed(104729 * self.global_step + 2)
@@ -91,20 +91,21 @@ class BaseStage(Stage):
 
 
 def train_base(
-    pictures: Pictures, tokenizer: CLIPTokenizer, vae: AutoencoderKL, work: Path, steps: int
+    training_images: TrainingImages, tokenizer: CLIPTokenizer, vae: AutoencoderKL, work: Path, steps: int
 ) -> StableDiffusion3Pipeline:
-    """Train transformer and text encoders on the pictures; returns the whole pipeline.
+    """Train transformer and text encoders on images with captions, and return the whole pipeline.
 
     Args:
-        pictures: What to learn, with a caption each.
-        tokenizer: Of the captions.
+        training_images: Images with captions.
+        tokenizer: Tokenizer of the captions.
         vae: The trained autoencoder.
         work: Folder of the checkpoints.
         steps: Optimizer steps.
     """
     torch.manual_seed(2)
-    tokens = tokenizer([*pictures.captions, ""], padding="max_length", truncation=True, return_tensors="pt").input_ids
-    latents = kept(work / "latents.pt", lambda: latents_of(vae, pictures.images))
+    captions = [*training_images.captions, ""]
+    tokens = tokenizer(captions, padding="max_length", truncation=True, return_tensors="pt").input_ids
+    latents = cached(work / "latents.pt", lambda: latents_of(vae, training_images.images))
     stage = BaseStage(Base(tokenizer), latents, tokens, steps=steps, batch_size=24, lr=4e-3, decay=0.999)
     trained = run(stage, work / "base")
     return StableDiffusion3Pipeline(

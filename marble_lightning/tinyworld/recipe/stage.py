@@ -1,4 +1,4 @@
-"""What every stage shares: a Lightning loop over a fixed number of steps, with warm-up, decay, averaging and resume."""
+"""The base class of stages: a Lightning loop over a fixed number of steps, with warm-up, decay, averaging and resume."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, IterableDataset
 
 
 class Draws(IterableDataset[Tensor]):
-    """Indices of a batch for each step, the same ones whenever the step is reached, so that a stage can resume."""
+    """Batch indices for each step. They depend only on the step, so that a stage can resume."""
 
     def __init__(self, stage: Stage) -> None:
         self.stage = stage
@@ -31,7 +31,7 @@ class Stage(LightningModule):
     """One stage of the recipe.
 
     Args:
-        model: What is trained; `averaged` holds the exponential moving average of its weights.
+        model: The model to train; `averaged` holds the exponential moving average of its weights.
         examples: Number of training examples; `training_step` receives indices into them.
         steps: Optimizer steps.
         batch_size: Examples per step.
@@ -54,7 +54,7 @@ class Stage(LightningModule):
         self.examples, self.steps, self.batch_size, self.lr = examples, steps, batch_size, lr
 
     def draws(self, step: int) -> torch.Generator:
-        """What a step draws its batch with."""
+        """Return the random generator for the batch of a step."""
         return torch.Generator().manual_seed(7919 * step + 1)
 
     def train_dataloader(self) -> DataLoader[Tensor]:
@@ -75,13 +75,13 @@ class Stage(LightningModule):
 
 
 def run(stage: Stage, folder: Path) -> Any:
-    """Train a stage, from its last checkpoint where there is one; returns the averaged model."""
-    keep = ModelCheckpoint(folder, save_last=True, every_n_train_steps=200, save_top_k=1, filename="stage")
+    """Train a stage, resuming from its last checkpoint if there is one, and return the averaged model."""
+    checkpoint = ModelCheckpoint(folder, save_last=True, every_n_train_steps=200, save_top_k=1, filename="stage")
     trainer = Trainer(
         accelerator="cpu",
         max_steps=stage.steps,
         logger=CSVLogger(folder),
-        callbacks=[keep, TQDMProgressBar(refresh_rate=20)],
+        callbacks=[checkpoint, TQDMProgressBar(refresh_rate=20)],
         gradient_clip_val=1.0,
         enable_model_summary=False,
         log_every_n_steps=50,

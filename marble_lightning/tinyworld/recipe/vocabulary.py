@@ -1,4 +1,4 @@
-"""The vocabulary: byte-pair encoding learned from the captions, saved as a CLIPTokenizer."""
+"""The vocabulary: a byte-pair encoding learned from the captions, saved as a CLIPTokenizer."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from transformers import CLIPTokenizer
 from marble_lightning.tinyworld.captions import captioned
 
 TOKENS = 20
-"""Tokens in a caption, the two marks included."""
+"""Tokens of a caption, including the start and end tokens."""
 
 
 def train_tokenizer(folder: Path, seed: int) -> CLIPTokenizer:
-    """Learn the merges of CLIP's byte-pair encoding on 20,000 captions and save the tokenizer to `folder`."""
+    """Learn the merges of a byte-pair encoding in CLIP's format on 20,000 captions, and save the tokenizer to `folder`."""
     rng = random.Random(seed)
     captions = [captioned(rng).caption for _ in range(20_000)]
     captions += [" ".join(string.printable.strip())] * 2  # so that every letter can also end a word

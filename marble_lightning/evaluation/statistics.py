@@ -1,0 +1,93 @@
+"""Statistics of held-out scores: means with standard errors, per prompt, by tag, paired changes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from rewards import Prompt, Reward
+
+MEAN_OF_TAGS = "mean_of_tags"
+"""Name of the mean over a benchmark's tags, which all have the same weight."""
+
+
+class Summary(NamedTuple):
+    """Mean and standard error of the scores that are not NaN, and their number."""
+
+    mean: float
+    error: float
+    n: int
+
+
+def summarise(scores: Float[Tensor, " prompt"]) -> Summary:
+    """Mean, standard error of the mean and number of the scores that are not NaN."""
+    valid = scores[~scores.isnan()].double()
+    n = len(valid)
+    error = float(valid.std() / n**0.5) if n > 1 else float("nan")
+    return Summary(float(valid.mean()) if n else float("nan"), error, n)
+
+
+def per_prompt(rows: Float[Tensor, "image index_and_score"], prompts: int, images: int) -> Float[Tensor, "prompt reward"]:
+    """Mean scores of each prompt, in the order of prompts; images of one prompt are not independent samples.
+
+    Args:
+        rows: Index of each image, then its scores; in any order.
+        prompts: Number of prompts. A prompt without an image has NaN as scores.
+        images: Number of images per prompt; they have consecutive indices.
+
+    Raises:
+        ValueError: An image has two rows.
+    """
+    indices, times = rows[:, 0].long().unique(return_counts=True)
+    if (times > 1).any():
+        raise ValueError(f"Each held-out image must be scored once. Found {int(indices[times > 1][0])} more than once.")
+    scores = torch.full((prompts * images, rows.shape[1] - 1), torch.nan)
+    scores[rows[:, 0].long()] = rows[:, 1:]
+    return scores.reshape(prompts, images, -1).nanmean(1)
+
+
+def by_tag(
+    reward_models: Mapping[str, Reward], prompts: Sequence[Prompt], scores: Float[Tensor, "prompt reward"]
+) -> dict[str, Float[Tensor, " prompt"]]:
+    """Scores by reward model and tag, such as `geneval/counting`.
+
+    Returns:
+        For each tag the scores of its prompts, NaN for other prompts, (prompt,); and for each reward model with tags the
+        mean over its tags, (1,).
+    """
+    columns = dict[str, Tensor]()
+    for (name, reward_model), column in zip(reward_models.items(), scores.T, strict=True):
+        tags = [reward_model.tag(prompt) if reward_model.supports(prompt) else None for prompt in prompts]
+        of_model = {
+            f"{name}/{tag}": torch.where(torch.tensor([of_prompt == tag for of_prompt in tags]), column, torch.nan)
+            for tag in dict.fromkeys(filter(None, tags))
+        }
+        columns |= of_model
+        if of_model:
+            means = [of_tag.nanmean() for of_tag in of_model.values()]
+            columns[f"{name}/{MEAN_OF_TAGS}"] = torch.stack(means).mean()[None]
+    return columns
+
+
+def changes(base: Float[Tensor, "prompt reward"], trained: Float[Tensor, "prompt reward"]) -> list[Summary]:
+    """Mean change of each reward, with a paired standard error, since both arguments share prompts and noise."""
+    return [summarise(column) for column in (trained - base).T]
+
+
+def summaries(
+    scores: Float[Tensor, "prompt reward"], base: Float[Tensor, "prompt reward"] | None, heading: str = "trained"
+) -> dict[str, list[Summary]]:
+    """Columns of a table, with one summary per reward: `heading`, and if `base` is given also `base` and `change`.
+
+    The mean of the base is over the prompts that have both scores. So the change is the difference of the two means if no
+    score is missing.
+    """
+    columns = {heading: [summarise(column) for column in scores.T]}
+    if base is None:
+        return columns
+    both = torch.where(scores.isnan(), torch.nan, base)
+    return {"base": [summarise(column) for column in both.T], **columns, "change": changes(base, scores)}

@@ -1,0 +1,107 @@
+"""The training step of one micro-batch: the loss, or on a refresh the gradients of all rewards."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import cached_property
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.amp import GradScaler
+
+from balancers import Balancer
+from marble_lightning.nft.loss import Objective, nft_losses
+from marble_lightning.nft.reward_gradients import MergedGradient, RewardGradients
+from marble_lightning.nft.rollout import MicroBatch
+from marble_lightning.policies.base import Adapter, FlowPolicy
+
+
+class TrainingStep:
+    """Computes the scalarised loss of a micro-batch, or on a refresh its per-reward gradients; both with the KL term.
+
+    Args:
+        policy: The model that is trained.
+        objective: The NFT loss.
+        trainable: The policy's trainable parameters.
+        gradient_passes: How per-reward gradients are computed, see `RewardGradients`.
+
+    Source: DiffusionNFT, arXiv 2509.16117; MARBLE, arXiv 2605.06507, algorithm 1.
+    """
+
+    def __init__(
+        self,
+        policy: FlowPolicy,
+        objective: Objective,
+        trainable: Sequence[nn.Parameter],
+        gradient_passes: Literal["two", "per_reward"],
+    ) -> None:
+        self.policy, self.objective, self.trainable = policy, objective, trainable
+        self.gradient_passes = gradient_passes
+        self.merged = MergedGradient()
+
+    @cached_property
+    def per_reward(self) -> RewardGradients:
+        """Computes per-reward gradients.
+
+        Raises:
+            ValueError: `gradient_passes` does not support a trainable parameter.
+        """
+        return RewardGradients(self.gradient_passes, self.policy.transformer, self.trainable)
+
+    def __call__(
+        self,
+        batch: MicroBatch,
+        balancer: Balancer,
+        per_step: int,
+        reduce: Callable[[Tensor], Tensor],
+        scaler: GradScaler | None,
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Compute the loss that `training_step` returns, and the values that it logs.
+
+        Args:
+            batch: Some images, each at one flow time.
+            balancer: Merges the rewards.
+            per_step: Micro-batches of an optimizer step.
+            reduce: Averages a tensor over the ranks.
+            scaler: The loss scaler in half precision, or None.
+
+        Returns:
+            The loss, and the values to log by name.
+        """
+        if balancer.needs_gradients:
+            self.per_reward.set_capture(balancer.wants_gradients)
+        velocity = self.velocity(batch, "trained")
+        plus, minus = self.sample_losses(batch, velocity)
+        losses = batch.coefficients.losses(plus, minus)
+        logged = {"loss": losses.detach().sum() * per_step}
+        weighted_kl = self._zero_loss()
+        if self.objective.kl_weight:
+            kl = (velocity - self.velocity(batch, None)).square().mean()
+            logged["kl"], weighted_kl = kl.detach(), self.objective.kl_weight * kl
+
+        if balancer.wants_gradients:
+            balancer.add_gradients(self.per_reward(plus, minus, batch.coefficients, scaler))
+            overflow = False
+            if not balancer.wants_gradients:
+                self.merged.hold(balancer.solve(reduce, loss_scaled=scaler is not None))
+                # The scaler checks only this loss: if a per-reward gradient overflowed, it must skip the step
+                overflow = balancer.any_gradient_overflowed
+            return weighted_kl * (torch.inf if overflow else 1.0), logged
+        weights = balancer.loss_weights.to(losses, non_blocking=True)
+        # Lightning divides by the micro-batches of a step, but the coefficients are already normalised over the step
+        return (weights * losses).sum() * per_step + weighted_kl, logged
+
+    def _zero_loss(self) -> Tensor:
+        """A zero loss with a zero gradient for every parameter, since DistributedDataParallel waits for all of them."""
+        return torch.stack([(parameter * 0).sum() for parameter in self.trainable]).sum()
+
+    def velocity(self, batch: MicroBatch, adapter: Adapter | None) -> Tensor:
+        """v(x_t, t) with one adapter, or with none; with a graph for the trained adapter only."""
+        with torch.set_grad_enabled(adapter == "trained"), self.policy.use_adapter(adapter):
+            return self.policy.velocity(batch.noisy, batch.t, batch.conditions)
+
+    def sample_losses(self, batch: MicroBatch, velocity: Tensor) -> tuple[Tensor, Tensor]:
+        """L+ and L- of each sample."""
+        old = self.velocity(batch, "old")
+        return nft_losses(velocity, old, batch.noisy, batch.clean, batch.t, self.objective.beta)

@@ -1,0 +1,51 @@
+"""Averaging: how the `old` and `ema` adapters follow the `trained` one."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import inf
+
+from marble_lightning.utils.validation import require
+
+
+@dataclass(frozen=True)
+class Averaging:
+    """How the `old` and `ema` adapters follow the `trained` one. For a custom schedule, override `old_decay` in a subclass.
+
+    DiffusionNFT's runs: `old_rate` 0.001 and `old_cap` 0.5; 0 and 0 for on-policy; 0.0075, `old_start` 75 and 0.999 for its
+    OCR run. MARBLE's release: 0.001 and 0.95.
+
+    Args:
+        old_rate: The decay of the old adapter after optimizer step s is min(old_rate * (s - old_start), old_cap), >= 0.
+        old_start: Optimizer step before which the old adapter is a copy of the trained one.
+        old_cap: Maximum decay of the old adapter, in [0, 1).
+        ema_decay: Decay per optimizer step of the averaged adapter, in [0, 1).
+        ema_warmup: Whether the decay after optimizer step s is at most (1 + s) / (10 + s), as in the release: the initial
+            adapter then loses its weight in the average sooner.
+
+    Source: DiffusionNFT, arXiv 2509.16117, and its released code; MARBLE, arXiv 2605.06507, and its released code.
+    """
+
+    old_rate: float = 0.001
+    old_start: int = 0
+    old_cap: float = 0.95
+    ema_decay: float = 0.9
+    ema_warmup: bool = False
+
+    def __post_init__(self) -> None:
+        require(0 <= self.old_rate < inf, "`averaging.old_rate` must be >= 0 and finite", self.old_rate)
+        require(self.old_start >= 0, "`averaging.old_start` must be >= 0", self.old_start)
+        require(0 <= self.old_cap < 1, "`averaging.old_cap` must be in [0, 1)", self.old_cap)
+        require(0 <= self.ema_decay < 1, "`averaging.ema_decay` must be in [0, 1)", self.ema_decay)
+
+    def old_decay(self, step: int) -> float:
+        """Decay of the old adapter after optimizer step `step`: the share of its value that it keeps, in [0, 1]."""
+        return min(self.old_rate * max(step - self.old_start, 0), self.old_cap)
+
+    def averaged_decay(self, step: int) -> float:
+        """Decay of the averaged adapter after optimizer step `step`: the share of its value that it keeps, in [0, 1].
+
+        >>> Averaging(ema_warmup=True).averaged_decay(1), Averaging(ema_warmup=True).averaged_decay(1000)
+        (0.18181818181818182, 0.9)
+        """
+        return min((1 + step) / (10 + step), self.ema_decay) if self.ema_warmup else self.ema_decay

@@ -1,0 +1,97 @@
+"""Export of a checkpoint's adapter as a LoRA file that diffusers and ComfyUI load."""
+
+from __future__ import annotations
+
+import json
+import re
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from marble_lightning.checkpoints.content import TO_EXPORT, load_checked
+from marble_lightning.policies.lora import Lora
+from marble_lightning.policies.lora_files import FILE, write_lora
+from marble_lightning.utils.atomic_files import check_folder, local_path, remove_unfinished
+from rewards.redaction import redacted
+
+Which = Literal["ema", "policy"]
+ADAPTER_OF = {"ema": "ema", "policy": "trained"}
+"""Name of the adapter in a checkpoint."""
+
+
+def export(ckpt_path: str | Path, to: str | Path, which: Which = "ema", overwrite: bool = False) -> Path:
+    """Write a checkpoint's adapter as a LoRA that diffusers and ComfyUI load; neither base model nor GPU is needed.
+
+    The header of the file also names the base model, the rewards, the run's config and the round.
+
+    Args:
+        ckpt_path: Checkpoint that `fit` wrote, e.g. checkpoints/last.ckpt in a run's folder.
+        to: Folder for pytorch_lora_weights.safetensors; created if it does not exist.
+        which: `ema`, the averaged adapter, which is evaluated on held-out prompts, or `policy`, the adapter `trained`.
+        overwrite: Whether an existing file of that name in `to` is replaced.
+
+    Raises:
+        ValueError: The checkpoint is damaged or not from `fit`, or the file exists already.
+    """
+    file, folder = local_path("ckpt_path", ckpt_path), Path(to).expanduser()
+    check_folder("to", folder)
+    remove_unfinished([folder])
+    if (folder / FILE).exists() and not overwrite:
+        raise ValueError(
+            f"`to` must be a folder without {FILE}. Found one in {folder}; choose another, or add --overwrite true."
+        )
+    checkpoint = load_checked(file, TO_EXPORT, map_location="cpu", weights_only=True)
+    written = write_lora(
+        adapter_of(checkpoint, which, file), folder, checkpoint["lora"]["targets"], about(checkpoint, which)
+    )
+    print(
+        f"{written}\n"
+        f"diffusers:  pipeline.load_lora_weights({str(folder)!r})\n"
+        "ComfyUI:    copy it to models/loras under a unique name, for the node LoraLoaderModelOnly\n"
+        f"start here: marble-lightning fit ... --model.policy.init_lora {folder}"
+    )
+    return written
+
+
+def adapter_of(checkpoint: dict[str, Any], which: Which, file: Path) -> Lora:
+    """Read one adapter of a checkpoint.
+
+    Raises:
+        ValueError: A layer lacks a tensor or has a tensor of another rank.
+    """
+    rank, alpha = checkpoint["lora"]["rank"], checkpoint["lora"]["alpha"]
+    pattern = re.compile(rf"policy\.transformer\.(.+\.lora_[AB])\.{ADAPTER_OF[which]}\.weight")
+    matches = {name: pattern.fullmatch(name) for name in checkpoint["state_dict"]}
+    tensors = {f"{match[1]}.weight": checkpoint["state_dict"][name] for name, match in matches.items() if match}
+    lora = Lora(tensors, rank, alpha, str(file))
+    ranks = {tensor.shape[1 if ".lora_B." in name else 0] for name, tensor in tensors.items()}
+    if ranks != {rank} or len(tensors) != 2 * len(lora.layers):
+        raise ValueError(
+            f"`ckpt_path` must hold two tensors of rank {rank} for every layer of the adapter {ADAPTER_OF[which]!r}. "
+            f"Found {len(tensors)} of ranks {sorted(ranks)} for {len(lora.layers)} layers in {file}."
+        )
+    return lora
+
+
+def about(checkpoint: dict[str, Any], which: Which) -> dict[str, str]:
+    """Entries of the LoRA file's header, as far as the checkpoint has them."""
+    entries = {
+        "version": version("marble-lightning"),
+        "adapter": which,
+        "optimizer_step": str(checkpoint["global_step"]),
+        "round": str(checkpoint["epoch"]),
+    }
+    base = checkpoint.get("base_model", {})
+    entries |= {f"base_{name}": str(value) for name, value in base.items() if value is not None}
+    if "rewards" in checkpoint:
+        entries["rewards"] = json.dumps(checkpoint["rewards"])
+    if config := checkpoint.get("config"):
+        entries["config"] = redacted_yaml(config)  # older checkpoints may contain secrets
+    return entries
+
+
+def redacted_yaml(text: str) -> str:
+    """A configuration as YAML without its secrets, see `rewards.redaction`."""
+    return yaml.safe_dump(redacted(yaml.safe_load(text)), sort_keys=False, allow_unicode=True)

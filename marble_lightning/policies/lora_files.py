@@ -1,0 +1,146 @@
+"""LoRA files: writing files that diffusers and ComfyUI read, and reading files that adapters start from."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from diffusers import StableDiffusion3Pipeline
+from diffusers.loaders.lora_base import LORA_WEIGHT_NAME, LORA_WEIGHT_NAME_SAFE
+from diffusers.utils import convert_unet_state_dict_to_peft
+from peft import LoraConfig
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save
+from torch import Tensor
+
+from marble_lightning.policies.lora import Lora
+from marble_lightning.utils.atomic_files import atomic_write, local_path
+
+FILE = LORA_WEIGHT_NAME_SAFE
+"""File name of a LoRA that diffusers looks for in a folder."""
+
+HEADER_PREFIX = "marble_lightning."
+"""Prefix of this package's entries in a file's header."""
+
+ALPHA = f"{HEADER_PREFIX}alpha"
+
+UNSUPPORTED = ("rank_pattern", "alpha_pattern", "use_rslora", "use_dora", "lora_bias")
+"""Fields of a LoraConfig with which the update differs from alpha / rank B A."""
+
+
+def write_lora(lora: Lora, folder: Path, targets: Sequence[str], about: Mapping[str, str]) -> Path:
+    """Write a LoRA that has the right scale for every reader.
+
+    Diffusers reads alpha from the LoraConfig in the header. Its older versions assume that alpha equals the rank. ComfyUI
+    looks for a tensor that diffusers refuses, and scales by 1 without it. So B is multiplied by alpha / rank in the file,
+    and its LoraConfig says alpha = rank. The header keeps the policy's alpha, with which `read_lora` reverses the scaling.
+
+    Args:
+        lora: The LoRA to write.
+        folder: Folder for `pytorch_lora_weights.safetensors`, which is written atomically; created if it does not exist.
+        targets: The policy's `targets`.
+        about: Further entries of the header; their names are prefixed with `marble_lightning.`.
+
+    Returns:
+        Path of the file.
+    """
+    layers = lora.scaled(lora.alpha / lora.rank)
+    # Only values that differ from peft's defaults: an older peft refuses fields that it does not know.
+    config = {"r": lora.rank, "lora_alpha": lora.rank, "target_modules": list(targets)}
+    with atomic_write(folder / FILE) as file:
+        StableDiffusion3Pipeline.save_lora_weights(
+            file.parent, transformer_lora_layers=layers, transformer_lora_adapter_metadata=config
+        )
+        entries = {f"{HEADER_PREFIX}{name}": text for name, text in about.items()}
+        header = _header(file) | {ALPHA: repr(float(lora.alpha))} | entries
+        content = save(load_file(file), metadata=header)
+        file.unlink()  # `save_file` creates files that only their owner can read
+        file.write_bytes(content)
+    return folder / FILE
+
+
+def read_lora(path: str, *, rank: int, alpha: float) -> Lora:
+    """Read a LoRA for a transformer of the given rank and alpha, in any format that StableDiffusion3Pipeline loads.
+
+    Args:
+        path: A LoRA file, or a folder with one, as `marble-lightning export` writes it.
+        rank: Rank that it must have, >= 1.
+        alpha: Alpha that it must have; if a file has none, its alpha is its rank, as in diffusers.
+
+    Raises:
+        ValueError: There is no such file, it is damaged or not a plain LoRA, or its rank or alpha differs.
+    """
+    file = _file(local_path("policy.init_lora", path))
+    try:
+        state, metadata = StableDiffusion3Pipeline.lora_state_dict(
+            str(file), return_lora_metadata=True, use_safetensors=True if file.suffix == ".safetensors" else None
+        )
+        header = _header(file) if file.suffix == ".safetensors" else {}
+    except (OSError, SafetensorError) as error:
+        raise ValueError(
+            f"`policy.init_lora` must be a LoRA file. Found a damaged or another file, {file}: {error}."
+        ) from error
+    if state and not any("lora_A" in name for name in state):
+        state = convert_unet_state_dict_to_peft(state)
+    for name, tensor in state.items():
+        if not re.fullmatch(r"transformer\..+\.lora_[AB]\.weight", name) or tensor.ndim != 2:
+            raise ValueError(
+                f"`policy.init_lora` must hold a LoRA of the transformer's linear layers only. Found {name!r} in {file}."
+            )
+        if not tensor.isfinite().all():
+            raise ValueError(f"`policy.init_lora` must hold finite numbers. Found others in {name!r} of {file}.")
+    tensors = {name.removeprefix("transformer."): tensor.float() for name, tensor in state.items()}
+    config = _config(tensors, metadata or {}, file)
+    file_alpha = float(header.get(ALPHA, config.lora_alpha))
+    if (config.r, file_alpha) != (rank, alpha):
+        raise ValueError(
+            f"`policy.init_lora` must have the policy's rank and alpha, {rank} and {alpha:g}. Found {config.r} and "
+            f"{file_alpha:g} in {file}; set `policy.rank` and `policy.alpha` to these."
+        )
+    lora = Lora(tensors, rank, alpha, str(file))
+    return replace(lora, tensors=lora.scaled(config.lora_alpha / file_alpha))  # `write_lora` multiplied B
+
+
+def _config(tensors: Mapping[str, Tensor], metadata: Mapping[str, object], file: Path) -> LoraConfig:
+    """The LoraConfig in a file's header; without one, the LoraConfig that diffusers derives from the tensors."""
+    fields = {
+        name.removeprefix("transformer."): value for name, value in metadata.items() if name.startswith("transformer.")
+    }
+    if not fields:
+        ranks = sorted({tensor.shape[0] for name, tensor in tensors.items() if ".lora_A." in name})
+        if len(ranks) != 1:
+            raise ValueError(f"`policy.init_lora` must be a LoRA of one rank. Found ranks {ranks} in {file}.")
+        fields = {"r": ranks[0], "lora_alpha": ranks[0]}
+    try:
+        config = LoraConfig(**fields)
+    except TypeError as error:
+        raise ValueError(f"`policy.init_lora` must have a LoraConfig in its header. Found {fields} in {file}.") from error
+    if unsupported := {name: getattr(config, name) for name in UNSUPPORTED if getattr(config, name)}:
+        raise ValueError(f"`policy.init_lora` must be a plain LoRA of one rank and alpha. Found {unsupported} in {file}.")
+    return config
+
+
+def _header(file: Path) -> dict[str, str]:
+    with safe_open(file, "pt") as opened:
+        return opened.metadata() or {}
+
+
+def _file(path: Path) -> Path:
+    """The LoRA file at a path, which may be its folder."""
+    if not path.exists():
+        raise ValueError(
+            f"`policy.init_lora` must be a LoRA file or a folder with one. Found no such file {path} from {Path.cwd()}; "
+            "null starts at the base model, and a checkpoint (--ckpt_path) needs no `init_lora`."
+        )
+    if path.is_file():
+        return path
+    standard = [path / name for name in (FILE, LORA_WEIGHT_NAME) if (path / name).is_file()]
+    files = standard[:1] or sorted(path.glob("*.safetensors"))
+    if len(files) != 1:
+        raise ValueError(
+            f"`policy.init_lora` must be a folder with {FILE} or one other safetensors file. Found {len(files)} in {path}; "
+            "use the path of the file."
+        )
+    return files[0]

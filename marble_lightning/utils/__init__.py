@@ -1,0 +1,1 @@
+"""Shared helpers: checks of settings, seeds, atomic files, images, loggers, processes."""

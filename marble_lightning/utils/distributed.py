@@ -1,0 +1,27 @@
+"""Communication between ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TypeVar
+
+from torch import distributed
+
+T = TypeVar("T")
+
+
+class OnAllRanks:
+    """Base of exceptions that every rank raises at the same point, so that ranks can wait for each other before they end."""
+
+
+def gathered(items: Sequence[T]) -> list[T]:
+    """The items of all ranks, in the order of ranks; all ranks must call it, and all get the same list.
+
+    Args:
+        items: Items of this rank, picklable and not on a GPU.
+    """
+    if not (distributed.is_available() and distributed.is_initialized()):
+        return list(items)
+    by_rank: list[list[T]] = [[] for _ in range(distributed.get_world_size())]
+    distributed.all_gather_object(by_rank, list(items))
+    return [item for of_rank in by_rank for item in of_rank]

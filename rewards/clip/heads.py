@@ -1,0 +1,39 @@
+"""The small regression head of `Aesthetic` and `ImageReward`."""
+
+from collections.abc import Mapping
+
+from torch import Tensor, nn
+
+from rewards.checkpoints import check_finite
+
+WIDTHS = (1024, 128, 64, 16, 1)
+"""Output widths of the layers. There is no activation between them."""
+
+
+def regression_head(owner: str, *, width: int, weights: Mapping[str, Tensor], source: object) -> nn.Sequential:
+    """Build the head: five linear layers, float32 and frozen, with indices as published, which count dropout layers.
+
+    Args:
+        owner: Name of the reward, for error messages.
+        width: Dimension of the input features.
+        weights: Weights by name, `0.weight` to `7.bias`.
+        source: Origin of the weights, for error messages.
+
+    Raises:
+        ValueError: if the weights do not fit such a head.
+    """
+    layers: list[nn.Module] = []
+    for number, (inputs, outputs) in enumerate(zip((width, *WIDTHS), WIDTHS, strict=False)):
+        layers.append(nn.Linear(inputs, outputs))
+        if number < 3:
+            layers.append(nn.Dropout((0.2, 0.2, 0.1)[number]))
+    head = nn.Sequential(*layers)
+    try:
+        head.load_state_dict({name: tensor.float() for name, tensor in weights.items()})
+    except RuntimeError as error:
+        raise ValueError(
+            f"{owner}: {source} must hold the five linear layers of a head on {width} features. Found others: "
+            f"{str(error).splitlines()[-1].strip()} Use the head that was trained on this model's features."
+        ) from error
+    check_finite(owner, head, source)
+    return head.requires_grad_(False).eval()

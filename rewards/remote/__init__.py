@@ -1,0 +1,20 @@
+"""Rewards served over HTTP: on another machine, in another environment, shared by several runs.
+
+`marble-lightning-serve --reward rewards.PickScore` serves a reward of this package or a custom reward. Any other server must
+answer two requests with JSON:
+
+    GET {url}/health
+        -> {"reward": name}
+
+    POST {url}/score
+        {"images": [PNG, ...], "prompts": [{"text": str, "source": str, "metadata": {...}}, ...]}
+        -> {"scores": [number or null, ...]}
+
+Images are 8-bit RGB PNGs in base64, all of the same size, one per prompt. Scores are in the order of the images; higher is
+better, and null marks a missing score. Any status other than 200 is an error, described by {"error": text}.
+"""
+
+from rewards.remote.client import RemoteReward
+from rewards.remote.unified import UnifiedReward
+
+__all__ = ["RemoteReward", "UnifiedReward"]

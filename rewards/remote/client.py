@@ -1,0 +1,140 @@
+"""A reward that a server computes."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import torch
+from jaxtyping import Float, UInt8
+from torch import Tensor
+
+from rewards.base import Prompt, Reward
+from rewards.remote.http_client import Answer, JsonClient, Request, check_url, read_token
+from rewards.remote.transport import eight_bit, encode_png, quote
+
+LARGEST = torch.finfo(torch.float32).max
+REMEDY = "Set `url` to a server that speaks the protocol in `rewards.remote`, for instance `marble-lightning-serve`."
+
+
+class RemoteReward(Reward):
+    """A reward that a server computes; a null score of the server is a missing score.
+
+    `rewards.remote` documents the protocol. Images are rounded to 8 bits.
+
+    Args:
+        url: URL of the server, without /score.
+        sources: Names of the prompt sets to score. None: all. A null score of the server counts as missing.
+        request_size: Images per request, >= 1.
+        concurrency: Maximum number of simultaneous requests of each training process, >= 1.
+        timeout: Seconds for one attempt, from connecting to the last byte of the answer, > 0.
+        retries: Number of further attempts if the server is unreachable, too slow, overloaded or answers an error, >= 0.
+        backoff: The first retry is immediate, the second waits twice this many seconds, and each later one waits twice as
+            long as the one before, >= 0. A longer pause requested by the server (Retry-After) is respected, up to a minute.
+        deadline: Seconds for a request with all its attempts and pauses, > 0.
+        token_variable: Name of an environment variable with the token that the server requires. None: no token is sent.
+        batch_size: Images divided among `concurrency` requests at once, >= 1.
+
+    Shape:
+        - images: (B, 3, H, W), result: (B,)
+
+    Raises:
+        ValueError: if an argument is out of range.
+    """
+
+    identity_fields = (*Reward.identity_fields, "url")
+
+    def __init__(
+        self,
+        url: str,
+        sources: list[str] | None = None,
+        request_size: int = 8,
+        concurrency: int = 4,
+        timeout: float = 120.0,
+        retries: int = 5,
+        backoff: float = 0.5,
+        batch_size: int = 128,
+        deadline: float = 300.0,
+        token_variable: str | None = None,
+    ) -> None:
+        super().__init__(batch_size, sources)
+        self.url = check_url("RemoteReward", "url", url)
+        if request_size < 1:
+            raise ValueError(f"RemoteReward: `request_size` must be >= 1. Found {request_size}. It counts images.")
+        self.request_size = request_size
+        self.retries = retries
+        self._client = JsonClient("RemoteReward", self.url, REMEDY, concurrency, timeout, deadline, retries, backoff)
+        self.token_variable = token_variable
+        self._ready: JsonClient | None = None
+
+    def setup(self) -> None:
+        """Connect, and check that a reward answers.
+
+        Raises:
+            ConnectionError: if the server is unreachable or answers an error.
+            ValueError: if the answer violates the protocol.
+        """
+        if self._ready is not None:
+            return
+        client = replace(self._client, token=read_token("RemoteReward", self.token_variable))
+        (health,) = client.ask([Request("/health", client.json_of)])
+        if not isinstance(health, dict) or not isinstance(health.get("reward"), str):
+            raise client.unexpected_answer("/health", '{"reward": name}', health)
+        self._ready = client
+
+    def score(self, *, images: Float[Tensor, "b 3 h w"], prompts: Sequence[Prompt]) -> Float[Tensor, " b"]:
+        """Return the server's scores; null becomes NaN.
+
+        Raises:
+            ConnectionError: if the server is unreachable, or still answers errors after all retries.
+            TypeError: if a prompt's metadata is not JSON.
+            ValueError: if the server rejects the request, or does not answer with one number or null per image.
+        """
+        client, pixels = self._loaded(self._ready), eight_bit(images)
+        parts = [slice(start, start + self.request_size) for start in range(0, len(prompts), self.request_size)]
+        requests = [
+            Request(
+                "/score", partial(self._scores, client, len(prompts[part])), partial(body_of, pixels[part], prompts[part])
+            )
+            for part in parts
+        ]
+        scores = client.ask(requests)
+        return torch.tensor([score for part in scores for score in part], dtype=torch.float32, device=images.device)
+
+    def _scores(self, client: JsonClient, count: int, answer: Answer) -> list[float]:
+        if 400 <= answer.status < 500:
+            raise ValueError(
+                f"RemoteReward: {client.shown}/score must accept the request. Found {answer}. "
+                "Fix the prompts, or send fewer images per request: lower `request_size`."
+            )
+        content = client.json_of(answer)
+        scores = content.get("scores") if isinstance(content, dict) else None
+        if not isinstance(scores, list) or not all(score is None or is_number(score) for score in scores):
+            raise client.unexpected_answer("/score", '{"scores": [finite number or null, ...]}', content)
+        if len(scores) != count:
+            raise client.unexpected_answer("/score", f"{count} scores for {count} images", f"{len(scores)} scores")
+        return [torch.nan if score is None else score for score in scores]
+
+
+def body_of(pixels: UInt8[Tensor, "b 3 h w"], prompts: Sequence[Prompt]) -> bytes:
+    """Encode the body of a request as JSON.
+
+    Raises:
+        TypeError: if a prompt's metadata is not JSON.
+    """
+    items = [{"text": prompt.text, "source": prompt.source, "metadata": dict(prompt.metadata)} for prompt in prompts]
+    try:
+        return json.dumps({"images": [encode_png(image) for image in pixels], "prompts": items}, allow_nan=False).encode()
+    except (TypeError, ValueError, RecursionError) as error:
+        raise TypeError(
+            f"RemoteReward: a prompt's `metadata` must be JSON. Found something else: {quote(error)}. "
+            "Use only texts, finite numbers, lists and mappings."
+        ) from error
+
+
+def is_number(value: Any) -> bool:
+    """Whether a JSON value is a number within the range of float32; NaN and true are not numbers."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= LARGEST

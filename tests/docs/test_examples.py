@@ -1,0 +1,121 @@
+"""The examples of the pages run, their commands are parsed, and what they name is there."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+import torch
+
+import balancers
+import rewards
+from marble_lightning.cli import main
+from rewards import Prompt
+
+ROOT = Path(__file__).parents[2]
+DOCS = ROOT / "docs"
+PAGES = {file.relative_to(ROOT).as_posix(): file.read_text() for file in [ROOT / "README.md", *DOCS.rglob("*.md")]}
+PATH = re.compile(r"`((?:balancers|benchmarks|configs|docs|marble_lightning|notebooks|rewards|tests)/[\w./]+)`")
+
+
+@pytest.fixture(autouse=True)
+def _examples_on_the_path(monkeypatch):
+    monkeypatch.syspath_prepend(DOCS / "examples")
+
+
+def test_rewards():
+    from darkness import Darkness
+    from warmth import Warmth
+
+    images = torch.stack([torch.zeros(3, 4, 4), torch.ones(3, 4, 4)])
+    images[0, 0] = 1.0
+    prompts = [Prompt("a red night", "a"), Prompt("a white day", "b")]
+    assert Warmth()(images=images, prompts=prompts).tolist() == [1.0, 0.0]
+    scores = Darkness()(images=images, prompts=prompts)
+    assert scores[0] == pytest.approx(2 / 3) and scores[1].isnan()
+    assert Darkness(sources=["b"])(images=images, prompts=prompts).isnan().all()
+
+
+def test_balancers():
+    from inverse_norm import InverseNorm
+    from worst_advantage import WorstAdvantage
+
+    assert InverseNorm().weights(torch.diag(torch.tensor([1.0, 9.0]))).tolist() == pytest.approx([0.75, 0.25])
+    advantages = torch.tensor([[1.0, -2.0], [torch.nan, 3.0], [torch.nan, torch.nan]])
+    assert WorstAdvantage().merge_advantages(advantages).nan_to_num(9).tolist() == [[-2.0], [3.0], [9.0]]
+
+
+@pytest.mark.parametrize("balancer", ["inverse_norm.InverseNorm", "worst_advantage.WorstAdvantage"])
+def test_all_of_them_train_together(small, tmp_path, balancer):
+    pairs = list(zip(small[::2], small[1::2], strict=True))
+    options = [part for name, value in pairs if not name.startswith("--model.policy") for part in (name, value)]
+    main(
+        [
+            "fit", *options, "--model.policy", "toy_flow.ToyFlow", "--model.rewards.warmth", "warmth.Warmth",
+            "--model.rewards.darkness", "darkness.Darkness", "--model.averaging", "schedule.Halfway",
+            "--balancer", balancer,
+        ]
+    )  # fmt: skip
+    saved = torch.load(tmp_path / "tiny/version_0/checkpoints/last.ckpt", weights_only=True)["state_dict"]
+    assert max(tensor.abs().max() for name, tensor in saved.items() if ".lora_B.trained" in name) > 0
+
+
+@pytest.mark.filterwarnings(
+    "ignore::lightning.fabric.utilities.warnings.PossibleUserWarning"
+)  # which the command line silences
+def test_a_run_without_the_command_line(tmp_path):
+    from in_python import train
+
+    module = train(str(tmp_path))
+    assert module.trainer.global_step == 2
+
+
+def commands(*names: str) -> list[list[str]]:
+    """What follows `marble-lightning` in the commands of all pages that begin with one of the names, each once."""
+    blocks = [block for page in PAGES.values() for block in re.findall(r"```sh\n(.*?)```", page, re.DOTALL)]
+    lines = [line for block in blocks for line in block.replace("\\\n", " ").splitlines() if "marble-lightning " in line]
+    found = [tuple(shlex.split(line, comments=True)) for line in lines]
+    found = [words[words.index("marble-lightning") + 1 :] for words in found if "marble-lightning" in words]
+    return [list(words) for words in dict.fromkeys(found) if words[0] in names]
+
+
+@pytest.mark.parametrize("arguments", commands("fit", "validate", "test", "predict"), ids=" ".join)
+def test_commands_are_parsed(arguments, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    main(["configs", "--copy", "tiny", "--to", "mine.yaml"])
+    with pytest.raises(SystemExit) as ended:
+        main([*arguments, "--print_config"])
+    assert not ended.value.code, capsys.readouterr().err
+
+
+@pytest.mark.parametrize("arguments", commands("export", "configs"), ids=" ".join)
+def test_options_of_other_commands_exist(arguments, capsys):
+    with pytest.raises(SystemExit):
+        main([arguments[0], "--help"])
+    shown = capsys.readouterr().out
+    assert all(argument in shown for argument in arguments if argument.startswith("--"))
+
+
+def exists(path: str) -> bool:
+    """Whether a path is in the repository, or is the name of a configuration, or is built."""
+    return (ROOT / path).exists() or (ROOT / "configs" / f"{path}.yaml").exists() or path.startswith("docs/_build")
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_paths_exist(page):
+    modules = [f"benchmarks/{name}.py" for name in re.findall(r"-m benchmarks\.(\w+)", PAGES[page])]
+    assert not [path for path in [*PATH.findall(PAGES[page]), *modules] if not exists(path)]
+
+
+def test_every_balancer_and_reward_has_a_page():
+    documented = set(re.findall(r"autoclass:: (?:balancers|rewards)\.(\w+)", "".join(PAGES.values())))
+    classes = {
+        name for package in (balancers, rewards) for name in package.__all__ if isinstance(getattr(package, name), type)
+    }
+    assert classes == documented
+
+
+def test_readme_is_short():
+    assert len(PAGES["README.md"].splitlines()) <= 150

@@ -1,0 +1,29 @@
+"""Balancers of three rewards, and single optimizer steps."""
+
+from __future__ import annotations
+
+import torch
+
+NAMES = ("clip", "ocr", "pick")
+
+
+def bound(balancer, names=NAMES):
+    balancer.bind(names)
+    return balancer
+
+
+def step(balancer, gradients, n_micro_batches=1):
+    """One optimizer step. Returns the merged gradient (None without a refresh) and the coefficients in use."""
+    merged = None
+    balancer.begin_step(n_micro_batches)
+    while balancer.wants_gradients:
+        balancer.add_gradients(gradients)
+        if not balancer.wants_gradients:
+            merged = balancer.solve(lambda x: x)
+    coefficients = balancer.loss_weights
+    balancer.end_step()
+    return merged, coefficients
+
+
+def gradients_of(seed, k=3, p=7):
+    return torch.randn(k, p, generator=torch.Generator().manual_seed(seed))

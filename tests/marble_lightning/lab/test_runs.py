@@ -1,0 +1,68 @@
+"""Finished runs are read back as they were logged."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.utils.tensorboard import SummaryWriter
+
+from balancers import PCGrad
+from marble_lightning.evaluation.results import HeldOutScores, document, write
+from marble_lightning.lab.runs import Run, compare
+from rewards import Prompt
+from tests.helpers.small_rewards import Brightness
+
+NAN = torch.nan
+
+
+def finished(
+    folder: Path, base: list[list[float]] | None, trained: list[list[float]], evaluated: dict[str, Any] | None = None
+) -> Run:
+    with SummaryWriter(str(folder)) as writer:
+        for step, value in ((3, 0.25), (5, 0.75)):
+            writer.add_scalar("train/ocr", value, step)
+        writer.add_image("held_out", torch.rand(3, 8, 12), 0)
+    base_scores = None if base is None else torch.tensor(base)
+    prompts = {index: Prompt(f"prompt {index}", "x") for index in range(len(trained))}
+    held_out = HeldOutScores({"ocr": Brightness(), "geneval": Brightness()}, prompts, torch.tensor(trained), base_scores)
+    write(folder, document(held_out, judged=evaluated or {}, settings={}))
+    return Run(folder)
+
+
+def test_a_run_names_its_balancer_and_cadence(tmp_path):
+    balancer = PCGrad(refresh_every=5, ema_decay=0.7)
+    balancer.bind(["ocr", "geneval"])
+    run = finished(tmp_path / "a", None, [[1.0, 2.0]], {"balancer": "PCGrad", **balancer.cadence})
+    assert run.balancer == (
+        "PCGrad, refresh_every 5, ema_decay 0.7, estimate_share 1.0, normalize False, refresh_alpha smoothed, amortize raw"
+    )
+    assert finished(tmp_path / "b", None, [[1.0, 2.0]]).balancer == "not named in its results.json"
+
+
+def test_curves_and_images(tmp_path):
+    run = finished(tmp_path, None, [[1.0, 2.0]])
+    assert run.curve("train/ocr") == ([3, 5], [0.25, 0.75])
+    assert run.curve("train/none") == ([], [])
+    assert [image.size for image in run.images("held_out")] == [(12, 8)]
+    assert run.images("none") == []
+
+
+def test_runs_are_averaged_per_prompt_before_the_standard_error(tmp_path):
+    first = finished(tmp_path / "0", [[0.0, NAN], [1.0, 4.0], [2.0, 1.0]], [[1.0, NAN], [1.0, 5.0], [2.0, 3.0]])
+    second = finished(tmp_path / "1", [[0.0, NAN], [1.0, 4.0], [2.0, 1.0]], [[0.0, NAN], [2.0, 5.0], [3.0, 3.0]])
+    comparison = compare([first, second])
+    assert comparison["ocr"].base.mean == pytest.approx(1.0)
+    assert comparison["ocr"].change.mean == pytest.approx(0.5)  # 1/2, 1/2, 1/2 of the three prompts
+    assert comparison["ocr"].change.error == pytest.approx(0.0)
+    assert comparison["geneval"].trained == pytest.approx((4.0, 1.0, 2))
+    assert comparison["geneval"].change.mean == pytest.approx(1.5)
+
+
+def test_unfinished_runs_and_runs_without_a_base_are_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"must be a finished run's, with results.json"):
+        Run(tmp_path)
+    with pytest.raises(ValueError, match="The base must have been evaluated"):
+        compare([finished(tmp_path, None, [[1.0, 2.0]])])
