@@ -106,6 +106,7 @@ class DiffusionNFT(LightningModule):
         self.scorer = Scorer(self.reward_models, scoring)
         self.finite = Finite()
         self.evaluator = Evaluator(policy, self.scorer, evaluation, seed, self.finite)
+        self.held_out_scores = self.evaluator.scores  # registered here, so that Lightning moves it to the device
         self.round_start = RoundStart()
         self.image_statistics: Tensor | None = None
         """Statistics of the round's images, (prompt, statistic); see `image_statistics`."""

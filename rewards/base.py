@@ -56,9 +56,8 @@ def public_name(kind: type) -> str:
 
     It is the package's name and the class name if the package exports the class, so that moving a file changes no identity.
     """
-    package = kind.__module__.partition(".")[0]
-    exported = getattr(sys.modules.get(package), kind.__qualname__, None)
-    return f"{package if exported is kind else kind.__module__}.{kind.__qualname__}"
+    exported = getattr(sys.modules["rewards"], kind.__qualname__, None)
+    return f"{'rewards' if exported is kind else kind.__module__}.{kind.__qualname__}"
 
 
 def with_public_names(text: str) -> str:

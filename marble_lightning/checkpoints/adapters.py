@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import Tensor
 
 
 def check_adapters(
-    state: Mapping[str, Tensor], checkpoint: Mapping[str, Any], lora: Mapping[str, Any], path: str, is_adapter: Any
+    state: Mapping[str, Tensor],
+    checkpoint: Mapping[str, Any],
+    lora: Mapping[str, Any],
+    path: str,
+    is_adapter: Callable[[str], bool],
 ) -> None:
     """Refuse a checkpoint with adapters that differ from the policy's in name, shape or LoRA settings.
 

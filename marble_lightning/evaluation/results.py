@@ -113,8 +113,8 @@ def read(path: str | Path, setting: str = "`path`") -> dict[str, Any]:
         raise ValueError(f"{setting} must be a {RESULTS}. Found {file.resolve()}: {error}.") from error
     if not isinstance(results, dict) or not {"settings", "rewards", ALL, "prompts"} <= results.keys():
         raise ValueError(f"{setting} must be a {RESULTS} written by fit, validate or test. Found {file.resolve()}.")
-    for reward_model in results.get("judges", {}).values():
-        reward_model["class"] = with_public_names(reward_model["class"])  # earlier results name modules, which have moved
+    if "judges" in results:  # earlier results name the modules of rewards, which have moved
+        results["judges"] = json.loads(with_public_names(json.dumps(results["judges"])))
     return results
 
 

@@ -14,6 +14,9 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 from marble_lightning.cli import QUIET, main
+from marble_lightning.module import DiffusionNFT
+from marble_lightning.policies import SD3Policy
+from tests.helpers.small_rewards import Brightness
 
 pytestmark = [pytest.mark.filterwarnings(f"ignore:{known}") for known in QUIET]
 
@@ -69,6 +72,13 @@ def test_marks_follow_devices():
         assert mark_of(torch.zeros(2)) and mark_of(on_device.cpu()) and mark_of(on_device.cpu().mean() * 2)
         assert not mark_of(on_device.mean()) and not mark_of(torch.zeros(2).to(device).sum())
         assert not mark_of(on_device * torch.tensor(2.0)) and not mark_of(on_device[torch.tensor([1])])
+
+
+def test_held_out_scores_are_gathered_on_the_device(checkpoints):
+    """A metric moves its inputs to its own device, and gathers them there."""
+    policy = SD3Policy(str(checkpoints / "sd3"), resolution=16, rank=2)
+    module = DiffusionNFT(policy, {"bright": Brightness()}).to("meta")
+    assert module.evaluator.scores.device == torch.device("meta")
 
 
 def test_no_cpu_tensor_is_sent(small, monkeypatch):

@@ -2,12 +2,13 @@
 
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
-from rewards import Prompt, Reward
+from rewards import JPEGCompressibility, Prompt, Reward
 
 
 class Brightness(Reward):
@@ -38,6 +39,13 @@ def test_sources_work_with_an_overridden_applies_to() -> None:
     scores = Brightness(sources=["b"])(images=IMAGES, prompts=PROMPTS)
     assert torch.equal(scores.nan_to_num(-1), torch.tensor([-1, -1, 0.75]))
     assert Brightness(sources=["b"]).identity != Brightness().identity
+
+
+def test_identities_name_bundled_rewards_by_package_and_custom_ones_by_module(monkeypatch) -> None:
+    assert JPEGCompressibility().identity["class"] == "rewards.JPEGCompressibility"
+    monkeypatch.setattr(Brightness, "__module__", "mine.scores")  # as before, also if `mine` exports it
+    monkeypatch.setitem(sys.modules, "mine", SimpleNamespace(Brightness=Brightness))
+    assert Brightness().identity["class"] == "mine.scores.Brightness"
 
 
 def test_old_names_work_and_warn() -> None:

@@ -91,6 +91,7 @@ def test_earlier_results_with_module_names_are_comparable(tmp_path):
     reward_models: dict[str, Reward] = {"ocr": JPEGCompressibility(), "geneval": Tagged()}
     this = document(HeldOutScores(reward_models, PROMPTS, SCORES, None).sampled(), judged={}, settings=SETTINGS)
     assert this["judges"]["ocr"]["class"] == "rewards.JPEGCompressibility"
+    this["judges"]["ocr"]["detector class"] = "rewards.JPEGCompressibility"  # as GenEval names its detector
     write(tmp_path, this)
     file = tmp_path / "results.json"
     file.write_text(file.read_text().replace("rewards.JPEGCompressibility", "rewards.jpeg.JPEGCompressibility"))
