@@ -4,104 +4,16 @@ from __future__ import annotations
 
 import threading
 import time
-from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
-from PIL import Image
 
-from marble_lightning.checks import check_prompts, check_rewards_apply, prompts_without_a_score
+from marble_lightning.checks import prompts_without_a_score
 from marble_lightning.scoring.failures import RewardError
 from marble_lightning.scoring.scorer import Scorer
 from marble_lightning.scoring.settings import Scoring
-from rewards import OCR, Prompt, Reward
-
-PROMPTS = [Prompt(f"image {index}", "even" if index % 2 == 0 else "odd") for index in range(6)]
-IMAGES = torch.linspace(0, 1, 6).view(6, 1, 1, 1).expand(6, 3, 4, 4).contiguous()
-
-
-class Brightness(Reward):
-    def score(self, *, images, prompts):
-        return images.mean((1, 2, 3))
-
-
-class Even(Brightness):
-    def applies_to(self, prompt):
-        return prompt.source == "even"
-
-
-class Broken(Brightness):
-    """Fails on some prompts, with an exception or an infinite score."""
-
-    def __init__(self, texts=(), infinite=False):
-        super().__init__()
-        self.texts, self.infinite = texts, infinite
-
-    def score(self, *, images, prompts):
-        wrong = torch.tensor([prompt.text in self.texts for prompt in prompts])
-        if wrong.any() and not self.infinite:
-            raise ZeroDivisionError("no letters")
-        return torch.where(wrong, torch.inf, super().score(images=images, prompts=prompts))
-
-
-class Flaky(Brightness):
-    """Fails to connect the first few times."""
-
-    def __init__(self, times):
-        super().__init__()
-        self.times = times
-
-    def score(self, *, images, prompts):
-        self.times -= 1
-        if self.times >= 0:
-            raise ConnectionError("refused")
-        return super().score(images=images, prompts=prompts)
-
-
-class Blocked(Brightness):
-    """Waits for an event, or forever on some prompts."""
-
-    def __init__(self, stuck=()):
-        super().__init__()
-        self.released, self.stuck, self.threads = threading.Event(), stuck, set()
-
-    def score(self, *, images, prompts):
-        self.threads.add(threading.current_thread().name)
-        if any(prompt.text in self.stuck for prompt in prompts):
-            threading.Event().wait()
-        self.released.wait(10)
-        return super().score(images=images, prompts=prompts)
-
-
-class Ranks:
-    """A strategy with given counts of the other ranks."""
-
-    root_device = torch.device("cpu")
-
-    def __init__(self, others=0.0):
-        self.others = others
-
-    def reduce(self, tensor, reduce_op):
-        assert reduce_op == "sum"
-        return tensor + torch.as_tensor(self.others)
-
-
-def scores(rewards, folder=Path(), size=2, **settings):
-    """Score in batches; returns the scores and the number of images that each reward failed on."""
-    scorer = Scorer(rewards, Scoring(**settings))
-    scorer.setup(folder, "")
-    for start in range(0, 6, size):
-        scorer.submit(IMAGES[start : start + size], PROMPTS[start : start + size], rewards)
-    result = scorer.collect()
-    assert all(seconds > 0 for seconds in scorer.seconds.values())
-    return result, scorer.check(Ranks())
-
-
-@pytest.fixture(autouse=True)
-def _no_pauses(monkeypatch):
-    pause = time.sleep
-    monkeypatch.setattr("marble_lightning.scoring.failures.time.sleep", lambda seconds: pause(min(seconds, 0.01)))
+from rewards import OCR, Prompt
+from tests.helpers.scored_images import IMAGES, PROMPTS, Blocked, Brightness, Broken, Even, Ranks, scores
 
 
 @pytest.mark.parametrize("overlap", [True, False])
@@ -136,73 +48,6 @@ def test_a_reward_keeps_its_thread():
     assert threading.active_count() == before
 
 
-@pytest.mark.parametrize("infinite", [True, False])
-@pytest.mark.parametrize("overlap", [True, False])
-def test_a_failing_reward_is_named_with_prompt_and_image(tmp_path, infinite, overlap):
-    rewards = {"bright": Brightness(), "spelling": Broken(["image 3"], infinite)}
-    with pytest.raises(
-        RewardError, match=r"`rewards\.spelling` .*'image 3' .*(ZeroDivisionError|Found inf)?.*on_error: skip"
-    ) as caught:
-        scores(rewards, tmp_path, overlap=overlap)
-    assert ("Found inf" if infinite else "no letters") in str(caught.value)
-    saved = Image.open(tmp_path / "failed_spelling.png")
-    assert saved.size == (4, 4) and saved.getpixel((0, 0)) == (153, 153, 153)  # 3 / 5 of white
-
-
-def test_skipping_loses_only_the_failed_images(tmp_path, caplog):
-    rewards = {"bright": Brightness(), "spelling": Broken(["image 3"])}
-    result, skipped = scores(rewards, tmp_path, size=3, on_error="skip", max_skipped=0.2)
-    expected = IMAGES.mean((1, 2, 3)).repeat(2, 1).T.clone()
-    expected[3, 1] = torch.nan
-    torch.testing.assert_close(result, expected, equal_nan=True)
-    assert skipped == {"bright": 0, "spelling": 1}
-    assert "image 3" in caplog.text and "no letters" in caplog.text
-
-
-def test_skipping_too_much_is_an_error(tmp_path):
-    with pytest.raises(RewardError, match=r"share of 0\.1 .*`scoring\.max_skipped`.* Found 1 of 6"):
-        scores({"spelling": Broken(["image 3"])}, tmp_path, on_error="skip")
-
-
-def test_the_share_is_of_the_images_a_reward_applies_to(tmp_path):
-    class Rare(Broken):
-        def applies_to(self, prompt):
-            return prompt.text in ("image 1", "image 2")
-
-    with pytest.raises(RewardError, match="Found 1 of 2"):
-        scores({"rare": Rare(["image 2"])}, tmp_path, on_error="skip", max_skipped=0.4)
-
-
-def test_external_failures_are_retried(tmp_path):
-    result, _ = scores({"remote": Flaky(2)}, tmp_path, size=6, retries=2)
-    torch.testing.assert_close(result[:, 0], IMAGES.mean((1, 2, 3)))
-    with pytest.raises(RewardError, match="ConnectionError on 6 of 6 images.*refused"):
-        scores({"remote": Flaky(3)}, tmp_path, size=6, retries=2)
-
-
-def test_other_failures_are_not_retried(tmp_path):
-    class Counted(Broken):
-        calls = 0
-
-        def score(self, *, images, prompts):
-            self.calls += 1
-            return super().score(images=images, prompts=prompts)
-
-    reward = Counted(["image 0"])
-    with pytest.raises(RewardError):
-        scores({"wrong": reward}, tmp_path, size=1, retries=5)
-    assert reward.calls <= len(PROMPTS)
-
-
-def test_a_batch_that_fails_as_a_whole_has_no_scores(tmp_path):
-    class Squeezed(Brightness):
-        def score(self, *, images, prompts):
-            return images.mean((1, 2, 3))[:1]
-
-    with pytest.raises(RewardError, match=r"on 6 of 6 images.*shape \(6,\)"):
-        scores({"squeezed": Squeezed()}, tmp_path, size=6)
-
-
 def test_a_reward_over_the_time_limit_has_failed(tmp_path):
     stuck = Blocked(["image 2"])
     stuck.released.set()
@@ -211,113 +56,6 @@ def test_a_reward_over_the_time_limit_has_failed(tmp_path):
     result, skipped = scores({"stuck": stuck}, tmp_path, time_limit=0.2, on_error="skip", max_skipped=0.5)
     assert result[:, 0].isnan().tolist() == [False, False, True, True, False, False]
     assert skipped == {"stuck": 2}
-
-
-def test_a_failure_on_one_rank_stops_all_of_them(tmp_path):
-    scorer = Scorer({"bright": Brightness()}, Scoring())
-    scorer.setup(tmp_path, "_0")
-    scorer(IMAGES, PROMPTS)
-    before = threading.active_count()
-    with pytest.raises(RewardError, match="on another process"):
-        scorer.check(Ranks([1.0, 0.0, 0.0, 0.0]))  # failed, skipped, applied, missing
-    deadline = time.monotonic() + 5
-    while threading.active_count() == before and time.monotonic() < deadline:
-        time.sleep(0.001)
-    assert threading.active_count() == before - 1  # the thread of the reward ends
-
-
-def test_the_share_is_counted_over_ranks_and_batches(tmp_path):
-    scorer = Scorer({"spelling": Broken(["image 3"])}, Scoring(on_error="skip", max_skipped=0.1))
-    scorer.setup(tmp_path, "_0")
-    for _ in range(2):
-        scorer(IMAGES, PROMPTS)
-    assert scorer.check(Ranks([0.0, 0.0, 8.0, 0.0])) == {"spelling": 2}  # of 20
-    scorer(IMAGES, PROMPTS)
-    with pytest.raises(RewardError, match="Found 1 of 9"):  # counts are reset by each check
-        scorer.check(Ranks([0.0, 0.0, 3.0, 0.0]))
-
-
-@pytest.mark.parametrize("on_error", ["raise", "skip"])
-def test_a_reward_without_a_single_score_has_failed(tmp_path, caplog, on_error):
-    """A score on another rank is enough."""
-
-    class Silent(Even):
-        def score(self, *, images, prompts):
-            return torch.full((len(prompts),), torch.nan)
-
-    scorer = Scorer({"bright": Brightness(), "silent": Silent()}, Scoring(on_error=on_error))
-    scorer.setup(tmp_path, "_0")
-    scorer(IMAGES, PROMPTS)
-    assert scorer.check(Ranks([0, 0, 0, 0, 1, 0, 0])) == {"bright": 0, "silent": 0} and not caplog.text
-    scorer(IMAGES, PROMPTS)
-    with pytest.raises(RewardError, match=r"`rewards\.silent` may fail on a share of 0\.1 .* Found 5 of 5"):
-        scorer.check(Ranks([0, 0, 0, 0, 2, 0, 2]))
-    assert "`rewards.silent` must score some of the images that it applies to. Found NaN for all 5" in caplog.text
-
-
-def test_a_reward_that_applies_to_nothing_has_not_failed(tmp_path):
-    class Never(Brightness):
-        def applies_to(self, prompt):
-            return False
-
-    assert scores({"never": Never()}, tmp_path)[1] == {"never": 0}
-
-
-def raising(error):
-    """A reward that raises an error."""
-    reward = Brightness()
-    reward.score = lambda **_: (_ for _ in ()).throw(error)
-    return {"raising": reward}
-
-
-class BrokenStr(Exception):
-    def __str__(self):
-        raise AttributeError("no text")
-
-
-@pytest.mark.parametrize("overlap", [True, False])
-@pytest.mark.parametrize(
-    ("error", "message"),
-    [
-        (SystemExit(0), "Found SystemExit on"),
-        (GeneratorExit(), "Found GeneratorExit on"),
-        (BrokenStr(), r"Found BrokenStr on .*its `__str__` raises AttributeError"),
-        (ValueError("no" * 10**6), "Found ValueError on"),
-    ],
-)
-def test_every_exception_of_a_reward_is_a_failure(tmp_path, overlap, error, message):
-    with pytest.raises(RewardError, match=rf"`rewards\.raising` .*{message}") as caught:
-        scores(raising(error), tmp_path, overlap=overlap)
-    assert "'image 0'" in str(caught.value) and len(str(caught.value)) < 3000
-
-
-def test_a_reward_that_exits_before_it_scores_has_failed():
-    class Impatient(Brightness):
-        def applies_to(self, prompt):
-            raise SystemExit(0)
-
-    data = SimpleNamespace(training=PROMPTS, shares={"even": 1})
-    for check in (
-        lambda rewards: check_rewards_apply(rewards, data),
-        lambda rewards: check_prompts(rewards, PROMPTS),
-    ):
-        with pytest.raises(RewardError, match=r"`hasty` must not end the program. Found SystemExit\(0\)"):
-            check({"hasty": Impatient()})
-
-
-@pytest.mark.parametrize("overlap", [True, False])
-def test_an_interrupt_is_not_a_failure(tmp_path, overlap):
-    with pytest.raises(KeyboardInterrupt):
-        scores(raising(KeyboardInterrupt()), tmp_path, overlap=overlap)
-
-
-def test_a_long_prompt_is_shortened_in_messages(tmp_path):
-    scorer = Scorer({"spelling": Broken(["a" * 10**6])}, Scoring())
-    scorer.setup(tmp_path, "")
-    scorer(IMAGES[:1], [Prompt("a" * 10**6, "even")])
-    with pytest.raises(RewardError, match=r"prompt 'a+'\.\.\. \(1000000 characters\)") as caught:
-        scorer.check(Ranks())
-    assert len(str(caught.value)) < 1000
 
 
 def test_prompts_without_a_score_are_counted():
@@ -338,14 +76,6 @@ def test_no_batch_is_scored_after_a_fatal_failure(tmp_path):
     assert scorer(IMAGES, PROMPTS).isnan()[:, 1].all() and not bright.threads
     with pytest.raises(RewardError, match=r"rewards\.spelling"):
         scorer.check(Ranks())
-
-
-def test_a_reward_that_retries_by_itself_is_not_retried(tmp_path):
-    reward = Flaky(2)
-    reward.retries = 5
-    with pytest.raises(RewardError, match="refused"):
-        scores({"remote": reward}, tmp_path, size=6, retries=2)
-    assert reward.times == 1
 
 
 @pytest.mark.parametrize(

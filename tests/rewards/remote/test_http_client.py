@@ -1,0 +1,184 @@
+"""Slow, lost, temporary and unlimited answers of a server: time limits, retries and size limits."""
+
+from __future__ import annotations
+
+import gzip
+import itertools
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+
+from tests.helpers.remote_scores import PROMPT, expected, ready, scored, shades
+from tests.helpers.scripted_server import CUT, DROP, ScriptedServer, remote_reward
+
+HEAD = b"HTTP/1.1 200 OK\r\nContent-Length: 100000000\r\n\r\n"
+
+
+def test_a_slow_answer_within_the_timeout() -> None:
+    def answer(body: Any) -> Any:
+        time.sleep(0.3)
+        return remote_reward("/score", body)
+
+    torch.testing.assert_close(scored(answer, timeout=3.0, retries=0), expected(2))
+
+
+def test_a_slow_answer_beyond_the_timeout() -> None:
+    def answer(body: Any) -> Any:
+        time.sleep(0.8)
+        return remote_reward("/score", body)
+
+    with pytest.raises(ConnectionError, match=r"RemoteReward: http://127.*/score must answer.*timed out.*raise `timeout`"):
+        scored(answer, timeout=0.3, retries=1)
+
+
+@pytest.mark.parametrize(
+    "trouble",
+    [(500, {}), (502, b""), (503, b""), (504, b""), (429, {}), DROP],
+    ids=lambda trouble: "dropped" if trouble is DROP else str(trouble),
+)
+def test_temporary_failures_are_retried(trouble: Any) -> None:
+    replies = iter([trouble, trouble])
+    torch.testing.assert_close(scored(lambda body: next(replies, None) or remote_reward("/score", body)), expected(2))
+
+
+def test_permanent_failures_report_the_servers_message() -> None:
+    bodies: list[Any] = []
+
+    def answer(body: Any) -> Any:
+        bodies.append(body)
+        return 500, {"error": "PickScore: CUDA is out of memory."}
+
+    with pytest.raises(
+        ConnectionError, match=r"after 3 of 3 attempts, .*: 500 Internal Server Error.*CUDA is out of memory"
+    ):
+        scored(answer)
+    assert len(bodies) == 3
+
+
+@pytest.mark.parametrize(("status", "error"), [(400, ValueError), (404, ValueError), (301, ConnectionError)])
+def test_rejected_requests_are_not_retried(status: int, error: type[Exception]) -> None:
+    bodies: list[Any] = []
+
+    def answer(body: Any) -> Any:
+        bodies.append(body)
+        return status, {"error": "not like this"}
+
+    with pytest.raises(error, match=rf"{status} .*not like this"):
+        scored(answer)
+    assert len(bodies) == 1
+
+
+def test_an_unreachable_server() -> None:
+    with ScriptedServer(remote_reward) as server:
+        reward = ready(server)
+        server.stop()
+        with pytest.raises(ConnectionError, match=r"/score must answer.*refused.*Check that the server runs"):
+            reward(images=shades(1), prompts=[PROMPT])
+
+
+def test_a_connection_lost_during_an_answer() -> None:
+    with pytest.raises(ConnectionError, match=r"/score must answer.*Check that the server runs"):
+        scored(lambda body: CUT)
+
+
+def test_a_server_that_fails_between_requests() -> None:
+    """The server drops all requests after the fifth of twelve."""
+    lock, count = threading.Lock(), [0]
+
+    def answer(body: Any) -> Any:
+        with lock:
+            count[0] += 1
+            return DROP if count[0] > 5 else remote_reward("/score", body)
+
+    with pytest.raises(ConnectionError, match="/score must answer"):
+        scored(answer, count=12, request_size=1, retries=1)
+    assert count[0] <= 5 + 4 * 2 + 4 * 2  # attempts of four concurrent requests, and requests started before the first error
+
+
+def slowly(text: bytes) -> Iterator[bytes]:
+    """Yield one byte at a time, each faster than a timeout per read."""
+    for byte in text:
+        yield bytes([byte])
+        time.sleep(0.05)
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        lambda: slowly(HEAD + b" " * 1000),
+        lambda: itertools.chain([HEAD], slowly(b" " * 1000)),
+        lambda: itertools.chain([b"HTTP/1.1 200 OK\r\n"], (b"X: y\r\n" for _ in slowly(b" " * 1000))),
+        lambda: slowly(b"HTTP/1.1 100 Continue\r\n\r\n" * 100),
+        lambda: (503, b""),
+    ],
+    ids=["headers", "body", "endless headers", "continue", "busy"],
+)
+def test_one_deadline_for_headers_body_and_attempts(answer: Callable[[], Any]) -> None:
+    start = time.monotonic()
+    with pytest.raises(ConnectionError, match="within `deadline`, 0.6 s: (timed out|503 Service)"):
+        scored(lambda body: answer(), timeout=0.4, deadline=0.6, retries=100)
+    assert time.monotonic() - start < 1.5
+
+
+@pytest.mark.parametrize("wait", ["3600", "Thu, 01 Jan 2093 00:00:00 GMT"])
+def test_long_pauses_of_a_server_are_limited(wait: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    busy = f"HTTP/1.1 503 Busy\r\nRetry-After: {wait}\r\nContent-Length: 0\r\nConnection: close\r\n\r\n".encode()
+    replies = iter([iter([busy])])
+    start = time.monotonic()
+    with pytest.raises(ConnectionError, match="after 1 of 3 attempts, within `deadline`, 1 s: 503 Busy"):
+        scored(lambda body: iter([busy]), deadline=1)
+    assert time.monotonic() - start < 1
+    monkeypatch.setattr("rewards.remote.http_client.LONGEST_PAUSE", 0.3)
+    torch.testing.assert_close(scored(lambda body: next(replies, None) or remote_reward("/score", body)), expected(2))
+    assert 0.3 < time.monotonic() - start < 2
+
+
+def test_retry_after_is_respected() -> None:
+    replies = iter([iter([b"HTTP/1.1 429 Busy\r\nRetry-After: 1\r\nContent-Length: 0\r\nConnection: close\r\n\r\n"])])
+    start = time.monotonic()
+    torch.testing.assert_close(scored(lambda body: next(replies, None) or remote_reward("/score", body)), expected(2))
+    assert time.monotonic() - start > 1
+
+
+@pytest.mark.parametrize("head", [HEAD, b"HTTP/1.1 500 No\r\n\r\n"], ids=["declared", "without a length"])
+def test_too_large_answers_are_not_read_completely(head: bytes) -> None:
+    chunks = []
+
+    def endless() -> Iterator[bytes]:
+        yield head
+        for _ in range(100):
+            chunks.append(1)
+            yield b" " * 2**20
+
+    with pytest.raises(ValueError, match="/score must answer at most 4194304 bytes. Found 'more'"):
+        scored(lambda body: endless())
+    assert len(chunks) < 50  # includes data in socket buffers
+
+
+def test_a_compressed_answer_is_not_expanded() -> None:
+    bomb = gzip.compress(b" " * 10**6)
+    reply = b"HTTP/1.1 200 OK\r\nContent-Encoding: gzip\r\nContent-Length: %d\r\n\r\n" % len(bomb) + bomb
+    with pytest.raises(ValueError, match="/score must answer JSON"):
+        scored(lambda body: iter([reply]))
+
+
+def test_waiting_for_scores_can_be_interrupted() -> None:
+    """Python runs signal handlers in the main thread, which must not block while a server is slow."""
+
+    def handler(*_: Any) -> None:
+        raise InterruptedError
+
+    old = signal.signal(signal.SIGUSR1, handler)
+    start = time.monotonic()
+    try:
+        with pytest.raises(InterruptedError):
+            scored(lambda body: os.kill(os.getpid(), signal.SIGUSR1) or slowly(HEAD + b" " * 100))
+    finally:
+        signal.signal(signal.SIGUSR1, old)
+    assert time.monotonic() - start < 2
