@@ -8,12 +8,13 @@ reward models: its input is a matrix and the names of its rows. A new method is 
 """
 
 from balancers.advantage_sum import AdvantageSum
-from balancers.base import CADENCE, Balancer
+from balancers.base import Balancer
 from balancers.cagrad import CAGrad
 from balancers.fixed_weights import FixedWeights
 from balancers.gramian import cosines
 from balancers.marble import MARBLE
 from balancers.mgda import MGDA
+from balancers.options import CADENCE
 from balancers.pcgrad import PCGrad
 from balancers.qp import min_norm_weights
 from balancers.torchjd import TorchJD

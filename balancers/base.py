@@ -1,9 +1,8 @@
-"""The base class of all balancers: the cadence of gradients, how they are merged, and the state in a checkpoint."""
+"""The base class of all balancers: a Lightning callback around a method that turns inner products into weights."""
 
 import logging
-import math
 from collections.abc import Callable, Mapping, Sequence
-from copy import deepcopy
+from dataclasses import asdict
 from itertools import compress
 from typing import Any, Literal, cast
 
@@ -15,22 +14,12 @@ from torch import Tensor
 
 from balancers.accumulation import GradientSum
 from balancers.gramian import compare, gram_matrix, in_conflict
-from balancers.levels import LEVEL_CHECKS
-from balancers.merging import active_rows, as_float32, call_weights, merge_rows, smooth
-from balancers.options import check_names, check_options
+from balancers.levels import LEVEL_CHECKS, check_names, dry_run
+from balancers.merging import active_rows, as_float32, call_weights, merge_rows
+from balancers.options import GradientOptions
+from balancers.smoothed_weights import SmoothedWeights
 
 log = logging.getLogger(__name__)
-
-CADENCE = (
-    "refresh_every",
-    "ema_decay",
-    "estimate_share",
-    "normalize",
-    "refresh_alpha",
-    "amortize",
-    "uniform_after_step",
-)
-"""Options of every gradient method. A method is the published one only with the values of its own config file."""
 
 
 class Balancer(Callback):
@@ -48,8 +37,9 @@ class Balancer(Callback):
 
     A reward is inactive if its gradient is not finite or is zero (below 3.5e-4 of the largest, the level of rounding
     errors). It is left out of the solution and keeps its $\bar\alpha_k$ and $s_k$; a reward that was never active has its
-    weight from `prior` and $s_k = 1$. The weights of the active rewards are not scaled down for it, so the sum may exceed 1
-    until the next solution. Otherwise, if a reward with all the weight became inactive, the others would have none.
+    weight from `initial_weights` and $s_k = 1$. The weights of the active rewards are not scaled down for it, so the sum
+    may exceed 1 until the next solution. Otherwise, if a reward with all the weight became inactive, the others would have
+    none.
 
     Between refreshes the loss of a reward is the mean over the samples that it applies to, as on a refresh. The authors'
     code sets a missing advantage to 0 there and divides by all samples, so a reward that applies to a third of the samples
@@ -90,11 +80,15 @@ class Balancer(Callback):
         estimate_share: float = 1.0,
         uniform_after_step: int | None = None,
     ) -> None:
-        check_options(refresh_every, ema_decay, amortize, refresh_alpha, estimate_share, uniform_after_step)
-        self.refresh_every, self.ema_decay, self.normalize = refresh_every, ema_decay, normalize
-        self.amortize, self.refresh_alpha, self.estimate_share = amortize, refresh_alpha, estimate_share
-        self.uniform_after_step = uniform_after_step
-
+        self.options = GradientOptions(
+            refresh_every=refresh_every,
+            ema_decay=ema_decay,
+            normalize=normalize,
+            amortize=amortize,
+            refresh_alpha=refresh_alpha,
+            estimate_share=estimate_share,
+            uniform_after_step=uniform_after_step,
+        )
         self.reward_names: tuple[str, ...] = ()
         self.names: tuple[str, ...] = ()
         self.step = 0
@@ -110,51 +104,7 @@ class Balancer(Callback):
             if level in vars(cls):
                 setattr(cls, level, check(vars(cls)[level]))
 
-    # Names
-
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        self.bind(tuple(cast(Mapping[str, object], pl_module.rewards)))
-        self.dry_run()
-
-    def bind(self, reward_names: Sequence[str]) -> None:
-        """Set the rewards' names. A second call, or a call after `load_state_dict`, keeps the state.
-
-        Raises:
-            ValueError: There is no reward, or the names differ from those bound or loaded before.
-        """
-        check_names(reward_names, self.reward_names)
-        if self.reward_names:
-            return
-        k = 1 if self.merged_name else len(reward_names)
-        self.reward_names = tuple(reward_names)
-        self.names = (self.merged_name,) if self.merged_name else self.reward_names
-        self.prior = torch.full((k,), 1 / k, dtype=torch.float64)
-        self.active = torch.ones(k, dtype=torch.bool)
-        self.alpha_smoothed = torch.full_like(self.prior, torch.nan)
-        self.norms = torch.full_like(self.prior, torch.nan)
-        self.solved_at = torch.zeros(k, dtype=torch.int64)
-
-    def dry_run(self) -> None:
-        """Run every level of a copy once on synthetic input, so that an error shows before the first rollout.
-
-        Raises:
-            ValueError: A level returned a wrong shape.
-            TypeError: Several columns remain and the method does not override `weights`.
-        """
-        # Lightning sets these bound methods of the module: copying them would copy module and trainer
-        loggers = [vars(self).get(name) for name in ("log", "log_dict")]
-        copy, k = deepcopy(self, {id(logger): logger for logger in loggers}), len(self.reward_names)
-        columns = copy.merge_advantages(copy.merge_rewards(torch.eye(k), torch.ones(k, k, dtype=torch.bool)))
-        if tuple(columns.shape) != (k, len(self.names)):
-            raise ValueError(
-                f"{type(self).__name__} must turn (samples, {k}) rewards into one column for each of "
-                f"{', '.join(self.names)}. Found shape {tuple(columns.shape)} for {k} samples; set `merged_name` where "
-                "`merge_rewards` or `merge_advantages` returns a single column."
-            )
-        if self.needs_gradients:
-            call_weights(copy.weights, torch.eye(k, dtype=torch.float64), self.normalize)
-
-    # The three levels
+    # The three levels, of which a method overrides one
 
     def merge_rewards(
         self, rewards: Float[Tensor, "sample reward"], applies: Bool[Tensor, "sample reward"]
@@ -177,53 +127,42 @@ class Balancer(Callback):
         """Whether the method ever uses per-reward gradients. A single column needs none."""
         return len(self.names) > 1
 
+    # Names
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self.bind(tuple(cast(Mapping[str, object], pl_module.rewards)))
+        dry_run(self)
+
+    def bind(self, reward_names: Sequence[str]) -> None:
+        """Set the rewards' names. A second call, or a call after `load_state_dict`, keeps the state.
+
+        Raises:
+            ValueError: There is no reward, or the names differ from those bound or loaded before.
+        """
+        check_names(reward_names, self.reward_names)
+        if self.reward_names:
+            return
+        self.reward_names = tuple(reward_names)
+        self.names = (self.merged_name,) if self.merged_name else self.reward_names
+        self.active = torch.ones(len(self.names), dtype=torch.bool)
+        self.smoothed = SmoothedWeights(self.initial_weights(), self.options.ema_decay)
+
+    def initial_weights(self) -> Float[Tensor, " reward"]:
+        """Weights of rewards that have never been active, float64: equal ones unless overridden."""
+        return torch.full((len(self.names),), 1 / len(self.names), dtype=torch.float64)
+
     # One optimizer step
 
-    @property
-    def uniform(self) -> bool:
-        """Whether the final stage with uniform weights has begun."""
-        return self.uniform_after_step is not None and self.step >= self.uniform_after_step
+    def begin_step(self, n_micro_batches: int) -> None:
+        """Start an optimizer step of `n_micro_batches` micro-batches and decide whether it is a refresh step."""
+        due = self.needs_gradients and not self.uniform and (self.options.is_due(self.step) or self.smoothed.empty)
+        self._sum = GradientSum(self.options.estimated(n_micro_batches) if due else 0)
+        self._solved, self.any_gradient_overflowed = None, False
 
     @property
     def wants_gradients(self) -> bool:
         """Whether the next micro-batch must deliver its per-reward gradients."""
         return self._sum.incomplete
-
-    @property
-    def solved(self) -> bool:
-        """Whether this optimizer step's weights were computed from its own gradients."""
-        return self._solved is not None
-
-    @property
-    def cadence(self) -> dict[str, Any]:
-        """The options named in `CADENCE`; empty if the method never uses per-reward gradients."""
-        return {name: getattr(self, name) for name in CADENCE} if self.needs_gradients else {}
-
-    @property
-    def loss_weights(self) -> Float[Tensor, " reward"]:
-        """Weight of each reward's loss in the scalarised loss of the current step: (K,) float32 on the CPU."""
-        if self.uniform:
-            return torch.full((len(self.names),), 1 / len(self.names))
-        if self._solved is not None:
-            return self._solved
-        return as_float32(self._alpha * self.scale if self.amortize == "scaled" else self._alpha, self.names)
-
-    @property
-    def scale(self) -> Float[Tensor, " reward"]:
-        """Smoothed s_k, which scales a raw gradient to the mean norm; 1 without `normalize` or before the first refresh."""
-        return (self.norms.nanmean() / self.norms).nan_to_num(1.0) if self.normalize else torch.ones_like(self.prior)
-
-    @property
-    def _alpha(self) -> Float[Tensor, " reward"]:
-        return torch.where(self.alpha_smoothed.isnan(), self.prior, self.alpha_smoothed)
-
-    def begin_step(self, n_micro_batches: int) -> None:
-        """Start an optimizer step of `n_micro_batches` micro-batches and decide whether it is a refresh step."""
-        due = self.step % self.refresh_every == 0 or bool(self.alpha_smoothed.isnan().all())
-        due = due and self.needs_gradients and not self.uniform
-        share = math.ceil(round(self.estimate_share * n_micro_batches, 9))  # 0.7 * 10 is slightly above 7
-        self._sum, self._solved = GradientSum(max(share, 1) if due else 0), None
-        self.any_gradient_overflowed = False
 
     def add_gradients(self, gradients: Float[Tensor, "reward parameter"]) -> None:
         """Add one micro-batch's per-reward gradients (K, P), normalised so that their sum is the optimizer step's."""
@@ -244,32 +183,34 @@ class Balancer(Callback):
         gradients = reduce(self._sum.take())
         gram = gram_matrix(gradients)
         norms = gram.diagonal().sqrt()
-        active = self.active = active_rows(norms)
+        self.active = active_rows(norms)
         self.diagnostics = {"left_out": self._left_out(norms), "gradient_norms": norms, "gram": gram}
         self.any_gradient_overflowed = loss_scaled and not bool(norms.isfinite().all())
         if self.any_gradient_overflowed:
             log.warning("A gradient overflowed at optimizer step %d: skipped, the loss scale is reduced.", self.step)
             return torch.zeros_like(gradients[0])
-        if not active.any():
+        if not self.active.any():
             log.warning("No reward has a finite, non-zero gradient at optimizer step %d: nothing merged.", self.step)
             return torch.zeros_like(gradients[0])
+        self._refresh(gram[self.active][:, self.active], norms)
+        return merge_rows(gradients, self.loss_weights, self.active)
 
-        block = gram[active][:, active]
-        alpha = torch.zeros_like(self.prior).masked_scatter(active, call_weights(self.weights, block, self.normalize))
-        ratio = norms[active].mean() / norms if self.normalize else torch.ones_like(norms)
-        self.alpha_smoothed = smooth(self.alpha_smoothed, alpha, active, self.ema_decay)
-        self.norms = smooth(self.norms, norms, active, self.ema_decay)
-        applied = alpha if self.refresh_alpha == "fresh" else self._alpha
-        self._solved = as_float32(torch.where(active, applied * ratio, self._alpha * self.scale), self.names)
-        self.solved_at[active] = self.step
+    def _refresh(self, gram: Float[Tensor, "active active"], norms: Float[Tensor, " reward"]) -> None:
+        """Update the smoothed weights, and set the weights and diagnostics of this step."""
+        active, smoothed, options = self.active, self.smoothed, self.options
+        new = call_weights(self.weights, gram, options.normalize)
+        alpha = torch.zeros_like(smoothed.initial).masked_scatter(active, new)
+        ratio = norms[active].mean() / norms if options.normalize else torch.ones_like(norms)
+        smoothed.update(alpha, norms, active, self.step)
+        applied = alpha if options.refresh_alpha == "fresh" else smoothed.alpha
+        self._solved = as_float32(torch.where(active, applied * ratio, smoothed.alpha * self.scale), self.names)
 
-        harmony = compare(block, self.loss_weights[active])
+        harmony = compare(gram, self.loss_weights[active])
         self.counts["refreshes"] += 1
         self.counts["update_conflicts"] += in_conflict(harmony["update/cos_min"])
         self.counts["mean_conflicts"] += in_conflict(harmony["mean/cos_min"])
-        age = self.step - self.solved_at
-        self.diagnostics |= {"alpha": alpha, "alpha_smoothed": self._alpha, "alpha_age": age, **harmony}
-        return merge_rows(gradients, self.loss_weights, active)
+        age = self.step - smoothed.solved_at
+        self.diagnostics |= {"alpha": alpha, "alpha_smoothed": smoothed.alpha, "alpha_age": age, **harmony}
 
     def _left_out(self, norms: Float[Tensor, " reward"]) -> dict[str, str]:
         """The reason for each inactive reward, by name."""
@@ -279,6 +220,36 @@ class Balancer(Callback):
             level = logging.WARNING if reason == "not finite" else logging.DEBUG
             log.log(level, "The gradient of %s is %s at optimizer step %d: left out.", name, reason, self.step)
         return left_out
+
+    @property
+    def loss_weights(self) -> Float[Tensor, " reward"]:
+        """Weight of each reward's loss in the scalarised loss of the current step: (K,) float32 on the CPU."""
+        if self.uniform:
+            return torch.full((len(self.names),), 1 / len(self.names))
+        if self._solved is not None:
+            return self._solved
+        alpha = self.smoothed.alpha
+        return as_float32(alpha * self.scale if self.options.amortize == "scaled" else alpha, self.names)
+
+    @property
+    def scale(self) -> Float[Tensor, " reward"]:
+        """Smoothed s_k, which scales a raw gradient to the mean norm; 1 without `normalize`."""
+        return self.smoothed.scale if self.options.normalize else torch.ones_like(self.smoothed.initial)
+
+    @property
+    def uniform(self) -> bool:
+        """Whether the final stage with uniform weights has begun."""
+        return self.options.is_uniform(self.step)
+
+    @property
+    def solved(self) -> bool:
+        """Whether this optimizer step's weights were computed from its own gradients."""
+        return self._solved is not None
+
+    @property
+    def cadence(self) -> dict[str, Any]:
+        """The options named in `CADENCE`; empty if the method never uses per-reward gradients."""
+        return asdict(self.options) if self.needs_gradients else {}
 
     def end_step(self) -> None:
         """End an optimizer step, after the optimizer has stepped; a skipped step is not counted."""
@@ -298,8 +269,8 @@ class Balancer(Callback):
         """The state between two optimizer steps; NaN where a reward has never been active."""
         if not self.names:
             return {}
-        state = {name: getattr(self, name).clone() for name in ("alpha_smoothed", "norms", "solved_at")}
-        return {"reward_names": list(self.reward_names), "step": self.step, "counts": dict(self.counts), **state}
+        counts = dict(self.counts)
+        return {"reward_names": list(self.reward_names), "step": self.step, "counts": counts, **self.smoothed.state_dict()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a `state_dict`, before or after `bind`.
@@ -309,5 +280,4 @@ class Balancer(Callback):
         """
         self.bind(state_dict["reward_names"])
         self.step, self.counts = state_dict["step"], dict(state_dict["counts"])
-        for name in ("alpha_smoothed", "norms", "solved_at"):
-            setattr(self, name, state_dict[name].clone())
+        self.smoothed.load_state_dict(state_dict)

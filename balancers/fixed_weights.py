@@ -1,6 +1,5 @@
 """Constant weights on the gradients: the control for every adaptive method."""
 
-from collections.abc import Sequence
 from typing import Any
 
 from jaxtyping import Float
@@ -40,12 +39,11 @@ class FixedWeights(Balancer):
 
     @property
     def needs_gradients(self) -> bool:
-        return super().needs_gradients and self.normalize
+        return super().needs_gradients and self.options.normalize
 
-    def bind(self, reward_names: Sequence[str]) -> None:
-        super().bind(reward_names)
+    def initial_weights(self) -> Float[Tensor, " reward"]:
         weights = weights_by_name(self.named_weights, self.reward_names)
-        self.prior = weights / weights.sum()
+        return weights / weights.sum()
 
     def weights(self, gram: Float[Tensor, "active active"]) -> Float[Tensor, " active"]:
-        return self.prior[self.active]
+        return self.initial_weights()[self.active]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from copy import deepcopy
 from functools import wraps
 from itertools import compress
 from typing import Any
@@ -10,6 +11,8 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor
+
+from balancers.merging import call_weights
 
 Level = Callable[..., Any]
 
@@ -77,3 +80,42 @@ def checked_gram(gram: Float[Tensor, "row row"], names: Sequence[str] = ()) -> F
 
 LEVEL_CHECKS = {"weights": checked_weights, "merge_rewards": checked_columns, "merge_advantages": checked_columns}
 """Wrapper of each level that a method overrides."""
+
+
+def check_names(names: Sequence[str], known: Sequence[str]) -> None:
+    """Check the rewards' names against earlier ones; an empty `known` allows any names.
+
+    Raises:
+        ValueError: There is no reward, or the names differ from `known`.
+    """
+    if not names:
+        raise ValueError("`rewards` must name at least one reward. Found none.")
+    if known and tuple(names) != tuple(known):
+        raise ValueError(
+            f"`rewards` must stay the same and in the same order: {', '.join(known)}. Found {', '.join(names)}. "
+            "Use the rewards the checkpoint was saved with, or start without it."
+        )
+
+
+def dry_run(balancer: Any) -> None:
+    """Run every level of a copy of a balancer once on synthetic input, so that an error shows before the first rollout.
+
+    Args:
+        balancer: A `Balancer` with names.
+
+    Raises:
+        ValueError: A level returned a wrong shape.
+        TypeError: Several columns remain and the method does not override `weights`.
+    """
+    # Lightning sets these bound methods of the module: copying them would copy module and trainer
+    loggers = [vars(balancer).get(name) for name in ("log", "log_dict")]
+    copy, k = deepcopy(balancer, {id(logger): logger for logger in loggers}), len(balancer.reward_names)
+    columns = copy.merge_advantages(copy.merge_rewards(torch.eye(k), torch.ones(k, k, dtype=torch.bool)))
+    if tuple(columns.shape) != (k, len(balancer.names)):
+        raise ValueError(
+            f"{type(balancer).__name__} must turn (samples, {k}) rewards into one column for each of "
+            f"{', '.join(balancer.names)}. Found shape {tuple(columns.shape)} for {k} samples; set `merged_name` where "
+            "`merge_rewards` or `merge_advantages` returns a single column."
+        )
+    if balancer.needs_gradients:
+        call_weights(copy.weights, torch.eye(k, dtype=torch.float64), balancer.options.normalize)

@@ -85,11 +85,11 @@ class MARBLE(Balancer):
         lengths = ((means @ gram) * means).sum(1).clamp(min=0).sqrt()
         nonzero = lengths > CANCELLED * lengths.max()  # the mean of gradients that cancel has no direction
         rows = means[nonzero] / self.preference[self.active]
-        units = rows / lengths[nonzero, None] if self.normalize else rows
+        units = rows / lengths[nonzero, None] if self.options.normalize else rows
         merged = units @ gram @ units.T
         applied = units if self.groups else rows  # without groups the lengths are 1, and the division only adds rounding
         sensitivities = sensitivity(merged, self.floor) @ applied
-        self.diagnostics["sensitivity"] = torch.zeros_like(self.prior).masked_scatter(self.active, sensitivities)
+        self.diagnostics["sensitivity"] = sensitivities.new_zeros(len(self.names)).masked_scatter(self.active, sensitivities)
         alpha = min_norm_weights(merged, self.floor) @ applied
         return alpha / alpha.sum()
 

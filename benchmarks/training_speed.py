@@ -106,8 +106,6 @@ class Turns(Callback):
         module.rewards = nn.ModuleDict(dict(list(self.rewards.items())[:k]))
         module.balancer = self.balancers[index]
         module.step.per_reward.taps = self.taps if method.passes == "two" else None
-        if self.taps:
-            self.taps.on = False
         module.balancer.bind(list(module.rewards))
         if on_gpu(trainer):
             torch.cuda.reset_peak_memory_stats()

@@ -163,7 +163,7 @@ class DiffusionNFT(LightningModule):
         if stage == "fit":
             self.trainer.accumulate_grad_batches = self.plan.per_step
             if self.balancer.needs_gradients:
-                self.step.per_reward.set_capture(False)  # raises now if per-reward gradients cannot be computed
+                _ = self.step.per_reward  # raises now if per-reward gradients cannot be computed
 
     def metric_names(self) -> set[str]:
         """Names of the metrics that every round logs, including those of validations if the trainer has any."""
@@ -250,6 +250,12 @@ class DiffusionNFT(LightningModule):
         self.log_dict(metrics, on_epoch=True, on_step=False, batch_size=1, sync_dist=True)
         return loss
 
+    def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
+        try:
+            super().backward(loss, *args, **kwargs)
+        finally:
+            self.step.end_backward()
+
     @property
     def scaler(self) -> torch.amp.GradScaler | None:
         return getattr(self.trainer.precision_plugin, "scaler", None)
@@ -273,8 +279,6 @@ class DiffusionNFT(LightningModule):
             self.finite.note(outputs["loss"])
         if (batch_idx + 1) % self.plan.per_step:
             return
-        if self.balancer.needs_gradients:
-            self.step.per_reward.set_capture(False)
         self.balancer.end_step()
         keep = self.averaging.averaged_decay(self.global_step)
         require(0 <= keep <= 1, f"`averaged_decay` of {type(self.averaging).__name__} must return 0 to 1", keep)

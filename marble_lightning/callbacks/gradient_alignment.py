@@ -59,11 +59,12 @@ class Harmony(Callback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self.probe_every and isinstance(pl_module, DiffusionNFT):
-            pl_module.step.per_reward.set_capture(False)  # raises now if per-reward gradients cannot be computed
+            _ = pl_module.step.per_reward  # raises now if per-reward gradients cannot be computed
             balancer = get_balancer(trainer)
-            if balancer.needs_gradients and balancer.refresh_every > 1 and self.probe_every % balancer.refresh_every == 0:
+            every = balancer.options.refresh_every
+            if balancer.needs_gradients and every > 1 and self.probe_every % every == 0:
                 rank_zero_warn(
-                    f"`probe_every` = {self.probe_every} is a multiple of `refresh_every` = {balancer.refresh_every}: no "
+                    f"`probe_every` = {self.probe_every} is a multiple of `refresh_every` = {every}: no "
                     f"probe falls between two refreshes. Use {self.probe_every + 1} for probes of both kinds."
                 )
 
@@ -174,10 +175,9 @@ def reward_gradients(
     by_balancer = (module.compute_coefficients(rollout, scores, seed, balancer) for balancer in (None, summed))
     coefficients = [of_rewards.beside(of_sum) for of_rewards, of_sum in zip(*by_balancer, strict=True)]
     first = step * module.plan.per_step
-    module.step.per_reward.set_capture(True)
-    for batch in islice(module.cut(rollout, coefficients, seed), first, first + module.plan.per_step):
-        with module.trainer.precision_plugin.forward_context():
-            losses = module.step.sample_losses(batch, module.step.velocity(batch, "trained"))
-        total += module.step.per_reward(*losses, batch.coefficients, module.scaler)
-    module.step.per_reward.set_capture(False)
+    with module.step.per_reward.capture():
+        for batch in islice(module.cut(rollout, coefficients, seed), first, first + module.plan.per_step):
+            with module.trainer.precision_plugin.forward_context():
+                losses = module.step.sample_losses(batch, module.step.velocity(batch, "trained"))
+            total += module.step.per_reward(*losses, batch.coefficients, module.scaler)
     return module.trainer.strategy.reduce(total)

@@ -8,7 +8,8 @@ every reward's gradient; a second pass does the same for L-.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, Literal
 
 import torch
@@ -145,15 +146,23 @@ class RewardGradients:
     def __init__(self, passes: Literal["two", "per_reward"], module: nn.Module, parameters: Sequence[nn.Parameter]) -> None:
         self.parameters = parameters
         self.taps = LinearTaps(module, parameters) if passes == "two" else None
-
-    def set_capture(self, enabled: bool) -> None:
-        """Set whether the next forward pass captures per-reward gradients.
-
-        They need several backward passes through one graph, which compiled code does not support, so the pass is eager.
-        """
-        torch.compiler.set_stance("force_eager" if enabled else "default")
         if self.taps:
-            self.taps.on = enabled
+            self.taps.on = False
+
+    @contextmanager
+    def capture(self) -> Iterator[None]:
+        """Capture per-reward gradients of the forward and backward passes within.
+
+        They need several backward passes through one graph, which compiled code does not support, so the passes are eager.
+        """
+        with torch.compiler.set_stance("force_eager"):
+            if self.taps:
+                self.taps.on = True
+            try:
+                yield
+            finally:
+                if self.taps:
+                    self.taps.on = False
 
     def __call__(
         self,
@@ -162,7 +171,7 @@ class RewardGradients:
         coefficients: Coefficients,
         scaler: torch.amp.GradScaler | None,
     ) -> Float[Tensor, "reward parameter"]:
-        """Gradients of every reward's loss; the graph of L+ and L-, from a pass with capture enabled, is kept."""
+        """Gradients of every reward's loss; the graph of L+ and L-, from a forward pass within `capture`, is kept."""
         loss_scale = 1.0 if scaler is None else scaler.get_scale()
         if self.taps:
             return self.taps.gradients(plus, minus, coefficients, loss_scale)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from functools import cached_property
 from typing import Literal
 
@@ -39,6 +40,7 @@ class TrainingStep:
         self.policy, self.objective, self.trainable = policy, objective, trainable
         self.gradient_passes = gradient_passes
         self.merged = MergedGradient()
+        self._until_backward = ExitStack()
 
     @cached_property
     def per_reward(self) -> RewardGradients:
@@ -59,6 +61,9 @@ class TrainingStep:
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Compute the loss that `training_step` returns, and the values that it logs.
 
+        On a refresh the capture of per-reward gradients stays on until `end_backward`, since gradient checkpointing runs
+        layers again in the backward pass of the loss.
+
         Args:
             batch: Some images, each at one flow time.
             balancer: Merges the rewards.
@@ -69,8 +74,25 @@ class TrainingStep:
         Returns:
             The loss, and the values to log by name.
         """
-        if balancer.needs_gradients:
-            self.per_reward.set_capture(balancer.wants_gradients)
+        with ExitStack() as stack:
+            if balancer.wants_gradients:
+                stack.enter_context(self.per_reward.capture())
+            result = self._forward(batch, balancer, per_step, reduce, scaler)
+            self._until_backward = stack.pop_all()
+        return result
+
+    def end_backward(self) -> None:
+        """End what a forward pass has left on for its backward pass."""
+        self._until_backward.close()
+
+    def _forward(
+        self,
+        batch: MicroBatch,
+        balancer: Balancer,
+        per_step: int,
+        reduce: Callable[[Tensor], Tensor],
+        scaler: GradScaler | None,
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         velocity = self.velocity(batch, "trained")
         plus, minus = self.sample_losses(batch, velocity)
         losses = batch.coefficients.losses(plus, minus)

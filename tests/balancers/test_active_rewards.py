@@ -65,7 +65,7 @@ def test_an_overflow_does_not_change_the_state(factor):
     balancer = bound(MARBLE(refresh_every=2))
     step(balancer, gradients_of(0))
     step(balancer, gradients_of(1))
-    before, coefficients = balancer.state_dict(), balancer._alpha.float()
+    before, coefficients = balancer.state_dict(), balancer.smoothed.alpha.float()
     gradients = gradients_of(2)
     gradients[1] *= factor
     balancer.begin_step(1)

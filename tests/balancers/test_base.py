@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from balancers import MARBLE, Balancer, FixedWeights, WeightedSum
+from balancers.levels import dry_run
 from balancers.merging import smooth
 from tests.helpers.small_balancers import Scripted, bound, gradients_of, step
 
@@ -120,7 +121,7 @@ def test_levels_must_return_finite_numbers_in_float32():
         step(bound(Scripted([1.0, 1.0, 3e38], normalize=True)), torch.diag(torch.tensor([1.0, 1.0, 0.01])))
     for balancer, level in ((Merging(), "merge_rewards"), (MergingAdvantages(), "merge_advantages")):
         with pytest.raises(ValueError, match=rf"`\w+.{level}` must return numbers that are finite in torch.float32"):
-            bound(balancer).dry_run()
+            dry_run(bound(balancer))
 
 
 def test_uniform_stage():
@@ -217,7 +218,7 @@ def test_errors_of_the_call_order():
     with pytest.raises(ValueError, match="at least one reward"):
         balancer.bind(())
     with pytest.raises(TypeError, match="Balancer must override `weights` to merge 3 gradients"):
-        bound(Balancer()).dry_run()
+        dry_run(bound(Balancer()))
     bound(balancer)
     balancer.begin_step(2)
     with pytest.raises(ValueError, match=r"`gradients` must have shape \(3, P\). Found \(2, 4\)."):
@@ -230,7 +231,7 @@ def test_errors_of_the_call_order():
         balancer.add_gradients(torch.ones(3, 4))
     for weights in ([1.0, 2.0], [1.0, 2.0, torch.nan]):
         with pytest.raises(ValueError, match=r"`Scripted.weights` must return a tensor of 3 numbers, .* finite"):
-            bound(Scripted(weights)).dry_run()
+            dry_run(bound(Scripted(weights)))
 
 
 def test_a_dry_run_does_not_copy_the_module():
@@ -244,4 +245,4 @@ def test_a_dry_run_does_not_copy_the_module():
 
     balancer = bound(MARBLE())
     balancer.log = balancer.log_dict = Module().log
-    balancer.dry_run()
+    dry_run(balancer)

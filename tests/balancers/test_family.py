@@ -4,7 +4,7 @@ import pytest
 import torch
 from torchjd import aggregation
 
-from balancers import MARBLE, MGDA, AdvantageSum, CAGrad, FixedWeights, PCGrad, TorchJD, min_norm_weights
+from balancers import MARBLE, MGDA, AdvantageSum, Balancer, CAGrad, FixedWeights, PCGrad, TorchJD, min_norm_weights
 from balancers.cagrad import conflict_averse
 from balancers.pcgrad import projected
 from balancers.torchjd import root
@@ -278,3 +278,15 @@ def test_sensitivity_is_in_the_diagnostics():
             rows[:, i, j] = (min_norm_weights(gram + moved) - min_norm_weights(gram - moved)) / (2 * step)
     expected = ((rows + rows.mT) / 2).flatten(1).norm(dim=1)
     torch.testing.assert_close(sensitivity, expected, rtol=1e-4, atol=1e-7)
+
+
+class OfTorchJD(Balancer):
+    """A weighting of the TorchJD library as a balancer."""
+
+    def weights(self, gram):
+        return aggregation.UPGradWeighting()(gram)
+
+
+def test_a_weighting_of_torchjd_is_a_balancer_in_one_line():
+    gram = gram_of(0, push=1.0)
+    torch.testing.assert_close(bound(OfTorchJD()).weights(gram), bound(TorchJD()).weights(gram), rtol=1e-4, atol=1e-6)

@@ -9,6 +9,7 @@ from jsonargparse import ArgumentParser
 
 import balancers
 from balancers import MARBLE, Balancer, FixedWeights, PCGrad, WeightedSum, min_norm_weights
+from balancers.options import GradientOptions
 from tests.helpers import ROOT
 
 NAMES = ("clip", "ocr", "pick")
@@ -61,8 +62,13 @@ def test_weights_by_name_errors(method):
 
 def test_marble_is_min_norm_with_the_options_of_the_paper():
     balancer = bound(MARBLE())
-    assert (balancer.refresh_every, balancer.ema_decay, balancer.normalize, balancer.floor) == (10, 0.7, True, 0.0)
-    assert balancer.amortize == "raw"
+    assert (balancer.options.refresh_every, balancer.options.ema_decay, balancer.options.normalize, balancer.floor) == (
+        10,
+        0.7,
+        True,
+        0.0,
+    )
+    assert balancer.options.amortize == "raw"
     gram = torch.tensor([[1.0, -0.5, 0.1], [-0.5, 1.0, 0.2], [0.1, 0.2, 1.0]], dtype=torch.float64)
     torch.testing.assert_close(balancer.weights(gram), min_norm_weights(gram))
     assert (bound(MARBLE(floor=0.3)).weights(gram) >= 0.3 - 1e-12).all()
@@ -117,10 +123,10 @@ def test_a_config_overrides_all_options_of_the_file_below(config, tmp_path):
         for files in ((below, method), (method,))
     )
     assert over.cadence == alone.cadence
-    assert over.uniform_after_step is None
+    assert over.options.uniform_after_step is None
     if config.stem in ("pcgrad", "cagrad", "mgda", "torchjd"):
         assert over.cadence == bound(type(over)()).cadence
-        assert (over.refresh_every, over.ema_decay, over.estimate_share, over.normalize) == (1, 0, 1, False)
+        assert over.options == GradientOptions()
 
 
 def test_the_cadence_of_marble_for_another_method():
@@ -154,10 +160,15 @@ def test_short_names_and_single_options_on_the_command_line():
     ]
     balancer = parser.instantiate(parser.parse_args(arguments)).balancer
     assert isinstance(balancer, MARBLE)
-    assert (balancer.refresh_every, balancer.amortize, balancer.floor, balancer.ema_decay) == (5, "scaled", 0.1, 0.7)
+    assert (balancer.options.refresh_every, balancer.options.amortize, balancer.floor, balancer.options.ema_decay) == (
+        5,
+        "scaled",
+        0.1,
+        0.7,
+    )
     arguments = ["--balancer", "FixedWeights", "--balancer.weights", "{ocr: 2}", "--balancer.uniform_after_step", "7"]
     balancer = parser.instantiate(parser.parse_args(arguments)).balancer
-    assert (balancer.named_weights, balancer.uniform_after_step) == ({"ocr": 2.0}, 7)
+    assert (balancer.named_weights, balancer.options.uniform_after_step) == ({"ocr": 2.0}, 7)
 
 
 def test_help_explains_every_option(capsys):

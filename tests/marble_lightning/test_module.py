@@ -50,7 +50,7 @@ def test_weights_estimated_from_a_part_of_the_step_apply_to_all_of_it(checkpoint
     balancer = MARBLE(refresh_every=1, ema_decay=0.0, estimate_share=0.5)
     module, recorded = run(checkpoints, tmp_path, balancer, kl_weight=0.0)
     gradients, _ = reference(module, recorded, 0)
-    coefficients_used = (balancer.alpha_smoothed * balancer.scale).float()
+    coefficients_used = (balancer.smoothed.alpha_smoothed * balancer.scale).float()
     torch.testing.assert_close(recorded.gradients[0], coefficients_used @ gradients, rtol=1e-3, atol=1e-6)
 
 
@@ -194,7 +194,7 @@ class Overflowing(DiffusionNFT):
         per_reward = self.step.per_reward
 
         class Overflows:
-            set_capture = per_reward.set_capture
+            capture = per_reward.capture
 
             def __call__(self, *arguments: Any) -> Tensor:
                 gradients, scaler = per_reward(*arguments), arguments[-1]
@@ -215,7 +215,7 @@ def test_a_step_in_which_one_gradient_overflows_is_skipped_and_repeated(checkpoi
     assert [balancer["step"] for balancer in states.balancer] == [0, 0, 1]
     assert [balancer["counts"]["refreshes"] for balancer in states.balancer] == [0, 0, 1]
     assert all(balancer["alpha_smoothed"].isnan().all() for balancer in states.balancer[:2])
-    assert balancer.alpha_smoothed.isfinite().all()
+    assert balancer.smoothed.alpha_smoothed.isfinite().all()
     start, *after = states.adapters
     assert torch.equal(start, after[0]) and torch.equal(start, after[1])
     assert 0 < (after[2] - start).norm() < torch.inf
@@ -273,3 +273,31 @@ def test_loss_coefficients_have_the_published_values():
     plus, minus = coefficients(advantages, torch.tensor([2]), 0.1, 5.0)
     torch.testing.assert_close(plus[:, 0], torch.tensor([0.6, 0.3]) * 50 / 2)
     torch.testing.assert_close(minus[:, 0], torch.tensor([0.4, 0.7]) * 50 / 2)
+
+
+class FailsOnRefresh(DiffusionNFT):
+    """An error in the forward or in the backward pass of the first micro-batch, which is a refresh."""
+
+    where = "forward"
+
+    def on_train_start(self) -> None:
+        def fail(*_: Any) -> None:
+            assert self.step.per_reward.taps.on
+            raise torch.OutOfMemoryError(self.where)
+
+        if self.where == "forward":
+            self.step.sample_losses = fail  # type: ignore[method-assign]
+        else:
+            self.trainable[0].register_hook(fail)
+
+
+@pytest.mark.parametrize("where", ["forward", "backward"])
+def test_an_error_on_a_refresh_leaves_no_capture_behind(checkpoints, tmp_path, monkeypatch, where):
+    monkeypatch.setattr(FailsOnRefresh, "where", where)
+    before = torch._dynamo.eval_frame._stance.stance
+    modules: list[Any] = []
+    monkeypatch.setattr(FailsOnRefresh, "on_fit_start", lambda self: modules.append(self))
+    with pytest.raises(torch.OutOfMemoryError, match=where):
+        run(checkpoints, tmp_path, MARBLE(), kind=FailsOnRefresh)
+    assert torch._dynamo.eval_frame._stance.stance == before
+    assert not modules[0].step.per_reward.taps.on

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from marble_lightning.nft.loss import coefficients, nft_losses
-from marble_lightning.nft.reward_gradients import LinearTaps, add_flat, gradients_by_passes
+from marble_lightning.nft.reward_gradients import LinearTaps, RewardGradients, add_flat, gradients_by_passes
 from marble_lightning.policies.sd3 import SD3Policy
 
 SAMPLES = 6
@@ -116,3 +116,22 @@ def test_add_flat_adds():
     add_flat(torch.arange(7.0), parameters)
     assert parameters[0].grad.tolist() == [[1, 2], [3, 4]]
     assert parameters[1].grad.tolist() == [4, 5, 6]
+
+
+def compiler_stance():
+    return torch._dynamo.eval_frame._stance.stance
+
+
+@pytest.mark.parametrize("passes", ["two", "per_reward"])
+def test_capture_is_undone_after_an_error(policy, passes):
+    per_reward = RewardGradients(passes, policy.transformer, policy.parameters_of("trained"))
+
+    def fail() -> None:
+        assert compiler_stance() == "force_eager" and (per_reward.taps is None or per_reward.taps.on)
+        raise torch.OutOfMemoryError
+
+    with torch.compiler.set_stance("eager_on_recompile"):
+        with pytest.raises(torch.OutOfMemoryError), per_reward.capture():
+            fail()
+        assert compiler_stance() == "eager_on_recompile"
+        assert per_reward.taps is None or not per_reward.taps.on
