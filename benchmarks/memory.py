@@ -1,8 +1,8 @@
-"""Estimate, without a GPU, the GPU memory that `configs/sd35m.yaml` needs, and the settings that fit.
+"""Estimate the GPU memory that `configs/sd35m.yaml` needs, without a GPU and without the weights.
 
-`python -m benchmarks.memory --limit 22` builds Stable Diffusion 3.5 Medium with its three text encoders and the rewards and
-metrics of the published run at full size. It builds them on torch's `meta` device, which allocates no memory, and prints
-the tables of the run's memory check.
+`python -m benchmarks.memory` builds Stable Diffusion 3.5 Medium with its three text encoders and the rewards and metrics of
+the published run at full size on torch's `meta` device, which allocates no memory, and prints the table of
+`marble-lightning memory`, which needs the weights.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ import json
 import tempfile
 import time
 import warnings
-from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -20,8 +19,6 @@ from unittest.mock import patch
 
 import torch
 from lightning.pytorch.plugins import MixedPrecision
-from rich.console import Console
-from rich.table import Table
 from torch import nn
 from transformers import (
     BlipTextConfig,
@@ -39,10 +36,11 @@ import rewards
 from balancers import MARBLE
 from benchmarks.random_sd35m import WHOLE, random_sd35m
 from marble_lightning.data.datamodule import PromptDataModule
-from marble_lightning.memory.estimate import Choices, Estimate, Estimator
-from marble_lightning.memory.report import CUDA_CONTEXT, FRAGMENTATION, GIB, Room, gib, memory_table
+from marble_lightning.memory import estimate
+from marble_lightning.memory.report import print_estimate
 from marble_lightning.module import DiffusionNFT
 from marble_lightning.nft.rollout import Plan
+from marble_lightning.nft.sampling import Sampling
 from marble_lightning.policies.sd3 import SD3Policy
 from marble_lightning.policies.sd3_checks import PARTS
 from marble_lightning.scoring.settings import Scoring
@@ -115,25 +113,30 @@ def module_on_a_gpu(folder: Path, options: argparse.Namespace) -> DiffusionNFT:
     index = {"_class_name": "StableDiffusion3Pipeline", "text_encoder_3": third}
     index |= {part: ["diffusers", name] for part, name in PARTS.items()}
     (folder / "model_index.json").write_text(json.dumps(index))
-    policy = SD3Policy(str(folder), resolution=512, rank=32, alpha=64, text_length=128, dtype="bfloat16")
+    policy = SD3Policy(
+        str(folder), resolution=512, rank=32, alpha=64, text_length=128, dtype="bfloat16", vae_slicing=options.frugal,
+        gradient_checkpointing=options.checkpointing,
+    )  # fmt: skip
     with torch.device("meta"):
         pipeline = random_sd35m(tokenizer, **WHOLE | ({} if t5 else {"t5_layers": 0}))
     loaded = patch("marble_lightning.policies.sd3.load_pipeline", return_value=pipeline)
     with loaded, torch.device("meta"):
         policy.setup(seed=0)
     reward_models, metrics = build_rewards(tokenizer, options.reward_dtype)
-    scoring = Scoring(devices=dict.fromkeys(reward_models | metrics, "cpu") if options.rewards_on_cpu else {})
-    module = DiffusionNFT(policy, reward_models, metrics, scoring=scoring)
+    devices = dict.fromkeys(reward_models | metrics, "cpu") if options.rewards_on_cpu else {}
+    scoring = Scoring(devices=devices, offload=options.frugal, overlap=not options.no_overlap)
+    module = DiffusionNFT(policy, reward_models, metrics, Sampling(batch_size=options.sampling), scoring)
     module.requires_grad_(False)
     module.trainable = policy.parameters_of("trained")
     for parameter in module.trainable:
         parameter.requires_grad_(True)
     write_prompts(folder)
     data = PromptDataModule(str(folder), ["pickscore", "ocr", "geneval"], options.prompts, images_per_prompt=24)
+    data.held_out_batch_size = options.held_out
     data.setup("fit")
     module.balancer = MARBLE(refresh_every=10)
     module.balancer.bind(list(module.rewards))
-    module.plan = Plan(options.prompts // ranks * 24, module.sampling.times, 9, 1)
+    module.plan = Plan(options.prompts // ranks * 24, module.sampling.times, options.micro, 1)
     module._trainer = SimpleNamespace(  # type: ignore[assignment]
         strategy=SimpleNamespace(root_device=torch.device("cuda", 0), reduce=lambda tensor: tensor),
         precision_plugin=MixedPrecision("bf16-mixed", "cuda"),
@@ -145,54 +148,27 @@ def module_on_a_gpu(folder: Path, options: argparse.Namespace) -> DiffusionNFT:
     return module
 
 
-def row(title: str, estimate: Estimate, limit: float) -> tuple[str, ...]:
-    """A row of the table: the memory of the main phases, and whether the settings fit."""
-    needed = [estimate.total(name) for name in ("encoding prompts", "decoding", "scoring", "training", "held-out prompts")]
-    tight = estimate.peak + CUDA_CONTEXT <= limit < FRAGMENTATION * (estimate.peak + CUDA_CONTEXT)
-    fits = "no" if estimate.peak + CUDA_CONTEXT > limit else "tightly" if tight else "yes"
-    return title, *(f"{size / GIB:.1f}" for size in needed), f"{estimate.peak / GIB:.1f}", fits
-
-
 def main() -> None:
-    """Estimate the memory and print the tables."""
+    """Estimate the memory and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--limit", type=float, default=22.0, help="GiB of the GPU")
     parser.add_argument("--prompts", type=int, default=48, help="prompts of a round, of 24 images each")
     parser.add_argument("--ranks", type=int, default=1, help="GPUs")
     parser.add_argument("--no-t5", action="store_true", help="without the third text encoder")
     parser.add_argument("--reward-dtype", default="float32", choices=["float32", "bfloat16"])
     parser.add_argument("--rewards-on-cpu", action="store_true", help="run all rewards on the CPU")
-    parser.add_argument("--frugal", action="store_true", help="offload text encoders and rewards, VAE slicing")
+    parser.add_argument("--frugal", action="store_true", help="offload rewards, decode images one by one")
     parser.add_argument("--no-overlap", action="store_true", help="score after sampling, not during it")
     parser.add_argument("--held-out", type=int, default=16, help="batch of held-out prompts")
     parser.add_argument("--sampling", type=int, default=9, help="batch of sampling")
-    parser.add_argument("--micro", nargs="+", type=int, default=[9, 4, 2, 1], help="micro-batch sizes to try")
+    parser.add_argument("--micro", type=int, default=9, help="images of a micro-batch")
+    parser.add_argument("--checkpointing", action="store_true", help="gradient checkpointing")
     options = parser.parse_args()
     warnings.filterwarnings("ignore")
-    limit = options.limit * GIB
     with tempfile.TemporaryDirectory() as folder:
         module = module_on_a_gpu(Path(folder), options)
         start = time.perf_counter()
-        estimator, choices = Estimator(module), Choices.of(module)
-        choices = replace(choices, held_out_batch_size=options.held_out, sampling_batch_size=options.sampling)
-        if options.frugal:
-            choices = replace(choices, text_encoders_stay=False, rewards_stay=False, vae_slicing=True)
-        choices = replace(choices, overlap=not options.no_overlap)
-        estimate = estimator(choices)
-        console = Console(width=110)
-        console.print(memory_table(estimate, Room(int(limit), None)))
-        for name, error in estimate.unknown.items():
-            console.print(f"{name}: {type(error).__name__}: {error}", markup=False)
+        print_estimate(estimate(module, options.ranks), options.ranks)
         print(f"counted in {time.perf_counter() - start:.0f} s")
-        table = Table(title=f"GiB, all but {gib(CUDA_CONTEXT)} of CUDA itself; fits into {options.limit:g} GiB?")
-        for column in ("settings", "encode", "decode", "score", "train", "held out", "most", "fits"):
-            table.add_column(column, justify="left" if column == "settings" else "right")
-        for checkpointing in (False, True):
-            for micro in options.micro:
-                settings = replace(choices, micro_batch_size=micro, gradient_checkpointing=checkpointing)
-                title = f"micro-batch {micro}" + ", checkpointing" * checkpointing
-                table.add_row(*row(title, estimator(settings), limit))
-        console.print(table)
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from difflib import get_close_matches
+from typing import Any
 
 from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.callbacks import (
@@ -19,6 +20,8 @@ from lightning.pytorch.callbacks import (
 )
 
 from marble_lightning.checkpoints.files import warn
+from marble_lightning.data.datamodule import get_datamodule
+from marble_lightning.evaluation.image_statistics import NAMES
 
 UNUSABLE: dict[type[Callback], str] = {
     GradientAccumulationScheduler: "accumulation follows from the size of a round; use `model.optimizer_steps_per_round`",
@@ -65,6 +68,16 @@ def check_callbacks(callbacks: Iterable[Callback]) -> None:
         for kind, reason in UNUSABLE.items():
             if isinstance(callback, kind):
                 raise ValueError(f"`trainer.callbacks` must not add a {kind.__name__}. Found one: {reason}.")
+
+
+def metric_names(module: Any) -> set[str]:
+    """Names of the metrics that every round of a `DiffusionNFT` logs, including those of validations if there are any."""
+    trainer, evaluator = module.trainer, module.evaluator
+    per_reward = {f"{kind}/{name}" for kind in ("train", "missing", "skipped", "time/scoring") for name in module.rewards}
+    plain = {"loss", "time/sampling", "time/waiting_for_scores", "time/training", *(f"images/{name}" for name in NAMES)}
+    kl = {"kl"} if module.objective.kl_weight else set[str]()
+    held_out = evaluator.metric_names(get_datamodule(trainer).held_out) if trainer.limit_val_batches else set[str]()
+    return per_reward | plain | kl | held_out
 
 
 def check_monitors(callbacks: Iterable[Callback], module: LightningModule, names: Iterable[str]) -> None:

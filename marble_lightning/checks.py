@@ -44,6 +44,23 @@ def get_balancer(trainer: Trainer) -> Balancer:
     return balancers[0]
 
 
+def check_adapter_is_used(policy: FlowPolicy, checkpoint: object) -> None:
+    """Refuse a checkpoint where the policy uses no adapter."""
+    if policy.adapter is None:
+        raise ValueError(
+            "`ckpt_path` must be null where `policy.adapter` is none: a checkpoint holds adapters, and none is used. "
+            f"Found {checkpoint}; choose the adapter ema or trained to evaluate it."
+        )
+
+
+def check_training(policy: FlowPolicy, rewards: Mapping[str, Reward], data: PromptDataModule) -> None:
+    """Check that there is an adapter to train, and that the rewards can score the training prompts."""
+    if policy.adapter is None:
+        raise ValueError("`policy.adapter` must be ema or trained for `fit`, which trains one. Found none.")
+    check_rewards_apply(rewards, data)
+    check_prompts(rewards, data.training)
+
+
 def check_precision(trainer: Trainer) -> None:
     """Refuse a precision that does not keep the adapters in float32."""
     if trainer.precision not in PRECISIONS:

@@ -9,7 +9,7 @@ import signal
 import sys
 import warnings
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 from jsonargparse import Namespace, auto_cli, set_parsing_settings
 from lightning.pytorch import Callback, Trainer
@@ -29,9 +29,11 @@ from marble_lightning.checkpoints.callback import RoundCheckpoint
 from marble_lightning.checkpoints.content import LAST, TO_EVALUATE, TO_FIT, load_checked
 from marble_lightning.checkpoints.files import WholeCheckpointIO, last_of, warn
 from marble_lightning.checkpoints.signals import Stops, checkpoint_of_job, status
+from marble_lightning.checks import get_balancer
 from marble_lightning.config_files import configs
 from marble_lightning.data.datamodule import PromptDataModule
-from marble_lightning.memory import Memory
+from marble_lightning.memory import Memory, estimate
+from marble_lightning.memory.report import print_estimate
 from marble_lightning.module import DiffusionNFT
 from marble_lightning.parsers import Parser, TrainingParser
 from marble_lightning.policies.averaging import Averaging
@@ -41,6 +43,7 @@ from marble_lightning.utils.atomic_files import local_path
 
 ABOUT = "Fine-tune Stable Diffusion 3 by reinforcement learning on several rewards at once."
 OTHERS = (
+    "memory: Print the GPU memory that `fit` with the same options needs; takes no GPU. "
     "export: Write a checkpoint's adapter as a LoRA for diffusers and ComfyUI; see `marble-lightning export --help`. "
     "configs: List the configurations that `-c` knows by name, or copy one; see `marble-lightning configs --help`."
 )
@@ -54,8 +57,10 @@ QUIET = (
     "Found .* in eval mode at the start of training",
     "The '.*_dataloader' does not have many workers",
     "The dirpath has changed",
+    "LightningCLI's args parameter is intended",
 )
-"""Lightning's warnings about intended settings: a frozen base, a data loader without workers, a folder per run."""
+"""Lightning's warnings about intended settings: a frozen base, a data loader without workers, a folder per run, arguments
+without the name of the command."""
 
 
 def check_seed(seed: Any) -> int:
@@ -181,6 +186,28 @@ class MarbleCLI(LightningCLI):
     before_validate = before_test = before_predict = before_fit
 
 
+class MemoryCLI(MarbleCLI):
+    """Estimates the memory of a run on the CPU of this machine. It has the options of `fit`."""
+
+    def before_instantiate_classes(self) -> None:
+        """Replace the run's GPUs by this machine's CPU, and write no files."""
+        trainer = self.config.trainer
+        devices = trainer.devices
+        per_node = len(devices) if isinstance(devices, list) else devices if isinstance(devices, int) else 1
+        self.gpus = max(per_node, 1) * trainer.num_nodes
+        trainer.accelerator, trainer.devices, trainer.num_nodes = "cpu", 1, 1
+        trainer.strategy, trainer.logger = "auto", False
+        super().before_instantiate_classes()
+
+    def print_memory(self) -> None:
+        """Load the weights, and print the memory that each process of the run needs."""
+        self.subcommand = "fit"
+        self._check_settings()
+        get_balancer(self.trainer).setup(self.trainer, self.model, "fit")
+        self.model.setup("fit")
+        print_estimate(estimate(self.model, self.gpus), self.gpus)
+
+
 def main(args: Sequence[str] | None = None) -> None:
     """Run the command line; `args` replaces `sys.argv` where given."""
     words = list(sys.argv[1:] if args is None else args)
@@ -189,6 +216,9 @@ def main(args: Sequence[str] | None = None) -> None:
             auto_cli(command, args=words[1:], as_positional=False, prog=f"marble-lightning {name}", parser_class=Parser)
             return
     try:
+        if words[:1] == ["memory"]:
+            cast(MemoryCLI, command_line(words[1:], run=False, kind=MemoryCLI)).print_memory()
+            return
         command_line(args)
     except SIGTERMException as end:
         sys.exit(status(end))
@@ -198,17 +228,18 @@ def main(args: Sequence[str] | None = None) -> None:
         raise
 
 
-def command_line(args: Sequence[str] | None = None, run: bool = True) -> MarbleCLI:
+def command_line(args: Sequence[str] | None = None, run: bool = True, kind: type[MarbleCLI] = MarbleCLI) -> MarbleCLI:
     """Parse the command line, and run its subcommand.
 
     Args:
         args: Replaces `sys.argv` if given.
         run: Whether to run the subcommand. If false, `args` has no subcommand, and all objects are only created.
+        kind: Class of the command line.
     """
     for message in QUIET:
         warnings.filterwarnings("ignore", message)
     set_parsing_settings(subclasses_enabled=[Averaging])  # allows custom schedules; other settings have no subclasses
-    return MarbleCLI(
+    return kind(
         DiffusionNFT,
         PromptDataModule,
         args=list(args) if args is not None else None,

@@ -8,41 +8,39 @@ from functools import partial
 from typing import Any, Literal, cast
 
 import torch
-from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
 from balancers import Balancer
 from marble_lightning import checks
-from marble_lightning.callback_checks import check_callbacks, check_monitors
+from marble_lightning.callback_checks import check_callbacks, check_monitors, metric_names
 from marble_lightning.checkpoints.adapters import check_adapters
 from marble_lightning.checkpoints.content import TO_EVALUATE, TO_FIT, check_content
-from marble_lightning.checkpoints.files import WholeCheckpointIO, warn
+from marble_lightning.checkpoints.files import use_whole_files, warn
 from marble_lightning.checkpoints.round_start import RoundStart
 from marble_lightning.checkpoints.signals import stop_if_requested, stop_requested
 from marble_lightning.data.datamodule import get_datamodule
 from marble_lightning.evaluation.evaluator import Evaluator, HeldOut
-from marble_lightning.evaluation.image_statistics import NAMES, image_statistics
+from marble_lightning.evaluation.image_statistics import image_statistics
 from marble_lightning.evaluation.settings import Evaluation
 from marble_lightning.nft.divergence import Finite
 from marble_lightning.nft.loss import Coefficients, Objective
-from marble_lightning.nft.optimizer import adamw, check_optimizer, clip_unscaled
+from marble_lightning.nft.optimizer import adamw, clip_unscaled, with_schedule
 from marble_lightning.nft.rollout import MicroBatch, MicroBatches, Rollout, compute_coefficients, micro_batches
 from marble_lightning.nft.sampling import Sampling, ScoredRollout, sample_round, seed_key
 from marble_lightning.nft.step import TrainingStep
 from marble_lightning.policies.averaging import Averaging
 from marble_lightning.policies.base import FlowPolicy, is_adapter
 from marble_lightning.run_folder import run_folder
-from marble_lightning.scoring.failures import exit_is_failure
-from marble_lightning.scoring.reward_names import named_rewards
+from marble_lightning.scoring.failures import load_rewards
+from marble_lightning.scoring.reward_names import rewards_and_metrics
 from marble_lightning.scoring.scorer import Scorer
 from marble_lightning.scoring.settings import Scoring
+from marble_lightning.utils.distributed import never_broadcast_buffers
 from marble_lightning.utils.loggers import log_metrics
-from marble_lightning.utils.validation import require
+from marble_lightning.utils.validation import require_positive
 from rewards import Reward
-from rewards.base import with_public_names
 
 
 class DiffusionNFT(LightningModule):
@@ -90,18 +88,15 @@ class DiffusionNFT(LightningModule):
         gradient_passes: Literal["two", "per_reward"] = "two",
         seed: int = 0,
     ) -> None:
-        learned, only_scored = named_rewards("rewards", rewards), named_rewards("metrics", metrics or {})
+        learned, only_scored = rewards_and_metrics(rewards, metrics or {})
         super().__init__()
-        require(bool(learned), "`rewards` must name at least one reward", "none; the configuration `tiny` has five")
-        if twice := set(learned) & set(only_scored):
-            raise ValueError(f"`metrics` must not use the name of a reward. Found {', '.join(sorted(twice))} in both.")
         self.policy, self.seed = policy, seed
         self.rewards, self.metrics = nn.ModuleDict(learned), nn.ModuleDict(only_scored)
         self.sampling, self.objective, self.averaging = sampling, objective, averaging
         self.optimizer, self.lr_scheduler = optimizer, lr_scheduler
+        require_positive(micro_batch_size=micro_batch_size, optimizer_steps_per_round=optimizer_steps_per_round)
+        require_positive(inner_epochs=inner_epochs)
         self.sizes = (micro_batch_size, optimizer_steps_per_round, inner_epochs)
-        for name, size in zip(("micro_batch_size", "optimizer_steps_per_round", "inner_epochs"), self.sizes, strict=True):
-            require(size >= 1, f"`{name}` must be >= 1", size)
         self.gradient_passes = gradient_passes
         self.scorer = Scorer(self.reward_models, scoring)
         self.finite = Finite()
@@ -122,40 +117,31 @@ class DiffusionNFT(LightningModule):
 
     def check(self, stage: str) -> None:
         """Check settings and prompts once the data module is set up. Loads no weights and writes no files."""
-        data = get_datamodule(self.trainer)
+        data, trainer = get_datamodule(self.trainer), self.trainer
         if stage == "fit":
-            if self.policy.adapter is None:
-                raise ValueError("`policy.adapter` must be ema or trained for `fit`, which trains one. Found none.")
-            self.balancer = checks.get_balancer(self.trainer)
-            self.plan = checks.plan_round(self.trainer, self.sampling, *self.sizes)
-            checks.check_rewards_apply(self._learned, data)
-            checks.check_prompts(self._learned, data.training)
-        checks.check_precision(self.trainer)
-        if type(self.trainer.strategy.checkpoint_io) is TorchCheckpointIO:  # the default, not a plugin of the user
-            self.trainer.strategy.checkpoint_io = WholeCheckpointIO()
-        check_callbacks(self.trainer.callbacks)  # type: ignore[attr-defined]
-        if stage != "fit" or self.trainer.limit_val_batches:
-            checks.check_held_out_prompts(self.trainer)
+            self.balancer = checks.get_balancer(trainer)
+            self.plan = checks.plan_round(trainer, self.sampling, *self.sizes)
+            checks.check_training(self.policy, self._learned, data)
+        checks.check_precision(trainer)
+        use_whole_files(trainer)
+        check_callbacks(trainer.callbacks)  # type: ignore[attr-defined]
+        if stage != "fit" or trainer.limit_val_batches:
+            checks.check_held_out_prompts(trainer)
         self.evaluator.select_reward_models(stage, data.held_out)
         checks.check_prompts(self.evaluator.selected, data.held_out)
         self.policy.check()
         self.evaluator.check_resolution(stage)
         if stage == "fit":
-            check_monitors(self.trainer.callbacks, self, self.metric_names())  # type: ignore[attr-defined]
+            check_monitors(trainer.callbacks, self, metric_names(self))  # type: ignore[attr-defined]
 
     def setup(self, stage: str) -> None:
         """Check, then load the weights of the policy and of the rewards and metrics that score."""
         self.check(stage)
         self.policy.setup(self.seed)
-        for name, reward_model in self.evaluator.selected.items():
-            with exit_is_failure(name):
-                reward_model.setup()
-            reward_model.requires_grad_(False)
+        load_rewards(self.evaluator.selected)
         self.scorer.stopping = partial(stop_requested, self.trainer)
         self.scorer.setup(run_folder(self.trainer), f"_{self.trainer.global_rank}" if self.trainer.world_size > 1 else "")
-        # No buffer changes. Rewards may be on other devices, whose buffers DDP could not broadcast.
-        constant = [name for name, _ in self.named_buffers()]
-        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(self, constant)
+        never_broadcast_buffers(self)
         if self.trainer.is_global_zero:
             checks.warn_about_prompts(self.policy, self.evaluator.selected, get_datamodule(self.trainer))
         self.trainable = self.policy.parameters_of("trained")
@@ -164,15 +150,6 @@ class DiffusionNFT(LightningModule):
             self.trainer.accumulate_grad_batches = self.plan.per_step
             if self.balancer.needs_gradients:
                 _ = self.step.per_reward  # raises now if per-reward gradients cannot be computed
-
-    def metric_names(self) -> set[str]:
-        """Names of the metrics that every round logs, including those of validations if the trainer has any."""
-        per_reward = {f"{kind}/{name}" for kind in ("train", "missing", "skipped", "time/scoring") for name in self.rewards}
-        plain = {"loss", "time/sampling", "time/waiting_for_scores", "time/training"}
-        plain |= {"kl"} if self.objective.kl_weight else set[str]()
-        validates = bool(self.trainer.limit_val_batches)
-        held_out = self.evaluator.metric_names(get_datamodule(self.trainer).held_out) if validates else set[str]()
-        return per_reward | plain | held_out | {f"images/{name}" for name in NAMES}
 
     def teardown(self, stage: str) -> None:
         if stage == "fit":
@@ -183,11 +160,7 @@ class DiffusionNFT(LightningModule):
         return cast(dict[str, Reward], dict(self.rewards.items()))
 
     def configure_optimizers(self) -> Any:
-        optimizer = self.optimizer(self.trainable)
-        scheduler = self.lr_scheduler(optimizer) if self.lr_scheduler else None
-        check_optimizer(optimizer, scheduler, self.scaler)
-        per_step = {"lr_scheduler": {"scheduler": scheduler, "interval": "step"}} if scheduler else {}
-        return {"optimizer": optimizer, **per_step}
+        return with_schedule(self.optimizer(self.trainable), self.lr_scheduler, self.scaler)
 
     # A round: sample, score, compute coefficients -------------------------------------------------------------------
 
@@ -195,27 +168,18 @@ class DiffusionNFT(LightningModule):
         """Sample this round with the old adapter, score it, and turn the scores into coefficients."""
         self.round_start.keep(self.trainer)
         begin = time.perf_counter()
-        self.rollout, images, self.scores, skipped, waited = self.sample_round(self.seed)
-        self.image_statistics = image_statistics(images, self.rollout.groups)
-        del images  # frees gigabytes for training
+        sampled = self.sample_round(self.seed)
+        self.rollout, self.scores = sampled.rollout, sampled.scores
+        self.image_statistics = image_statistics(sampled.images, self.rollout.groups)
+        metrics, waited = sampled.metrics(self.trainer, self._learned, self.scorer), sampled.waited
+        del sampled  # its images take gigabytes that training needs
         self.coefficients = self.compute_coefficients(self.rollout, self.scores, self.seed, self.balancer)
         self.trained_since = time.perf_counter()
-        means = self.trainer.strategy.all_gather(self.scores).reshape(-1, len(self.rewards)).nanmean(0)
-        missing = torch.tensor([float(reward.missing) for reward in self._learned.values()], device=self.device)
-        missing = self.trainer.strategy.reduce(missing, reduce_op="sum")
-        metrics = {f"train/{name}": mean for name, mean in zip(self.rewards, means, strict=True)}
-        metrics |= {f"missing/{name}": count for name, count in zip(self.rewards, missing, strict=True)}
-        metrics |= {f"skipped/{name}": skipped[name] for name in self.rewards}
-        metrics |= {f"time/scoring/{name}": seconds for name, seconds in self.scorer.seconds.items()}
         metrics |= {"time/sampling": self.trained_since - begin - waited, "time/waiting_for_scores": waited}
         self.log_dict(metrics, sync_dist=True)
 
     def sample_round(self, seed: int) -> ScoredRollout:
-        """Sample and score a round, see `nft.sampling.sample_round`.
-
-        Args:
-            seed: Seed of prompts and noise: the run's for the round to train on, another one for an independent round.
-        """
+        """Sample and score a round with a seed of prompts and noise, see `nft.sampling.sample_round`."""
         names = list(self.rewards)
         return sample_round(self.trainer, self.policy, self.scorer, names, self.sampling, self.finite, seed)
 
@@ -223,9 +187,8 @@ class DiffusionNFT(LightningModule):
         self, rollout: Rollout, scores: Tensor, seed: int, balancer: Balancer | None
     ) -> list[Coefficients]:
         """Loss coefficients of a round, one item per inner epoch, see `nft.rollout.compute_coefficients`."""
-        keys, scoring = self._inner_epochs(seed), self.scorer.settings
-        groups, objective = rollout.groups, self.objective
-        return compute_coefficients(scores, groups, balancer, objective, self.plan, keys, self.trainer, scoring)
+        keys, groups, scoring = self._inner_epochs(seed), rollout.groups, self.scorer.settings
+        return compute_coefficients(scores, groups, balancer, self.objective, self.plan, keys, self.trainer, scoring)
 
     def _inner_epochs(self, seed: int) -> list[tuple[int | str, ...]]:
         purposes = [f"train {index}" if index else "train" for index in range(self.plan.inner_epochs)]
@@ -280,13 +243,9 @@ class DiffusionNFT(LightningModule):
         if (batch_idx + 1) % self.plan.per_step:
             return
         self.balancer.end_step()
-        keep = self.averaging.averaged_decay(self.global_step)
-        require(0 <= keep <= 1, f"`averaged_decay` of {type(self.averaging).__name__} must return 0 to 1", keep)
-        self.policy.lerp_adapter("ema", towards="trained", by=1 - keep)
+        self.averaging.update_averaged(self.policy, self.global_step)
         if batch_idx + 1 == self.plan.total:
-            keep = self.averaging.old_decay(self.global_step)
-            require(0 <= keep <= 1, f"`old_decay` of {type(self.averaging).__name__} must return 0 to 1", keep)
-            self.policy.lerp_adapter("old", towards="trained", by=1 - keep)
+            self.averaging.update_old(self.policy, self.global_step)
             with self.trainer.precision_plugin.forward_context():  # no loss follows: check the adapter that samples next
                 self.finite.note(self.step.velocity(batch, "old"))
             self.log("time/training", time.perf_counter() - self.trained_since, sync_dist=True)
@@ -333,20 +292,9 @@ class DiffusionNFT(LightningModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Check that the checkpoint's adapters fit this policy, and reuse its base scores if they still apply."""
-        fitting = self.trainer.state.fn == "fit"
-        if self.policy.adapter is None:
-            raise ValueError(
-                "`ckpt_path` must be null where `policy.adapter` is none: a checkpoint holds adapters, and none is used. "
-                f"Found {self.trainer.ckpt_path}; choose the adapter ema or trained to evaluate it."
-            )
-        check_content(checkpoint, TO_FIT if fitting else TO_EVALUATE, self.trainer.ckpt_path)
+        checks.check_adapter_is_used(self.policy, self.trainer.ckpt_path)
+        check_content(checkpoint, TO_FIT if self.trainer.state.fn == "fit" else TO_EVALUATE, self.trainer.ckpt_path)
         check_adapters(self.state_dict(), checkpoint, self.policy.lora, self.policy.path, is_adapter)
         if checkpoint["base_model"] != self.policy.identity:
             warn(f"The checkpoint was trained on {checkpoint['base_model']}, and this policy is {self.policy.identity}.")
-        same_baseline = with_public_names(checkpoint["base_measured"]) == self.evaluator.baseline_key(self.trainer)
-        if same_baseline and checkpoint["base_scores"] is not None:
-            self.evaluator.base_scores = checkpoint["base_scores"]
-            self.trainer.num_sanity_val_steps = 0  # no need to evaluate the base again
-        elif self.policy.init_lora is not None and fitting:
-            self.trainer.num_sanity_val_steps = 0
-            warn("The base is not evaluated: this run began at `policy.init_lora`, which the checkpoint's adapters replace.")
+        self.evaluator.restore_base(self.trainer, checkpoint)

@@ -60,6 +60,13 @@ class RoundCheckpoint(ModelCheckpoint):
         self.options = state_dict.get("options", {})
         super().load_state_dict(state_dict)
 
+    def file_at(self, step: int) -> Path | None:
+        """A checkpoint that this process has written after an optimizer step, if it exists."""
+        if self.resumed and self.resumed[0] == step:
+            return None  # written by another process, maybe with other settings
+        files = (Path(file) for file, written in self.best_k_models.items() if int(written) == step)
+        return next((file for file in files if file.is_file()), None)
+
     @staticmethod
     def _link_checkpoint(trainer: Trainer, filepath: str, linkpath: str) -> None:
         if trainer.is_global_zero:  # Lightning would remove the link before it makes the new one

@@ -88,3 +88,9 @@ class WholeCheckpointIO(TorchCheckpointIO):
         names = ("map_location", "weights_only")
         on_cpu = {"map_location": lambda storage, location: storage}
         return load_checked(path, TO_EVALUATE, **{**on_cpu, **dict(zip(names, arguments, strict=False)), **options})
+
+
+def use_whole_files(trainer: Trainer) -> None:
+    """Make a trainer write checkpoints by `WholeCheckpointIO`, unless the user gave it another plugin."""
+    if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
+        trainer.strategy.checkpoint_io = WholeCheckpointIO()

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import io
+from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.utilities import rank_zero_info
+
+from marble_lightning.checkpoints.callback import RoundCheckpoint
 
 
 class RoundStart:
@@ -18,10 +21,12 @@ class RoundStart:
     the round's beginning. A run resumed from it repeats the round bit for bit. A checkpoint requested after the round's
     validation holds the trained state, since it may be the best of several validations, and counts the round as done.
     Checkpoints with weights only hold the current weights.
+
+    Where a RoundCheckpoint has just written that state, it is read from there, otherwise it is kept in memory.
     """
 
     def __init__(self) -> None:
-        self._state = b""
+        self._state: bytes | Path = b""
         self._round: int | None = None
         """The round of the kept state."""
         self._validated_round: int | None = None
@@ -30,11 +35,7 @@ class RoundStart:
     def keep(self, trainer: Trainer) -> None:
         """Keep the current state as the beginning of a round; call it before the round changes any state."""
         self._round = self._validated_round = None
-        # serialised, so that later changes do not reach it; on rank 0 only, which writes checkpoints
-        state, stream = trainer._checkpoint_connector.dump_checkpoint(weights_only=False), io.BytesIO()
-        if trainer.is_global_zero:
-            torch.save(state, stream)
-        self._state = stream.getvalue()
+        self._state = _file(trainer) or _serialised(trainer)
         self._round = _progress(trainer).processed
 
     def note_validation_end(self, trainer: Trainer) -> None:
@@ -56,11 +57,26 @@ class RoundStart:
         elif self._state:
             current = checkpoint["callbacks"]
             checkpoint.clear()
-            checkpoint |= torch.load(io.BytesIO(self._state), map_location="cpu", weights_only=False)
+            state = io.BytesIO(self._state) if isinstance(self._state, bytes) else self._state
+            checkpoint |= torch.load(state, map_location="cpu", weights_only=False)
             # checkpoint callbacks keep their current state, which lists the existing files
             keys = [callback.state_key for callback in trainer.checkpoint_callbacks]
             checkpoint["callbacks"] |= {key: current[key] for key in keys if key in current}
             rank_zero_info(f"A checkpoint in the middle of round {self._round} holds the round's beginning.")
+
+
+def _file(trainer: Trainer) -> Path | None:
+    """A checkpoint file with the current state."""
+    files = (c.file_at(trainer.global_step) for c in trainer.checkpoint_callbacks if isinstance(c, RoundCheckpoint))
+    return next((file for file in files if file is not None), None)
+
+
+def _serialised(trainer: Trainer) -> bytes:
+    """The current state, out of the reach of later changes; empty on ranks other than 0, which write no checkpoints."""
+    state, stream = trainer._checkpoint_connector.dump_checkpoint(weights_only=False), io.BytesIO()
+    if trainer.is_global_zero:
+        torch.save(state, stream)
+    return stream.getvalue()
 
 
 def _progress(trainer: Trainer) -> Any:

@@ -11,6 +11,7 @@ from lightning.pytorch import Trainer
 from torch import Tensor
 from torchmetrics import CatMetric
 
+from marble_lightning.checkpoints.files import warn
 from marble_lightning.data.datamodule import get_datamodule
 from marble_lightning.evaluation.settings import Evaluation
 from marble_lightning.evaluation.statistics import by_tag, per_prompt
@@ -19,6 +20,7 @@ from marble_lightning.policies.base import Conditions, FlowPolicy, joined
 from marble_lightning.scoring.scorer import Scorer
 from marble_lightning.utils.seeds import derived_seed, generator
 from rewards import Prompt, Reward
+from rewards.base import with_public_names
 
 ENCODE_AHEAD = 64
 """Held-out prompts that are encoded at once, because moving SD3.5's text encoders to the device means gigabytes."""
@@ -107,6 +109,16 @@ class Evaluator:
         reward_models = {name: reward_model.identity for name, reward_model in self.reward_models.items()}
         prompts = derived_seed(*map(repr, get_datamodule(trainer).held_out))
         return repr((model, trainer.precision, self.settings, reward_models, prompts))
+
+    def restore_base(self, trainer: Trainer, checkpoint: Mapping[str, Any]) -> None:
+        """Reuse a checkpoint's scores of the base, if they depend on the same settings; the base is not evaluated then."""
+        same_baseline = with_public_names(checkpoint["base_measured"]) == self.baseline_key(trainer)
+        if same_baseline and checkpoint["base_scores"] is not None:
+            self.base_scores = checkpoint["base_scores"]
+            trainer.num_sanity_val_steps = 0
+        elif self.policy.init_lora is not None and trainer.state.fn == "fit":
+            trainer.num_sanity_val_steps = 0
+            warn("The base is not evaluated: this run began at `policy.init_lora`, which the checkpoint's adapters replace.")
 
     def predict(self, trainer: Trainer, batch: HeldOut) -> dict[str, Tensor]:
         """Sample prompts with the policy's adapter, each with its own noise, and score the images.

@@ -1,10 +1,11 @@
-"""How much memory a run needs, counted before its first round.
+"""How much GPU memory a run needs, counted without a GPU.
 
-A run's phases are gone through on tensors without data (`phases`), with a ledger of what is alive (`ledger`); parts and
-phases add up to an estimate at the run's settings or at others (`estimate`), which is printed, and refuses a run that cannot
-fit (`report`).
+Every phase of a run is run once on fake tensors, which have shapes and no data (`phases`), with a ledger of those alive
+(`ledger`). Phases and what stays between them add up to an estimate (`estimate`). `marble-lightning memory` prints it, and
+`fit` refuses a run that cannot fit on its GPU (`report`).
 """
 
+from marble_lightning.memory.estimate import Estimate, estimate
 from marble_lightning.memory.report import Memory
 
-__all__ = ["Memory"]
+__all__ = ["Estimate", "Memory", "estimate"]

@@ -1,4 +1,4 @@
-"""How much memory a run needs, part by part and phase by phase, at the settings it has and at others."""
+"""How much GPU memory a run needs, part by part and phase by phase."""
 
 from __future__ import annotations
 
@@ -9,94 +9,10 @@ from typing import Any, NamedTuple
 import torch
 
 from marble_lightning.data.datamodule import get_datamodule
-from marble_lightning.memory.ledger import tensors_of, text_encoders
+from marble_lightning.memory.ledger import bytes_of, tensors_of
 from marble_lightning.memory.phases import Phases
 from marble_lightning.module import DiffusionNFT
 from marble_lightning.policies.base import ADAPTERS
-
-
-@dataclass(frozen=True)
-class Choices:
-    """Settings that memory depends on, as they are or as they might be.
-
-    Args:
-        micro_batch_size: Images of one forward and backward pass.
-        sampling_batch_size: Images sampled and decoded at once.
-        held_out_batch_size: The same of held-out prompts; 0 where none are sampled.
-        gradient_checkpointing: Whether blocks are recomputed in the backward pass.
-        text_encoders_stay: Whether text encoders are on the device also when nothing is encoded.
-        vae_slicing: Whether images are decoded one by one.
-        overlap: Whether images are scored while the next ones are sampled.
-        rewards_stay: Whether rewards are on the device also during training.
-        dtype: Precision of the frozen weights.
-    """
-
-    micro_batch_size: int
-    sampling_batch_size: int
-    held_out_batch_size: int
-    gradient_checkpointing: bool
-    text_encoders_stay: bool
-    vae_slicing: bool
-    overlap: bool
-    rewards_stay: bool
-    dtype: torch.dtype
-
-    @classmethod
-    def of(cls, module: DiffusionNFT) -> Choices:
-        """As a module that is set up for `fit` has them."""
-        policy: Any = module.policy
-        trainer = module.trainer
-        own = {id(tensor) for tensor in tensors_of(policy)}
-        visitors = [tensor for tensor in tensors_of(*text_encoders(policy).values()) if id(tensor) not in own]
-        on_cpu = trainer.strategy.root_device.type == "cpu"  # where those who wait, wait on the same device
-        evaluates = bool(trainer.limit_val_batches and trainer.check_val_every_n_epoch)
-        return cls(
-            micro_batch_size=module.plan.batch_size,
-            sampling_batch_size=module.sampling.batch_size,
-            held_out_batch_size=get_datamodule(trainer).held_out_batch_size if evaluates else 0,
-            gradient_checkpointing=bool(policy.transformer.is_gradient_checkpointing),
-            text_encoders_stay=on_cpu or not visitors,
-            vae_slicing=policy.pipeline.vae.use_slicing,
-            overlap=module.scorer.settings.overlap,
-            rewards_stay=on_cpu or not module.scorer.settings.offload,
-            dtype=policy.dtype,
-        )
-
-    def others(self, module: DiffusionNFT) -> dict[str, dict[str, Any]]:
-        """Changes that may save memory, each alone, by how the command line spells them; those that cost least first."""
-        policy, plan = module.policy, module.plan
-        switches = {
-            "model.policy.offload_text_encoders true": ("text_encoders_stay", False),
-            "model.policy.vae_slicing true": ("vae_slicing", True),
-            "model.scoring.offload true": ("rewards_stay", False),
-            "model.scoring.overlap false": ("overlap", False),
-            "model.policy.dtype bfloat16": ("dtype", torch.bfloat16 if self.dtype == torch.float32 else self.dtype),
-            "model.policy.gradient_checkpointing true": ("gradient_checkpointing", True),
-        }
-        found = {name: {field: value} for name, (field, value) in switches.items() if getattr(self, field) != value}
-        found = {name: change for name, change in found.items() if "policy" not in name or _has(policy, name)}
-        for name, field, whole in (
-            ("model.sampling.batch_size", "sampling_batch_size", None),
-            ("data.held_out_batch_size", "held_out_batch_size", None),
-            ("model.micro_batch_size", "micro_batch_size", plan.images // plan.optimizer_steps),
-        ):
-            found |= {f"{name} {size}": {field: size} for size in smaller(getattr(self, field), whole)}
-        return found
-
-
-def _has(policy: object, name: str) -> bool:
-    return hasattr(policy, name.split()[0].removeprefix("model.policy."))
-
-
-def smaller(size: int, divides: int | None = None) -> list[int]:
-    """About a half and a quarter of a batch, and 1.
-
-    >>> smaller(9), smaller(12, divides=90), smaller(1)
-    ([4, 2, 1], [6, 3, 1], [])
-    """
-    allowed = [each for each in range(1, size) if divides is None or divides % each == 0]
-    wanted = [max(size // by, 1) for by in (2, 4, size)] if allowed else []
-    return sorted({max(each for each in allowed if each <= most) for most in wanted}, reverse=True)
 
 
 class Phase(NamedTuple):
@@ -113,7 +29,7 @@ class Estimate:
     Args:
         parts: What stays through a phase, by name.
         phases: What a run does, by name.
-        unknown: What could not be counted, or in part only, and why.
+        unknown: Rewards that could not be counted, or in part only, and why.
     """
 
     parts: Mapping[str, int]
@@ -126,85 +42,82 @@ class Estimate:
 
     @property
     def peak(self) -> int:
-        """The most there is in any."""
+        """The most there is in any phase."""
         return max(map(self.total, self.phases))
 
-    def above(self, limit: float) -> float:
-        """By how many bytes phases pass a limit, together: 0 where all fit."""
-        return sum(max(0, self.total(phase) - limit) for phase in self.phases)
 
-
-class Estimator:
-    """Estimates a module's memory at any settings; what was counted once is not counted again.
+def estimate(module: DiffusionNFT, gpus: int = 1, cuda: bool = True) -> Estimate:
+    """Estimate the memory of one process's device. Every phase is counted once, which takes seconds.
 
     Args:
-        module: Set up for `fit`, with its trainer.
+        module: Set up for `fit`, with its trainer. It does not change.
+        gpus: Processes of the run, one for each GPU. A trainer with fewer processes has their images too.
+        cuda: Whether to count for a GPU; tests count for a CPU.
     """
+    count = Phases(module, module.plan.images * module.trainer.world_size // gpus, cuda)
+    policy: Any = module.policy
+    parts = parts_of(count, gpus)
+    encoders = () if policy.offload_text_encoders else ("text encoders",)
+    always = tuple(name for name in parts if name not in ("text encoders", "rewards", "rewards elsewhere", "images"))
+    scoring, overlap = module.scorer.settings, module.scorer.settings.overlap
+    resting = (*always, *(() if scoring.offload else ("rewards",)))
+    sampling, training = (*always, *encoders, "rewards", "images"), (*resting, *encoders)
 
-    def __init__(self, module: DiffusionNFT) -> None:
-        self.module = module
-        self._worlds: dict[torch.dtype, tuple[Phases, dict[str, int]]] = {}
-
-    def __call__(self, choices: Choices) -> Estimate:
-        """The memory at these settings."""
-        if choices.dtype not in self._worlds:
-            policy: Any = self.module.policy
-            phases = Phases(self.module, None if choices.dtype == policy.dtype else choices.dtype)
-            self._worlds[choices.dtype] = phases, parts_of(phases)
-        counted, parts = self._worlds[choices.dtype]
-        visiting = ("text encoders", "rewards", "rewards elsewhere", "images")
-        always = tuple(name for name in parts if name not in visiting)
-        encoders = ("text encoders",) if choices.text_encoders_stay else ()
-        sampling = (*always, *encoders, "rewards", "images")
-        resting = (*always, *(("rewards",) if choices.rewards_stay else ()))
-        training = (*resting, *encoders)
-        batch, slicing = choices.sampling_batch_size, choices.vae_slicing
-        sample, decode = counted.sample(batch), counted.decode(batch, slicing)
-
-        def score(images: int) -> int:
-            each = [counted.score(name, images) for name in counted.reward_models]
-            return sum(each) if choices.overlap else max(each, default=0)
-
-        found = {
-            "loading weights": Phase(
-                ("transformer", "adapters", "autoencoder", *encoders, "rewards", "rewards elsewhere"), 0
-            ),
-            "encoding prompts": Phase((*resting, "text encoders"), counted.encoded[1]),
-            "sampling": Phase(sampling, sample),
-            "decoding": Phase(sampling, decode),
-            "scoring": Phase(sampling, score(batch) + (max(sample, decode) if choices.overlap else 0)),
-            "image statistics": Phase((*training, "images"), counted.statistics),
-            "training": Phase(training, counted.step(choices.micro_batch_size, choices.gradient_checkpointing)),
-            "optimizer step": Phase(training, counted.optimizer[1]),
-        }
-        if held_out := choices.held_out_batch_size:
-            guided, resolution = self.module.evaluator.evaluation.guidance > 1, self.module.evaluator.evaluation.resolution
-            sample = counted.sample(held_out, guided, resolution)
-            decode = counted.decode(held_out, slicing, mixed=True, resolution=resolution)
-            beyond = max(sample, decode, score(held_out))  # one after the other
-            found["held-out prompts"] = Phase((*always, *encoders, "rewards"), beyond)
-        return Estimate(parts, found, dict(counted.unknown))
-
-
-def parts_of(phases: Phases) -> dict[str, int]:
-    """Bytes of what stays on the device, for a while at least, by name."""
-    policy, module, ranks = phases.policy, phases.module, phases.trainer.world_size
-    adapters = [parameter for name in ADAPTERS for parameter in policy.parameters_of(name)]
-    vae, encoders = policy.pipeline.vae, text_encoders(policy)
-    apart = {id(tensor) for tensor in (*adapters, *tensors_of(vae, *encoders.values()))}
-    reward_models = tensors_of(*phases.reward_models.values())
-    here = {id(tensor) for tensor in reward_models}
-    elsewhere = [tensor for tensor in tensors_of(*module.reward_models.values()) if id(tensor) not in here]
-    conditions = phases.encoded[0]
-    return {
-        "transformer": phases.bytes([tensor for tensor in tensors_of(policy) if id(tensor) not in apart]),
-        "adapters": phases.bytes(adapters),
-        "gradients": phases.bytes(phases.trained) * (1 if ranks == 1 else 2),  # and DistributedDataParallel's buckets
-        "optimizer": phases.optimizer[0],
-        "autoencoder": phases.bytes(tensors_of(vae)),
-        "text encoders": phases.bytes(tensors_of(*encoders.values())),
-        "rewards": phases.bytes(reward_models),
-        "rewards elsewhere": phases.bytes(elsewhere),
-        "latents and prompts": phases.bytes([phases.latents(module.plan.images), conditions.embeds, conditions.pooled]),
-        "images": phases.bytes([phases.decoded(module.plan.images)]),
+    batch = module.sampling.batch_size
+    here = on_this_gpu(module)
+    sample, decode = count.sample(batch), count.decode(batch)
+    score = [count.score(name, batch) for name in here if name in module.rewards]
+    phases = {
+        "loading weights": Phase(("transformer", "adapters", "autoencoder", *encoders, "rewards", "rewards elsewhere"), 0),
+        "encoding prompts": Phase((*resting, "text encoders"), count.encoding[1]),
+        "sampling": Phase(sampling, sample),
+        "decoding": Phase(sampling, decode),
+        "scoring": Phase(sampling, sum(score) + max(sample, decode) if overlap else max(score, default=0)),
+        "image statistics": Phase((*training, "images"), count.statistics()),
+        "training": Phase(training, count.train(module.plan.batch_size)),
+        "optimizer step": Phase(training, count.optimizer[1]),
     }
+    trainer = module.trainer
+    if trainer.limit_val_batches and trainer.check_val_every_n_epoch:
+        held_out, evaluation = get_datamodule(trainer).held_out_batch_size, module.evaluator.evaluation
+        sample = count.sample(held_out, evaluation.guidance > 1, evaluation.resolution)
+        decode = count.decode(held_out, mixed=True, resolution=evaluation.resolution)
+        one_after_the_other = max(sample, decode, *(count.score(name, held_out) for name in here))
+        phases["held-out prompts"] = Phase((*always, *encoders, "rewards"), one_after_the_other)
+    return Estimate(parts, phases, dict(count.unknown))
+
+
+def parts_of(count: Phases, gpus: int) -> dict[str, int]:
+    """Bytes of what stays on the device, for a while at least, by name."""
+    policy, module = count.policy, count.module
+    adapters = [parameter for name in ADAPTERS for parameter in policy.parameters_of(name)]
+    vae, encoders = policy.pipeline.vae, list(policy.text_encoders.values())
+    apart = {id(tensor) for tensor in (*adapters, *tensors_of(vae, *encoders))}
+    here = tensors_of(*(module.reward_models[name] for name in on_this_gpu(module)))
+    known = {id(tensor) for tensor in here}
+    elsewhere = [tensor for tensor in tensors_of(*module.reward_models.values()) if id(tensor) not in known]
+    conditions = count.encoding[0]
+    return {
+        "transformer": bytes_of([tensor for tensor in tensors_of(policy) if id(tensor) not in apart]),
+        "adapters": bytes_of(adapters),
+        "gradients": bytes_of(count.trained) * (1 if gpus == 1 else 2),  # and DistributedDataParallel's buckets
+        "optimizer": count.optimizer[0],
+        "autoencoder": bytes_of(tensors_of(vae)),
+        "text encoders": bytes_of(tensors_of(*encoders)),
+        "rewards": bytes_of(here),
+        "rewards elsewhere": bytes_of(elsewhere),
+        "latents and prompts": bytes_of([count.latents(count.images), conditions.embeds, conditions.pooled]),
+        "images": bytes_of([count.pixels(count.images)]),
+    }
+
+
+def on_this_gpu(module: DiffusionNFT) -> list[str]:
+    """Rewards and metrics whose device is the run's, by name."""
+    run = module.trainer.strategy.root_device
+    index = (run.index or 0) if run.type == "cuda" else 0
+    places = {name: torch.device(place) for name, place in module.scorer.settings.devices.items()}
+    return [
+        name
+        for name in module.reward_models
+        if name not in places or (places[name].type == "cuda" and places[name].index in (None, index))
+    ]

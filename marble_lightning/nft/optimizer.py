@@ -35,6 +35,23 @@ def check_optimizer(optimizer: Optimizer, scheduler: object, scaler: GradScaler 
         )
 
 
+def with_schedule(optimizer: Optimizer, schedule: Any, scaler: GradScaler | None) -> dict[str, Any]:
+    """An optimizer and its learning rate's schedule by optimizer steps, as Lightning takes them.
+
+    Args:
+        optimizer: The optimizer.
+        schedule: Makes the schedule of an optimizer; None for none.
+        scaler: The loss scaler, or None.
+
+    Raises:
+        ValueError: As `check_optimizer`.
+    """
+    scheduler = schedule(optimizer) if schedule else None
+    check_optimizer(optimizer, scheduler, scaler)
+    per_step = {"lr_scheduler": {"scheduler": scheduler, "interval": "step"}} if scheduler else {}
+    return {"optimizer": optimizer, **per_step}
+
+
 def clip_unscaled(plugin: Precision, optimizer: Optimizer, value: float | None, algorithm: Any = None) -> None:
     """Clip unscaled gradients, also those of fused optimizers, which Lightning refuses to clip under autocast."""
     if value:

@@ -22,6 +22,7 @@ from marble_lightning.policies.samplers import Solver
 from marble_lightning.scoring.scorer import Scorer
 from marble_lightning.utils.seeds import generator
 from marble_lightning.utils.validation import require, require_one_of
+from rewards import Reward
 
 
 @dataclass(frozen=True)
@@ -81,6 +82,16 @@ class ScoredRollout(NamedTuple):
     scores: Float[Tensor, "image reward"]
     skipped: Mapping[str, float]
     waited: float
+
+    def metrics(self, trainer: Trainer, rewards: Mapping[str, Reward], scorer: Scorer) -> dict[str, Tensor | float]:
+        """Metrics over all ranks: each reward's mean, and its missing scores, skipped scores and seconds."""
+        means = trainer.strategy.all_gather(self.scores).reshape(-1, len(rewards)).nanmean(0)
+        missing = torch.tensor([float(reward.missing) for reward in rewards.values()], device=means.device)
+        missing = trainer.strategy.reduce(missing, reduce_op="sum")
+        metrics: dict[str, Tensor | float] = {f"train/{name}": mean for name, mean in zip(rewards, means, strict=True)}
+        metrics |= {f"missing/{name}": count for name, count in zip(rewards, missing, strict=True)}
+        metrics |= {f"skipped/{name}": self.skipped[name] for name in rewards}
+        return metrics | {f"time/scoring/{name}": seconds for name, seconds in scorer.seconds.items()}
 
 
 def seed_key(trainer: Trainer, seed: int, purpose: str) -> tuple[int | str, ...]:

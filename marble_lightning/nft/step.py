@@ -77,42 +77,34 @@ class TrainingStep:
         with ExitStack() as stack:
             if balancer.wants_gradients:
                 stack.enter_context(self.per_reward.capture())
-            result = self._forward(batch, balancer, per_step, reduce, scaler)
+            plus, minus, kl = self.sample_losses_and_kl(batch)
+            losses = batch.coefficients.losses(plus, minus)
+            logged = {"loss": losses.detach().sum() * per_step} | ({} if kl is None else {"kl": kl.detach()})
+            weighted_kl = self._zero_loss() if kl is None else self.objective.kl_weight * kl
+            if balancer.wants_gradients:
+                balancer.add_gradients(self.per_reward(plus, minus, batch.coefficients, scaler))
+                if not balancer.wants_gradients:
+                    self.merged.hold(balancer.solve(reduce, loss_scaled=scaler is not None))
+                # The scaler checks only this loss: if a per-reward gradient overflowed, it must skip the step
+                loss = weighted_kl * (torch.inf if balancer.any_gradient_overflowed else 1.0)
+            else:
+                weights = balancer.loss_weights.to(losses, non_blocking=True)
+                # Lightning divides by the micro-batches of a step, but the coefficients are already normalised over it
+                loss = (weights * losses).sum() * per_step + weighted_kl
             self._until_backward = stack.pop_all()
-        return result
+        return loss, logged
 
     def end_backward(self) -> None:
-        """End what a forward pass has left on for its backward pass."""
+        """End the capture of per-reward gradients, if the forward pass began one."""
         self._until_backward.close()
 
-    def _forward(
-        self,
-        batch: MicroBatch,
-        balancer: Balancer,
-        per_step: int,
-        reduce: Callable[[Tensor], Tensor],
-        scaler: GradScaler | None,
-    ) -> tuple[Tensor, dict[str, Tensor]]:
+    def sample_losses_and_kl(self, batch: MicroBatch) -> tuple[Tensor, Tensor, Tensor | None]:
+        """L+ and L- of each sample, and the KL term; None without one."""
         velocity = self.velocity(batch, "trained")
         plus, minus = self.sample_losses(batch, velocity)
-        losses = batch.coefficients.losses(plus, minus)
-        logged = {"loss": losses.detach().sum() * per_step}
-        weighted_kl = self._zero_loss()
-        if self.objective.kl_weight:
-            kl = (velocity - self.velocity(batch, None)).square().mean()
-            logged["kl"], weighted_kl = kl.detach(), self.objective.kl_weight * kl
-
-        if balancer.wants_gradients:
-            balancer.add_gradients(self.per_reward(plus, minus, batch.coefficients, scaler))
-            overflow = False
-            if not balancer.wants_gradients:
-                self.merged.hold(balancer.solve(reduce, loss_scaled=scaler is not None))
-                # The scaler checks only this loss: if a per-reward gradient overflowed, it must skip the step
-                overflow = balancer.any_gradient_overflowed
-            return weighted_kl * (torch.inf if overflow else 1.0), logged
-        weights = balancer.loss_weights.to(losses, non_blocking=True)
-        # Lightning divides by the micro-batches of a step, but the coefficients are already normalised over the step
-        return (weights * losses).sum() * per_step + weighted_kl, logged
+        if not self.objective.kl_weight:
+            return plus, minus, None
+        return plus, minus, (velocity - self.velocity(batch, None)).square().mean()
 
     def _zero_loss(self) -> Tensor:
         """A zero loss with a zero gradient for every parameter, since DistributedDataParallel waits for all of them."""

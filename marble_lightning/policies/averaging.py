@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from math import inf
 
+from marble_lightning.policies.base import FlowPolicy
 from marble_lightning.utils.validation import require
 
 
@@ -49,3 +50,23 @@ class Averaging:
         (0.18181818181818182, 0.9)
         """
         return min((1 + step) / (10 + step), self.ema_decay) if self.ema_warmup else self.ema_decay
+
+    def update_averaged(self, policy: FlowPolicy, step: int) -> None:
+        """Move the averaged adapter towards the trained one, after optimizer step `step`.
+
+        Raises:
+            ValueError: A subclass returned a decay outside [0, 1].
+        """
+        policy.lerp_adapter("ema", towards="trained", by=1 - self._checked("averaged_decay", self.averaged_decay(step)))
+
+    def update_old(self, policy: FlowPolicy, step: int) -> None:
+        """Move the old adapter towards the trained one, after optimizer step `step`, the last of a round.
+
+        Raises:
+            ValueError: A subclass returned a decay outside [0, 1].
+        """
+        policy.lerp_adapter("old", towards="trained", by=1 - self._checked("old_decay", self.old_decay(step)))
+
+    def _checked(self, name: str, decay: float) -> float:
+        require(0 <= decay <= 1, f"`{name}` of {type(self).__name__} must return 0 to 1", decay)
+        return decay

@@ -18,7 +18,7 @@ from marble_lightning.policies.embedding_cache import PromptCache, fingerprint
 from marble_lightning.policies.lora_files import read_lora
 from marble_lightning.policies.samplers import Solver, flow_sigmas, scheduler_for
 from marble_lightning.policies.sd3_checks import check_resolution_fits, pipeline_index
-from marble_lightning.policies.sd3_loading import load_pipeline
+from marble_lightning.policies.sd3_loading import compile_blocks, load_pipeline
 from marble_lightning.utils.atomic_files import check_folder, local_path
 from rewards.files import resolve_path
 from rewards.texts import beginning
@@ -28,6 +28,7 @@ TARGETS = tuple(
 )
 """Linear layers of a block's joint attention that get a LoRA, as in the published runs: 191 layers of SD3.5 Medium."""
 
+ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
 ENCODE_BATCH_SIZE = 32
 """Prompts that the text encoders encode at once."""
 
@@ -147,13 +148,12 @@ class SD3Policy(FlowPolicy):
             if isinstance(module, nn.Module):
                 module.requires_grad_(False).eval()
         self.transformer, self.vae = pipeline.transformer, pipeline.vae
-        names = ("text_encoder", "text_encoder_2", "text_encoder_3")
-        self.text_encoders = {name: module for name in names if (module := getattr(pipeline, name)) is not None}
+        self.text_encoders = {name: module for name in ENCODERS if (module := getattr(pipeline, name)) is not None}
         if not self.offload_text_encoders:  # as submodules they move with this module
             for name, module in self.text_encoders.items():
                 setattr(self, name, module)
         # without text encoders, which may be on the CPU, the pipeline runs on the device of transformer and autoencoder
-        self.sampler = StableDiffusion3Pipeline(**{**pipeline.components, **dict.fromkeys(names)})
+        self.sampler = StableDiffusion3Pipeline(**{**pipeline.components, **dict.fromkeys(ENCODERS)})
         self.sampler.set_progress_bar_config(disable=True)
         if self.prompt_cache is not None:
             encoders = fingerprint(self.text_encoders, self.text_length, pipeline.tokenizer_max_length)
@@ -188,10 +188,8 @@ class SD3Policy(FlowPolicy):
         """Encode prompts with the pipeline's text encoders, or read them from the cache."""
         if self.prompt_cache is None:
             with self._text_encoders_on_device():
-                return joined(
-                    [self._encode(texts[i : i + ENCODE_BATCH_SIZE]) for i in range(0, len(texts), ENCODE_BATCH_SIZE)],
-                    self.device,
-                )
+                batches = range(0, len(texts), ENCODE_BATCH_SIZE)
+                return joined([self._encode(texts[i : i + ENCODE_BATCH_SIZE]) for i in batches], self.device)
         distinct = dict.fromkeys(texts)
         encoded = {text: cached for text in distinct if (cached := self.cache.get(text)) is not None}
         if missing := [text for text in distinct if text not in encoded]:
@@ -216,14 +214,14 @@ class SD3Policy(FlowPolicy):
 
     @contextmanager
     def _text_encoders_on_device(self) -> Iterator[None]:
-        for encoder in self.text_encoders.values():
+        visiting = [encoder for encoder in self.text_encoders.values() if encoder.device != self.device]
+        for encoder in visiting:
             encoder.to(self.device)
         try:
             yield
         finally:
-            if self.offload_text_encoders:
-                for encoder in self.text_encoders.values():
-                    encoder.to("cpu")
+            for encoder in visiting if self.offload_text_encoders else []:
+                encoder.to("cpu")
 
     # Images -------------------------------------------------------------------------------------------------------
 
@@ -284,14 +282,6 @@ class SD3Policy(FlowPolicy):
     def sigmas(self, steps: int) -> Float[Tensor, " step"]:
         """Flow times of a rollout with `steps` steps, in descending order from 1, without the final 0."""
         return flow_sigmas(self.flow_scheduler, steps)[:-1]
-
-
-def compile_blocks(transformer: SD3Transformer2DModel) -> None:
-    """Compile the transformer block by block: blocks of a kind share compiled code and take nearly all of the run time."""
-    # each kind of block has a variant for each adapter, with and without a graph; the default limit is 8
-    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)  # type: ignore[attr-defined]
-    for block in transformer.transformer_blocks:
-        block.compile()
 
 
 @contextmanager

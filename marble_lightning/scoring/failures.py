@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -43,6 +43,18 @@ def exit_is_failure(name: str) -> Iterator[None]:
         raise RewardError(
             f"`{name}` must not end the program. Found {excerpt(error)}; raise another error where it cannot continue."
         ) from error
+
+
+def load_rewards(rewards: Mapping[str, Reward]) -> None:
+    """Load the weights of rewards and metrics, and freeze them.
+
+    Raises:
+        RewardError: One of them ended the program.
+    """
+    for name, reward in rewards.items():
+        with exit_is_failure(name):
+            reward.setup()
+        reward.requires_grad_(False)
 
 
 def infinite_to_nan(

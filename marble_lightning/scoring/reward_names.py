@@ -7,6 +7,7 @@ from collections.abc import Mapping
 
 from torch import nn
 
+from marble_lightning.utils.validation import require
 from rewards import Reward
 
 NAME = re.compile(r"[A-Za-z][A-Za-z0-9_-]*")
@@ -36,3 +37,18 @@ def named_rewards(setting: str, rewards: Mapping[str, Reward | None]) -> dict[st
                 f"try {f'{name}_score'!r}."
             )
     return {name: reward for name, reward in rewards.items() if reward is not None}
+
+
+def rewards_and_metrics(
+    rewards: Mapping[str, Reward | None], metrics: Mapping[str, Reward | None]
+) -> tuple[dict[str, Reward], dict[str, Reward]]:
+    """Rewards and metrics without those set to null.
+
+    Raises:
+        ValueError: A name is wrong or in both, or there is no reward.
+    """
+    learned, only_scored = named_rewards("rewards", rewards), named_rewards("metrics", metrics)
+    require(bool(learned), "`rewards` must name at least one reward", "none; the configuration `tiny` has five")
+    if twice := set(learned) & set(only_scored):
+        raise ValueError(f"`metrics` must not use the name of a reward. Found {', '.join(sorted(twice))} in both.")
+    return learned, only_scored

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TypeVar
 
-from torch import distributed
+from torch import distributed, nn
+from torch.nn.parallel import DistributedDataParallel
 
 T = TypeVar("T")
 
@@ -25,3 +26,9 @@ def gathered(items: Sequence[T]) -> list[T]:
     by_rank: list[list[T]] = [[] for _ in range(distributed.get_world_size())]
     distributed.all_gather_object(by_rank, list(items))
     return [item for of_rank in by_rank for item in of_rank]
+
+
+def never_broadcast_buffers(module: nn.Module) -> None:
+    """Make DistributedDataParallel leave a module's buffers alone. They are constant, and may be on several devices."""
+    constant = [name for name, _ in module.named_buffers()]
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(module, constant)

@@ -20,6 +20,16 @@ def require(condition: bool, requirement: str, value: object) -> None:
         raise ValueError(f"{requirement}. Found {value}.")
 
 
+def require_positive(**sizes: int) -> None:
+    """Raise an error unless all settings are >= 1.
+
+    Raises:
+        ValueError: One is not; the message has its name and value.
+    """
+    for name, size in sizes.items():
+        require(size >= 1, f"`{name}` must be >= 1", size)
+
+
 def require_one_of(choices: Any, name: str, value: str) -> None:
     """Raise an error unless a value is one of a Literal's.
 

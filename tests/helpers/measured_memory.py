@@ -14,6 +14,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from lightning.pytorch import Callback, Trainer
 from torch import Tensor
 from torch._C._profiler import _EventType
@@ -21,7 +22,7 @@ from torch.profiler import ProfilerActivity, profile
 
 import balancers
 from marble_lightning.data.datamodule import PromptDataModule
-from marble_lightning.memory.estimate import Choices, Estimate, Estimator
+from marble_lightning.memory import Estimate, estimate
 from marble_lightning.module import DiffusionNFT
 from marble_lightning.nft.sampling import Sampling
 from marble_lightning.policies.sd3 import SD3Policy
@@ -34,11 +35,10 @@ PROFILERS: list[profile] = []
 
 
 class Estimated(Callback):
-    """Keeps the estimator of a run, its choices and the estimate at the start."""
+    """Keeps the estimate at the start of a run, for the device it runs on."""
 
     def on_fit_start(self, trainer, pl_module):
-        self.estimator, self.choices = Estimator(pl_module), Choices.of(pl_module)
-        self.estimate = self.estimator(self.choices)
+        self.estimate = estimate(pl_module, cuda=trainer.strategy.root_device.type == "cuda")
 
 
 def blocks_of(tensors: Iterable[Tensor]) -> dict[int, int]:
@@ -164,7 +164,8 @@ def counted(estimate: Estimate) -> dict[str, int]:
 def both(path: str, balancer: str, checkpointing: bool) -> dict[str, tuple[int, int]]:
     """Estimated and measured bytes of each phase of a run."""
     measured = MeasuredPeaks()
-    with tempfile.TemporaryDirectory() as folder:
+    # without oneDNN, whose convolutions have their result twice, in its own layout and in torch's, as no GPU does
+    with torch.backends.mkldnn.flags(enabled=False), tempfile.TemporaryDirectory() as folder:
         expected = counted(fitted(Path(path), Path(folder), balancer, checkpointing, measured=measured).estimate)
     if balancer == "MARBLE":  # the merged gradient, allocated before, is freed during the step
         del expected["optimizer"]

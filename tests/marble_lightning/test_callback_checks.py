@@ -19,7 +19,7 @@ from lightning.pytorch.callbacks import (
     Timer,
 )
 
-from marble_lightning.callback_checks import check_callbacks, check_monitors, check_trainer
+from marble_lightning.callback_checks import check_callbacks, check_monitors, check_trainer, metric_names
 from marble_lightning.callbacks.results_writer import Results
 from marble_lightning.checks import WHOLE_ROUNDS
 from marble_lightning.module import DiffusionNFT
@@ -91,7 +91,7 @@ class Metrics(Callback):
     """Keeps the names of logged metrics and of known metrics."""
 
     def on_train_end(self, trainer: Trainer, pl_module: DiffusionNFT) -> None:
-        self.logged, self.known = set(trainer.callback_metrics), pl_module.metric_names()
+        self.logged, self.known = set(trainer.callback_metrics), metric_names(pl_module)
 
 
 @pytest.mark.filterwarnings("ignore:The '.*_dataloader' does not have many workers")

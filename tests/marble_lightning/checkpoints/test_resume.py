@@ -212,3 +212,18 @@ def test_checkpoints_of_other_callbacks(checkpoints, tmp_path):
         assert state(middle)["global_step"] == beginning
         fit_with([*run, "--ckpt_path", str(middle)], *user_callbacks(tmp_path / f"again_{version}"))
         assert differences(rounds[2], state(last(tmp_path, version))) == []
+
+
+@pytest.mark.filterwarnings(*(f"ignore:{known}" for known in QUIET))
+@pytest.mark.parametrize(("every", "kept"), [(1, [bytes, Path, Path]), (10, [bytes, bytes, bytes])])
+def test_a_rounds_beginning_is_kept_in_memory_only_without_a_file_of_it(checkpoints, tmp_path, every, kept):
+    class Kept(Callback):
+        def __init__(self):
+            self.types = []
+
+        def on_train_epoch_end(self, trainer, pl_module):
+            self.types.append(bytes if isinstance(pl_module.round_start._state, bytes) else Path)
+
+    recorded = Kept()
+    fit_with(options(checkpoints, tmp_path, **{"checkpoints.every_n_rounds": every}), recorded)
+    assert recorded.types == kept

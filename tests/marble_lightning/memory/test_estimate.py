@@ -1,4 +1,4 @@
-"""What is estimated before a run against what the profiler measures in it, and what is said where memory is short."""
+"""The estimate against what the profiler measures in a run, and which settings change it."""
 
 from __future__ import annotations
 
@@ -6,23 +6,25 @@ import json
 import os
 import subprocess
 import sys
-from dataclasses import replace
 
 import pytest
 import torch
-from lightning.pytorch import Callback
+from lightning.pytorch import Callback, Trainer
 
 from balancers import MARBLE, WeightedSum
 from marble_lightning.cli import QUIET
-from marble_lightning.memory import Memory
-from marble_lightning.memory.estimate import Choices, Estimator, smaller
+from marble_lightning.data.datamodule import PromptDataModule
+from marble_lightning.memory import estimate
 from marble_lightning.memory.ledger import bytes_of, tensors_of
 from marble_lightning.module import DiffusionNFT
+from marble_lightning.nft.sampling import Sampling
+from marble_lightning.policies.sd3 import SD3Policy
 from marble_lightning.scoring.settings import Scoring
-from marble_lightning.tinyworld import WEIGHTS
+from marble_lightning.tinyworld import PROMPTS, WEIGHTS
 from rewards import CLIPScore
 from tests.helpers import ROOT, measured_memory
 from tests.helpers.measured_memory import Estimated, fitted
+from tests.helpers.small_rewards import Brightness, Contrast, Redness
 from tests.helpers.small_runs import run
 
 pytestmark = [pytest.mark.filterwarnings(f"ignore:{known}") for known in QUIET]
@@ -60,107 +62,96 @@ def test_a_gpu_allocates_what_was_estimated(checkpoints, tmp_path, balancer, che
     assert estimate.total("training") == pytest.approx(allocated.peak, rel=0.15)
 
 
-@pytest.fixture(scope="module")
-def small_run(checkpoints, tmp_path_factory) -> Estimated:
-    """A run that is over, of MARBLE on three rewards."""
-    estimated = Estimated()
-    run(checkpoints, tmp_path_factory.mktemp("run"), MARBLE(), callbacks=[estimated])
-    return estimated
+@pytest.fixture
+def setup_module(checkpoints, tmp_path):
+    """A function that sets up a module with three rewards for `fit`, with options of the policy and of scoring."""
+
+    def set_up(balancer=None, rewards=None, scoring=None, **options):
+        options = {"dtype": "float32", "resolution": 16, "rank": 2, "alpha": 4, "text_length": 4, **options}
+        module = DiffusionNFT(
+            SD3Policy(str(checkpoints / "sd3"), **options),
+            rewards=rewards or {"bright": Brightness(), "red": Redness(), "contrast": Contrast()},
+            sampling=Sampling(steps=3, batch_size=12, times_per_image=1),
+            scoring=scoring or Scoring(),
+            micro_batch_size=12,
+        )
+        data = PromptDataModule(str(PROMPTS), ["ocr", "geneval"], prompts_per_round=12, images_per_prompt=12)
+        trainer = Trainer(
+            accelerator="cpu", devices=1, logger=False, enable_checkpointing=False, max_epochs=0, enable_progress_bar=False,
+            num_sanity_val_steps=0, enable_model_summary=False, callbacks=[balancer or MARBLE()], default_root_dir=tmp_path,
+        )  # fmt: skip
+        trainer.fit(module, datamodule=data)  # sets up and trains no round
+        return module
+
+    return set_up
 
 
-def on_a_gpu(monkeypatch, module) -> None:
-    """Let a module that has run on the CPU pass for one that will run on a GPU."""
-    monkeypatch.setattr(type(module.trainer.strategy), "root_device", torch.device("cuda", 0))
-
-
-def test_parts_are_what_the_module_holds(small_run):
-    parts, module = small_run.estimate.parts, small_run.estimator.module
+def test_parts_are_what_the_module_holds(setup_module):
+    module = setup_module()
+    parts = estimate(module).parts
     policy = bytes_of(tensors_of(module.policy, *module.policy.text_encoders.values()))
     assert sum(parts[name] for name in ("transformer", "adapters", "autoencoder", "text encoders")) == policy
     assert parts["adapters"] == 3 * parts["gradients"] == 3 * bytes_of(module.trainable)
-    assert parts["images"] == 4 * 12 * 3 * 16 * 16
+    assert parts["images"] == 4 * 144 * 3 * 16 * 16
+
+
+def test_two_gpus_share_a_round_and_have_buckets(setup_module):
+    module = setup_module()
+    one, two = estimate(module), estimate(module, gpus=2)
+    assert two.parts["images"] == one.parts["images"] / 2
+    assert two.parts["gradients"] == 2 * one.parts["gradients"]
 
 
 def test_an_estimate_changes_nothing_in_the_run(checkpoints, tmp_path):
     for options in ({"gradient_checkpointing": True}, {"gradient_passes": "per_reward", "precision": "bf16-mixed"}):
         plain, _ = run(checkpoints, tmp_path, MARBLE(), **options)
-        watched, _ = run(checkpoints, tmp_path, MARBLE(), callbacks=[Memory()], **options)
+        watched, _ = run(checkpoints, tmp_path, MARBLE(), callbacks=[Estimated()], **options)
         for ours, theirs in zip(plain.trainable, watched.trainable, strict=True):
             assert torch.equal(ours, theirs)
 
 
-def test_what_saves_memory_is_seen_to(small_run):
-    estimator, choices = small_run.estimator, small_run.choices
-    whole = small_run.estimate
-    for change, phase in (
-        ({"gradient_checkpointing": True}, "training"),
-        ({"micro_batch_size": 2}, "training"),
-        ({"sampling_batch_size": 4}, "sampling"),
-        ({"vae_slicing": True}, "decoding"),
-        ({"text_encoders_stay": False}, "training"),
-        ({"dtype": torch.bfloat16}, "loading weights"),
-    ):
-        assert estimator(replace(choices, **change)).total(phase) < whole.total(phase), change
-    halved = estimator(replace(choices, dtype=torch.bfloat16)).parts["transformer"]
-    assert halved == pytest.approx(whole.parts["transformer"] / 2, rel=0.05)  # buffers stay as they are
+@pytest.mark.parametrize(
+    ("option", "value", "phase"),
+    [
+        ("gradient_checkpointing", True, "training"),
+        ("vae_slicing", True, "decoding"),
+        ("offload_text_encoders", True, "training"),
+        ("dtype", "bfloat16", "loading weights"),
+    ],
+)
+def test_settings_that_save_memory(setup_module, option, value, phase):
+    base = {"offload_text_encoders": False} if option == "offload_text_encoders" else {}
+    whole, saving = estimate(setup_module(**base)), estimate(setup_module(**{option: value}))
+    assert saving.total(phase) < whole.total(phase)
 
 
-@pytest.mark.parametrize("way", ["slicing", "tiling"])
-def test_slices_and_tiles_are_counted_as_if_each_were_decoded(small_run, way):
-    phases, _ = small_run.estimator._worlds[torch.float32]
-    phases._counted.clear()
-    vae = phases.policy.pipeline.vae
-    vae.tile_latent_min_size, vae.tile_sample_min_size = 4, 8
-    vae.use_slicing, vae.use_tiling = way == "slicing", way == "tiling"
-    with phases.fakes.counting(latents := phases.latents(5)) as ledger:
-        phases.policy.decode(latents)
-    estimated = phases.decode(5, way == "slicing")
-    phases._counted.clear()
-    vae.use_slicing = vae.use_tiling = False
-    assert estimated == ledger.peak
-    assert way == "tiling" or estimated < phases.decode(5, False)  # tiles of so few pixels overlap too much to save any
+def test_a_refresh_takes_more_than_a_single_loss(setup_module):
+    merged, summed = (estimate(setup_module(balancer)).total("training") for balancer in (MARBLE(), WeightedSum()))
+    assert merged > summed
 
 
-def test_text_encoders_that_are_no_part_of_the_policy_only_visit_a_gpu(small_run, monkeypatch):
-    module = small_run.estimator.module
-    on_a_gpu(monkeypatch, module)
-    encoders = module.policy.text_encoders
-    visiting = Estimator(module)(Choices.of(module))
-    for name, encoder in encoders.items():  # as `offload_text_encoders: false` does it
-        monkeypatch.setitem(module.policy._modules, name, encoder)
-    staying = Estimator(module)(Choices.of(module))
+def test_text_encoders_that_are_offloaded_only_visit_a_gpu(setup_module):
+    visiting, staying = (estimate(setup_module(offload_text_encoders=offload)) for offload in (True, False))
     assert visiting.parts == staying.parts
-    assert staying.parts["text encoders"] >= bytes_of(tensors_of(*encoders.values())) > 0
     for name in staying.phases:
-        there = ["text encoders" in estimate.phases[name].parts for estimate in (visiting, staying)]
+        there = ["text encoders" in found.phases[name].parts for found in (visiting, staying)]
         assert there == [name == "encoding prompts", True], name
 
 
-def test_rewards_count_where_they_are_and_a_shared_model_once(checkpoints, tmp_path, monkeypatch):
-    estimated, clip = Estimated(), str(checkpoints / "clip")
+def test_rewards_count_where_they_are_and_a_shared_model_once(setup_module, checkpoints):
+    clip = str(checkpoints / "clip")
 
-    class Scored(DiffusionNFT):
-        def __init__(self, policy, rewards, **options):
-            reward_models = {"clip": CLIPScore(clip), "same": CLIPScore(clip), "other": CLIPScore(clip, dtype="bfloat16")}
-            super().__init__(policy, reward_models, scoring=Scoring(devices={"other": "cpu"}, offload=True), **options)
+    def found(overlap):
+        rewards = {"clip": CLIPScore(clip), "same": CLIPScore(clip), "other": CLIPScore(clip, dtype="bfloat16")}
+        module = setup_module(rewards=rewards, scoring=Scoring(devices={"other": "cpu"}, offload=True, overlap=overlap))
+        return module, estimate(module)
 
-    module, _ = run(checkpoints, tmp_path, WeightedSum(), callbacks=[estimated], kind=Scored)
-    clip_bytes, other = (bytes_of(tensors_of(module.rewards[name])) for name in ("clip", "other"))
-    assert estimated.estimate.parts["rewards"] == clip_bytes + other  # on a CPU all are in one place
-    scoring, choices = estimated.estimate.phases["scoring"], estimated.choices
-    assert scoring.beyond > estimated.estimate.phases["sampling"].beyond
-    assert scoring.beyond > estimated.estimator(replace(choices, overlap=False)).phases["scoring"].beyond > 0
-    assert not estimated.estimate.unknown
-    on_a_gpu(monkeypatch, module)
-    estimate = Estimator(module)(Choices.of(module))
-    assert estimate.parts["rewards"] >= clip_bytes > estimate.parts["rewards"] / 3  # small blocks take 512 bytes
-    assert estimate.parts["rewards elsewhere"] >= other
-    assert "rewards" not in estimate.phases["training"].parts
-    assert "rewards elsewhere" in estimate.phases["loading weights"].parts  # Lightning brings all of them there first
-
-
-def test_smaller_batches():
-    assert smaller(9) == [4, 2, 1]
-    assert smaller(9, divides=72) == [4, 2, 1]
-    assert smaller(12, divides=90) == [6, 3, 1]
-    assert smaller(1) == []
+    module, estimated = found(overlap=True)
+    assert estimated.parts["rewards"] == bytes_of(tensors_of(module.rewards["clip"]))
+    assert estimated.parts["rewards elsewhere"] == bytes_of(tensors_of(module.rewards["other"]))
+    assert "rewards" not in estimated.phases["training"].parts
+    assert "rewards elsewhere" in estimated.phases["loading weights"].parts  # Lightning brings all of them there first
+    scoring = estimated.phases["scoring"]
+    assert scoring.beyond > estimated.phases["sampling"].beyond
+    assert scoring.beyond > found(overlap=False)[1].phases["scoring"].beyond > 0
+    assert not estimated.unknown
