@@ -1,10 +1,10 @@
 # Two commands: `make fit` trains the bundled tiny model, `make test` checks everything. Both install what they need.
-# `make docs` builds the documentation into docs/_build/html.
+# `make docs` builds the documentation into docs/_build/html. `make notebooks` executes the notebooks and stores their outputs.
 
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: fit test lint docs clean
+.PHONY: fit test lint docs notebooks clean
 
 fit: .venv/installed
 	$(BIN)/marble-lightning fit -c tiny
@@ -21,6 +21,9 @@ lint: .venv/installed
 docs: .venv/installed
 	$(BIN)/sphinx-build -W --keep-going --quiet docs docs/_build/html
 	@echo 'docs/_build/html/index.html'
+
+notebooks: .venv/installed
+	$(BIN)/python -m benchmarks.notebooks
 
 .venv/installed: pyproject.toml
 	$(PYTHON) -m venv .venv

@@ -25,7 +25,7 @@ smartquotes = False  # two hyphens begin an option of the command line and are n
 
 myst_enable_extensions = ["amsmath", "colon_fence", "deflist", "dollarmath"]
 myst_heading_anchors = 3  # [text](page.md#heading) finds headings down to this level
-nb_execution_mode = "off"
+nb_execution_mode = "off"  # pages show the outputs that `make notebooks` stored
 
 autodoc_inherit_docstrings = False  # those of Lightning are not about this project
 autodoc_member_order = "bysource"
@@ -38,12 +38,11 @@ add_module_names = False
 
 
 def place_notebooks() -> None:
-    """Copy the notebooks beside the pages; one that was executed into `notebooks/executed` takes the place of the other."""
+    """Copy the notebooks beside the pages, with the outputs that are stored in them."""
     place = HERE / "notebooks"
     place.mkdir(exist_ok=True)
     for notebook in (ROOT / "notebooks").glob("*.ipynb"):
-        executed = notebook.parent / "executed" / notebook.name
-        shutil.copyfile(executed if executed.exists() else notebook, place / notebook.name)
+        shutil.copyfile(notebook, place / notebook.name)
 
 
 place_notebooks()
