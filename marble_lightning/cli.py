@@ -186,15 +186,24 @@ class MarbleCLI(LightningCLI):
     before_validate = before_test = before_predict = before_fit
 
 
+def number_of(devices: Any) -> int:
+    """Number of devices that a setting of the trainer stands for; 1 where it depends on the machine.
+
+    >>> number_of(8), number_of("2"), number_of("0,3"), number_of([0, 1, 2]), number_of("auto"), number_of(-1)
+    (8, 2, 2, 3, 1, 1)
+    """
+    if isinstance(devices, str):
+        devices = devices.split(",") if "," in devices else int(devices) if devices.isdigit() else 1
+    return max(len(devices) if isinstance(devices, list) else devices, 1)
+
+
 class MemoryCLI(MarbleCLI):
     """Estimates the memory of a run on the CPU of this machine. It has the options of `fit`."""
 
     def before_instantiate_classes(self) -> None:
         """Replace the run's GPUs by this machine's CPU, and write no files."""
         trainer = self.config.trainer
-        devices = trainer.devices
-        per_node = len(devices) if isinstance(devices, list) else devices if isinstance(devices, int) else 1
-        self.gpus = max(per_node, 1) * trainer.num_nodes
+        self.gpus = number_of(trainer.devices) * trainer.num_nodes
         trainer.accelerator, trainer.devices, trainer.num_nodes = "cpu", 1, 1
         trainer.strategy, trainer.logger = "auto", False
         super().before_instantiate_classes()
