@@ -7,30 +7,7 @@ weights for the cheaper steps in between, where they multiply the losses. It doe
 reward models: its input is a matrix and the names of its rows. A new method is one file that overrides one method.
 """
 
-from balancers.advantage_sum import AdvantageSum
-from balancers.base import Balancer
-from balancers.cagrad import CAGrad
-from balancers.fixed_weights import FixedWeights
-from balancers.gramian import cosines
-from balancers.marble import MARBLE
-from balancers.mgda import MGDA
-from balancers.options import CADENCE
-from balancers.pcgrad import PCGrad
-from balancers.qp import min_norm_weights
-from balancers.torchjd import TorchJD
-from balancers.weighted_sum import WeightedSum
+from lazy_loader import attach_stub
 
-__all__ = [
-    "CADENCE",
-    "MARBLE",
-    "MGDA",
-    "AdvantageSum",
-    "Balancer",
-    "CAGrad",
-    "FixedWeights",
-    "PCGrad",
-    "TorchJD",
-    "WeightedSum",
-    "cosines",
-    "min_norm_weights",
-]
+# the names of __init__.pyi, each imported when it is first used
+__getattr__, __dir__, __all__ = attach_stub(__name__, __file__)

@@ -6,22 +6,9 @@ advantages, and trained on. A callback from `balancers` merges the rewards. `Sam
 and `Evaluation` are groups of settings; `tinyworld` has small models and data that run on a laptop.
 """
 
-from marble_lightning import _shadowing as _shadowing  # first: it checks what the others import
-from marble_lightning.data import PromptDataModule
-from marble_lightning.evaluation import Evaluation
-from marble_lightning.module import DiffusionNFT
-from marble_lightning.nft import Objective, Sampling
-from marble_lightning.policies import Averaging, FlowPolicy, SD3Policy
-from marble_lightning.scoring import Scoring
+from lazy_loader import attach_stub
 
-__all__ = [
-    "Averaging",
-    "DiffusionNFT",
-    "Evaluation",
-    "FlowPolicy",
-    "Objective",
-    "PromptDataModule",
-    "SD3Policy",
-    "Sampling",
-    "Scoring",
-]
+from marble_lightning import _shadowing as _shadowing  # it checks what later imports find
+
+# the names of __init__.pyi, each imported when it is first used
+__getattr__, __dir__, __all__ = attach_stub(__name__, __file__)

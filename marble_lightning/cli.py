@@ -35,7 +35,7 @@ from marble_lightning.data.datamodule import PromptDataModule
 from marble_lightning.memory import Memory, estimate
 from marble_lightning.memory.report import print_estimate
 from marble_lightning.module import DiffusionNFT
-from marble_lightning.parsers import Parser, TrainingParser
+from marble_lightning.parsers import Parser, TrainingParser, import_classes
 from marble_lightning.policies.averaging import Averaging
 from marble_lightning.policies.lora_export import export, redacted_yaml
 from marble_lightning.run_folder import RunFolder, folder_of_runs
@@ -247,6 +247,7 @@ def command_line(args: Sequence[str] | None = None, run: bool = True, kind: type
     """
     for message in QUIET:
         warnings.filterwarnings("ignore", message)
+    import_classes()
     set_parsing_settings(subclasses_enabled=[Averaging])  # allows custom schedules; other settings have no subclasses
     return kind(
         DiffusionNFT,

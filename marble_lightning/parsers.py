@@ -8,10 +8,19 @@ from typing import Any, NoReturn
 from jsonargparse import ActionConfigFile, ArgumentParser
 from lightning.pytorch.cli import LightningArgumentParser
 
+import balancers
+import rewards
 from marble_lightning.config_files import located
 
 NULLABLE = ("model.rewards", "model.metrics")
 """Mappings that a later configuration replaces as a whole."""
+
+
+def import_classes() -> None:
+    """Import the bundled balancers and rewards, so that the parser finds them by their short names."""
+    for package in (balancers, rewards):
+        for name in package.__all__:
+            getattr(package, name)
 
 
 class Parser(ArgumentParser):
@@ -40,10 +49,10 @@ class ConfigByName(ActionConfigFile):
             raise TypeError(str(error)) from error  # the parser reports a TypeError as a wrong argument
         before = {name: cfg.get(name) for name in NULLABLE}
         super().__call__(parser, cfg, file, option_string)
-        for name, rewards in before.items():
+        for name, earlier in before.items():
             later = cfg.get(name)
-            if rewards and later and not any(later.values()):
-                cfg[name] = rewards | later
+            if earlier and later and not any(later.values()):
+                cfg[name] = earlier | later
 
 
 class TrainingParser(Parser, LightningArgumentParser):

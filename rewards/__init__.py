@@ -14,29 +14,7 @@ A custom reward is a subclass of `Reward` that overrides `score`:
 This package is independent of policies, gradients and training.
 """
 
-from rewards.base import Prompt, Reward
-from rewards.clip import Aesthetic, CLIPScore, HPSv2, PickScore
-from rewards.geneval import Detection, Detector, GenEval, Mask2Former, Verdict
-from rewards.imagereward import ImageReward
-from rewards.jpeg import JPEGCompressibility
-from rewards.ocr import OCR
-from rewards.remote import RemoteReward, UnifiedReward
+from lazy_loader import attach_stub
 
-__all__ = [
-    "OCR",
-    "Aesthetic",
-    "CLIPScore",
-    "Detection",
-    "Detector",
-    "GenEval",
-    "HPSv2",
-    "ImageReward",
-    "JPEGCompressibility",
-    "Mask2Former",
-    "PickScore",
-    "Prompt",
-    "RemoteReward",
-    "Reward",
-    "UnifiedReward",
-    "Verdict",
-]
+# the names of __init__.pyi, each imported when it is first used
+__getattr__, __dir__, __all__ = attach_stub(__name__, __file__)
