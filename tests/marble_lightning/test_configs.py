@@ -64,6 +64,7 @@ def test_large_runs_keep_the_published_settings(name, capsys):
     assert set(model["metrics"]) == {"geneval_accuracy", "aesthetic", "imagereward"}
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("name", ["sd35m", *(pytest.param(name, marks=pytest.mark.slow) for name in LARGE[1:])])
 def test_the_large_runs_train_a_small_model(name, checkpoints, tmp_path, capsys):
     """Same file and code, with T5, bfloat16 weights and mixed precision; only sizes and paths differ."""

@@ -17,6 +17,7 @@ def test_outputs_are_stripped(file):
     assert not any(cell.get("outputs") or cell.get("execution_count") for cell in cells if cell.cell_type == "code")
 
 
+@pytest.mark.integration
 def test_compare_balancers(small, tmp_path):
     notebook = nbformat.read(ROOT / "notebooks/compare_balancers.ipynb", as_version=4)
     (parameters,) = [cell for cell in notebook.cells if "parameters" in cell.metadata.get("tags", [])]

@@ -126,6 +126,7 @@ def test_running_out_of_memory_where_nothing_can_be_estimated(checkpoints, tmp_p
     assert heard == [caught.value] and not hasattr(caught.value, "__notes__")
 
 
+@pytest.mark.integration
 def test_the_command_line_shows_it(small, capsys):
     main(["fit", *small, "--memory.check", "warn", "--trainer.max_epochs", "1", "--trainer.limit_val_batches", "0"])
     printed = capsys.readouterr().out
