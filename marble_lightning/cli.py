@@ -84,12 +84,12 @@ def with_home(value: Any) -> Any:
 class MarbleCLI(LightningCLI):
     """LightningCLI with a section for the balancer and one seed for everything."""
 
-    def __init__(self, *arguments: Any, args: Sequence[str] | None = None, **options: Any) -> None:
+    def __init__(self, model: Any, data: Any, *, args: Sequence[str] | None = None, **options: Any) -> None:
         words = sys.argv[1:] if args is None else args
         commands = LightningCLI.subcommands()
         # a parser takes a tenth of a second to build, and only one of four is used
         self._commands = {words[0]: commands[words[0]]} if words and words[0] in commands else commands
-        super().__init__(*arguments, args=None if args is None else list(args), **options)
+        super().__init__(model, data, args=None if args is None else list(args), **options)
 
     def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override]
         """The requested command, or all of them where the command line does not begin with one."""
