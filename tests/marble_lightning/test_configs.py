@@ -12,6 +12,8 @@ import yaml
 from marble_lightning.cli import command_line, main
 from tests.helpers import ROOT
 
+pytestmark = pytest.mark.integration
+
 CONFIGS = ROOT / "configs"
 LARGE = ("sd35m", "sd35m_1gpu", "sd35l")
 
@@ -64,7 +66,6 @@ def test_large_runs_keep_the_published_settings(name, capsys):
     assert set(model["metrics"]) == {"geneval_accuracy", "aesthetic", "imagereward"}
 
 
-@pytest.mark.integration
 @pytest.mark.parametrize("name", ["sd35m", *(pytest.param(name, marks=pytest.mark.slow) for name in LARGE[1:])])
 def test_the_large_runs_train_a_small_model(name, checkpoints, tmp_path, capsys):
     """Same file and code, with T5, bfloat16 weights and mixed precision; only sizes and paths differ."""

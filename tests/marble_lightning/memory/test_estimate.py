@@ -25,10 +25,9 @@ from tests.helpers import ROOT, measured_memory
 from tests.helpers.measured_memory import Estimated, fitted
 from tests.helpers.small_runs import run
 
-pytestmark = [pytest.mark.filterwarnings(f"ignore:{known}") for known in QUIET]
+pytestmark = [pytest.mark.integration, *(pytest.mark.filterwarnings(f"ignore:{known}") for known in QUIET)]
 
 
-@pytest.mark.integration
 @pytest.mark.parametrize("bundled", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_every_phase_is_near_what_a_run_takes(checkpoints, bundled):
     path = str(WEIGHTS / "sd3" if bundled else checkpoints / "sd3")

@@ -18,7 +18,7 @@ from tests.helpers.measured_memory import Estimated
 from tests.helpers.small_rewards import Brightness
 from tests.helpers.small_runs import run
 
-pytestmark = [pytest.mark.filterwarnings(f"ignore:{known}") for known in QUIET]
+pytestmark = [pytest.mark.integration, *(pytest.mark.filterwarnings(f"ignore:{known}") for known in QUIET)]
 
 
 @pytest.fixture(scope="module")
@@ -126,7 +126,6 @@ def test_running_out_of_memory_where_nothing_can_be_estimated(checkpoints, tmp_p
     assert heard == [caught.value] and not hasattr(caught.value, "__notes__")
 
 
-@pytest.mark.integration
 def test_the_command_line_shows_it(small, capsys):
     main(["fit", *small, "--memory.check", "warn", "--trainer.max_epochs", "1", "--trainer.limit_val_batches", "0"])
     printed = capsys.readouterr().out
