@@ -1,16 +1,21 @@
 # Two commands: `make fit` trains the bundled tiny model, `make test` checks everything. Both install what they need.
 # `make docs` builds the documentation into docs/_build/html. `make notebooks` executes the notebooks and stores their outputs.
+# `make quick` runs the tests of one package, for example `make quick PACKAGE=marble_lightning/nft`.
 
 PYTHON ?= python3
 BIN := .venv/bin
+PACKAGE ?= balancers
 
-.PHONY: fit test lint docs notebooks clean
+.PHONY: fit test quick lint docs notebooks clean
 
 fit: .venv/installed
 	$(BIN)/marble-lightning fit -c tiny
 
 test: lint docs
-	$(BIN)/pytest
+	$(BIN)/pytest -m 'not slow and not gpu and not weights'
+
+quick: .venv/installed
+	$(BIN)/pytest --exitfirst tests/$(PACKAGE)
 
 lint: .venv/installed
 	$(BIN)/ruff check .

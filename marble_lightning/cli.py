@@ -9,6 +9,7 @@ import signal
 import sys
 import warnings
 from collections.abc import Sequence
+from functools import cached_property
 from typing import Any, cast
 
 from jsonargparse import Namespace, auto_cli, set_parsing_settings
@@ -88,6 +89,17 @@ def with_home(value: Any) -> Any:
 class MarbleCLI(LightningCLI):
     """LightningCLI with a section for the balancer and one seed for everything."""
 
+    def __init__(self, model: Any, data: Any, *, args: Sequence[str] | None = None, **options: Any) -> None:
+        words = sys.argv[1:] if args is None else args
+        commands = LightningCLI.subcommands()
+        # a parser takes a tenth of a second to build, and only one of four is used
+        self._commands = {words[0]: commands[words[0]]} if words and words[0] in commands else commands
+        super().__init__(model, data, args=None if args is None else list(args), **options)
+
+    def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override]
+        """The requested command, or all of them where the command line does not begin with one."""
+        return self._commands
+
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_lightning_class_args(Balancer, "balancer", subclass_mode=True, required=True)
         parser.add_lightning_class_args(Harmony, "harmony")
@@ -122,19 +134,23 @@ class MarbleCLI(LightningCLI):
         if options.get("return_predictions", True) is None:
             options.return_predictions = False
 
+    @cached_property
+    def _config_yaml(self) -> str:
+        """The settings of the run, as config.yaml has them."""
+        config = self.config.get(str(self.subcommand), self.config)
+        return self._parser(self.subcommand).dump(config, skip_none=False)
+
     def after_instantiate_classes(self) -> None:
         """Keep the configuration for checkpoints, as in config.yaml but without secrets, since checkpoints are shared."""
-        config = self.config.get(str(self.subcommand), self.config)
-        self.model.run_config = redacted_yaml(self._parser(self.subcommand).dump(config, skip_none=False))
+        self.model.run_config = redacted_yaml(self._config_yaml)
 
     def instantiate_trainer(self, **options: Any) -> Trainer:
         """Add the callbacks that have no section of settings."""
-        config, parser = self.config.get(str(self.subcommand), self.config), self._parser(self.subcommand)
-        settings = self._get(self.config_init, "trainer")
+        parser, settings = self._parser(self.subcommand), self._get(self.config_init, "trainer")
         added = settings.callbacks if isinstance(settings.callbacks, list) else [settings.callbacks]
         sections = {name: self._get(self.config_init, name) for name in parser.callback_keys}
         check_trainer(settings.enable_checkpointing, added, sections)
-        defaults: list[Callback] = [RunFolder(parser.dump(config, skip_none=False)), Stops()]
+        defaults: list[Callback] = [RunFolder(self._config_yaml), Stops()]
         if settings.enable_progress_bar is not False and not any(isinstance(item, BaseProgressBar) for item in added):
             defaults.append(ProgressBar())
         self.trainer_defaults["callbacks"] += defaults
@@ -252,7 +268,7 @@ def command_line(args: Sequence[str] | None = None, run: bool = True, kind: type
     return kind(
         DiffusionNFT,
         PromptDataModule,
-        args=list(args) if args is not None else None,
+        args=args,
         run=run,
         seed_everything_default=0,
         auto_configure_optimizers=False,

@@ -1,21 +1,22 @@
-"""Small checkpoints in the real formats, made once per test session."""
+"""Small checkpoints in the real formats, made once per test session.
+
+Fixtures import what they use: the process that hands out the tests needs none of it, nor do tests of one package.
+"""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported: a file of tests on each core, not all on all
 
 import pytest
 
-from marble_lightning.tinyworld.recipe.vocabulary import train_tokenizer
-from tests.helpers.command_line import small_options
-from tests.helpers.small_checkpoints import save_small_clip, small_pipeline
-
 LONG = [
-    "test_resume", "test_examples", "test_evaluation", "test_cli", "test_checkpoints", "test_processes", "test_configs",
-    "test_notebooks",
+    "test_resume", "test_evaluation", "test_resume_checks", "test_processes", "test_module", "test_cli", "test_examples",
+    "test_notebooks", "test_run_folder", "test_gradient_alignment", "test_image_drift", "test_checkpoints", "test_configs",
+    "test_wheel", "test_family", "test_qp", "test_ocr",
 ]  # fmt: skip
 """Files of tests that take a minute or so: whoever is given one last would keep the others waiting."""
 
@@ -28,6 +29,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(scope="session")
 def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder of random checkpoints: `sd3` and `sd3_t5`, pipelines for 16 x 16 pixels, and `clip`, a CLIPModel."""
+    from marble_lightning.tinyworld.recipe.vocabulary import train_tokenizer
+    from tests.helpers.small_checkpoints import save_small_clip, small_pipeline
+
     folder = tmp_path_factory.mktemp("checkpoints")
     tokenizer = train_tokenizer(folder / "tokenizer", seed=0)
     small_pipeline(tokenizer).save_pretrained(folder / "sd3")
@@ -36,13 +40,17 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture(autouse=True)
-def _no_arguments(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture(scope="session", autouse=True)
+def _no_arguments() -> Iterator[None]:
     """LightningCLI warns when it is given arguments in Python while the program has some of its own."""
-    monkeypatch.setattr("sys.argv", ["marble-lightning"])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sys.argv", ["marble-lightning"])
+        yield
 
 
 @pytest.fixture
 def small(checkpoints: Path, tmp_path: Path) -> list[str]:
     """Command-line options that run configs/tiny.yaml on the random checkpoints, small, writing to `tmp_path`."""
+    from tests.helpers.command_line import small_options
+
     return small_options(checkpoints, tmp_path)

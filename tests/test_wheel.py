@@ -13,6 +13,8 @@ import pytest
 
 from tests.helpers import ROOT
 
+pytestmark = pytest.mark.integration
+
 PACKAGES = ("balancers", "marble_lightning", "rewards")
 USE = """
 from marble_lightning.cli import main

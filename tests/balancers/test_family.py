@@ -91,7 +91,7 @@ def test_cagrad_edges():
 def test_mgda_equals_torchjd(seed):
     """TorchJD approaches the point iteratively (Frank-Wolfe), so the norms are compared."""
     gram = gram_of(seed, push=0.5)
-    expected = aggregation.MGDAWeighting(epsilon=1e-9, max_iters=20_000)(gram)
+    expected = aggregation.MGDAWeighting(epsilon=1e-9, max_iters=4_000)(gram)
     weights = bound(MGDA()).weights(gram)
     assert weights @ gram @ weights <= expected @ gram @ expected + 1e-9
     assert weights @ gram @ weights == pytest.approx(float(expected @ gram @ expected), rel=1e-2, abs=1e-6)
@@ -233,7 +233,7 @@ def test_the_update_opposes_no_group_and_no_reward_outside_groups(monkeypatch):
     cos = progress(balancer, torch.tensor([a, b, c]), torch.tensor([[0.5, 0.5, 0.0], [0.0, 0.0, 1.0]]))
     assert cos.tolist() == pytest.approx([0.22, 0.22], abs=0.01)
     combinations = torch.tensor([[1, 1, 0, 0, 0], [0, 0, 1, 1, 0], [0, 0, 0, 0, 1]])
-    for seed in range(300):
+    for seed in range(100):
         draws = torch.Generator().manual_seed(seed)
         gradients = torch.randn(5, 12, generator=draws) * 10 ** torch.rand(5, 1, generator=draws)
         balancer = bound(MARBLE(groups={"g": ["a", "b"], "h": ["c", "d"]}))
@@ -246,7 +246,8 @@ def test_floor_counts_groups():
         bound(MARBLE(floor=0.5), ("a", "b", "c"))
 
 
-def test_dropout_and_its_ramp():
+def test_dropout_and_its_ramp(monkeypatch):
+    monkeypatch.setattr("balancers.marble.sensitivity", lambda gram, floor: torch.zeros_like(gram[0]))  # only logged; slow
     gram = torch.eye(5, dtype=torch.float64)
     balancer = bound(MARBLE(dropout=0.6, dropout_ramp=1000))
     shares = []

@@ -48,6 +48,7 @@ def test_balancers():
     assert WorstAdvantage().merge_advantages(advantages).nan_to_num(9).tolist() == [[-2.0], [3.0], [9.0]]
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("balancer", ["inverse_norm.InverseNorm", "worst_advantage.WorstAdvantage"])
 def test_all_of_them_train_together(small, tmp_path, balancer):
     pairs = list(zip(small[::2], small[1::2], strict=True))
@@ -63,6 +64,7 @@ def test_all_of_them_train_together(small, tmp_path, balancer):
     assert max(tensor.abs().max() for name, tensor in saved.items() if ".lora_B.trained" in name) > 0
 
 
+@pytest.mark.integration
 @pytest.mark.filterwarnings(
     "ignore::lightning.fabric.utilities.warnings.PossibleUserWarning"
 )  # which the command line silences
@@ -82,6 +84,7 @@ def commands(*names: str) -> list[list[str]]:
     return [list(words) for words in dict.fromkeys(found) if words[0] in names]
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("arguments", commands("fit", "validate", "test", "predict"), ids=" ".join)
 def test_commands_are_parsed(arguments, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
@@ -91,6 +94,7 @@ def test_commands_are_parsed(arguments, tmp_path, monkeypatch, capsys):
     assert not ended.value.code, capsys.readouterr().err
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("arguments", commands("export", "configs"), ids=" ".join)
 def test_options_of_other_commands_exist(arguments, capsys):
     with pytest.raises(SystemExit):

@@ -94,6 +94,7 @@ class Metrics(Callback):
         self.logged, self.known = set(trainer.callback_metrics), metric_names(pl_module)
 
 
+@pytest.mark.integration
 @pytest.mark.filterwarnings("ignore:The '.*_dataloader' does not have many workers")
 @pytest.mark.filterwarnings("ignore:Found .* in eval mode at the start of training")
 def test_the_known_metrics_are_those_of_a_run(checkpoints, tmp_path):

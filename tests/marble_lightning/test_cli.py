@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 from pathlib import Path
 
 import pytest
@@ -10,7 +12,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from marble_lightning.cli import command_line, main
 from tests.helpers import ROOT
-from tests.helpers.command_line import column
+from tests.helpers.command_line import column, small_options
 
 CONFIGS = ROOT / "configs"
 
@@ -23,14 +25,23 @@ def adapters(path: Path) -> dict[str, torch.Tensor]:
     return torch.load(path, weights_only=True)["state_dict"]
 
 
-def test_fit_shows_a_table_and_the_printed_command_repeats_it(small, tmp_path, capsys):
-    main(["fit", *small, "--model.optimizer.init_args.lr", "0.05", "--model.policy.adapter", "trained"])
-    shown = capsys.readouterr().out
+@pytest.fixture(scope="module")
+def fitted(checkpoints, tmp_path_factory) -> tuple[Path, str]:
+    """The folder and the output of a run, whose adapter `trained` was evaluated."""
+    folder, shown = tmp_path_factory.mktemp("fitted"), io.StringIO()
+    changes = ["--model.optimizer.init_args.lr", "0.05", "--model.policy.adapter", "trained"]
+    with contextlib.redirect_stdout(shown):
+        main(["fit", *small_options(checkpoints, folder), *changes])
+    return folder, shown.getvalue()
+
+
+def test_fit_shows_a_table_and_the_printed_command_repeats_it(fitted, capsys):
+    folder, shown = fitted
     after = column(shown, "trained")
     assert list(after) == ["pickscore", "hpsv2", "clipscore", "ocr", "geneval", "geneval_accuracy"]
     assert after["pickscore"] != column(shown, "base")["pickscore"]
 
-    saved = adapters(checkpoint(tmp_path))
+    saved = adapters(checkpoint(folder))
     assert {name.split(".")[-2] for name in saved} == {"trained", "old", "ema"}
     assert not any("base_layer" in name or "rewards" in name for name in saved)
 
@@ -43,24 +54,20 @@ def test_fit_shows_a_table_and_the_printed_command_repeats_it(small, tmp_path, c
     assert all(f"{source}, 2 prompts" in again for source in ("pickscore", "ocr", "geneval"))
 
 
-def test_a_checkpoint_of_another_rank_is_refused(small, tmp_path):
-    main(["fit", *small])
+def test_a_checkpoint_of_another_rank_is_refused(small, fitted):
     with pytest.raises(ValueError, match="must hold adapters like this policy's: {'rank': 3"):
-        main(["validate", *small, "--model.policy.rank", "3", "--ckpt_path", str(checkpoint(tmp_path))])
+        main(["validate", *small, "--model.policy.rank", "3", "--ckpt_path", str(checkpoint(fitted[0]))])
 
 
-def test_scores_with_other_settings_are_not_compared(small, tmp_path, capsys):
-    main(["fit", *small])
-    capsys.readouterr()
-    main(["validate", *small, "--model.evaluation.steps", "3", "--ckpt_path", str(checkpoint(tmp_path))])
+def test_scores_with_other_settings_are_not_compared(small, fitted, capsys):
+    main(["validate", *small, "--model.evaluation.steps", "3", "--ckpt_path", str(checkpoint(fitted[0]))])
     shown = capsys.readouterr().out
     assert "change" not in shown
     assert "No scores of the base to compare with: it was not evaluated, or with other settings; evaluate it with" in shown
 
 
-def test_tensorboard_curves_and_images(small, tmp_path):
-    main(["fit", *small])
-    events = EventAccumulator(str(tmp_path / "tiny/version_0")).Reload()
+def test_tensorboard_curves_and_images(fitted):
+    events = EventAccumulator(str(fitted[0] / "tiny/version_0")).Reload()
     scalars = set(events.Tags()["scalars"])
     expected = {
         "train/ocr",
@@ -84,11 +91,9 @@ def test_tensorboard_curves_and_images(small, tmp_path):
     assert len(events.Scalars("held_out/pickscore")) == 2
 
 
-def test_validate_without_a_checkpoint_evaluates_the_base(small, capsys):
-    main(["fit", *small])
-    before = column(capsys.readouterr().out, "base")
+def test_validate_without_a_checkpoint_evaluates_the_base(small, fitted, capsys):
     main(["validate", *small])
-    assert column(capsys.readouterr().out, "base") == before
+    assert column(capsys.readouterr().out, "base") == column(fitted[1], "base")
 
 
 @pytest.mark.parametrize(

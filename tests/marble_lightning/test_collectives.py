@@ -81,6 +81,7 @@ def test_held_out_scores_are_gathered_on_the_device(checkpoints):
     assert module.evaluator.scores.device == torch.device("meta")
 
 
+@pytest.mark.integration
 def test_no_cpu_tensor_is_sent(small, monkeypatch):
     """In a run with every callback, validations, refreshes and steps between them, resumed once."""
     sent: list[str] = []

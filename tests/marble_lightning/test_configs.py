@@ -12,6 +12,8 @@ import yaml
 from marble_lightning.cli import command_line, main
 from tests.helpers import ROOT
 
+pytestmark = pytest.mark.integration
+
 CONFIGS = ROOT / "configs"
 LARGE = ("sd35m", "sd35m_1gpu", "sd35l")
 

@@ -69,6 +69,7 @@ model:
 """
 
 
+@pytest.mark.integration
 def test_custom_reward_and_balancer_train(small, tmp_path, monkeypatch):
     (tmp_path / "my_reward.py").write_text(REWARD)
     (tmp_path / "my_balancer.py").write_text(BALANCER)
@@ -101,6 +102,7 @@ def test_the_command_line_adds_a_custom_reward(small, tmp_path, monkeypatch, cap
     assert all(f"    {name}:" in shown for name in ("pickscore", "hpsv2", "clipscore", "ocr", "geneval", "warmth"))
 
 
+@pytest.mark.integration
 def test_a_custom_schedule_updates_the_old_adapter(small, tmp_path, monkeypatch):
     (tmp_path / "my_schedule.py").write_text(SCHEDULE)
     monkeypatch.syspath_prepend(tmp_path)

@@ -22,6 +22,8 @@ from tests.helpers import ROOT, stopped, two_processes
 from tests.helpers.command_line import differences, last, options, state
 from tests.helpers.two_processes import Replay, method, train
 
+pytestmark = pytest.mark.integration
+
 METHODS = ["WeightedSum", "MARBLE"]
 SLOWER = ["PCGrad", "CAGrad"]
 

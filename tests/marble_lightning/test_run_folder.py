@@ -105,6 +105,7 @@ SEVERAL = [
 ]
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("loggers", [False, SEVERAL], ids=["none", "several"])
 def test_a_run_is_resumed_and_evaluated_with_any_logger(checkpoints, tmp_path, monkeypatch, capsys, loggers):
     monkeypatch.chdir(tmp_path)

@@ -23,6 +23,7 @@ def test_outputs_belong_to_the_code(file):
     assert file.stat().st_size < 700_000
 
 
+@pytest.mark.integration
 def test_compare_balancers(small, tmp_path):
     notebook = nbformat.read(ROOT / "notebooks/compare_balancers.ipynb", as_version=4)
     (parameters,) = [cell for cell in notebook.cells if "parameters" in cell.metadata.get("tags", [])]

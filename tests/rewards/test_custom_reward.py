@@ -134,6 +134,7 @@ def test_score_runs_without_gradients_on_float32() -> None:
     assert inputs == {"dtype": torch.float32, "grad": False}
 
 
+@pytest.mark.integration
 def test_importing_the_package_loads_no_engine() -> None:
     heavy = "{'transformers', 'rapidocr', 'onnxruntime', 'cv2', 'torchmetrics', 'marble_lightning'}"
     code = f"import sys, rewards; sys.exit(', '.join(set(sys.modules) & {heavy}) or 0)"

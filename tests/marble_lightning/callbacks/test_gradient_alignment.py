@@ -33,8 +33,8 @@ class Probes(Callback):
 
 @pytest.mark.parametrize("balancer", [MARBLE, WeightedSum, PCGrad])
 def test_a_probe_changes_nothing(checkpoints, tmp_path, balancer):
-    plain, _ = run(checkpoints, tmp_path, balancer(), rounds=3)
-    probed, _ = run(checkpoints, tmp_path, balancer(), rounds=3, callbacks=[Probes()])
+    plain, _ = run(checkpoints, tmp_path, balancer(), rounds=2)
+    probed, _ = run(checkpoints, tmp_path, balancer(), rounds=2, callbacks=[Probes()])
     for expected, actual in zip(plain.trainable, probed.trainable, strict=True):
         assert torch.equal(expected, actual)
 

@@ -136,6 +136,7 @@ def test_a_run_without_a_reference_warns_about_it(checkpoints, tmp_path, caplog)
     assert "the run has one prompt a round" in warning
 
 
+@pytest.mark.integration
 def test_the_command_line_saves_the_reference(small, tmp_path):
     main(["fit", *small, "--alarms.patience", "3", "--alarms.factor", ".inf"])
     saved = torch.load(Path(tmp_path) / "tiny/version_0/checkpoints/last.ckpt", weights_only=True)

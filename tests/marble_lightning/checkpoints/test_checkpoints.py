@@ -78,6 +78,7 @@ def test_settings_out_of_range(settings, message):
         RoundCheckpoint(**settings)
 
 
+@pytest.mark.integration
 def test_last_from_the_command_line(checkpoints, tmp_path, caplog, capsys):
     """Without a checkpoint the run starts with a warning; with a damaged one the error names another one to resume from."""
     run = [*options(checkpoints, tmp_path), "--ckpt_path", "last"]
@@ -100,6 +101,7 @@ def test_last_from_the_command_line(checkpoints, tmp_path, caplog, capsys):
     assert differences(complete, state(newest)) == []
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("room_for", [1, 0])
 def test_a_full_disk(checkpoints, tmp_path, monkeypatch, caplog, room_for):
     """Messages name the file that could not be written, and the newest existing one."""
@@ -131,6 +133,7 @@ def test_a_full_disk(checkpoints, tmp_path, monkeypatch, caplog, room_for):
     assert all(file.suffix == ".ckpt" for file in folder.glob("*"))
 
 
+@pytest.mark.integration
 def test_the_last_round_has_a_checkpoint_at_any_interval(checkpoints, tmp_path):
     main(["fit", *options(checkpoints, tmp_path, **{"checkpoints.every_n_rounds": 2})])
     files = sorted(file.name for file in last(tmp_path).parent.iterdir())

@@ -46,6 +46,7 @@ def test_errors_name_a_damaged_checkpoint_and_the_newest_usable_one(tmp_path, da
         WholeCheckpointIO().load_checkpoint(folder / "last.ckpt")
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("damage", [cut, gone])
 @pytest.mark.parametrize("command", ["fit", "validate"])
 def test_the_command_line_names_a_damaged_checkpoint(small, tmp_path, command, damage):
@@ -87,6 +88,7 @@ def test_each_command_names_missing_entries(tmp_path, content):
         assert load_checked(weights, content)["global_step"] == 3
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize(
     ("state", "wrong"),
     [

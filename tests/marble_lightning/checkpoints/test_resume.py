@@ -20,13 +20,13 @@ from marble_lightning.scoring.failures import RewardError
 from tests.helpers import ROOT, stopped
 from tests.helpers.command_line import differences, fit_with, last, options, state
 
+pytestmark = pytest.mark.integration
+
 
 @pytest.fixture(scope="module")
 def uninterrupted(checkpoints, tmp_path_factory):
     folder = tmp_path_factory.mktemp("uninterrupted")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("sys.argv", ["marble-lightning"])
-        main(["fit", *options(checkpoints, folder)])
+    main(["fit", *options(checkpoints, folder)])
     return state(last(folder))
 
 

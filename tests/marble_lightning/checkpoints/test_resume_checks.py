@@ -20,7 +20,7 @@ from marble_lightning.tinyworld import ColourBlobs
 from rewards import GenEval
 from tests.helpers.command_line import fit_with, last, options, state
 
-pytestmark = [pytest.mark.filterwarnings(f"ignore:{known}") for known in QUIET]
+pytestmark = [pytest.mark.integration, *(pytest.mark.filterwarnings(f"ignore:{known}") for known in QUIET)]
 
 ONE = {"trainer.max_epochs": 1, "trainer.check_val_every_n_epoch": 1}
 TWO = {"trainer.max_epochs": 2, "trainer.check_val_every_n_epoch": 2}
@@ -30,9 +30,7 @@ TWO = {"trainer.max_epochs": 2, "trainer.check_val_every_n_epoch": 2}
 def one_round(checkpoints, tmp_path_factory) -> Path:
     """The folder of a run of one round."""
     folder = tmp_path_factory.mktemp("one_round")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("sys.argv", ["marble-lightning"])
-        main(["fit", *options(checkpoints, folder, **ONE)])
+    main(["fit", *options(checkpoints, folder, **ONE)])
     return folder / "tiny"
 
 

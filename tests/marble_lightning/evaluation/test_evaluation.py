@@ -20,6 +20,7 @@ from marble_lightning.policies.sd3 import SD3Policy
 from marble_lightning.scoring.scorer import Scorer
 from rewards import PickScore
 from tests.helpers import ROOT, forks
+from tests.helpers.command_line import small_options
 
 FACTS = (
     "prompt", "index", "steps", "solver", "guidance", "resolution", "seed", "adapter",
@@ -29,11 +30,18 @@ FACTS = (
 pytestmark = [pytest.mark.filterwarnings(f"ignore:{known}") for known in QUIET]
 
 
+@pytest.fixture(scope="module")
+def fitted(checkpoints, tmp_path_factory) -> Path:
+    """The folder of a run."""
+    folder = tmp_path_factory.mktemp("fitted")
+    main(["fit", *small_options(checkpoints, folder), "--model.optimizer.init_args.lr", "0.05"])
+    return folder / "tiny/version_0"
+
+
 @pytest.fixture
-def trained(small, tmp_path) -> str:
+def trained(fitted) -> str:
     """A checkpoint with changed adapters."""
-    main(["fit", *small, "--model.optimizer.init_args.lr", "0.05"])
-    return str(tmp_path / "tiny/version_0/checkpoints/last.ckpt")
+    return str(fitted / "checkpoints/last.ckpt")
 
 
 def in_a_run(options: list[str], command: str, name: str, *more: str) -> None:
@@ -71,6 +79,7 @@ def facts_of(file: Path) -> dict[str, str]:
         return dict(image.info)
 
 
+@pytest.mark.integration
 def test_images_and_results_do_not_depend_on_batch_size_and_ranks(small, trained, tmp_path):
     """Nine images: one rank has a batch more than the other."""
     small = [*small, "--data.held_out_per_source", "3", "--ckpt_path", trained]
@@ -108,15 +117,16 @@ def test_images_and_results_do_not_depend_on_batch_size_and_ranks(small, trained
     assert [list(by_name.values()) for by_name in predicted] == [pytest.approx(row, abs=1e-4) for row in scores(one)]
 
 
-def test_the_ema_adapter_the_trained_one_or_the_base(small, trained, tmp_path, monkeypatch):
+@pytest.mark.integration
+def test_the_ema_adapter_the_trained_one_or_the_base(small, fitted, trained, tmp_path, monkeypatch):
     for name in ("ema", "trained"):
         in_a_run(small, "validate", name, "--ckpt_path", trained, "--model.policy.adapter", name)
     in_a_run(small, "test", "none", "--model.policy.adapter", "none")
     ema, trained_adapter, base = (read(tmp_path / f"tiny/{name}") for name in ("ema", "trained", "none"))
-    fitted = read(tmp_path / "tiny/version_0")
-    assert scores(ema) == scores(fitted)
+    of_fit = read(fitted)
+    assert scores(ema) == scores(of_fit)
     assert scores(trained_adapter) != scores(ema)
-    assert [prompt["base"] for prompt in fitted["prompts"]] == [prompt["scores"] for prompt in base["prompts"]]
+    assert [prompt["base"] for prompt in of_fit["prompts"]] == [prompt["scores"] for prompt in base["prompts"]]
     assert base["all"]["pickscore"].keys() == {"mean", "error", "n"}
     assert trained_adapter["all"]["pickscore"]["base"] == {
         name: base["all"]["pickscore"][name] for name in ("mean", "error", "n")
@@ -127,14 +137,14 @@ def test_the_ema_adapter_the_trained_one_or_the_base(small, trained, tmp_path, m
     facts |= {"text_length": 4, "text_encoder_3": "checkpoint", "dtype": "float32", "vae_tiling": False}
     cadence = {"balancer": "MARBLE", "refresh_every": 5, "ema_decay": 0.7, "estimate_share": 1.0, "normalize": True}
     cadence |= {"refresh_alpha": "smoothed", "amortize": "raw", "uniform_after_step": None}
-    assert fitted["judged"] == {**facts, **cadence, "command": "fit", "adapter": "ema", "optimizer_step": 2}
+    assert of_fit["judged"] == {**facts, **cadence, "command": "fit", "adapter": "ema", "optimizer_step": 2}
     assert trained_adapter["judged"] == {**facts, "command": "validate", "adapter": "trained", "optimizer_step": 2}
     assert base["judged"] == {**facts, "command": "test", "adapter": "none", "checkpoint": None, "optimizer_step": None}
-    assert fitted["settings"] == base["settings"] == {
+    assert of_fit["settings"] == base["settings"] == {
         "steps": 2, "solver": "euler", "guidance": 1.0, "resolution": 16, "seed": 0, "images_per_prompt": 1
     }  # fmt: skip
-    assert (tmp_path / "tiny/version_0/held_out_000000.png").exists()
-    assert (tmp_path / "tiny/version_0/held_out_000002.png").exists()
+    assert (fitted / "held_out_000000.png").exists()
+    assert (fitted / "held_out_000002.png").exists()
     assert (tmp_path / "tiny/none/held_out.png").exists()
 
     folder = ["--predictions.folder", str(tmp_path / "out"), "--predictions.scores", "false"]
@@ -155,6 +165,7 @@ def test_the_ema_adapter_the_trained_one_or_the_base(small, trained, tmp_path, m
         main(["validate", *small, "--model.policy.adapter", "none", "--ckpt_path", trained])
 
 
+@pytest.mark.integration
 def test_comparison_of_runs_and_settings_that_prevent_it(small, tmp_path, capsys, monkeypatch):
     in_a_run(small, "validate", "plain")
     compare = ["--results.compare_with", f"[{tmp_path}/tiny/plain, {tmp_path}/tiny/plain/results.json]"]
@@ -178,6 +189,7 @@ def test_comparison_of_runs_and_settings_that_prevent_it(small, tmp_path, capsys
         in_a_run(small, "test", "fewer", *compare, "--data.held_out_per_source", "1")
 
 
+@pytest.mark.integration
 def test_predict_samples_a_prompt_file_and_records_the_settings(small, tmp_path):
     (tmp_path / "mine.txt").write_text("a red circle\n\nein Kreis, größer als 5 €\n")
     folder = ["--predictions.folder", str(tmp_path / "out"), "--data.predict_file", str(tmp_path / "mine.txt")]
@@ -194,6 +206,7 @@ def test_predict_samples_a_prompt_file_and_records_the_settings(small, tmp_path)
     assert facts_of(tmp_path / "out/00003.png") == dict(zip(FACTS, facts, strict=True))
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("command", ["validate", "fit"])
 def test_text_encoders_and_rewards_take_turns(small, monkeypatch, command):
     """Held-out prompts are encoded at once with any batch size, while rewards are off the device."""
@@ -213,6 +226,7 @@ def test_text_encoders_and_rewards_take_turns(small, monkeypatch, command):
     assert calls.count("score") > 30
 
 
+@pytest.mark.integration
 def test_a_base_with_another_text_length_is_not_compared(small, trained, tmp_path, capsys):
     """The text length is part of the policy's identity, since it changes the images."""
     in_a_run(small, "validate", "longer", "--ckpt_path", trained, "--model.policy.text_length", "8")
@@ -223,6 +237,7 @@ def test_a_base_with_another_text_length_is_not_compared(small, trained, tmp_pat
     assert read(tmp_path / "tiny/longer")["judged"]["text_length"] == 8
 
 
+@pytest.mark.integration
 def test_without_scores_no_reward_model_is_loaded(small, tmp_path, monkeypatch):
     line = {"prompt": "a circle", "include": [{"class": "circle", "count": 1}]}
     (tmp_path / "mine.jsonl").write_text(json.dumps(line) + "\n" + json.dumps(line | {"source": "x"}) + "\n")
@@ -234,6 +249,7 @@ def test_without_scores_no_reward_model_is_loaded(small, tmp_path, monkeypatch):
     assert [line["scores"] for line in lines] == [{}, {}]
 
 
+@pytest.mark.integration
 def test_images_are_only_replaced_by_images_with_the_same_facts(small, tmp_path, monkeypatch):
     (tmp_path / "mine.txt").write_text("a red circle\na blue square\n")
     options = [*small, "--predictions.folder", str(tmp_path / "out"), "--predictions.scores", "false"]

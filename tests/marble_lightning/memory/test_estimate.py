@@ -27,7 +27,7 @@ from tests.helpers.measured_memory import Estimated, fitted
 from tests.helpers.small_rewards import Brightness, Contrast, Redness
 from tests.helpers.small_runs import run
 
-pytestmark = [pytest.mark.filterwarnings(f"ignore:{known}") for known in QUIET]
+pytestmark = [pytest.mark.integration, *(pytest.mark.filterwarnings(f"ignore:{known}") for known in QUIET)]
 
 
 @pytest.mark.parametrize("bundled", [False, pytest.param(True, marks=pytest.mark.slow)])

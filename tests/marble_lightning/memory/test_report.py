@@ -15,7 +15,7 @@ from tests.helpers.measured_memory import Estimated
 from tests.helpers.small_rewards import Brightness
 from tests.helpers.small_runs import run
 
-pytestmark = [pytest.mark.filterwarnings(f"ignore:{known}") for known in QUIET]
+pytestmark = [pytest.mark.integration, *(pytest.mark.filterwarnings(f"ignore:{known}") for known in QUIET)]
 NEEDED = Estimate({"transformer": 5 * GIB}, {"training": Phase(("transformer",), 5 * GIB)}, {})
 ALL = int(10 * GIB + CUDA_CONTEXT)
 

@@ -30,6 +30,7 @@ class TwoRanks:
         return flag + self.other
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize(("steps", "left", "rounds"), [(2, "before_round_0000", 0), (1, "round_0000", 1)])
 def test_a_run_that_diverges_keeps_its_last_finite_checkpoint(checkpoints, tmp_path, caplog, steps, left, rounds):
     """Also if adapters are still finite after a round's last step, but the images that they sample are not."""

@@ -155,6 +155,7 @@ def test_an_existing_file_is_replaced_only_with_overwrite(policy, exported, tmp_
         export(tmp_path / "old.ckpt", exported / FILE)
 
 
+@pytest.mark.integration
 def test_fit_export_load_and_fit_from_the_lora(small, checkpoints, tmp_path, capsys):
     """On the command line: the held-out scores at the start of the second run equal those at the end of the first."""
     main(["fit", *small, "--model.optimizer.init_args.lr", "0.05"])

@@ -149,7 +149,7 @@ def test_rendered_words_of_every_size(render: Render, size: int) -> None:
     assert reward(images=images, prompts=[sign] * 3).tolist() == pytest.approx([1.0, 0.8, 0.0])
 
 
-@pytest.mark.parametrize("kind", ["thread", "process"])
+@pytest.mark.parametrize("kind", ["thread", pytest.param("process", marks=pytest.mark.integration)])
 def test_workers_agree_with_one_engine(ocr: OCR, render: Render, kind: str) -> None:
     shared = OCR(detect=ocr.detect, workers=2, worker_kind=kind)
     shared.setup()

@@ -44,6 +44,7 @@ class FromMetadata(Reward):
         return torch.tensor([prompt.metadata.get("score", torch.nan) for prompt in prompts])
 
 
+@pytest.mark.integration
 def test_the_command_serves_until_sigterm(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MINE", "s3cret")
     command = [sys.executable, "-m", "marble_lightning.serve", "--reward", "JPEGCompressibility", "--reward.quality", "80"]
