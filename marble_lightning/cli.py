@@ -19,7 +19,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from balancers import Balancer
 from marble_lightning.callback_checks import check_trainer
-from marble_lightning.callbacks.gradient_alignment import Harmony
+from marble_lightning.callbacks.gradient_alignment import GradientAlignment
 from marble_lightning.callbacks.held_out_images import HeldOutImages
 from marble_lightning.callbacks.image_drift import ImageDriftMonitor
 from marble_lightning.callbacks.prediction_writer import PredictionWriter
@@ -33,7 +33,7 @@ from marble_lightning.config_files import configs
 from marble_lightning.data.datamodule import PromptDataModule
 from marble_lightning.memory import Memory
 from marble_lightning.module import DiffusionNFT
-from marble_lightning.parsers import Parser, TrainingParser
+from marble_lightning.parsers import ExportParser, Parser, TrainingParser
 from marble_lightning.policies.averaging import Averaging
 from marble_lightning.policies.lora_export import export, redacted_yaml
 from marble_lightning.run_folder import RunFolder, folder_of_runs
@@ -85,11 +85,11 @@ class MarbleCLI(LightningCLI):
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_lightning_class_args(Balancer, "balancer", subclass_mode=True, required=True)
-        parser.add_lightning_class_args(Harmony, "harmony")
-        parser.add_lightning_class_args(ImageDriftMonitor, "alarms")
+        parser.add_lightning_class_args(GradientAlignment, "gradient_alignment")
+        parser.add_lightning_class_args(ImageDriftMonitor, "image_drift")
         parser.add_lightning_class_args(Memory, "memory")
         parser.add_lightning_class_args(RoundCheckpoint, "checkpoints")
-        parser.add_lightning_class_args(HeldOutImages, "pictures")
+        parser.add_lightning_class_args(HeldOutImages, "held_out_images")
         parser.add_lightning_class_args(Results, "results")
         parser.add_lightning_class_args(PredictionWriter, "predictions")
         parser.link_arguments("seed_everything", "model.seed", compute_fn=check_seed)
@@ -184,9 +184,10 @@ class MarbleCLI(LightningCLI):
 def main(args: Sequence[str] | None = None) -> None:
     """Run the command line; `args` replaces `sys.argv` where given."""
     words = list(sys.argv[1:] if args is None else args)
-    for command in (export, configs):  # subcommands of LightningCLI are methods of the trainer; these need no trainer
+    # Subcommands of LightningCLI are methods of the trainer; these need no trainer
+    for command, parser in ((export, ExportParser), (configs, Parser)):
         if words[:1] == [name := command.__name__]:
-            auto_cli(command, args=words[1:], as_positional=False, prog=f"marble-lightning {name}", parser_class=Parser)
+            auto_cli(command, args=words[1:], as_positional=False, prog=f"marble-lightning {name}", parser_class=parser)
             return
     try:
         command_line(args)

@@ -23,7 +23,7 @@ from marble_lightning.utils.loggers import log_image, log_metrics
 from marble_lightning.utils.seeds import derived_seed, generator
 
 
-class Harmony(Callback):
+class GradientAlignment(Callback):
     r"""Logs the balancer's diagnostics at each refresh, and probes of updates that are about to be applied.
 
     At a refresh it logs the merging coefficients, the gradient norms, the cosines between the rewards' gradients (a figure),
@@ -54,7 +54,7 @@ class Harmony(Callback):
 
     def __init__(self, probe_every: int | None = None) -> None:
         if probe_every is not None and probe_every < 1:
-            raise ValueError(f"`harmony.probe_every` must be >= 1, or null for no probes. Found {probe_every}.")
+            raise ValueError(f"`gradient_alignment.probe_every` must be >= 1, or null for no probes. Found {probe_every}.")
         self.probe_every = probe_every
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -105,8 +105,8 @@ def refresh_figures(balancer: Balancer) -> dict[str, float]:
 def probe(module: DiffusionNFT, step: int) -> dict[str, dict[str, float]]:
     """Alignment of the update about to be applied, on its `own` images and on a `fresh` round of the same policy.
 
-    Both also have the baselines of `Harmony`. Rewards without a gradient are left out. An update that is not finite, which a
-    loss scaler skips, gives no figures.
+    Both also have the baselines of `GradientAlignment`. Rewards without a gradient are left out. There are no figures for an
+    update that is not finite, which a loss scaler skips.
 
     Args:
         module: A module in training, with all gradients of the step accumulated.

@@ -26,7 +26,7 @@ class HeldOutImages(Callback):
 
     def __init__(self, count: int = 12) -> None:
         if count < 1:
-            raise ValueError(f"`pictures.count` must be >= 1. Found {count}.")
+            raise ValueError(f"`held_out_images.count` must be >= 1. Found {count}.")
         self.count = count
         self.shown: dict[int, tuple[Tensor, str]] = {}
 

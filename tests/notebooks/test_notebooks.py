@@ -20,7 +20,11 @@ def test_outputs_are_stripped(file):
 def test_compare_balancers(small, tmp_path):
     notebook = nbformat.read(ROOT / "notebooks/compare_balancers.ipynb", as_version=4)
     (parameters,) = [cell for cell in notebook.cells if "parameters" in cell.metadata.get("tags", [])]
-    options = [*small[2:], "--harmony.probe_every", "1"]  # without `-c ...tiny.yaml`, which the notebook adds itself
+    options = [
+        *small[2:],
+        "--gradient_alignment.probe_every",
+        "1",
+    ]  # without `-c`: the notebook has its own
     folder = options.index("--trainer.logger.save_dir")
     del options[folder : folder + 2]
     parameters.source = "\n".join(

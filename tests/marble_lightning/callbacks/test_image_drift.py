@@ -86,7 +86,7 @@ def test_rounds_with_a_warning(checkpoints, tmp_path, caplog, rounds, patience, 
     assert [text.split(":")[0] for text in warnings] == [f"Round {index}" for index in expected]
     for text in warnings:
         assert "images/brightness = 1.000 is out of the base policy's range, " in text
-        assert "model.objective.kl_weight" in text and "`alarms.factor`" in text
+        assert "model.objective.kl_weight" in text and "`image_drift.factor`" in text
     if expected:
         assert any("images/diversity = 0.000" in text for text in warnings_of(caplog))
 
@@ -137,7 +137,7 @@ def test_a_run_without_a_reference_warns_about_it(checkpoints, tmp_path, caplog)
 
 
 def test_the_command_line_saves_the_reference(small, tmp_path):
-    main(["fit", *small, "--alarms.patience", "3", "--alarms.factor", ".inf"])
+    main(["fit", *small, "--image_drift.patience", "3", "--image_drift.factor", ".inf"])
     saved = torch.load(Path(tmp_path) / "tiny/version_0/checkpoints/last.ckpt", weights_only=True)
     state = next(state for name, state in saved["callbacks"].items() if name.startswith("Alarms"))
     assert set(state["reference"]) == set(NAMES)
@@ -182,7 +182,7 @@ def test_a_statistic_that_is_not_a_number_is_out_of_range(caplog):
 
 
 def test_settings_out_of_range():
-    with pytest.raises(ValueError, match="`alarms.factor` must be > 0. Found nan"):
+    with pytest.raises(ValueError, match="`image_drift.factor` must be > 0. Found nan"):
         ImageDriftMonitor(factor=math.nan)
-    with pytest.raises(ValueError, match="`alarms.patience` must be >= 1. Found 0"):
+    with pytest.raises(ValueError, match="`image_drift.patience` must be >= 1. Found 0"):
         ImageDriftMonitor(patience=0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from importlib.metadata import version
 from pathlib import Path
 
@@ -36,9 +37,9 @@ def exported(policy, tmp_path) -> Path:
     return export(saved(policy, tmp_path), tmp_path / "lora").parent
 
 
-@pytest.mark.parametrize(("which", "name"), [("ema", "ema"), ("policy", "trained")])
-def test_a_stock_pipeline_generates_the_same_images_as_the_policy(checkpoints, policy, tmp_path, which, name):
-    written = export(saved(policy, tmp_path), tmp_path / "lora", which=which)
+@pytest.mark.parametrize("name", ["ema", "trained"])
+def test_a_stock_pipeline_generates_the_same_images_as_the_policy(checkpoints, policy, tmp_path, name):
+    written = export(saved(policy, tmp_path), tmp_path / "lora", adapter=name)
     pipeline, latents = stock(checkpoints, written.parent), sampled(policy, name)
     assert differ(painted(pipeline, "latent"), latents) < 1e-5
     assert differ(painted(pipeline, "pt"), policy.decode(latents)) <= 1 / 255
@@ -143,7 +144,7 @@ def test_other_files_and_damaged_checkpoints_raise(policy, tmp_path):
 
 def test_an_existing_file_is_replaced_only_with_overwrite(policy, exported, tmp_path):
     before = (exported / FILE).read_bytes()
-    arguments = ["export", "--ckpt_path", str(tmp_path / "old.ckpt"), "--to", str(exported), "--which", "policy"]
+    arguments = ["export", "--ckpt_path", str(tmp_path / "old.ckpt"), "--to", str(exported), "--adapter", "trained"]
     with pytest.raises(ValueError, match=r"Found one in .*--overwrite true"):
         main(arguments)
     assert (exported / FILE).read_bytes() == before
@@ -153,6 +154,22 @@ def test_an_existing_file_is_replaced_only_with_overwrite(policy, exported, tmp_
     assert (exported / FILE).stat().st_mode == (tmp_path / "old.ckpt").stat().st_mode  # the usual permissions
     with pytest.raises(ValueError, match="`to` must be a folder. Found a file"):
         export(tmp_path / "old.ckpt", exported / FILE)
+
+
+@pytest.mark.parametrize("old", [["--which", "policy"], ["--which=policy"], ["--config", "which: policy"]])
+def test_the_old_names_of_adapters_are_accepted_with_warnings(policy, tmp_path, old):
+    arguments = ["export", "--ckpt_path", str(saved(policy, tmp_path)), "--to", str(tmp_path / "old")]
+    with pytest.warns(FutureWarning) as warnings:
+        main([*arguments, *old])
+    messages = [str(warning.message) for warning in warnings if issubclass(warning.category, FutureWarning)]
+    assert [re.findall("`(.+?)`", message)[:2] for message in messages] == [
+        ["which", "adapter"] if old[0] == "--config" else ["--which", "--adapter"],
+        ["policy", "trained"],
+    ]
+    new = export(tmp_path / "old.ckpt", tmp_path / "new", adapter="trained")
+    with safe_open(tmp_path / "old" / FILE, "pt") as of_old, safe_open(new, "pt") as of_new:
+        assert of_old.metadata() == of_new.metadata()
+        assert all(torch.equal(of_old.get_tensor(name), of_new.get_tensor(name)) for name in of_new.keys())  # noqa: SIM118
 
 
 def test_fit_export_load_and_fit_from_the_lora(small, checkpoints, tmp_path, capsys):
