@@ -35,7 +35,7 @@ from marble_lightning.memory import Memory
 from marble_lightning.module import DiffusionNFT
 from marble_lightning.parsers import ExportParser, Parser, TrainingParser
 from marble_lightning.policies.averaging import Averaging
-from marble_lightning.policies.lora_export import export, redacted_yaml
+from marble_lightning.policies.lora_export import export, redact_yaml
 from marble_lightning.run_folder import RunFolder, folder_of_runs
 from marble_lightning.utils.atomic_files import local_path
 
@@ -120,7 +120,7 @@ class MarbleCLI(LightningCLI):
     def after_instantiate_classes(self) -> None:
         """Keep the configuration for checkpoints, as in config.yaml but without secrets, since checkpoints are shared."""
         config = self.config.get(str(self.subcommand), self.config)
-        self.model.run_config = redacted_yaml(self._parser(self.subcommand).dump(config, skip_none=False))
+        self.model.run_config = redact_yaml(self._parser(self.subcommand).dump(config, skip_none=False))
 
     def instantiate_trainer(self, **options: Any) -> Trainer:
         """Add the callbacks that have no section of settings."""

@@ -147,7 +147,7 @@ def baselines(gradients: Float[Tensor, "reward parameter"], draws: torch.Generat
 def update_of(module: DiffusionNFT) -> Float[Tensor, " parameter"]:
     """The gradient about to be applied, flat: the accumulated gradient and, on a refresh, the merged gradient."""
     accumulated = flat([torch.zeros_like(p) if p.grad is None else p.grad for p in module.trainable])
-    return module.step.merged.added_to(accumulated)
+    return module.step.merged.plus(accumulated)
 
 
 @torch.enable_grad()
@@ -172,7 +172,7 @@ def reward_gradients(
     summed = WeightedSum()
     summed.bind(tuple(module.rewards))
     by_balancer = (module.compute_coefficients(rollout, scores, seed, balancer) for balancer in (None, summed))
-    coefficients = [of_rewards.beside(of_sum) for of_rewards, of_sum in zip(*by_balancer, strict=True)]
+    coefficients = [of_rewards.concat(of_sum) for of_rewards, of_sum in zip(*by_balancer, strict=True)]
     first = step * module.plan.per_step
     module.step.per_reward.set_capture(True)
     for batch in islice(module.cut(rollout, coefficients, seed), first, first + module.plan.per_step):

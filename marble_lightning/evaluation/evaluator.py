@@ -15,7 +15,7 @@ from marble_lightning.data.datamodule import get_datamodule
 from marble_lightning.evaluation.settings import Evaluation
 from marble_lightning.evaluation.statistics import by_tag, per_prompt
 from marble_lightning.nft.divergence import Finite
-from marble_lightning.policies.base import Conditions, FlowPolicy, joined
+from marble_lightning.policies.base import Conditions, FlowPolicy, concat_conditions
 from marble_lightning.scoring.scorer import Scorer
 from marble_lightning.utils.seeds import derived_seed, generator
 from rewards import Prompt, Reward
@@ -152,8 +152,8 @@ class Evaluator:
             encoded = self.policy.encode(to_encode)
             parts = zip(encoded.embeds.cpu().split(1), encoded.pooled.cpu().split(1), strict=True)
             self.encoded = dict(zip(to_encode, map(Conditions, *zip(*parts, strict=True)), strict=True))
-        conditions = joined([self.encoded[text] for text in texts], self.policy.device)
-        return conditions, joined([self.encoded[text] for text in empty], self.policy.device) if empty else None
+        conditions = concat_conditions([self.encoded[text] for text in texts], self.policy.device)
+        return conditions, concat_conditions([self.encoded[text] for text in empty], self.policy.device) if empty else None
 
     def finish(self, trainer: Trainer) -> dict[str, float]:
         """End a pass over the held-out prompts on all ranks: keep the scores and return their means by metric.

@@ -220,7 +220,7 @@ class MergedGradient:
         """Keep a merged gradient, the same on all ranks."""
         self.gradient = gradient
 
-    def added_to(self, update: Float[Tensor, " parameter"]) -> Float[Tensor, " parameter"]:
+    def plus(self, update: Float[Tensor, " parameter"]) -> Float[Tensor, " parameter"]:
         """The sum of an update and the held gradient."""
         return update if self.gradient is None else update + self.gradient
 

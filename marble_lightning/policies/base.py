@@ -41,7 +41,7 @@ class Conditions:
         return Conditions(self.embeds[index], self.pooled[index])
 
 
-def joined(rows: Sequence[Conditions], device: torch.device) -> Conditions:
+def concat_conditions(rows: Sequence[Conditions], device: torch.device) -> Conditions:
     """Batches of encoded prompts joined into one batch on a device."""
     embeds, pooled = (torch.cat([getattr(row, part).to(device) for row in rows]) for part in ("embeds", "pooled"))
     return Conditions(embeds, pooled)

@@ -15,7 +15,7 @@ from marble_lightning.checkpoints.content import TO_EXPORT, load_checked
 from marble_lightning.policies.lora import Lora
 from marble_lightning.policies.lora_files import FILE, write_lora
 from marble_lightning.utils.atomic_files import check_folder, local_path, remove_unfinished
-from rewards.redaction import redacted
+from rewards.redaction import redact
 
 Adapter = Literal["ema", "trained"]
 
@@ -93,10 +93,10 @@ def about(checkpoint: dict[str, Any], adapter: Adapter) -> dict[str, str]:
     if "rewards" in checkpoint:
         entries["rewards"] = json.dumps(checkpoint["rewards"])
     if config := checkpoint.get("config"):
-        entries["config"] = redacted_yaml(config)  # older checkpoints may contain secrets
+        entries["config"] = redact_yaml(config)  # older checkpoints may contain secrets
     return entries
 
 
-def redacted_yaml(text: str) -> str:
+def redact_yaml(text: str) -> str:
     """A configuration as YAML without its secrets, see `rewards.redaction`."""
-    return yaml.safe_dump(redacted(yaml.safe_load(text)), sort_keys=False, allow_unicode=True)
+    return yaml.safe_dump(redact(yaml.safe_load(text)), sort_keys=False, allow_unicode=True)
