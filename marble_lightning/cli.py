@@ -69,14 +69,14 @@ def check_seed(seed: Any) -> int:
     return seed
 
 
-def with_home(value: Any) -> Any:
+def expand_home(value: Any) -> Any:
     """Replace a leading `~` by the home folder, in a setting and in all settings nested in it."""
     if isinstance(value, Namespace | dict):
         for name, item in list(value.items()):
-            value[name] = with_home(item)
+            value[name] = expand_home(item)
         return value
     if isinstance(value, list):
-        return [with_home(item) for item in value]
+        return [expand_home(item) for item in value]
     return os.path.expanduser(value) if isinstance(value, str) and re.match(r"~(/|$)", value) else value
 
 
@@ -111,7 +111,7 @@ class MarbleCLI(LightningCLI):
         The callback `Results` prints tables instead, and `PredictionWriter` writes images to files.
         """
         options = self.config[self.subcommand] if self.subcommand else self.config
-        with_home(options)
+        expand_home(options)
         if "verbose" in options:
             options.verbose = False
         if options.get("return_predictions", True) is None:

@@ -128,8 +128,8 @@ class DiffusionNFT(LightningModule):
                 raise ValueError("`policy.adapter` must be ema or trained for `fit`, which trains one. Found none.")
             self.balancer = checks.get_balancer(self.trainer)
             self.plan = checks.plan_round(self.trainer, self.sampling, *self.sizes)
-            checks.check_rewards_apply(self._learned, data)
-            checks.check_prompts(self._learned, data.training)
+            checks.check_rewards_apply(self._trained_rewards, data)
+            checks.check_prompts(self._trained_rewards, data.training)
         checks.check_precision(self.trainer)
         if type(self.trainer.strategy.checkpoint_io) is TorchCheckpointIO:  # the default, not a plugin of the user
             self.trainer.strategy.checkpoint_io = WholeCheckpointIO()
@@ -179,7 +179,7 @@ class DiffusionNFT(LightningModule):
             self.trainer.accumulate_grad_batches = 1
 
     @property
-    def _learned(self) -> dict[str, Reward]:
+    def _trained_rewards(self) -> dict[str, Reward]:
         return cast(dict[str, Reward], dict(self.rewards.items()))
 
     def configure_optimizers(self) -> Any:
@@ -201,7 +201,7 @@ class DiffusionNFT(LightningModule):
         self.coefficients = self.compute_coefficients(self.rollout, self.scores, self.seed, self.balancer)
         self.trained_since = time.perf_counter()
         means = self.trainer.strategy.all_gather(self.scores).reshape(-1, len(self.rewards)).nanmean(0)
-        missing = torch.tensor([float(reward.missing) for reward in self._learned.values()], device=self.device)
+        missing = torch.tensor([float(reward.missing) for reward in self._trained_rewards.values()], device=self.device)
         missing = self.trainer.strategy.reduce(missing, reduce_op="sum")
         metrics = {f"train/{name}": mean for name, mean in zip(self.rewards, means, strict=True)}
         metrics |= {f"missing/{name}": count for name, count in zip(self.rewards, missing, strict=True)}
@@ -234,10 +234,10 @@ class DiffusionNFT(LightningModule):
     # Training on the round ------------------------------------------------------------------------------------------
 
     def train_dataloader(self) -> MicroBatches:
-        return MicroBatches(self.plan.total, lambda: self.cut(self.rollout, self.coefficients, self.seed))
+        return MicroBatches(self.plan.total, lambda: self.split_round(self.rollout, self.coefficients, self.seed))
 
-    def cut(self, rollout: Rollout, coefficients: list[Coefficients], seed: int) -> Iterator[MicroBatch]:
-        """Cut a round into micro-batches, inner epoch by inner epoch."""
+    def split_round(self, rollout: Rollout, coefficients: list[Coefficients], seed: int) -> Iterator[MicroBatch]:
+        """Split a round into micro-batches, inner epoch by inner epoch."""
         grid = self.policy.sigmas(self.sampling.steps)[: self.sampling.usable_times]
         for key, of_epoch in zip(self._inner_epochs(seed), coefficients, strict=True):
             yield from micro_batches(rollout, of_epoch, grid, self.plan, key)

@@ -12,7 +12,7 @@ from typing import Any, ClassVar, NoReturn
 from jsonargparse import ActionConfigFile, ArgumentParser
 from lightning.pytorch.cli import LightningArgumentParser
 
-from marble_lightning.config_files import located
+from marble_lightning.config_files import locate
 
 NULLABLE = ("model.rewards", "model.metrics")
 """Mappings that a later configuration replaces as a whole."""
@@ -62,7 +62,7 @@ class ConfigByName(ActionConfigFile):
 
     def __call__(self, parser: Any, cfg: Any, values: Any, option_string: str | None = None) -> None:
         try:
-            file = located(values)
+            file = locate(values)
         except ValueError as error:
             raise TypeError(str(error)) from error  # the parser reports a TypeError as a wrong argument
         before = {name: cfg.get(name) for name in NULLABLE}

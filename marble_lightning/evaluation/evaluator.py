@@ -127,7 +127,7 @@ class Evaluator:
 
     def sample(self, trainer: Trainer, batch: HeldOut) -> Tensor:
         """Sample images of prompts; the index of a prompt seeds its noise."""
-        conditions, empty = self._encoded(trainer, batch)
+        conditions, empty = self._encode(trainer, batch)
         options = self.settings
         seed = options.pop("seed")
         noise = [generator(seed, "held-out", index) for index, _ in batch]
@@ -138,7 +138,7 @@ class Evaluator:
         self.finite.note(latents, images)
         return images
 
-    def _encoded(self, trainer: Trainer, batch: HeldOut) -> tuple[Conditions, Conditions | None]:
+    def _encode(self, trainer: Trainer, batch: HeldOut) -> tuple[Conditions, Conditions | None]:
         """The encoded prompts of a batch, and the encoded empty prompt if guidance needs it.
 
         Text encoders move to the device once for `ENCODE_AHEAD` of this rank's prompts; rewards free their memory first.

@@ -173,17 +173,17 @@ class MicroBatches:
 
     Args:
         number: Micro-batches of a round.
-        cut: Splits the sampled round into micro-batches.
+        split: Splits the sampled round into micro-batches.
     """
 
-    def __init__(self, number: int, cut: Callable[[], Iterator[MicroBatch]]) -> None:
-        self.number, self.cut = number, cut
+    def __init__(self, number: int, split: Callable[[], Iterator[MicroBatch]]) -> None:
+        self.number, self.split = number, split
 
     def __len__(self) -> int:
         return self.number
 
     def __iter__(self) -> Iterator[MicroBatch]:
-        yield from self.cut()  # lazily: Lightning requests the iterator before the first round is sampled
+        yield from self.split()  # lazily: Lightning requests the iterator before the first round is sampled
 
 
 def image_order(plan: Plan, key: Sequence[int | str]) -> Int[Tensor, " image"]:
