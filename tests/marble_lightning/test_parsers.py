@@ -42,7 +42,7 @@ def test_errors_are_printed_without_the_usage(command, arguments, error, hint, c
     assert "usage:" not in shown
 
 
-def printed(capsys, *options: str) -> dict:
+def print_config(capsys, *options: str) -> dict:
     """The model's settings after parsing a command line."""
     with pytest.raises(SystemExit) as end:
         main(["fit", "-c", "tiny", *options, "--print_config"])
@@ -51,7 +51,7 @@ def printed(capsys, *options: str) -> dict:
 
 
 def test_null_removes_a_reward(capsys):
-    model = printed(capsys, "--model.rewards.geneval", "null", "--model.metrics.geneval_accuracy", "null")
+    model = print_config(capsys, "--model.rewards.geneval", "null", "--model.metrics.geneval_accuracy", "null")
     assert [name for name, reward in model["rewards"].items() if reward] == ["pickscore", "hpsv2", "clipscore", "ocr"]
     assert model["metrics"] == {"geneval_accuracy": None}
 
@@ -59,11 +59,11 @@ def test_null_removes_a_reward(capsys):
 def test_a_later_mapping_of_nulls_removes_and_any_other_replaces(tmp_path, capsys):
     file = tmp_path / "over.yaml"
     file.write_text("model: {rewards: {geneval: null, ocr: null}, metrics: {}}")
-    model = printed(capsys, "-c", str(file))
+    model = print_config(capsys, "-c", str(file))
     assert [name for name, reward in model["rewards"].items() if reward] == ["pickscore", "hpsv2", "clipscore"]
     assert model["metrics"] == {}
     file.write_text("model: {rewards: {small: {class_path: rewards.JPEGCompressibility}, ocr: null}}")
-    assert list(printed(capsys, "-c", str(file))["rewards"]) == ["small", "ocr"]
+    assert list(print_config(capsys, "-c", str(file))["rewards"]) == ["small", "ocr"]
 
 
 SECTIONS = {
