@@ -38,7 +38,7 @@ add_module_names = False
 
 
 def place_notebooks() -> None:
-    """Copy the notebooks beside the pages; one that was executed into `notebooks/executed` takes the place of the other."""
+    """Copy the notebooks to the pages; an executed copy in `notebooks/executed` takes precedence."""
     place = HERE / "notebooks"
     place.mkdir(exist_ok=True)
     for notebook in (ROOT / "notebooks").glob("*.ipynb"):

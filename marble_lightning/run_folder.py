@@ -40,7 +40,7 @@ class RunFolder(Callback):
     """Creates a new folder for every run, and writes the complete configuration to it.
 
     A run uses the logger's version folder if no earlier run has used it. Otherwise, for example with `version: mine`, it
-    uses the next free `mine_1`, `mine_2` and so on beside it. With loggers without version folders, and without a logger, it
+    uses the next free one of `mine_1`, `mine_2` and so on. With loggers without version folders, and without a logger, it
     uses `version_0`, `version_1` and so on in `trainer.default_root_dir`.
 
     Args:

@@ -17,7 +17,7 @@ LONG = [
     "test_resume", "test_examples", "test_evaluation", "test_cli", "test_checkpoints", "test_processes", "test_configs",
     "test_notebooks",
 ]  # fmt: skip
-"""Files of tests that take a minute or so: whoever is given one last would keep the others waiting."""
+"""Files of tests that take about a minute. They start first, so that no process ends with a long one."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

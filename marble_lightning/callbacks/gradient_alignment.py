@@ -28,7 +28,7 @@ class GradientAlignment(Callback):
 
     At a refresh it logs the merging coefficients, the gradient norms, the cosines between the rewards' gradients (a figure),
     and under `harmony/` the minimum, mean and variance over the rewards of $\cos(d, g_k)$: for the update $d$, for the mean
-    of the same gradients (`mean`) and for the mean of unit gradients (`unit_mean`). This is the measure of the paper. With
+    of the same gradients (`mean`) and for the mean of unit gradients (`unit_mean`). The paper reports these statistics. With
     newly solved weights, the cosines of the min-norm direction are never below zero. With smoothed weights, which are the
     default, they can be.
 
@@ -39,11 +39,14 @@ class GradientAlignment(Callback):
     - `own` uses the gradients of the images that the update came from; `fresh` those of an independent round, which are
       unbiased.
 
-    Baselines are logged with it, all computed from the images that the update came from: `mean` and `unit_mean`;
-    `weighted_sum`, the paper's baseline, which is the gradient for the advantage of the rewards' plain sum (the mean of
-    gradients of normalised advantages is a much stronger baseline); and `random`, a random direction. `chance` is the
-    probability that a random direction conflicts with some reward (`balancers.gramian.conflict_by_chance`): 97 % for five
-    orthogonal gradients. A probe works with every balancer, and does not change the run.
+    A probe also logs baselines, computed from the images that the update came from:
+
+    - `mean` and `unit_mean`, as above. The mean of gradients of normalised advantages is a strong baseline.
+    - `weighted_sum`, the paper's baseline: the gradient for the advantage of the rewards' plain sum.
+    - `random`, a random direction. `chance` is the probability that it conflicts with some reward
+      (`balancers.gramian.conflict_by_chance`): 97 % for five orthogonal gradients.
+
+    A probe works with every balancer, and does not change the run.
 
     Source: MARBLE, arXiv 2605.06507, gradient harmony table.
 

@@ -22,7 +22,7 @@ from marble_lightning.utils.images import to_image
 
 
 class PredictionWriter(Callback):
-    """Writes the images of `predict` as PNG files, and their prompts and scores as `images.jsonl` beside them.
+    """Writes the images of `predict` as PNG files, and their prompts and scores as `images.jsonl` in the same folder.
 
     A file's text chunks hold prompt, index, seed, steps, solver, guidance, resolution, adapter, checkpoint, and the model:
     its name, its revision, and how it reads prompts and weights.

@@ -26,7 +26,7 @@ class Results(Callback):
     After `fit` they include the base, and commands for the next steps are printed.
 
     Args:
-        compare_with: Other runs, each given by its results.json or the folder of it. The composite score of each run, the
+        compare_with: Other runs, each given by its results.json or its folder. The composite score of each run, the
             mean over rewards of z-scores among the runs, is printed too. All must have the same settings and prompts; null
             for none.
         columns: Rewards and metrics in the composite; null for all.

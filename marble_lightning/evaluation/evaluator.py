@@ -21,7 +21,7 @@ from marble_lightning.utils.seeds import derived_seed, generator
 from rewards import Prompt, Reward
 
 ENCODE_AHEAD = 64
-"""Held-out prompts that are encoded at once, because moving SD3.5's text encoders to the device means gigabytes."""
+"""Number of held-out prompts that are encoded at once; moving SD3.5's text encoders to the device copies gigabytes."""
 
 HeldOut = list[tuple[int, Prompt]]
 """A batch of held-out prompts, each with the index that seeds its noise."""

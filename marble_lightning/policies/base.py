@@ -204,7 +204,7 @@ class FlowPolicy(nn.Module, ABC):
 
     @property
     def identity(self) -> dict[str, str | int | None]:
-        """Settings that its images depend on besides adapters and sampling, by name; a subclass adds its own."""
+        """Settings of the model that change its images, by name, without adapters and sampling; a subclass adds more."""
         return {"model": self.path, "revision": self.revision}
 
     @property

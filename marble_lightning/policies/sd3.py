@@ -37,7 +37,7 @@ class SD3Policy(FlowPolicy):
 
     Args:
         path: Folder in diffusers format, or hub id, of a StableDiffusion3Pipeline that was not distilled. `package:` stands
-            for the folder of the installed marble_lightning, which brings `package:tinyworld/weights/sd3`.
+            for the folder of the installed marble_lightning, which contains `package:tinyworld/weights/sd3`.
         resolution: Side of the images in pixels.
         rank: LoRA rank, >= 1.
         alpha: LoRA alpha; the update is scaled by alpha / rank.

@@ -130,6 +130,6 @@ def _one_by_one(
 ) -> ScoreResult:
     parts = [score_with_retries(reward, images[i : i + 1], prompts[i : i + 1], retries=0) for i in range(len(prompts))]
     failures = {i: errors[0] for i, (_, errors) in enumerate(parts) if errors}
-    if not failures:  # it scores each image alone but not the batch: no score can be trusted
+    if not failures:  # the reward scores each image alone but not the batch: no score can be trusted
         return failed_batch(reward, images, prompts, error)
     return torch.cat([scores for scores, _ in parts]), failures

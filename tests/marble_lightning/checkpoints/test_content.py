@@ -156,5 +156,5 @@ def test_a_checkpoint_of_another_run_is_offered_if_the_run_has_no_other(tmp_path
     truncate(damaged)
     assert newest_usable(damaged) == before
     before.unlink()
-    with pytest.raises(ValueError, match="there is no whole one beside it"):
+    with pytest.raises(ValueError, match="there is no other whole one"):
         WholeCheckpointIO().load_checkpoint(damaged)
