@@ -27,13 +27,13 @@ class Balancer(Callback):
 
     - `merge_rewards`, before advantages are computed, or `merge_advantages`; either sets `merged_name` to name its column;
     - `weights`, from the inner products of the per-reward gradients: $d = \sum_k \bar\alpha_k s_k g_k$. It receives
-      float64 on the CPU, whatever the caller passes; a zero matrix gives uniform weights, and NaN raises a ValueError.
+      float64 on the CPU, for any input of the caller; a zero matrix gives uniform weights, and NaN raises a ValueError.
 
     A gradient method computes weights every `refresh_every` optimizer steps. The weights are smoothed for each reward,
     $\bar\alpha_k \leftarrow \rho \bar\alpha_k + (1 - \rho) \alpha_k$; the first time, $\bar\alpha_k = \alpha_k$. With
     `normalize`, $s_k = \operatorname{mean}_j |g_j| / |g_k|$, otherwise $s_k = 1$. A refresh takes the norms of its own
     gradients; the steps in between take smoothed norms. (If the ratios were smoothed instead, one near-zero gradient would
-    outweigh all that follow.)
+    outweigh all later ones.)
 
     A reward is inactive if its gradient is not finite or is zero (below 3.5e-4 of the largest, the level of rounding
     errors). It is left out of the solution and keeps its $\bar\alpha_k$ and $s_k$; a reward that was never active has its

@@ -14,7 +14,7 @@ CHUNK = 2**20
 def gram_matrix(gradients: Float[Tensor, "reward parameter"]) -> Float[Tensor, "reward reward"]:
     r"""Inner products $G_{jk} = \langle g_j, g_k \rangle$ in float64, on the CPU.
 
-    On the CPU, since for the K x K algebra that follows, launching GPU kernels would take longer than computing.
+    The result is on the CPU: for the K x K algebra that follows, launching GPU kernels would take longer than computing.
 
     Shape:
         gradients (K, P) -> (K, K).

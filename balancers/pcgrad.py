@@ -31,10 +31,10 @@ class PCGrad(Balancer):
 
     def weights(self, gram: Float[Tensor, "active active"]) -> Float[Tensor, " active"]:
         draws = torch.Generator().manual_seed(1_000_003 * self.seed + self.step)
-        return projected(gram, [torch.randperm(len(gram), generator=draws).tolist() for _ in gram]) / len(gram)
+        return projection_weights(gram, [torch.randperm(len(gram), generator=draws).tolist() for _ in gram]) / len(gram)
 
 
-def projected(gram: Float[Tensor, "reward reward"], orders: list[list[int]]) -> Float[Tensor, " reward"]:
+def projection_weights(gram: Float[Tensor, "reward reward"], orders: list[list[int]]) -> Float[Tensor, " reward"]:
     """Weights of the sum of projected gradients.
 
     Args:
@@ -44,7 +44,7 @@ def projected(gram: Float[Tensor, "reward reward"], orders: list[list[int]]) -> 
     Shape:
         gram (K, K) -> (K,).
 
-    >>> projected(torch.tensor([[1.0, -1.0], [-1.0, 2.0]]), [[0, 1], [0, 1]])
+    >>> projection_weights(torch.tensor([[1.0, -1.0], [-1.0, 2.0]]), [[0, 1], [0, 1]])
     tensor([2.0000, 1.5000])
     """
     rows = torch.eye(len(gram), dtype=gram.dtype)  # row i: g_i^PC as a combination of the gradients

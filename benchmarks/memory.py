@@ -45,7 +45,7 @@ from marble_lightning.policies.sd3 import SD3Policy
 from marble_lightning.policies.sd3_checks import PARTS
 from marble_lightning.scoring.settings import Scoring
 from marble_lightning.tinyworld.recipe.vocabulary import train_tokenizer
-from rewards.clip.loading import in_precision
+from rewards.clip.loading import convert_precision
 from rewards.clip.open_clip import VIT_H_14, architecture
 from rewards.clip.tower import CLIPTower, Preprocess
 from rewards.geneval.instances import DetectorPreprocess
@@ -66,7 +66,7 @@ def build_rewards(tokenizer: Any, dtype: str) -> tuple[dict[str, rewards.Reward]
     mean_and_std, precision = ((0.48, 0.46, 0.41), (0.27, 0.26, 0.28)), getattr(torch, dtype)
 
     def tower(config: Any) -> CLIPTower:
-        return CLIPTower(in_precision(CLIPModel(config), precision), tokenizer, Preprocess(224, 224, *mean_and_std))
+        return CLIPTower(convert_precision(CLIPModel(config), precision), tokenizer, Preprocess(224, 224, *mean_and_std))
 
     swin = SwinConfig(
         depths=[2, 2, 18, 2], num_heads=[3, 6, 12, 24], embed_dim=96, out_features=["stage1", "stage2", "stage3", "stage4"]

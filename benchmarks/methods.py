@@ -2,7 +2,8 @@
 
 `python -m benchmarks.methods --seeds 0 1 2` runs each in a separate process. It prints two tables in Markdown and the
 cadence of each method. A finished run is not repeated, so an interrupted comparison resumes. Other options are passed to
-`fit`: with `--harmony.probe_every 4` harmony is also computed between refreshes, on fresh images, and for baselines.
+`fit`: with `--gradient_alignment.probe_every 4` harmony is also computed between refreshes, on fresh images, and for
+baselines.
 """
 
 from __future__ import annotations
@@ -94,7 +95,7 @@ PLACES = {
     "probe/reused/own": "between refreshes, own images",
     "probe/reused/fresh": "between refreshes, fresh images",
 }
-"""Title of each prefix under which cosines are logged; probes only with `--harmony.probe_every`."""
+"""Title of each prefix under which cosines are logged; probes only with `--gradient_alignment.probe_every`."""
 
 
 BASELINES = {

@@ -34,7 +34,7 @@ UNUSABLE: dict[type[Callback], str] = {
 """Callbacks that change the micro-batches of a round or the adapters, each with the reason and the remedy."""
 
 KNOWN_PACKAGES = ("lightning", "balancers", "marble_lightning")
-"""Packages whose callbacks log no metric under a name unknown to `metric_names`, except `LearningRateMonitor`."""
+"""Packages with callbacks that log only metrics listed by `metric_names`; `LearningRateMonitor` is the exception."""
 
 
 def check_trainer(enable_checkpointing: bool | None, added: Iterable[object], sections: Mapping[str, object]) -> None:

@@ -20,7 +20,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from balancers import Balancer
 from marble_lightning.callback_checks import check_trainer
-from marble_lightning.callbacks.gradient_alignment import Harmony
+from marble_lightning.callbacks.gradient_alignment import GradientAlignment
 from marble_lightning.callbacks.held_out_images import HeldOutImages
 from marble_lightning.callbacks.image_drift import ImageDriftMonitor
 from marble_lightning.callbacks.prediction_writer import PredictionWriter
@@ -38,7 +38,7 @@ from marble_lightning.memory.report import print_estimate
 from marble_lightning.module import DiffusionNFT
 from marble_lightning.parsers import Parser, TrainingParser, import_classes
 from marble_lightning.policies.averaging import Averaging
-from marble_lightning.policies.lora_export import export, redacted_yaml
+from marble_lightning.policies.lora_export import export, redact_yaml
 from marble_lightning.run_folder import RunFolder, folder_of_runs
 from marble_lightning.utils.atomic_files import local_path
 
@@ -75,14 +75,14 @@ def check_seed(seed: Any) -> int:
     return seed
 
 
-def with_home(value: Any) -> Any:
+def expand_home(value: Any) -> Any:
     """Replace a leading `~` by the home folder, in a setting and in all settings nested in it."""
     if isinstance(value, Namespace | dict):
         for name, item in list(value.items()):
-            value[name] = with_home(item)
+            value[name] = expand_home(item)
         return value
     if isinstance(value, list):
-        return [with_home(item) for item in value]
+        return [expand_home(item) for item in value]
     return os.path.expanduser(value) if isinstance(value, str) and re.match(r"~(/|$)", value) else value
 
 
@@ -102,11 +102,11 @@ class MarbleCLI(LightningCLI):
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_lightning_class_args(Balancer, "balancer", subclass_mode=True, required=True)
-        parser.add_lightning_class_args(Harmony, "harmony")
-        parser.add_lightning_class_args(ImageDriftMonitor, "alarms")
+        parser.add_lightning_class_args(GradientAlignment, "gradient_alignment")
+        parser.add_lightning_class_args(ImageDriftMonitor, "image_drift")
         parser.add_lightning_class_args(Memory, "memory")
         parser.add_lightning_class_args(RoundCheckpoint, "checkpoints")
-        parser.add_lightning_class_args(HeldOutImages, "pictures")
+        parser.add_lightning_class_args(HeldOutImages, "held_out_images")
         parser.add_lightning_class_args(Results, "results")
         parser.add_lightning_class_args(PredictionWriter, "predictions")
         parser.link_arguments("seed_everything", "model.seed", compute_fn=check_seed)
@@ -128,7 +128,7 @@ class MarbleCLI(LightningCLI):
         The callback `Results` prints tables instead, and `PredictionWriter` writes images to files.
         """
         options = self.config[self.subcommand] if self.subcommand else self.config
-        with_home(options)
+        expand_home(options)
         if "verbose" in options:
             options.verbose = False
         if options.get("return_predictions", True) is None:
@@ -236,9 +236,10 @@ class MemoryCLI(MarbleCLI):
 def main(args: Sequence[str] | None = None) -> None:
     """Run the command line; `args` replaces `sys.argv` where given."""
     words = list(sys.argv[1:] if args is None else args)
-    for command in (export, configs):  # subcommands of LightningCLI are methods of the trainer; these need no trainer
+    # Subcommands of LightningCLI are methods of the trainer; these need no trainer
+    for command, parser in ((export, ExportParser), (configs, Parser)):
         if words[:1] == [name := command.__name__]:
-            auto_cli(command, args=words[1:], as_positional=False, prog=f"marble-lightning {name}", parser_class=Parser)
+            auto_cli(command, args=words[1:], as_positional=False, prog=f"marble-lightning {name}", parser_class=parser)
             return
     try:
         if words[:1] == ["memory"]:

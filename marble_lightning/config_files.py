@@ -15,13 +15,13 @@ def folder() -> Path:
     return installed if installed.is_dir() else PACKAGE.parent / "configs"
 
 
-def known() -> dict[str, Path]:
+def configurations() -> dict[str, Path]:
     """Files of the configurations by name, such as `tiny` and `balancers/pcgrad`: complete runs first, then overlays."""
     files = {file.relative_to(folder()).with_suffix("").as_posix(): file for file in folder().rglob("*.yaml")}
     return dict(sorted(files.items(), key=lambda item: ("/" in item[0], item[0])))
 
 
-def located(config: str) -> str:
+def locate(config: str) -> str:
     """Resolve the value of `-c` to a path: of a file, or else of the configuration with that name.
 
     Text with a colon is YAML or a URL, and is returned unchanged.
@@ -31,10 +31,10 @@ def located(config: str) -> str:
     """
     if ":" in config or Path(config).expanduser().is_file():
         return config
-    return str(named(config, "`-c`", "a file, or "))
+    return str(locate_named(config, "`-c`", "a file, or "))
 
 
-def named(name: str, setting: str, otherwise: str = "") -> Path:
+def locate_named(name: str, setting: str, otherwise: str = "") -> Path:
     """The file of a configuration.
 
     Args:
@@ -45,7 +45,7 @@ def named(name: str, setting: str, otherwise: str = "") -> Path:
     Raises:
         ValueError: There is no configuration with that name; the message lists the names.
     """
-    files = known()
+    files = configurations()
     if name not in files:
         raise ValueError(
             f"{setting} must be {otherwise}the name of a configuration: {', '.join(files)}. "
@@ -69,7 +69,7 @@ def configs(copy: str | None = None, to: str | None = None) -> None:
             raise ValueError(f"`to` must be null if nothing is copied. Found {to}; add --copy NAME.")
         print("\n".join(listing()))
         return
-    source = named(copy, "`copy`")
+    source = locate_named(copy, "`copy`")
     file = Path(source.name if to is None else to).expanduser()
     if file.exists():
         raise ValueError(f"`to` must be a file that does not exist yet. Found {file.resolve()}; choose another name.")
@@ -80,7 +80,7 @@ def configs(copy: str | None = None, to: str | None = None) -> None:
 
 def listing() -> Iterator[str]:
     """A line for each configuration: its name and the first line of its file."""
-    files = known()
+    files = configurations()
     width = max(map(len, files))
     for name, file in files.items():
         first = file.read_text(encoding="utf-8").partition("\n")[0]

@@ -156,7 +156,7 @@ class DiffusionNFT(LightningModule):
             self.trainer.accumulate_grad_batches = 1
 
     @property
-    def _learned(self) -> dict[str, Reward]:
+    def _trained_rewards(self) -> dict[str, Reward]:
         return cast(dict[str, Reward], dict(self.rewards.items()))
 
     def configure_optimizers(self) -> Any:
@@ -197,10 +197,10 @@ class DiffusionNFT(LightningModule):
     # Training on the round ------------------------------------------------------------------------------------------
 
     def train_dataloader(self) -> MicroBatches:
-        return MicroBatches(self.plan.total, lambda: self.cut(self.rollout, self.coefficients, self.seed))
+        return MicroBatches(self.plan.total, lambda: self.split_round(self.rollout, self.coefficients, self.seed))
 
-    def cut(self, rollout: Rollout, coefficients: list[Coefficients], seed: int) -> Iterator[MicroBatch]:
-        """Cut a round into micro-batches, inner epoch by inner epoch."""
+    def split_round(self, rollout: Rollout, coefficients: list[Coefficients], seed: int) -> Iterator[MicroBatch]:
+        """Split a round into micro-batches, inner epoch by inner epoch."""
         grid = self.policy.sigmas(self.sampling.steps)[: self.sampling.usable_times]
         for key, of_epoch in zip(self._inner_epochs(seed), coefficients, strict=True):
             yield from micro_batches(rollout, of_epoch, grid, self.plan, key)

@@ -40,7 +40,7 @@ class RunFolder(Callback):
     """Creates a new folder for every run, and writes the complete configuration to it.
 
     A run uses the logger's version folder if no earlier run has used it. Otherwise, for example with `version: mine`, it
-    uses the next free `mine_1`, `mine_2` and so on beside it. With loggers without version folders, and without a logger, it
+    uses the next free one of `mine_1`, `mine_2` and so on. With loggers without version folders, and without a logger, it
     uses `version_0`, `version_1` and so on in `trainer.default_root_dir`.
 
     Args:
@@ -53,7 +53,7 @@ class RunFolder(Callback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Choose the folder on the first process, and set it as the folder of checkpoints."""
-        chosen = claimed(candidates(trainer), self.config) if trainer.is_global_zero else Path()
+        chosen = claim(candidates(trainer), self.config) if trainer.is_global_zero else Path()
         self.folder = trainer.strategy.broadcast(chosen)
         for callback in trainer.checkpoint_callbacks:
             if isinstance(callback, ModelCheckpoint) and callback.dirpath is None:
@@ -70,7 +70,7 @@ def candidates(trainer: Trainer) -> Iterator[Path]:
     return (root / f"version_{index}" for index in count(max(taken, default=-1) + 1))
 
 
-def claimed(folders: Iterator[Path], config: str) -> Path:
+def claim(folders: Iterator[Path], config: str) -> Path:
     """Claim the first folder that no other run has used, by writing the configuration to it.
 
     Args:

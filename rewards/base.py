@@ -12,8 +12,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from rewards.deprecated import Renamed, adopt_old_names
-from rewards.frozen import frozen
-from rewards.redaction import redacted
+from rewards.frozen import freeze
+from rewards.redaction import redact
 
 RANGE_TOLERANCE = 1e-3
 """How far outside [0, 1] a pixel may lie. It allows for the rounding of a half-precision decoder."""
@@ -42,13 +42,13 @@ class Prompt:
     metadata: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "metadata", frozen(self.metadata))
+        object.__setattr__(self, "metadata", freeze(self.metadata))
 
 
 def identity_of(reward_model: object, identity_fields: Sequence[str]) -> dict[str, str]:
     """Return the class of a reward model and its attributes among `identity_fields`, as text without secrets."""
     attributes = {name: str(getattr(reward_model, name)) for name in identity_fields if hasattr(reward_model, name)}
-    return {"class": public_name(type(reward_model))} | redacted(attributes)  # results are shared
+    return {"class": public_name(type(reward_model))} | redact(attributes)  # results are shared
 
 
 def public_name(kind: type) -> str:
@@ -171,7 +171,7 @@ class Reward(nn.Module, ABC):
                 indices = applicable[start : start + self.batch_size]
                 batch = images[indices].float().clamp(0, 1)
                 result = self.score(images=batch, prompts=[prompts[index] for index in indices])
-                scores[indices] = batch_scores = self._checked_scores(result, len(indices)).to(scores.device)
+                scores[indices] = batch_scores = self._check_scores(result, len(indices)).to(scores.device)
                 self._missing += int(batch_scores.isnan().sum())
         return scores
 
@@ -193,7 +193,7 @@ class Reward(nn.Module, ABC):
     def _name(self) -> str:
         return type(self).__name__
 
-    def _loaded(self, part: T | None) -> T:
+    def _require_loaded(self, part: T | None) -> T:
         """Return `part`, or raise an error that says to call `setup` first."""
         if part is None:
             raise RuntimeError(
@@ -232,7 +232,7 @@ class Reward(nn.Module, ABC):
                 "Map decoder output x in [-1, 1] to x / 2 + 0.5 and clamp it."
             )
 
-    def _checked_scores(self, result: Any, expected: int) -> Float[Tensor, " b"]:
+    def _check_scores(self, result: Any, expected: int) -> Float[Tensor, " b"]:
         """Check the result of `score` and return it in float32."""
         if not isinstance(result, Tensor) or result.is_complex():
             cls = type(result)

@@ -16,7 +16,7 @@ def is_finite(tensor: Tensor) -> bool:
     return bool(low.isfinite() and high.isfinite())  # with a NaN, both are NaN
 
 
-def not_finite(model: nn.Module) -> list[str]:
+def non_finite_weights(model: nn.Module) -> list[str]:
     """Return the names of a model's parameters and buffers that hold NaN or infinity."""
     return sorted(name for name, tensor in model.state_dict().items() if not is_finite(tensor))
 
@@ -32,7 +32,7 @@ def check_finite(owner: str, model: nn.Module, source: object) -> None:
     Raises:
         ValueError: with the name of one such weight.
     """
-    if names := not_finite(model):
+    if names := non_finite_weights(model):
         raise ValueError(
             f"{owner}: the checkpoint in '{source}' must hold finite numbers. Found others in {len(names)} weights, such "
             f"as {names[0]}. Download it again, or use `dtype` bfloat16 or float32."

@@ -50,10 +50,10 @@ def resolve_path(path: str) -> str:
     return str(Path(spec.submodule_search_locations[0], path.removeprefix(BUNDLED)))
 
 
-def pinned(path: str, revision: str | None) -> str | None:
+def resolve_revision(path: str, revision: str | None) -> str | None:
     """Return the revision of a hub repository: `revision` if given, else the pinned one, else None for the main branch.
 
-    >>> pinned("xswu/HPSv2", None)
+    >>> resolve_revision("xswu/HPSv2", None)
     '697403c78157020a1ae59d23f111aa58ced35b0a'
     """
     return PINNED.get(path) if revision is None else revision
@@ -80,7 +80,7 @@ def find_file(owner: str, *, path: str, name: str, revision: str | None = None) 
             raise OSError("the folder exists, the file does not")
         from huggingface_hub import hf_hub_download
 
-        return Path(hf_hub_download(path, name, revision=pinned(path, revision)))
+        return Path(hf_hub_download(path, name, revision=resolve_revision(path, revision)))
     except (OSError, ValueError) as error:
         raise FileNotFoundError(
             f"{owner}: {name} must be a file in a folder or hub repository. Found no such file in '{path}': "
@@ -111,6 +111,6 @@ def load_weights(owner: str, file: Path) -> dict[str, Tensor]:
     return dict(content)
 
 
-def below(prefix: str, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def select_prefix(prefix: str, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Select the weights with names that begin with `prefix`, and remove the prefix."""
     return {name.removeprefix(prefix): tensor for name, tensor in weights.items() if name.startswith(prefix)}

@@ -7,7 +7,7 @@ DEEPEST = 100
 """Maximum nesting of mappings and lists. Python's recursion limit would be reached at a different depth in each function."""
 
 
-def frozen(value: Any, depth: int = 0) -> Any:
+def freeze(value: Any, depth: int = 0) -> Any:
     """Copy mappings and lists recursively into immutable ones; return any other value unchanged.
 
     Raises:
@@ -16,10 +16,10 @@ def frozen(value: Any, depth: int = 0) -> Any:
     if depth > DEEPEST:
         raise ValueError(f"`metadata` must not nest more than {DEEPEST} mappings and lists. Found more. Flatten it.")
     if isinstance(value, Mapping):
-        return FrozenDict({key: frozen(part, depth + 1) for key, part in value.items()})
+        return FrozenDict({key: freeze(part, depth + 1) for key, part in value.items()})
     if isinstance(value, list):
-        return FrozenList(frozen(part, depth + 1) for part in value)
-    return tuple(frozen(part, depth + 1) for part in value) if type(value) is tuple else value
+        return FrozenList(freeze(part, depth + 1) for part in value)
+    return tuple(freeze(part, depth + 1) for part in value) if type(value) is tuple else value
 
 
 def _refuse(*_: Any, **__: Any) -> NoReturn:

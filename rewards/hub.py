@@ -24,33 +24,33 @@ def hub_reason(error: BaseException, path: str) -> str:
 
     chain = list(_causes(error))
 
-    def raised(*kinds: type[BaseException]) -> bool:
+    def caused_by(*kinds: type[BaseException]) -> bool:
         return any(isinstance(cause, kinds) for cause in chain)
 
     status = next((cause.response.status_code for cause in chain if isinstance(cause, errors.HfHubHTTPError)), None)
-    if raised(errors.HFValidationError):
+    if caused_by(errors.HFValidationError):
         return "there is no such folder, and a hub id is owner/name. Check the spelling, or download it and give its folder"
-    if raised(errors.GatedRepoError):
+    if caused_by(errors.GatedRepoError):
         return (
             f"access to it is gated. Accept its licence at {constants.ENDPOINT}/{path}, then log in (`hf auth login`) or "
             "set HF_TOKEN"
         )
-    if constants.HF_HUB_OFFLINE or raised(errors.OfflineModeIsEnabled):
+    if constants.HF_HUB_OFFLINE or caused_by(errors.OfflineModeIsEnabled):
         return (
             "HF_HUB_OFFLINE is set, and the cache on this machine does not have it. Unset it, or run "
             f"`hf download {path}` on a machine with a network"
         )
-    if raised(errors.RevisionNotFoundError):
+    if caused_by(errors.RevisionNotFoundError):
         return "the repository has no such revision. Check `revision`"
-    if raised(errors.RepositoryNotFoundError):
+    if caused_by(errors.RepositoryNotFoundError):
         return "the hub has no such repository, or it is private. Check the spelling, or log in (`hf auth login`)"
-    if raised(errors.RemoteEntryNotFoundError):
+    if caused_by(errors.RemoteEntryNotFoundError):
         return f"the repository exists, the file does not: {_first_line(error)}"
     if status in DENIED:
         return f"the hub refuses access (status {status}). Log in with a token that may read it (`hf auth login`)"
     if status is not None:
         return f"the hub failed (status {status}), and the cache on this machine does not have it. Try again later"
-    if raised(errors.LocalEntryNotFoundError, errors.HTTPError):
+    if caused_by(errors.LocalEntryNotFoundError, errors.HTTPError):
         return (
             f"{constants.ENDPOINT} cannot be reached ({_first_line(chain[-1])}), and the cache on this machine does not "
             "have it. Check the network and its proxy"

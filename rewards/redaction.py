@@ -28,20 +28,20 @@ def words(name: str) -> list[str]:
     return [word.lower() for word in re.findall(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+", name)]
 
 
-def redacted(value: Any, name: str = "") -> Any:
+def redact(value: Any, name: str = "") -> Any:
     """Copy a tree of mappings, lists and scalars without secrets: secret values become None, URLs lose their secrets.
 
     Args:
         value: Anything that YAML or JSON can hold.
         name: The key of the value. Everything nested under a secret key is secret.
 
-    >>> redacted({"api_key": "sk-1", "max_tokens": 7, "url": "http://me:pass@host/x", "headers": {"X-Team": "a"}})
+    >>> redact({"api_key": "sk-1", "max_tokens": 7, "url": "http://me:pass@host/x", "headers": {"X-Team": "a"}})
     {'api_key': None, 'max_tokens': 7, 'url': 'http://host/x', 'headers': {'X-Team': None}}
     """
     if isinstance(value, dict):
-        return {key: redacted(item, f"{name}_{key}" if _is_secret(name) else str(key)) for key, item in value.items()}
+        return {key: redact(item, f"{name}_{key}" if _is_secret(name) else str(key)) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [redacted(item, name) for item in value]
+        return [redact(item, name) for item in value]
     if isinstance(value, str):
         return None if _is_secret(name) else strip_secrets(value)
     is_number = isinstance(value, int | float) and not isinstance(value, bool)

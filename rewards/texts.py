@@ -9,10 +9,10 @@ TOKEN_LENGTH = 100
 """Characters kept per token that a model reads. No token of the vocabularies of CLIP, T5 and BERT is longer."""
 
 
-def cut(text: str, limit: int = QUOTED) -> str:
+def shorten(text: str, limit: int = QUOTED) -> str:
     """Cut a text for a message to `limit` characters, and add the full length if it was longer.
 
-    >>> cut("abcdef" * 1000, limit=4)
+    >>> shorten("abcdef" * 1000, limit=4)
     'abcd... (6000 characters)'
     """
     return text if len(text) <= limit else f"{text[:limit]}... ({len(text)} characters)"
@@ -26,7 +26,7 @@ def excerpt(value: Any, limit: int = QUOTED) -> str:
     """
     if isinstance(value, str) and len(value) > limit:  # avoids escaping the whole text
         return f"{value[:limit]!r}... ({len(value)} characters)"
-    return cut(repr(value), limit)
+    return shorten(repr(value), limit)
 
 
 def reason(error: BaseException, limit: int = 10 * QUOTED) -> str:
@@ -36,17 +36,17 @@ def reason(error: BaseException, limit: int = 10 * QUOTED) -> str:
     'no letters'
     """
     try:
-        return cut(str(error), limit)
+        return shorten(str(error), limit)
     except Exception as str_error:  # noqa: BLE001 - an error in `__str__` must not hide the first error
         return f"(no text: its `__str__` raises {type(str_error).__name__})"
 
 
-def beginning(text: str, tokens: int) -> str:
+def truncate(text: str, tokens: int) -> str:
     """Cut a text to the part that a model of `tokens` tokens can read, so that the tokenizer skips the rest.
 
-    >>> beginning("a cat", tokens=77)
+    >>> truncate("a cat", tokens=77)
     'a cat'
-    >>> len(beginning("a cat " * 100_000, tokens=77))
+    >>> len(truncate("a cat " * 100_000, tokens=77))
     7700
     """
     return text[: tokens * TOKEN_LENGTH]

@@ -18,7 +18,7 @@ LONG = [
     "test_notebooks", "test_run_folder", "test_gradient_alignment", "test_image_drift", "test_checkpoints", "test_configs",
     "test_wheel", "test_family", "test_qp", "test_ocr",
 ]  # fmt: skip
-"""Files of tests that take a minute or so: whoever is given one last would keep the others waiting."""
+"""Files of tests that take about a minute. They start first, so that no process ends with a long one."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -68,7 +68,7 @@ class ToyFlow(FlowPolicy):
     @torch.no_grad()
     def sample(
         self, conditions, generators, adapter, *, steps, solver, guidance=1.0, unconditional=None, resolution=None
-    ):  # Euler steps whatever `solver` says, and no guidance: this is a toy
+    ):  # Euler steps for any `solver`, and no guidance: this is a toy
         x = torch.stack([torch.randn(3, SIDE, SIDE, generator=noise) for noise in generators]).to(self.device)
         times = [*self.sigmas(steps).tolist(), 0.0]
         with self.use_adapter(adapter):

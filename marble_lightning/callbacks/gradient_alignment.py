@@ -23,12 +23,12 @@ from marble_lightning.utils.loggers import log_image, log_metrics
 from marble_lightning.utils.seeds import derived_seed, generator
 
 
-class Harmony(Callback):
+class GradientAlignment(Callback):
     r"""Logs the balancer's diagnostics at each refresh, and probes of updates that are about to be applied.
 
     At a refresh it logs the merging coefficients, the gradient norms, the cosines between the rewards' gradients (a figure),
     and under `harmony/` the minimum, mean and variance over the rewards of $\cos(d, g_k)$: for the update $d$, for the mean
-    of the same gradients (`mean`) and for the mean of unit gradients (`unit_mean`). This is the measure of the paper. With
+    of the same gradients (`mean`) and for the mean of unit gradients (`unit_mean`). The paper reports these statistics. With
     newly solved weights, the cosines of the min-norm direction are never below zero. With smoothed weights, which are the
     default, they can be.
 
@@ -39,11 +39,14 @@ class Harmony(Callback):
     - `own` uses the gradients of the images that the update came from; `fresh` those of an independent round, which are
       unbiased.
 
-    Baselines are logged with it, all computed from the images that the update came from: `mean` and `unit_mean`;
-    `weighted_sum`, the paper's baseline, which is the gradient for the advantage of the rewards' plain sum (the mean of
-    gradients of normalised advantages is a much stronger baseline); and `random`, a random direction. `chance` is the
-    probability that a random direction conflicts with some reward (`balancers.gramian.conflict_by_chance`): 97 % for five
-    orthogonal gradients. A probe works with every balancer, and does not change the run.
+    A probe also logs baselines, computed from the images that the update came from:
+
+    - `mean` and `unit_mean`, as above. The mean of gradients of normalised advantages is a strong baseline.
+    - `weighted_sum`, the paper's baseline: the gradient for the advantage of the rewards' plain sum.
+    - `random`, a random direction. `chance` is the probability that it conflicts with some reward
+      (`balancers.gramian.conflict_by_chance`): 97 % for five orthogonal gradients.
+
+    A probe works with every balancer, and does not change the run.
 
     Source: MARBLE, arXiv 2605.06507, gradient harmony table.
 
@@ -54,7 +57,7 @@ class Harmony(Callback):
 
     def __init__(self, probe_every: int | None = None) -> None:
         if probe_every is not None and probe_every < 1:
-            raise ValueError(f"`harmony.probe_every` must be >= 1, or null for no probes. Found {probe_every}.")
+            raise ValueError(f"`gradient_alignment.probe_every` must be >= 1, or null for no probes. Found {probe_every}.")
         self.probe_every = probe_every
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -106,8 +109,8 @@ def refresh_figures(balancer: Balancer) -> dict[str, float]:
 def probe(module: DiffusionNFT, step: int) -> dict[str, dict[str, float]]:
     """Alignment of the update about to be applied, on its `own` images and on a `fresh` round of the same policy.
 
-    Both also have the baselines of `Harmony`. Rewards without a gradient are left out. An update that is not finite, which a
-    loss scaler skips, gives no figures.
+    Both also have the baselines of `GradientAlignment`. Rewards without a gradient are left out. There are no figures for an
+    update that is not finite, which a loss scaler skips.
 
     Args:
         module: A module in training, with all gradients of the step accumulated.
@@ -148,7 +151,7 @@ def baselines(gradients: Float[Tensor, "reward parameter"], draws: torch.Generat
 def update_of(module: DiffusionNFT) -> Float[Tensor, " parameter"]:
     """The gradient about to be applied, flat: the accumulated gradient and, on a refresh, the merged gradient."""
     accumulated = flat([torch.zeros_like(p) if p.grad is None else p.grad for p in module.trainable])
-    return module.step.merged.added_to(accumulated)
+    return module.step.merged.plus(accumulated)
 
 
 @torch.enable_grad()
@@ -173,7 +176,7 @@ def reward_gradients(
     summed = WeightedSum()
     summed.bind(tuple(module.rewards))
     by_balancer = (module.compute_coefficients(rollout, scores, seed, balancer) for balancer in (None, summed))
-    coefficients = [of_rewards.beside(of_sum) for of_rewards, of_sum in zip(*by_balancer, strict=True)]
+    coefficients = [of_rewards.concat(of_sum) for of_rewards, of_sum in zip(*by_balancer, strict=True)]
     first = step * module.plan.per_step
     with module.step.per_reward.capture():
         for batch in islice(module.cut(rollout, coefficients, seed), first, first + module.plan.per_step):

@@ -12,7 +12,7 @@ from marble_lightning.data.datamodule import get_datamodule
 from marble_lightning.evaluation.evaluator import HeldOut
 from marble_lightning.run_folder import run_folder
 from marble_lightning.utils.atomic_files import atomic_write
-from marble_lightning.utils.distributed import gathered
+from marble_lightning.utils.distributed import gather_items
 from marble_lightning.utils.images import grid, scores_text, to_image
 from marble_lightning.utils.loggers import log_image
 
@@ -26,7 +26,7 @@ class HeldOutImages(Callback):
 
     def __init__(self, count: int = 12) -> None:
         if count < 1:
-            raise ValueError(f"`pictures.count` must be >= 1. Found {count}.")
+            raise ValueError(f"`held_out_images.count` must be >= 1. Found {count}.")
         self.count = count
         self.shown: dict[int, tuple[Tensor, str]] = {}
 
@@ -42,7 +42,7 @@ class HeldOutImages(Callback):
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         folder = run_folder(trainer)
-        shown = dict(sorted(gathered(list(self.shown.items())), key=lambda item: item[0]))
+        shown = dict(sorted(gather_items(list(self.shown.items())), key=lambda item: item[0]))
         self.shown = {}
         if not shown or not trainer.is_global_zero:
             return

@@ -74,9 +74,9 @@ class ImageDriftMonitor(Callback):
 
     def __init__(self, factor: float = 2.0, patience: int = 2) -> None:
         if not factor > 0:
-            raise ValueError(f"`alarms.factor` must be > 0. Found {factor}; 2 is usual.")
+            raise ValueError(f"`image_drift.factor` must be > 0. Found {factor}; 2 is usual.")
         if patience < 1:
-            raise ValueError(f"`alarms.patience` must be >= 1. Found {patience}; 1 warns at once.")
+            raise ValueError(f"`image_drift.patience` must be >= 1. Found {patience}; 1 warns at once.")
         self.factor, self.patience = factor, patience
         self.reference: Reference | None = None
         self.outside = dict.fromkeys(NAMES, 0)
@@ -108,7 +108,7 @@ class ImageDriftMonitor(Callback):
                     f"{low:.3f} to {high:.3f}, {self.patience} round(s) in a row. Rewards may increase although images "
                     "get worse: compare held-out images with the base's. If they got worse, start again with a higher "
                     "`model.objective.kl_weight`, a lower learning rate or an additional reward; if not, raise "
-                    "`alarms.factor`."
+                    "`image_drift.factor`."
                 )
 
     def _warn_of_no_reference(self, trainer: Trainer) -> None:

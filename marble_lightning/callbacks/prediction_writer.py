@@ -17,12 +17,12 @@ from marble_lightning.evaluation.evaluator import HeldOut
 from marble_lightning.module import DiffusionNFT
 from marble_lightning.run_folder import run_folder
 from marble_lightning.utils.atomic_files import atomic_write, check_folder, remove_unfinished
-from marble_lightning.utils.distributed import gathered
+from marble_lightning.utils.distributed import gather_items
 from marble_lightning.utils.images import to_image
 
 
 class PredictionWriter(Callback):
-    """Writes the images of `predict` as PNG files, and their prompts and scores as `images.jsonl` beside them.
+    """Writes the images of `predict` as PNG files, and their prompts and scores as `images.jsonl` in the same folder.
 
     A file's text chunks hold prompt, index, seed, steps, solver, guidance, resolution, adapter, checkpoint, and the model:
     its name, its revision, and how it reads prompts and weights.
@@ -84,7 +84,7 @@ class PredictionWriter(Callback):
 
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write the records of all ranks' images, in the order of their prompts."""
-        records = sorted(gathered(self.records), key=lambda record: record["index"])
+        records = sorted(gather_items(self.records), key=lambda record: record["index"])
         if trainer.is_global_zero and records:
             lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in records]
             with atomic_write(self.output / "images.jsonl") as scratch:

@@ -26,7 +26,7 @@ class Results(Callback):
     After `fit` they include the base, and commands for the next steps are printed.
 
     Args:
-        compare_with: Other runs, each given by its results.json or the folder of it. The composite score of each run, the
+        compare_with: Other runs, each given by its results.json or its folder. The composite score of each run, the
             mean over rewards of z-scores among the runs, is printed too. All must have the same settings and prompts; null
             for none.
         columns: Rewards and metrics in the composite; null for all.
@@ -108,8 +108,10 @@ class Results(Callback):
         heading = "base" if module.evaluator.adapter(trainer) == "none" else "trained"
         base = None if heading == "base" else module.evaluator.base_scores
         prompts = dict(enumerate(data.held_out[:: data.held_out_images]))
-        held_out = HeldOutScores(module.reward_models, prompts, module.evaluator.trained_scores, base).sampled()
-        results = document(held_out, judged=self._evaluated(trainer, module), settings=self._settings(trainer, module))
+        held_out = HeldOutScores(module.reward_models, prompts, module.evaluator.trained_scores, base).with_scores()
+        results = document(
+            held_out, judged=self._evaluated_policy(trainer, module), settings=self._settings(trainer, module)
+        )
         for facts in (results["judged"], results["settings"]):
             console.print(", ".join(f"{name} {value}" for name, value in facts.items() if value is not None), soft_wrap=True)
         for name, of_set in held_out.sets().items():
@@ -143,7 +145,7 @@ class Results(Callback):
     def _settings(trainer: Trainer, module: DiffusionNFT) -> dict[str, Any]:
         return {**module.evaluator.settings, "images_per_prompt": get_datamodule(trainer).held_out_images}
 
-    def _evaluated(self, trainer: Trainer, module: DiffusionNFT) -> dict[str, Any]:
+    def _evaluated_policy(self, trainer: Trainer, module: DiffusionNFT) -> dict[str, Any]:
         """Facts of the evaluated policy: model, adapter and checkpoint, and after `fit` the balancer and its cadence."""
         fitted = trainer.state.fn == "fit"
         callbacks = [callback for callback in trainer.checkpoint_callbacks if isinstance(callback, RoundCheckpoint)]

@@ -25,8 +25,8 @@ def options_of(optimizer: Optimizer) -> dict[str, Any]:
 class RoundCheckpoint(ModelCheckpoint):
     """Writes a checkpoint after rounds, and links `checkpoints/last.ckpt` to the newest one.
 
-    If a round is stopped by SIGTERM, Ctrl-C or an error, it also writes a checkpoint of the round's beginning, unless there
-    is one as new.
+    If a round is stopped by SIGTERM, Ctrl-C or an error, it also writes a checkpoint of the round's beginning, unless the
+    newest checkpoint already holds that state.
 
     Args:
         every_n_rounds: Rounds from one checkpoint to the next, >= 1; the last round always has one.

@@ -70,7 +70,7 @@ def load_checked(path: str | Path, content: Content, **options: Any) -> dict[str
         return _load(file, content, **options)
     except Refused as refused:
         other = newest_usable(file, content if content is TO_EXPORT else TO_FIT)  # Lightning does not pass the purpose
-        remedy = f"give the newest whole one: --ckpt_path {other}" if other else "there is no whole one beside it"
+        remedy = f"give the newest whole one: --ckpt_path {other}" if other else "there is no other whole one"
         raise ValueError(f"{refused}; {remedy}") from refused
 
 

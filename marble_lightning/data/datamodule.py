@@ -64,7 +64,7 @@ class PromptDataModule(LightningDataModule):
         held_out_images: Images sampled for each held-out prompt.
         held_out_batch_size: Images of held-out prompts, and of `predict`, sampled at once on each process.
         predict_file: Prompts for which `predict` generates images: a .txt with one per line, or a .jsonl like
-            `train.jsonl`, without `source` if wanted; null for the held-out prompts.
+            `train.jsonl`, where `source` is optional; null for the held-out prompts.
         predict_images: Images that `predict` generates for each prompt; null for `held_out_images`.
     """
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from rewards import Prompt
-from rewards.texts import cut, excerpt, reason
+from rewards.texts import excerpt, reason, shorten
 
 Split = Literal["train", "test"]
 
@@ -45,7 +45,7 @@ def read_prompts(folder: Path, source: str, split: Split) -> list[Prompt]:
         if all_prompts and not prompts:
             known = ", ".join(sorted({prompt.source for prompt in all_prompts}))
             raise ValueError(
-                f"`sources` must name values of `source` in {file.resolve()}. Found {source!r}; known: {cut(known)}."
+                f"`sources` must name values of `source` in {file.resolve()}. Found {source!r}; known: {shorten(known)}."
             )
     else:
         prompts = [_prompt(record, source, place) for place, record in _records(file)]

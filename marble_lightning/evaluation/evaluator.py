@@ -16,14 +16,14 @@ from marble_lightning.data.datamodule import get_datamodule
 from marble_lightning.evaluation.settings import Evaluation
 from marble_lightning.evaluation.statistics import by_tag, per_prompt
 from marble_lightning.nft.divergence import Finite
-from marble_lightning.policies.base import Conditions, FlowPolicy, joined
+from marble_lightning.policies.base import Conditions, FlowPolicy, concat_conditions
 from marble_lightning.scoring.scorer import Scorer
 from marble_lightning.utils.seeds import derived_seed, generator
 from rewards import Prompt, Reward
 from rewards.base import with_public_names
 
 ENCODE_AHEAD = 64
-"""Held-out prompts that are encoded at once, because moving SD3.5's text encoders to the device means gigabytes."""
+"""Number of held-out prompts that are encoded at once; moving SD3.5's text encoders to the device copies gigabytes."""
 
 HeldOut = list[tuple[int, Prompt]]
 """A batch of held-out prompts, each with the index that seeds its noise."""
@@ -139,7 +139,7 @@ class Evaluator:
 
     def sample(self, trainer: Trainer, batch: HeldOut) -> Tensor:
         """Sample images of prompts; the index of a prompt seeds its noise."""
-        conditions, empty = self._encoded(trainer, batch)
+        conditions, empty = self._encode(trainer, batch)
         options = self.settings
         seed = options.pop("seed")
         noise = [generator(seed, "held-out", index) for index, _ in batch]
@@ -150,7 +150,7 @@ class Evaluator:
         self.finite.note(latents, images)
         return images
 
-    def _encoded(self, trainer: Trainer, batch: HeldOut) -> tuple[Conditions, Conditions | None]:
+    def _encode(self, trainer: Trainer, batch: HeldOut) -> tuple[Conditions, Conditions | None]:
         """The encoded prompts of a batch, and the encoded empty prompt if guidance needs it.
 
         Text encoders move to the device once for `ENCODE_AHEAD` of this rank's prompts; rewards free their memory first.
@@ -164,8 +164,8 @@ class Evaluator:
             encoded = self.policy.encode(to_encode)
             parts = zip(encoded.embeds.cpu().split(1), encoded.pooled.cpu().split(1), strict=True)
             self.encoded = dict(zip(to_encode, map(Conditions, *zip(*parts, strict=True)), strict=True))
-        conditions = joined([self.encoded[text] for text in texts], self.policy.device)
-        return conditions, joined([self.encoded[text] for text in empty], self.policy.device) if empty else None
+        conditions = concat_conditions([self.encoded[text] for text in texts], self.policy.device)
+        return conditions, concat_conditions([self.encoded[text] for text in empty], self.policy.device) if empty else None
 
     def finish(self, trainer: Trainer) -> dict[str, float]:
         """End a pass over the held-out prompts on all ranks: keep the scores and return their means by metric.

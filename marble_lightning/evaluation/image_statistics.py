@@ -1,4 +1,4 @@
-"""Six statistics of images that no reward enters: pure functions of images in [0, 1]."""
+"""Six statistics of images, independent of the rewards: pure functions of images in [0, 1]."""
 
 from __future__ import annotations
 

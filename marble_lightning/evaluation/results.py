@@ -38,7 +38,7 @@ class HeldOutScores(NamedTuple):
         by_source = {name: self._rows([source == name for source in sources]) for name in dict.fromkeys(sources)}
         return by_source | ({ALL: self} if len(by_source) > 1 else {})
 
-    def sampled(self) -> HeldOutScores:
+    def with_scores(self) -> HeldOutScores:
         """Only the prompts with at least one score."""
         return self._rows((~self.scores.isnan().all(1)).tolist())
 

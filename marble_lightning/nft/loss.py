@@ -62,12 +62,12 @@ class Coefficients(NamedTuple):
         """The loss of each reward: sum_i c+_ik L+_i + c-_ik L-_i, without a matrix product, which autocast would round."""
         return (self.plus * plus[:, None] + self.minus * minus[:, None]).sum(0)
 
-    def beside(self, others: Coefficients) -> Coefficients:
+    def concat(self, others: Coefficients) -> Coefficients:
         """The same samples' coefficients for these rewards, followed by those for other rewards."""
         return Coefficients(torch.cat([self.plus, others.plus], 1), torch.cat([self.minus, others.minus], 1))
 
 
-def noised(
+def add_noise(
     clean: Float[Tensor, " batch *latent"], noise: Float[Tensor, " batch *latent"], t: Float[Tensor, " batch"]
 ) -> Float[Tensor, " batch *latent"]:
     """x_t = (1 - t) x_0 + t eps, the path of rectified flow; t in (0, 1]."""

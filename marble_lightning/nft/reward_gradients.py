@@ -1,9 +1,9 @@
 """Per-reward gradients of one micro-batch, by one backward pass per reward or by two for any number of rewards.
 
 Each reward's loss is a weighted sum of the same per-sample losses, sum_i (c+_ik L+_i + c-_ik L-_i), and no layer couples
-samples. So in one backward pass of sum_i L+_i, every linear layer has all that the gradients of all rewards need: its
-input and the gradient of its output, for each sample. Weighting the samples by c+_ik there gives the contribution to
-every reward's gradient; a second pass does the same for L-.
+samples. So one backward pass of sum_i L+_i gives, at every linear layer, its input and the gradient of its output for each
+sample. Weighting the samples by c+_ik turns them into the contribution of L+ to every reward's gradient. A second pass does
+the same for L-.
 """
 
 from __future__ import annotations
@@ -229,7 +229,7 @@ class MergedGradient:
         """Keep a merged gradient, the same on all ranks."""
         self.gradient = gradient
 
-    def added_to(self, update: Float[Tensor, " parameter"]) -> Float[Tensor, " parameter"]:
+    def plus(self, update: Float[Tensor, " parameter"]) -> Float[Tensor, " parameter"]:
         """The sum of an update and the held gradient."""
         return update if self.gradient is None else update + self.gradient
 

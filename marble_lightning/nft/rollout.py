@@ -13,7 +13,7 @@ from torch import Tensor
 
 from balancers import Balancer
 from marble_lightning.nft.advantages import apply_advantage_mode, group_advantages
-from marble_lightning.nft.loss import Coefficients, Objective, coefficients, noised
+from marble_lightning.nft.loss import Coefficients, Objective, add_noise, coefficients
 from marble_lightning.policies.base import Conditions
 from marble_lightning.scoring.failures import infinite_to_nan
 from marble_lightning.scoring.settings import Scoring
@@ -46,7 +46,7 @@ class MicroBatch:
     @property
     def noisy(self) -> Float[Tensor, " batch *latent"]:
         """x_t, the input of the policy."""
-        return noised(self.clean, self.noise, self.t)
+        return add_noise(self.clean, self.noise, self.t)
 
 
 @dataclass(frozen=True)
@@ -173,17 +173,17 @@ class MicroBatches:
 
     Args:
         number: Micro-batches of a round.
-        cut: Splits the sampled round into micro-batches.
+        split: Splits the sampled round into micro-batches.
     """
 
-    def __init__(self, number: int, cut: Callable[[], Iterator[MicroBatch]]) -> None:
-        self.number, self.cut = number, cut
+    def __init__(self, number: int, split: Callable[[], Iterator[MicroBatch]]) -> None:
+        self.number, self.split = number, split
 
     def __len__(self) -> int:
         return self.number
 
     def __iter__(self) -> Iterator[MicroBatch]:
-        yield from self.cut()  # lazily: Lightning requests the iterator before the first round is sampled
+        yield from self.split()  # lazily: Lightning requests the iterator before the first round is sampled
 
 
 def image_order(plan: Plan, key: Sequence[int | str]) -> Int[Tensor, " image"]:

@@ -35,7 +35,7 @@ class Sampling:
         batch_size: Images sampled at once, >= 1.
         times_per_image: Number of the rollout's times that each image is trained on, drawn for each image and each round;
             null takes all. The published run takes 24 of 25 (its `timestep_fraction` of 0.99).
-        noisiest_fraction: Share (0, 1] of the rollout's times, from the noisiest, from which the times are drawn.
+        noisiest_fraction: Share (0, 1] of the rollout's times, the noisiest ones, from which an image's times are drawn.
     """
 
     steps: int = 25

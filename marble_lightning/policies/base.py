@@ -41,7 +41,7 @@ class Conditions:
         return Conditions(self.embeds[index], self.pooled[index])
 
 
-def joined(rows: Sequence[Conditions], device: torch.device) -> Conditions:
+def concat_conditions(rows: Sequence[Conditions], device: torch.device) -> Conditions:
     """Batches of encoded prompts joined into one batch on a device."""
     embeds, pooled = (torch.cat([getattr(row, part).to(device) for row in rows]) for part in ("embeds", "pooled"))
     return Conditions(embeds, pooled)
@@ -204,7 +204,7 @@ class FlowPolicy(nn.Module, ABC):
 
     @property
     def identity(self) -> dict[str, str | int | None]:
-        """Settings that its images depend on besides adapters and sampling, by name; a subclass adds its own."""
+        """Settings of the model that change its images, by name, without adapters and sampling; a subclass adds more."""
         return {"model": self.path, "revision": self.revision}
 
     @property

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import warnings
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
@@ -14,14 +15,14 @@ from marble_lightning.checkpoints.content import TO_EXPORT, load_checked
 from marble_lightning.policies.lora import Lora
 from marble_lightning.policies.lora_files import FILE, write_lora
 from marble_lightning.utils.atomic_files import check_folder, local_path, remove_unfinished
-from rewards.redaction import redacted
+from rewards.redaction import redact
 
-Which = Literal["ema", "policy"]
-ADAPTER_OF = {"ema": "ema", "policy": "trained"}
-"""Name of the adapter in a checkpoint."""
+Adapter = Literal["ema", "trained"]
 
 
-def export(ckpt_path: str | Path, to: str | Path, which: Which = "ema", overwrite: bool = False) -> Path:
+def export(
+    ckpt_path: str | Path, to: str | Path, adapter: Adapter | Literal["policy"] = "ema", overwrite: bool = False
+) -> Path:
     """Write a checkpoint's adapter as a LoRA that diffusers and ComfyUI load; neither base model nor GPU is needed.
 
     The header of the file also names the base model, the rewards, the run's config and the round.
@@ -29,12 +30,16 @@ def export(ckpt_path: str | Path, to: str | Path, which: Which = "ema", overwrit
     Args:
         ckpt_path: Checkpoint that `fit` wrote, e.g. checkpoints/last.ckpt in a run's folder.
         to: Folder for pytorch_lora_weights.safetensors; created if it does not exist.
-        which: `ema`, the averaged adapter, which is evaluated on held-out prompts, or `policy`, the adapter `trained`.
+        adapter: `ema`, the averaged adapter, which is evaluated on held-out prompts, or `trained`, its source
+            (`policy`, its old name, is accepted for one release).
         overwrite: Whether an existing file of that name in `to` is replaced.
 
     Raises:
         ValueError: The checkpoint is damaged or not from `fit`, or the file exists already.
     """
+    if adapter == "policy":
+        warnings.warn("The adapter `policy` is now `trained`. Use that name.", FutureWarning, stacklevel=2)
+        adapter = "trained"
     file, folder = local_path("ckpt_path", ckpt_path), Path(to).expanduser()
     check_folder("to", folder)
     remove_unfinished([folder])
@@ -44,7 +49,7 @@ def export(ckpt_path: str | Path, to: str | Path, which: Which = "ema", overwrit
         )
     checkpoint = load_checked(file, TO_EXPORT, map_location="cpu", weights_only=True)
     written = write_lora(
-        adapter_of(checkpoint, which, file), folder, checkpoint["lora"]["targets"], about(checkpoint, which)
+        adapter_of(checkpoint, adapter, file), folder, checkpoint["lora"]["targets"], about(checkpoint, adapter)
     )
     print(
         f"{written}\n"
@@ -55,31 +60,31 @@ def export(ckpt_path: str | Path, to: str | Path, which: Which = "ema", overwrit
     return written
 
 
-def adapter_of(checkpoint: dict[str, Any], which: Which, file: Path) -> Lora:
+def adapter_of(checkpoint: dict[str, Any], adapter: Adapter, file: Path) -> Lora:
     """Read one adapter of a checkpoint.
 
     Raises:
         ValueError: A layer lacks a tensor or has a tensor of another rank.
     """
     rank, alpha = checkpoint["lora"]["rank"], checkpoint["lora"]["alpha"]
-    pattern = re.compile(rf"policy\.transformer\.(.+\.lora_[AB])\.{ADAPTER_OF[which]}\.weight")
+    pattern = re.compile(rf"policy\.transformer\.(.+\.lora_[AB])\.{adapter}\.weight")
     matches = {name: pattern.fullmatch(name) for name in checkpoint["state_dict"]}
     tensors = {f"{match[1]}.weight": checkpoint["state_dict"][name] for name, match in matches.items() if match}
     lora = Lora(tensors, rank, alpha, str(file))
     ranks = {tensor.shape[1 if ".lora_B." in name else 0] for name, tensor in tensors.items()}
     if ranks != {rank} or len(tensors) != 2 * len(lora.layers):
         raise ValueError(
-            f"`ckpt_path` must hold two tensors of rank {rank} for every layer of the adapter {ADAPTER_OF[which]!r}. "
+            f"`ckpt_path` must hold two tensors of rank {rank} for every layer of the adapter {adapter!r}. "
             f"Found {len(tensors)} of ranks {sorted(ranks)} for {len(lora.layers)} layers in {file}."
         )
     return lora
 
 
-def about(checkpoint: dict[str, Any], which: Which) -> dict[str, str]:
+def about(checkpoint: dict[str, Any], adapter: Adapter) -> dict[str, str]:
     """Entries of the LoRA file's header, as far as the checkpoint has them."""
     entries = {
         "version": version("marble-lightning"),
-        "adapter": which,
+        "adapter": adapter,
         "optimizer_step": str(checkpoint["global_step"]),
         "round": str(checkpoint["epoch"]),
     }
@@ -88,10 +93,10 @@ def about(checkpoint: dict[str, Any], which: Which) -> dict[str, str]:
     if "rewards" in checkpoint:
         entries["rewards"] = json.dumps(checkpoint["rewards"])
     if config := checkpoint.get("config"):
-        entries["config"] = redacted_yaml(config)  # older checkpoints may contain secrets
+        entries["config"] = redact_yaml(config)  # older checkpoints may contain secrets
     return entries
 
 
-def redacted_yaml(text: str) -> str:
+def redact_yaml(text: str) -> str:
     """A configuration as YAML without its secrets, see `rewards.redaction`."""
-    return yaml.safe_dump(redacted(yaml.safe_load(text)), sort_keys=False, allow_unicode=True)
+    return yaml.safe_dump(redact(yaml.safe_load(text)), sort_keys=False, allow_unicode=True)

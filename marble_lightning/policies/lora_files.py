@@ -27,7 +27,7 @@ HEADER_PREFIX = "marble_lightning."
 ALPHA = f"{HEADER_PREFIX}alpha"
 
 UNSUPPORTED = ("rank_pattern", "alpha_pattern", "use_rslora", "use_dora", "lora_bias")
-"""Fields of a LoraConfig with which the update differs from alpha / rank B A."""
+"""Fields of a LoraConfig that make the update differ from alpha / rank * B A."""
 
 
 def write_lora(lora: Lora, folder: Path, targets: Sequence[str], about: Mapping[str, str]) -> Path:

@@ -13,7 +13,7 @@ from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from marble_lightning.policies.base import Adapter, Conditions, FlowPolicy, joined
+from marble_lightning.policies.base import Adapter, Conditions, FlowPolicy, concat_conditions
 from marble_lightning.policies.embedding_cache import PromptCache, fingerprint
 from marble_lightning.policies.lora_files import read_lora
 from marble_lightning.policies.samplers import Solver, flow_sigmas, scheduler_for
@@ -21,7 +21,7 @@ from marble_lightning.policies.sd3_checks import check_resolution_fits, pipeline
 from marble_lightning.policies.sd3_loading import compile_blocks, load_pipeline
 from marble_lightning.utils.atomic_files import check_folder, local_path
 from rewards.files import resolve_path
-from rewards.texts import beginning
+from rewards.texts import truncate
 
 TARGETS = tuple(
     f"attn.{layer}" for layer in ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
@@ -38,7 +38,7 @@ class SD3Policy(FlowPolicy):
 
     Args:
         path: Folder in diffusers format, or hub id, of a StableDiffusion3Pipeline that was not distilled. `package:` stands
-            for the folder of the installed marble_lightning, which brings `package:tinyworld/weights/sd3`.
+            for the folder of the installed marble_lightning, which contains `package:tinyworld/weights/sd3`.
         resolution: Side of the images in pixels.
         rank: LoRA rank, >= 1.
         alpha: LoRA alpha; the update is scaled by alpha / rank.
@@ -179,7 +179,7 @@ class SD3Policy(FlowPolicy):
         """The texts that a CLIP text encoder truncates: those with more than `max_prompt_tokens` of either tokenizer."""
         texts = list(texts)
         tokenizers = (self.pipeline.tokenizer, self.pipeline.tokenizer_2)
-        beginnings = [beginning(text, self.max_prompt_tokens) for text in texts]
+        beginnings = [truncate(text, self.max_prompt_tokens) for text in texts]
         tokens = [tokenizer(beginnings, verbose=False).input_ids if texts else [] for tokenizer in tokenizers]
         return [text for text, *ids in zip(texts, *tokens, strict=True) if max(map(len, ids)) > self.max_prompt_tokens]
 
@@ -197,13 +197,13 @@ class SD3Policy(FlowPolicy):
                 for text in missing:  # one by one, since rounding depends on the other prompts of a batch
                     encoded[text] = self._encode([text])
                     self.cache.put(text, encoded[text])
-        return joined([encoded[text] for text in texts], self.device)
+        return concat_conditions([encoded[text] for text in texts], self.device)
 
     def _encode(self, texts: Sequence[str]) -> Conditions:
         max_tokens = max(self.max_prompt_tokens, self.text_length)
         with _without_truncation_warnings(type(self.pipeline).__module__):
             embeds, _, pooled, _ = self.pipeline.encode_prompt(
-                prompt=[beginning(text, max_tokens) for text in texts],
+                prompt=[truncate(text, max_tokens) for text in texts],
                 prompt_2=None,
                 prompt_3=None,
                 device=self.device,

@@ -11,7 +11,7 @@ from diffusers import AutoencoderKL, SD3Transformer2DModel, StableDiffusion3Pipe
 from safetensors import SafetensorError
 from torch import nn
 
-from rewards.checkpoints import not_finite
+from rewards.checkpoints import non_finite_weights
 from rewards.hub import hub_reason
 
 DIFFUSERS: dict[str, Any] = {"transformer": SD3Transformer2DModel, "vae": AutoencoderKL}
@@ -72,7 +72,7 @@ def _load(model_class: Any, name: str, path: str, dtype: torch.dtype, revision: 
             f"`policy.path` must hold every tensor of its {name}. Found {len(missing)} missing or of another shape in "
             f"{path!r}, such as {missing[0]}. Download it again."
         )
-    if broken := not_finite(model):
+    if broken := non_finite_weights(model):
         raise ValueError(
             f"`policy.path` must hold finite numbers. Found others in {len(broken)} tensors of the {name} in {path!r}, such "
             f"as {broken[0]}, read as {str(dtype)[6:]}. Download it again, or choose `policy.dtype` bfloat16 or float32."

@@ -1,4 +1,4 @@
-"""Scoring of images: each reward on its device, in a thread beside the sampling, with retries and a time limit."""
+"""Scoring of images: each reward on its device, in a thread during sampling, with retries and a time limit."""
 
 from marble_lightning.scoring.failures import RewardError
 from marble_lightning.scoring.scorer import Scorer

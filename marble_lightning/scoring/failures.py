@@ -120,16 +120,16 @@ def score_with_retries(
             raise
         except OSError as error:
             if attempt == retries:
-                return failed(reward, images, prompts, error)
+                return failed_batch(reward, images, prompts, error)
             time.sleep(2**attempt)
         except BaseException as error:  # noqa: BLE001 - any failure is reported with the reward's name and an image
             if len(prompts) == 1:
-                return failed(reward, images, prompts, error)
+                return failed_batch(reward, images, prompts, error)
             return _one_by_one(reward, images, prompts, error)
     raise AssertionError  # the last attempt returns
 
 
-def failed(
+def failed_batch(
     reward: Reward, images: Float[Tensor, "image 3 pixel pixel"], prompts: Sequence[Prompt], error: BaseException
 ) -> ScoreResult:
     """The result of a batch that failed as a whole: no scores, and the same error for all images the reward applies to."""
@@ -142,6 +142,6 @@ def _one_by_one(
 ) -> ScoreResult:
     parts = [score_with_retries(reward, images[i : i + 1], prompts[i : i + 1], retries=0) for i in range(len(prompts))]
     failures = {i: errors[0] for i, (_, errors) in enumerate(parts) if errors}
-    if not failures:  # it scores each image alone but not the batch: no score can be trusted
-        return failed(reward, images, prompts, error)
+    if not failures:  # the reward scores each image alone but not the batch: no score can be trusted
+        return failed_batch(reward, images, prompts, error)
     return torch.cat([scores for scores, _ in parts]), failures

@@ -17,7 +17,7 @@ from lightning.pytorch.strategies import Strategy
 from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 
-from marble_lightning.scoring.failures import RewardError, failed, score_with_retries
+from marble_lightning.scoring.failures import RewardError, failed_batch, score_with_retries
 from marble_lightning.scoring.settings import Scoring
 from marble_lightning.scoring.worker import Worker
 from marble_lightning.utils.atomic_files import atomic_write
@@ -232,7 +232,7 @@ class Scorer:
                     if other.name == job.name:
                         other.future = self._begin(other)
                 timeout = TimeoutError(f"no answer within `scoring.time_limit`, {limit} s")
-                return Outcome(*failed(self.rewards[job.name], job.images, job.prompts, timeout), worker.busy_for)
+                return Outcome(*failed_batch(self.rewards[job.name], job.images, job.prompts, timeout), worker.busy_for)
             wait([job.future], timeout=POLL)
         return job.future.result()
 

@@ -215,7 +215,7 @@ def held_out(caption: str) -> bool:
     return hashlib.blake2b(caption.encode(), digest_size=1).digest()[0] < 64
 
 
-def captioned(rng: random.Random, source: str | None = None, *, test: bool = False) -> Captioned:
+def draw_captioned(rng: random.Random, source: str | None = None, *, test: bool = False) -> Captioned:
     """Draw one captioned scene.
 
     Args:

@@ -19,20 +19,20 @@ def blur(scene: Scene, rng: random.Random) -> np.ndarray:
     return ndimage.gaussian_filter(draw(scene), sigma=(sigma, sigma, 0))
 
 
-def noise(scene: Scene, rng: random.Random) -> np.ndarray:
+def add_noise(scene: Scene, rng: random.Random) -> np.ndarray:
     """Add Gaussian pixel noise with a standard deviation of 28 to 50 (of 255)."""
     generator = np.random.default_rng(rng.getrandbits(63))
     image = draw(scene).astype(np.float32)
     return _bytes(image + generator.normal(0, rng.uniform(28, 50), image.shape))
 
 
-def washed_out(scene: Scene, rng: random.Random) -> np.ndarray:
+def wash_out(scene: Scene, rng: random.Random) -> np.ndarray:
     """Lower contrast and saturation to 20 to 45 percent, towards a grey."""
     keep, grey = rng.uniform(0.2, 0.45), rng.uniform(120, 190)
     return _bytes(grey + keep * (draw(scene).astype(np.float32) - grey))
 
 
-def wrong_colour(scene: Scene, rng: random.Random) -> np.ndarray:
+def change_colour(scene: Scene, rng: random.Random) -> np.ndarray:
     """Change the colour of one thing, or of the board of a sign."""
     if scene.sign is not None:
         board = rng.choice([c for c in INK if c != scene.sign.board])
@@ -43,7 +43,7 @@ def wrong_colour(scene: Scene, rng: random.Random) -> np.ndarray:
     return draw(scene.with_thing(index, replace(thing, colour=rng.choice([c for c in COLOURS if c not in taken]))))
 
 
-def distorted(scene: Scene, rng: random.Random) -> np.ndarray:
+def distort(scene: Scene, rng: random.Random) -> np.ndarray:
     """Squeeze and bend the things, or replace one by another shape; on a sign, replace the word."""
     if scene.sign is not None:
         word = rng.choice([word for word in WORDS if word != scene.sign.word])
@@ -87,8 +87,8 @@ def clutter(scene: Scene, rng: random.Random) -> np.ndarray:
 
 
 Fault = Callable[[Scene, random.Random], np.ndarray]
-TECHNICAL: tuple[Fault, ...] = (blur, noise, washed_out)
-CONTENT: tuple[Fault, ...] = (wrong_colour, distorted, clutter)
+TECHNICAL: tuple[Fault, ...] = (blur, add_noise, wash_out)
+CONTENT: tuple[Fault, ...] = (change_colour, distort, clutter)
 
 
 def spoil(example: Captioned, rng: random.Random, faults: Sequence[Fault] = (*TECHNICAL, *CONTENT)) -> np.ndarray:
@@ -98,7 +98,7 @@ def spoil(example: Captioned, rng: random.Random, faults: Sequence[Fault] = (*TE
         RGB image, uint8, shape (32, 32, 3).
     """
     has_colour = any(colour in example.caption for colour in COLOURS)
-    return rng.choice([fault for fault in faults if has_colour or fault is not wrong_colour])(example.scene, rng)
+    return rng.choice([fault for fault in faults if has_colour or fault is not change_colour])(example.scene, rng)
 
 
 def _bytes(image: np.ndarray) -> np.ndarray:

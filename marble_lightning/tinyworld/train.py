@@ -30,7 +30,7 @@ def main() -> None:
     parser.add_argument("--spoiled", type=float, default=0.3, help="share of the base model's scenes with a fault")
     parser.add_argument("--autoencoder-steps", type=int, default=600, help="optimizer steps of the autoencoder")
     parser.add_argument("--base-steps", type=int, default=20_000, help="optimizer steps of the base model")
-    parser.add_argument("--judge-steps", type=int, default=1600, help="steps of the first reward model; others take half")
+    parser.add_argument("--reward-steps", type=int, default=1600, help="steps of the first reward model; others take half")
     parser.add_argument("--pairs", type=int, default=24_000, help="preference pairs of each reward model")
     options = parser.parse_args()
     options.work.mkdir(parents=True, exist_ok=True)
@@ -40,7 +40,7 @@ def main() -> None:
     vae = train_autoencoder(training_images, options.work / "autoencoder", options.autoencoder_steps)
     pipeline = train_base(training_images, tokenizer, vae, options.work, options.base_steps)
     pipeline.to(dtype=torch.float16).save_pretrained(options.out / "sd3")
-    train_reward_models(tokenizer, options.work / "judges", options.out, options.judge_steps, options.pairs)
+    train_reward_models(tokenizer, options.work / "rewards", options.out, options.reward_steps, options.pairs)
     write_prompt_files(PROMPTS, PROMPT_SEED)
 
 

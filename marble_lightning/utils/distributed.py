@@ -15,7 +15,7 @@ class OnAllRanks:
     """Base of exceptions that every rank raises at the same point, so that ranks can wait for each other before they end."""
 
 
-def gathered(items: Sequence[T]) -> list[T]:
+def gather_items(items: Sequence[T]) -> list[T]:
     """The items of all ranks, in the order of ranks; all ranks must call it, and all get the same list.
 
     Args:

@@ -12,7 +12,7 @@ from jaxtyping import Float
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from rewards.texts import cut
+from rewards.texts import shorten
 
 SIDE = 160
 """Side of an image in a grid, in pixels; images are resized to it."""
@@ -45,7 +45,7 @@ def grid(images: Sequence[Tensor], texts: Sequence[str], columns: int = 4) -> Fl
         One image in [0, 1], for TensorBoard's `add_image`.
     """
     wrapped = [
-        [part for line in text.split("\n") for part in textwrap.wrap(cut(line, CAPTION), 26) or [""]] for text in texts
+        [part for line in text.split("\n") for part in textwrap.wrap(shorten(line, CAPTION), 26) or [""]] for text in texts
     ]
     height = SIDE + LINE * max(map(len, wrapped)) + 6
     columns = min(columns, len(images))

@@ -9,7 +9,7 @@ from rewards.base import Prompt, Reward
 from rewards.clip.heads import regression_head
 from rewards.clip.loading import check_dtype, load_tower
 from rewards.clip.tower import CLIPTower
-from rewards.files import below, find_file, load_weights
+from rewards.files import find_file, load_weights, select_prefix
 
 
 class Aesthetic(Reward):
@@ -57,10 +57,10 @@ class Aesthetic(Reward):
         if self.tower is None:
             file = find_file("Aesthetic", path=self.head_path, name=self.head_file, revision=self.head_revision)
             tower = load_tower("Aesthetic", path=self.path, revision=self.revision, dtype=self.dtype)
-            weights = below("layers.", load_weights("Aesthetic", file))
+            weights = select_prefix("layers.", load_weights("Aesthetic", file))
             self.head = regression_head("Aesthetic", width=tower.model.config.projection_dim, weights=weights, source=file)
             self.tower = tower
 
     def score(self, *, images: Float[Tensor, "b 3 h w"], prompts: Sequence[Prompt]) -> Float[Tensor, " b"]:
         """Return the output of the head; captions are ignored."""
-        return self._loaded(self.head)(self._loaded(self.tower).embed_images(images)).squeeze(-1)
+        return self._require_loaded(self.head)(self._require_loaded(self.tower).embed_images(images)).squeeze(-1)

@@ -68,5 +68,5 @@ class CLIPScore(Reward):
 
     def score(self, *, images: Float[Tensor, "b 3 h w"], prompts: Sequence[Prompt]) -> Float[Tensor, " b"]:
         """exp(logit_scale) * cos(text, image) / 100."""
-        tower = self._loaded(self.tower)
+        tower = self._require_loaded(self.tower)
         return tower.scale * tower.cosine(images=images, texts=[prompt.text for prompt in prompts]) / 100

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from rewards.base import Prompt, Reward
 from rewards.clip.loading import check_dtype, load_tower
-from rewards.clip.open_clip import cleaned
+from rewards.clip.open_clip import clean_text
 from rewards.clip.tower import CLIPTower
 
 
@@ -15,7 +15,7 @@ class HPSv2(Reward):
     """Human preference: cos(text, image), without the logit scale, in [-1, 1].
 
     The longer side of the image is resized to the model's input size. Black bars fill the rest, so nothing is cropped. The
-    text is cleaned as in open_clip, see `rewards.clip.open_clip.cleaned`.
+    text is cleaned as in open_clip, see `rewards.clip.open_clip.clean_text`.
 
     The default is version 2.1. The published file is read unchanged.
 
@@ -66,9 +66,9 @@ class HPSv2(Reward):
                 revision=self.revision,
                 dtype=self.dtype,
                 fit="pad",
-                clean=cleaned,
+                clean=clean_text,
             )
 
     def score(self, *, images: Float[Tensor, "b 3 h w"], prompts: Sequence[Prompt]) -> Float[Tensor, " b"]:
         """cos(text, image)."""
-        return self._loaded(self.tower).cosine(images=images, texts=[prompt.text for prompt in prompts])
+        return self._require_loaded(self.tower).cosine(images=images, texts=[prompt.text for prompt in prompts])

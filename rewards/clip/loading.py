@@ -10,9 +10,9 @@ from weakref import WeakValueDictionary
 import torch
 
 from rewards.checkpoints import check_finite
-from rewards.clip.open_clip import VIT_H_14, architecture, renamed
+from rewards.clip.open_clip import VIT_H_14, architecture, rename_weights
 from rewards.clip.tower import Centre, CLIPTower, Preprocess, Resize
-from rewards.files import find_file, load_weights, pinned, resolve_path
+from rewards.files import find_file, load_weights, resolve_path, resolve_revision
 from rewards.hub import hub_reason
 
 _models: WeakValueDictionary[tuple[str | None, ...], Any] = WeakValueDictionary()
@@ -63,7 +63,7 @@ def load_tower(
     model = _models.get(key)
     if model is None:
         model = _load(owner, source, path, file, revision, getattr(torch, dtype))
-    with _explained(owner, path, source, source):
+    with _explain_errors(owner, path, source, source):
         processor_config, _ = ImageProcessingMixin.get_image_processor_dict(source, **pin)
         tokenizer = CLIPTokenizer.from_pretrained(source, **pin)
     vocabulary, image_size = model.config.text_config.vocab_size, model.config.vision_config.image_size
@@ -91,7 +91,7 @@ def _load(owner: str, source: str, path: str, file: str | None, revision: str | 
         weights = find_file(owner, path=path, name=file, revision=revision)
         config_file = weights.with_name("open_clip_config.json")
         description = json.loads(config_file.read_text())["model_cfg"] if config_file.exists() else VIT_H_14
-        state = renamed(load_weights(owner, weights))
+        state = rename_weights(load_weights(owner, weights))
         try:
             loaded: Any = CLIPModel.from_pretrained(None, config=architecture(description), state_dict=state, **options)
         except RuntimeError as error:
@@ -100,7 +100,7 @@ def _load(owner: str, source: str, path: str, file: str | None, revision: str | 
                 "of a ViT-H-14 without that file. Found weights of other shapes. Put open_clip's configuration there."
             ) from error
     else:
-        with _explained(owner, path, source, path):
+        with _explain_errors(owner, path, source, path):
             config, _ = PretrainedConfig.get_config_dict(path, **pin)
             if not config:  # transformers returns an empty config if the folder has no config.json
                 raise OSError("there is no config.json")
@@ -109,7 +109,7 @@ def _load(owner: str, source: str, path: str, file: str | None, revision: str | 
                 f"{owner}: `path` must hold a CLIPModel (model_type 'clip' in config.json). Found "
                 f"{config.get('model_type')!r} in '{path}'. Point it to a transformers-format CLIPModel folder."
             )
-        with _explained(owner, path, source, path):
+        with _explain_errors(owner, path, source, path):
             loaded = CLIPModel.from_pretrained(path, **options, **pin)
     model, report = loaded
     if report["missing_keys"]:  # transformers would keep random weights, and the model would still return scores
@@ -117,12 +117,12 @@ def _load(owner: str, source: str, path: str, file: str | None, revision: str | 
             f"{owner}: the checkpoint in '{path}' must hold every weight of its CLIPModel. Found "
             f"{len(report['missing_keys'])} missing, such as {min(report['missing_keys'])}. Download it again."
         )
-    model = in_precision(model, dtype)
+    model = convert_precision(model, dtype)
     check_finite(owner, model, path)
     return model
 
 
-def in_precision(model: Any, dtype: torch.dtype) -> Any:
+def convert_precision(model: Any, dtype: torch.dtype) -> Any:
     """Convert a `CLIPModel` to a precision, and add exp(logit_scale) as a float32 buffer `scale` for `CLIPTower`.
 
     Args:
@@ -135,12 +135,12 @@ def in_precision(model: Any, dtype: torch.dtype) -> Any:
 
 
 def _pin(path: str, revision: str | None) -> dict[str, Any]:
-    pinned_revision = pinned(path, revision)
+    pinned_revision = resolve_revision(path, revision)
     return {} if pinned_revision is None else {"revision": pinned_revision}
 
 
 @contextmanager
-def _explained(owner: str, path: str, source: str, accessed: str) -> Iterator[None]:
+def _explain_errors(owner: str, path: str, source: str, accessed: str) -> Iterator[None]:
     """Replace a library's error by one that says what the folders must hold; `accessed` is the folder being read."""
     try:
         yield

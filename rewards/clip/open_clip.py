@@ -68,7 +68,7 @@ def architecture(description: Mapping[str, Any]) -> Any:
     )
 
 
-def renamed(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def rename_weights(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Rename the weights of an open_clip model to the names of transformers' `CLIPModel`.
 
     The joint matrix of queries, keys and values is split into three. The two projections are transposed.
@@ -86,10 +86,10 @@ def renamed(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return result
 
 
-def cleaned(text: str) -> str:
+def clean_text(text: str) -> str:
     """Clean a text as open_clip does: ftfy repair, HTML entities unescaped twice, whitespace collapsed, lower case.
 
-    >>> cleaned("Salt &amp;amp;  pepper in a CafÃ©")
+    >>> clean_text("Salt &amp;amp;  pepper in a CafÃ©")
     'salt & pepper in a café'
 
     Source: open_clip's tokenizer, `basic_clean` and `whitespace_clean`.

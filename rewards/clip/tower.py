@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from rewards.texts import beginning
+from rewards.texts import truncate
 
 BICUBIC = 3
 """PIL's number for bicubic resampling, as preprocessor_config.json spells it."""
@@ -116,7 +116,7 @@ class CLIPTower(nn.Module):
         """Return L2-normalised text embeddings, float32; texts are truncated to the model's number of positions."""
         positions = self.model.config.text_config.max_position_embeddings
         tokens = self.tokenizer(
-            [self.clean(beginning(text, positions)) for text in texts],
+            [self.clean(truncate(text, positions)) for text in texts],
             padding="max_length",
             truncation=True,
             max_length=positions,

@@ -8,7 +8,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from rewards.clip.loading import check_dtype, load_tower
-from rewards.clip.open_clip import cleaned
+from rewards.clip.open_clip import clean_text
 from rewards.clip.tower import CLIPTower
 from rewards.geneval.detectors import Detection
 from rewards.geneval.rules import COLOURS
@@ -59,7 +59,7 @@ class ColourClassifier(nn.Module):
                 revision=self.revision,
                 dtype=self.dtype,
                 centre="even",
-                clean=cleaned,
+                clean=clean_text,
             )
 
     @torch.no_grad()
@@ -81,11 +81,11 @@ class ColourClassifier(nn.Module):
         names = []
         for detection in detections:
             feature = self.tower.embed_images(cut_out(image, detection)[None]).squeeze(0)  # crops differ in size: no batch
-            texts = self._embedded(self.tower, detection.label).to(feature.device)
+            texts = self._embed_texts(self.tower, detection.label).to(feature.device)
             names.append(COLOURS[int((texts @ feature).argmax())])
         return names
 
-    def _embedded(self, tower: CLIPTower, label: str) -> Float[Tensor, "colour d"]:
+    def _embed_texts(self, tower: CLIPTower, label: str) -> Float[Tensor, "colour d"]:
         if label not in self._texts:
             texts = [template.format(colour=colour, label=label) for colour in COLOURS for template in TEMPLATES]
             embeddings = tower.embed_texts(texts).unflatten(0, (len(COLOURS), len(TEMPLATES)))

@@ -140,7 +140,7 @@ def _describe(path: str, revision: str | None) -> tuple[dict[str, Any], dict[str
     from transformers import PretrainedConfig
     from transformers.image_processing_base import ImageProcessingMixin
 
-    with _explained(path):
+    with _explain_errors(path):
         config, _ = PretrainedConfig.get_config_dict(path, **_pin(revision))
         if not config:  # transformers returns an empty config if the folder has no config.json
             raise OSError("there is no config.json")
@@ -149,7 +149,7 @@ def _describe(path: str, revision: str | None) -> tuple[dict[str, Any], dict[str
             "Mask2Former: `path` must hold a Mask2FormerForUniversalSegmentation (model_type 'mask2former' in config.json). "
             f"Found {config.get('model_type')!r} in '{path}'. Point it to a transformers-format Mask2Former folder."
         )
-    with _explained(path):
+    with _explain_errors(path):
         processor_config, _ = ImageProcessingMixin.get_image_processor_dict(path, **_pin(revision))
     return config, processor_config
 
@@ -157,7 +157,7 @@ def _describe(path: str, revision: str | None) -> tuple[dict[str, Any], dict[str
 def _load(path: str, revision: str | None, dtype: torch.dtype) -> Any:
     from transformers import Mask2FormerForUniversalSegmentation
 
-    with _explained(path):
+    with _explain_errors(path):
         model, report = Mask2FormerForUniversalSegmentation.from_pretrained(
             path, dtype=dtype, output_loading_info=True, **_pin(revision)
         )
@@ -173,7 +173,7 @@ def _load(path: str, revision: str | None, dtype: torch.dtype) -> Any:
 
 
 @contextmanager
-def _explained(path: str) -> Iterator[None]:
+def _explain_errors(path: str) -> Iterator[None]:
     """Replace a library's error by one that says what the folder must hold."""
     try:
         yield

@@ -11,7 +11,7 @@ from torch import Tensor
 from rewards.base import Prompt, Reward, identity_of
 from rewards.geneval.detectors import Detector
 from rewards.geneval.rules import COUNTING_THRESHOLD, MAX_OBJECTS, THRESHOLD, Verdict, check, evaluate
-from rewards.texts import cut
+from rewards.texts import shorten
 
 SCORES = ("partial", "strict", "accuracy")
 
@@ -132,8 +132,9 @@ class GenEval(Reward):
             requested = {clause[key] for clause in clauses if key in clause}
             if known is not None and (unknown := sorted(requested - known)):
                 raise ValueError(
-                    f"GenEval: `detector` must know every {kind} that prompts name. Found {cut(', '.join(unknown[:5]))}, "
-                    f"which {type(self.detector).__name__} does not: it knows {', '.join(sorted(known))}. "
+                    f"GenEval: `detector` must know every {kind} that prompts name. Found "
+                    f"{shorten(', '.join(unknown[:5]))}, which {type(self.detector).__name__} does not: it knows "
+                    f"{', '.join(sorted(known))}. "
                     f"Use a detector that knows them, or remove these prompts."
                 )
 

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from rewards.checkpoints import check_finite
 from rewards.clip.tower import Preprocess
-from rewards.files import below
-from rewards.texts import beginning
+from rewards.files import select_prefix
+from rewards.texts import truncate
 
 HEAD = 64
 """Width of an attention head, in both towers."""
@@ -53,7 +53,7 @@ class BLIPTower(nn.Module):
         pixels = self.preprocess(images.to(self.vision.device)).to(self.vision.dtype)
         patches = self.vision(pixel_values=pixels).last_hidden_state
         tokens = self.tokenizer(
-            [beginning(text, max_length) for text in texts],
+            [truncate(text, max_length) for text in texts],
             padding="max_length",
             truncation=True,
             max_length=max_length,
@@ -84,8 +84,10 @@ def build_tower(owner: str, weights: Mapping[str, Tensor], tokenizer: Any, dtype
     from transformers import BlipVisionModel
     from transformers.models.blip.modeling_blip_text import BlipTextModel
 
-    vision = {_renamed(name): tensor for name, tensor in below("visual_encoder.", weights).items()}
-    text = {name: tensor for name, tensor in below("text_encoder.", weights).items() if not name.endswith("position_ids")}
+    vision = {_new_name(name): tensor for name, tensor in select_prefix("visual_encoder.", weights).items()}
+    text = {
+        name: tensor for name, tensor in select_prefix("text_encoder.", weights).items() if not name.endswith("position_ids")
+    }
     try:
         vision_config, text_config = _vision_config(vision), _text_config(text)
         options: dict[str, Any] = {"dtype": dtype, "output_loading_info": True}
@@ -117,7 +119,7 @@ def build_tower(owner: str, weights: Mapping[str, Tensor], tokenizer: Any, dtype
     return BLIPTower(vision_model, text_model, tokenizer, Preprocess(size, size, mean, std, centre="even"))
 
 
-def _renamed(name: str) -> str:
+def _new_name(name: str) -> str:
     for pattern, replacement in NAMES:
         name = re.sub(pattern, replacement, name)
     return name

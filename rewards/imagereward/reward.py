@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from rewards.base import Prompt, Reward
 from rewards.clip.heads import regression_head
 from rewards.clip.loading import check_dtype
-from rewards.files import below, find_file, load_weights
+from rewards.files import find_file, load_weights, select_prefix
 from rewards.imagereward.blip import BLIPTower, build_tower
 
 MEAN, STD = 0.16717362830052426, 1.0333394966054072
@@ -67,13 +67,13 @@ class ImageReward(Reward):
         vocabulary = find_file("ImageReward", path=self.tokenizer_path, name="vocab.txt")
         weights = load_weights("ImageReward", file)
         tokenizer = BertTokenizer(str(vocabulary))
-        tower = build_tower("ImageReward", below("blip.", weights), tokenizer, getattr(torch, self.dtype), file)
+        tower = build_tower("ImageReward", select_prefix("blip.", weights), tokenizer, getattr(torch, self.dtype), file)
         width = tower.text.config.hidden_size
-        self.head = regression_head("ImageReward", width=width, weights=below("mlp.layers.", weights), source=file)
+        self.head = regression_head("ImageReward", width=width, weights=select_prefix("mlp.layers.", weights), source=file)
         self.tower = tower
 
     def score(self, *, images: Float[Tensor, "b 3 h w"], prompts: Sequence[Prompt]) -> Float[Tensor, " b"]:
         """Return the standardised output of the head."""
         texts = [prompt.text for prompt in prompts]
-        features = self._loaded(self.tower).features(images=images, texts=texts, max_length=TOKENS)
-        return (self._loaded(self.head)(features).squeeze(-1) - MEAN) / STD
+        features = self._require_loaded(self.tower).features(images=images, texts=texts, max_length=TOKENS)
+        return (self._require_loaded(self.head)(features).squeeze(-1) - MEAN) / STD

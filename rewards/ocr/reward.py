@@ -155,11 +155,11 @@ class OCR(Reward):
             images = F.interpolate(images, size=shape, mode="bicubic", antialias=True).clamp(0, 1)
         # The engine needs contiguous 8-bit (H, W, BGR).
         pixels = (images.flip(1) * 255).round().byte().permute(0, 2, 3, 1).contiguous().cpu().numpy()
-        return cast(Engine | EnginePool, self._loaded(self._engine)).read(list(pixels))
+        return cast(Engine | EnginePool, self._require_loaded(self._engine)).read(list(pixels))
 
     def score(self, *, images: Float[Tensor, "b 3 h w"], prompts: Sequence[Prompt]) -> Float[Tensor, " b"]:
         """Return 1 - d / len(target); NaN where the engine failed."""
-        self._loaded(self._engine)
+        self._require_loaded(self._engine)
         scores = []
         for prompt, text in zip(prompts, self.read(images), strict=True):
             target = quoted_text(prompt.text, self.quotes)

@@ -93,7 +93,7 @@ class RemoteReward(Reward):
             TypeError: if a prompt's metadata is not JSON.
             ValueError: if the server rejects the request, or does not answer with one number or null per image.
         """
-        client, pixels = self._loaded(self._ready), eight_bit(images)
+        client, pixels = self._require_loaded(self._ready), eight_bit(images)
         parts = [slice(start, start + self.request_size) for start in range(0, len(prompts), self.request_size)]
         requests = [
             Request(
@@ -107,7 +107,7 @@ class RemoteReward(Reward):
     def _scores(self, client: JsonClient, count: int, answer: Answer) -> list[float]:
         if 400 <= answer.status < 500:
             raise ValueError(
-                f"RemoteReward: {client.shown}/score must accept the request. Found {answer}. "
+                f"RemoteReward: {client.public_url}/score must accept the request. Found {answer}. "
                 "Fix the prompts, or send fewer images per request: lower `request_size`."
             )
         content = client.json_of(answer)

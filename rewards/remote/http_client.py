@@ -195,21 +195,23 @@ class JsonClient:
             raise self.unexpected_answer(answer.path, "JSON", answer.body[:10_000].decode(errors="replace")) from error
 
     @property
-    def shown(self) -> str:
+    def public_url(self) -> str:
         """The URL without secrets, for messages."""
         return strip_secrets(self.url)
 
     def failure(self, path: str, cause: str, attempts: int = 1) -> ConnectionError:
         """Return the error for a request without a valid answer."""
         return ConnectionError(
-            f"{self.owner}: {self.shown}{path} must answer. Found after {attempts} of {1 + self.retries} attempts, "
+            f"{self.owner}: {self.public_url}{path} must answer. Found after {attempts} of {1 + self.retries} attempts, "
             f"within `deadline`, {self.deadline:g} s: {cause}. Check that the server runs, and read its log; raise "
             "`timeout` and `deadline` if it is slow, `retries` if it restarts."
         )
 
     def unexpected_answer(self, path: str, expected: str, answer: Any) -> ValueError:
         """Return the error for an answer that does not have the expected form."""
-        return ValueError(f"{self.owner}: {self.shown}{path} must answer {expected}. Found '{quote(answer)}'. {self.remedy}")
+        return ValueError(
+            f"{self.owner}: {self.public_url}{path} must answer {expected}. Found '{quote(answer)}'. {self.remedy}"
+        )
 
 
 def run_in_new_loop(work: Callable[[], Coroutine[Any, Any, Result]]) -> Result:
@@ -255,9 +257,9 @@ def check_url(owner: str, name: str, url: str) -> str:
     except ValueError:
         valid = False
     if not valid:
-        shown = strip_secrets(url if "://" in url else url.rpartition("@")[2])
+        public_url = strip_secrets(url if "://" in url else url.rpartition("@")[2])
         raise ValueError(
-            f"{owner}: `{name}` must begin with http:// or https:// and name a host. Found '{shown}'. "
+            f"{owner}: `{name}` must begin with http:// or https:// and name a host. Found '{public_url}'. "
             "Write it as http://host:8000."
         )
     return url.rstrip("/")

@@ -129,7 +129,7 @@ class UnifiedReward(Reward):
             raise client.unexpected_answer("/models", EXPECTED, listing) from error
         if self.model not in served:
             raise ValueError(
-                f"UnifiedReward: `model` must be one that {client.shown} serves. Found '{self.model}'; it has "
+                f"UnifiedReward: `model` must be one that {client.public_url} serves. Found '{self.model}'; it has "
                 f"{quote(', '.join(served)) or 'none'}. Name one of those, or start the server with this one."
             )
         self._ready = client
@@ -141,7 +141,7 @@ class UnifiedReward(Reward):
             ConnectionError: if the server is unreachable, or still answers errors after all retries.
             ValueError: if an answer is not a chat completion.
         """
-        client, pixels = self._loaded(self._ready), eight_bit(images)
+        client, pixels = self._require_loaded(self._ready), eight_bit(images)
         read = partial(self._rating, client)
         pairs = zip(pixels, prompts, strict=True)
         ratings = client.ask([Request("/chat/completions", read, partial(self._question, *pair)) for pair in pairs])

@@ -6,7 +6,7 @@ from torchjd import aggregation
 
 from balancers import MARBLE, MGDA, AdvantageSum, Balancer, CAGrad, FixedWeights, PCGrad, TorchJD, min_norm_weights
 from balancers.cagrad import conflict_averse
-from balancers.pcgrad import projected
+from balancers.pcgrad import projection_weights
 from balancers.torchjd import root
 
 NAMES = ("a", "b", "c", "d", "e")
@@ -34,7 +34,7 @@ def test_pcgrad_equals_torchjd_for_the_same_order(seed):
     expected = aggregation.PCGradWeighting()(gram)
     torch.manual_seed(seed)
     orders = [torch.randperm(5).tolist() for _ in range(5)]
-    torch.testing.assert_close(projected(gram, orders), expected)
+    torch.testing.assert_close(projection_weights(gram, orders), expected)
     assert not torch.equal(expected, torch.ones(5))
 
 

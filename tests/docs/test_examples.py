@@ -1,4 +1,4 @@
-"""The examples of the pages run, their commands are parsed, and what they name is there."""
+"""The examples of the pages run, their commands are parsed, and the files they name exist."""
 
 from __future__ import annotations
 

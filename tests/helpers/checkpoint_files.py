@@ -22,7 +22,7 @@ STATE = {
 """A minimal checkpoint of `fit`."""
 
 
-def written(path: Path, age: int = 0, state: Any = STATE) -> Path:
+def write_checkpoint(path: Path, age: int = 0, state: Any = STATE) -> Path:
     """Write a checkpoint with a modification time `age` seconds ago."""
     WholeCheckpointIO().save_checkpoint(state, path)
     time = path.stat().st_mtime - age
@@ -30,18 +30,18 @@ def written(path: Path, age: int = 0, state: Any = STATE) -> Path:
     return path
 
 
-def cut(file: Path) -> str:
+def truncate(file: Path) -> str:
     file.write_bytes(file.read_bytes()[:100])
     return r"its end is missing, or it is no checkpoint \(100 bytes\)"
 
 
-def flipped(file: Path) -> str:
+def flip_bits(file: Path) -> str:
     content = file.read_bytes()
     at = content.index(WEIGHTS.numpy().tobytes())
     file.write_bytes(content[: at + 9] + b"\xff" + content[at + 10 :])
     return r"its record \S+data/0 does not match its checksum"
 
 
-def gone(file: Path) -> str:
+def remove(file: Path) -> str:
     file.unlink()
     return "no such file from .*"

@@ -34,7 +34,7 @@ def start(run: Callable[[], Any], output: Path, environment: dict[str, str] | No
             status = 0
         except SystemExit as end:
             status = end.code or 0
-        except BaseException:  # noqa: BLE001 - the process ends here, whatever it is
+        except BaseException:  # noqa: BLE001 - the process ends here after any exception
             traceback.print_exc()
         finally:
             sys.stdout.flush()

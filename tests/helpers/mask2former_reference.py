@@ -72,7 +72,7 @@ def write_mask2former(folder: Path, names: list[str] = PUBLISHED_NAMES) -> Path:
     return folder
 
 
-def enlarged(values: np.ndarray, height: int, width: int) -> np.ndarray:
+def enlarge(values: np.ndarray, height: int, width: int) -> np.ndarray:
     """Bilinear interpolation with half-pixel centres, by scipy."""
     rows, columns = (
         (np.arange(new) + 0.5) * old / new - 0.5 for new, old in zip((height, width), values.shape, strict=True)
@@ -86,7 +86,7 @@ def by_hand(classes: np.ndarray, logits: np.ndarray, floor: float, steps: tuple 
     for shares, mask_logits in zip(np.exp(classes), logits, strict=True):
         shares = shares / shares.sum()  # 80 classes and "no object"
         for size in steps:
-            mask_logits = enlarged(mask_logits, *size)
+            mask_logits = enlarge(mask_logits, *size)
         mask = mask_logits > 0
         if not mask.any():
             continue

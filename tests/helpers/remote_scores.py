@@ -19,7 +19,7 @@ def shades(count: int) -> torch.Tensor:
 
 
 def expected(count: int, text: str = PROMPT.text) -> torch.Tensor:
-    """Return the scores of `shades` by `judge`."""
+    """Return the scores of `shades` by `score_of`."""
     return torch.arange(count) * 5 / 255 * 0.8 + len(text) % 5 / 20
 
 
@@ -29,7 +29,7 @@ def ready(server: ScriptedServer, **arguments: Any) -> RemoteReward:
     return reward
 
 
-def scored(answer: Callable[[Any], Any], count: int = 2, **arguments: Any) -> torch.Tensor:
+def score_shades(answer: Callable[[Any], Any], count: int = 2, **arguments: Any) -> torch.Tensor:
     """Score `count` shades by a server that answers health checks normally and scoring requests by `answer(body)`."""
     with ScriptedServer(lambda path, body: remote_reward(path, body) if body is None else answer(body)) as server:
         return ready(server, **arguments)(images=shades(count), prompts=[PROMPT] * count)

@@ -23,7 +23,7 @@ PNG = encode_png(torch.zeros(3, 4, 4, dtype=torch.uint8))
 
 
 @contextmanager
-def served(reward: Reward, access: Any = None, **limits: Any) -> Iterator[str]:
+def serve_reward(reward: Reward, access: Any = None, **limits: Any) -> Iterator[str]:
     """Serve `reward` in a thread of this process, and yield the URL."""
     loop, started, urls = asyncio.new_event_loop(), threading.Event(), []
 

@@ -27,13 +27,13 @@ class ScriptedServer:
     """Answers `answer(path, body)`: a mapping (200, JSON), bytes (200), (status, either), `DROP`, `CUT`, or an iterator of
     raw bytes to send.
 
-    `asked` holds the bodies and `headers` the headers of POST requests; `most_in_flight` is the largest number of requests
-    that were answered at the same time.
+    `requests` holds the bodies and `headers` the headers of POST requests; `most_in_flight` is the largest number of
+    requests that were answered at the same time.
     """
 
     def __init__(self, answer: Answer) -> None:
         self.answer = answer
-        self.asked: list[Any] = []
+        self.requests: list[Any] = []
         self.headers: list[Any] = []
         self.most_in_flight = 0
         self._in_flight = 0
@@ -59,7 +59,7 @@ class ScriptedServer:
             def do_POST(self) -> None:
                 body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
                 with owner._lock:
-                    owner.asked.append(body)
+                    owner.requests.append(body)
                     owner.headers.append(self.headers)
                     owner._in_flight += 1
                     owner.most_in_flight = max(owner.most_in_flight, owner._in_flight)
@@ -117,7 +117,7 @@ class ScriptedServer:
                 connection.shutdown(socket.SHUT_RDWR)
 
 
-def judge(png: str, text: str) -> float:
+def score_of(png: str, text: str) -> float:
     """A score from 0 to 1 that depends on the decoded image and the text."""
     pixels = np.asarray(Image.open(io.BytesIO(base64.b64decode(png))).convert("RGB"))
     return float(pixels.mean()) / 255 * 0.8 + len(text) % 5 / 20
@@ -126,10 +126,10 @@ def judge(png: str, text: str) -> float:
 def remote_reward(path: str, body: Any) -> Any:
     """The protocol of `RemoteReward`."""
     if path == "/health":
-        return {"reward": "Judge"}
+        return {"reward": "Scripted"}
     assert path == "/score"
     pairs = zip(body["images"], body["prompts"], strict=True)
-    return {"scores": [judge(image, prompt["text"]) for image, prompt in pairs]}
+    return {"scores": [score_of(image, prompt["text"]) for image, prompt in pairs]}
 
 
 MODEL = "CodeGoat24/UnifiedReward-7b-v1.5"
@@ -143,7 +143,7 @@ def chat(path: str, body: Any) -> Any:
     image, question = body["messages"][0]["content"]
     png = image["image_url"]["url"].removeprefix("data:image/png;base64,")
     caption = question["text"].rpartition("Text caption: ")[2]
-    return completion(f"It shows most of it.\nFinal Score: {1 + 4 * judge(png, caption):.4f}")
+    return completion(f"It shows most of it.\nFinal Score: {1 + 4 * score_of(png, caption):.4f}")
 
 
 def completion(text: str | None) -> Any:

@@ -15,7 +15,7 @@ from balancers import Balancer
 from marble_lightning.data.datamodule import PromptDataModule
 from marble_lightning.evaluation.settings import Evaluation
 from marble_lightning.module import DiffusionNFT
-from marble_lightning.nft.loss import Objective, nft_losses, noised
+from marble_lightning.nft.loss import Objective, add_noise, nft_losses
 from marble_lightning.nft.reward_gradients import flat, gradients_by_passes
 from marble_lightning.nft.sampling import Sampling
 from marble_lightning.policies.averaging import Averaging
@@ -104,7 +104,7 @@ def reference(module: DiffusionNFT, recorded: Gradients, step: int) -> tuple[Ten
     module.policy.transformer.load_state_dict(recorded.states[step])
     totals, divergence = [], []
     for batch in recorded.batches[step]:
-        noisy = noised(batch.clean, batch.noise, batch.t)
+        noisy = add_noise(batch.clean, batch.noise, batch.t)
         old, base, velocity = (module.step.velocity(batch, name) for name in ("old", None, "trained"))
         plus, minus = nft_losses(velocity, old, noisy, batch.clean, batch.t, module.objective.beta)
         totals.append(batch.coefficients.losses(plus, minus))

@@ -23,7 +23,7 @@ def make(checkpoints: Path, **options) -> SD3Policy:
     return policy
 
 
-def three(checkpoints: Path, **options) -> SD3Policy:
+def make_three_adapters(checkpoints: Path, **options) -> SD3Policy:
     """A policy with three adapters, all different."""
     policy = make(checkpoints, **options)
     for adapter in ADAPTERS:
@@ -31,7 +31,7 @@ def three(checkpoints: Path, **options) -> SD3Policy:
     return policy
 
 
-def saved(policy: SD3Policy, folder: Path) -> Path:
+def save_adapters(policy: SD3Policy, folder: Path) -> Path:
     """Save the adapters of a policy like the checkpoint of an earlier run."""
     state = {f"policy.{name}": tensor for name, tensor in policy.state_dict().items() if ".lora_" in name}
     file = folder / "old.ckpt"
@@ -48,7 +48,7 @@ def stock(checkpoints: Path, lora: Path | None, dtype: torch.dtype = torch.float
     return pipeline
 
 
-def painted(pipeline: StableDiffusion3Pipeline, kind: str) -> Tensor:
+def generate_by_pipeline(pipeline: StableDiffusion3Pipeline, kind: str) -> Tensor:
     noise = [generator("export", index) for index in range(len(TEXTS))]
     return pipeline(
         TEXTS, height=16, width=16, num_inference_steps=4, guidance_scale=1.0, max_sequence_length=4, generator=noise,
@@ -56,7 +56,7 @@ def painted(pipeline: StableDiffusion3Pipeline, kind: str) -> Tensor:
     ).images  # fmt: skip
 
 
-def sampled(policy: SD3Policy, adapter: str) -> Tensor:
+def sample_by_policy(policy: SD3Policy, adapter: str) -> Tensor:
     noise = [generator("export", index) for index in range(len(TEXTS))]
     return policy.sample(policy.encode(TEXTS), noise, adapter, steps=4, solver="euler")
 

@@ -113,7 +113,7 @@ def test_no_cpu_tensor_is_sent(small, monkeypatch):
     monkeypatch.setattr(LightningModule, "log", log)
     monkeypatch.setattr(SingleDeviceStrategy, "reduce", reduce)
     monkeypatch.setattr(SingleDeviceStrategy, "all_gather", all_gather)
-    options = [*small, "--harmony.probe_every", "1", "--trainer.check_val_every_n_epoch", "1"]
+    options = [*small, "--gradient_alignment.probe_every", "1", "--trainer.check_val_every_n_epoch", "1"]
     main(["fit", *options, "--trainer.max_epochs", "1"])
     main(["fit", *options, "--ckpt_path", "last"])
     assert {"reduce", "all_gather", "held_out/pickscore", "train/ocr", "loss"} <= set(sent)

@@ -6,7 +6,7 @@ import pytest
 import yaml
 
 from marble_lightning.cli import command_line, main
-from marble_lightning.config_files import known, located
+from marble_lightning.config_files import configurations, locate
 from tests.helpers import ROOT
 
 CONFIGS = ROOT / "configs"
@@ -18,21 +18,21 @@ def _other_working_folder(tmp_path, monkeypatch):
 
 
 def test_every_file_has_a_name():
-    assert set(known().values()) == set(CONFIGS.rglob("*.yaml"))
-    assert {"tiny", "sd35m", "balancers/pcgrad"} <= known().keys()
+    assert set(configurations().values()) == set(CONFIGS.rglob("*.yaml"))
+    assert {"tiny", "sd35m", "balancers/pcgrad"} <= configurations().keys()
 
 
 def test_a_file_takes_precedence_over_a_configuration(tmp_path):
-    assert located("tiny") == str(CONFIGS / "tiny.yaml")
+    assert locate("tiny") == str(CONFIGS / "tiny.yaml")
     (tmp_path / "tiny").mkdir()  # a folder is not a configuration
-    assert located("tiny") == str(CONFIGS / "tiny.yaml")
+    assert locate("tiny") == str(CONFIGS / "tiny.yaml")
     (tmp_path / "tiny").rmdir()
     (tmp_path / "tiny").write_text("{}")
-    assert located("tiny") == "tiny"
+    assert locate("tiny") == "tiny"
 
 
 def test_yaml_text_is_unchanged():
-    assert located("seed_everything: 1") == "seed_everything: 1"
+    assert locate("seed_everything: 1") == "seed_everything: 1"
 
 
 def test_the_error_for_an_unknown_name_lists_the_names(tmp_path, capsys):
@@ -57,7 +57,7 @@ def test_tiny_loads_its_weights_and_prompts_from_any_folder():
 def test_configs_lists_names_with_descriptions(capsys):
     main(["configs"])
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split()[0] for line in lines] == list(known())
+    assert [line.split()[0] for line in lines] == list(configurations())
     assert all(len(line.split()) > 3 and "marble-lightning fit" not in line for line in lines)
 
 

@@ -102,9 +102,9 @@ def test_coefficients_are_normalised_over_the_whole_step(checkpoints, tmp_path):
 class Recut(DiffusionNFT):
     """Cuts a round into micro-batches of six, and regroups their samples by the requested micro-batch size."""
 
-    def cut(self, *arguments: Any) -> Iterator[MicroBatch]:
+    def split_round(self, *arguments: Any) -> Iterator[MicroBatch]:
         plan, self.plan = self.plan, replace(self.plan, batch_size=6)
-        batches, self.plan = list(super().cut(*arguments)), plan
+        batches, self.plan = list(super().split_round(*arguments)), plan
         clean, noise, t = (torch.cat([getattr(batch, name) for batch in batches]) for name in ("clean", "noise", "t"))
         conditions = Conditions(
             *(torch.cat([getattr(b.conditions, name) for b in batches]) for name in ("embeds", "pooled"))

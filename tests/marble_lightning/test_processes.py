@@ -78,7 +78,7 @@ def flat(parameters):
 def test_two_processes_train_from_the_command_line(small, tmp_path, balancer):
     """DistributedDataParallel over gloo: the run ends with a table, and its adapters have changed."""
     options = ["--trainer.devices", "2", "--trainer.strategy", "ddp", "--balancer", balancer]
-    options += ["--model.micro_batch_size", "6", "--harmony.probe_every", "1"]
+    options += ["--model.micro_batch_size", "6", "--gradient_alignment.probe_every", "1"]
     options += [
         "--data.held_out_per_source",
         "1",

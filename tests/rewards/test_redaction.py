@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from rewards import RemoteReward
-from rewards.redaction import redacted, strip_secrets
+from rewards.redaction import redact, strip_secrets
 
 
 @pytest.mark.parametrize(
@@ -14,9 +14,9 @@ from rewards.redaction import redacted, strip_secrets
      "credential", "credentials", "HF_TOKEN", "apiKey", "X-Api-Key", "access_token", "client_secret", "HFToken"],
 )  # fmt: skip
 def test_names_of_secrets(name: str) -> None:
-    assert redacted({name: "s3cret"}) == {name: None}
-    assert redacted({"init_args": [{name: "two\nlines"}]}) == {"init_args": [{name: None}]}
-    assert redacted({name: {"class_path": "Basic", "list": ["a", {"b": "c"}]}}) == {
+    assert redact({name: "s3cret"}) == {name: None}
+    assert redact({"init_args": [{name: "two\nlines"}]}) == {"init_args": [{name: None}]}
+    assert redact({name: {"class_path": "Basic", "list": ["a", {"b": "c"}]}}) == {
         name: {"class_path": None, "list": [None, {"b": None}]}
     }
 
@@ -30,11 +30,11 @@ def test_names_of_secrets(name: str) -> None:
     ],
 )
 def test_other_values_are_unchanged(tree: dict[str, object]) -> None:
-    assert redacted(tree) == tree
+    assert redact(tree) == tree
 
 
 def test_a_password_may_be_a_number() -> None:
-    assert redacted({"password": 1234, "db_password": 1.5}) == {"password": None, "db_password": None}
+    assert redact({"password": 1234, "db_password": 1.5}) == {"password": None, "db_password": None}
 
 
 @pytest.mark.parametrize(
@@ -50,7 +50,7 @@ def test_a_password_may_be_a_number() -> None:
 )
 def test_urls(text: str, expected: str) -> None:
     assert strip_secrets(text) == expected
-    assert redacted({"url": text, "list": [text]}) == {"url": expected, "list": [expected]}
+    assert redact({"url": text, "list": [text]}) == {"url": expected, "list": [expected]}
 
 
 def test_the_identity_of_a_reward_has_no_secret() -> None:

@@ -16,7 +16,7 @@ from rewards import CLIPScore
 @pytest.mark.filterwarnings("ignore")
 def test_the_recipe_makes_every_folder_and_resumes(tmp_path, monkeypatch):
     options = ["--out", str(tmp_path / "out"), "--work", str(tmp_path / "work"), "--images", "300", "--pairs", "200"]
-    options += ["--autoencoder-steps", "3", "--base-steps", "3", "--judge-steps", "4"]
+    options += ["--autoencoder-steps", "3", "--base-steps", "3", "--reward-steps", "4"]
     monkeypatch.setattr(sys, "argv", ["train", *options])
     main()
     pipeline = StableDiffusion3Pipeline.from_pretrained(

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from marble_lightning.tinyworld import ColourBlobs
-from marble_lightning.tinyworld.captions import GENEVAL, OPENINGS, SHARES, captioned, held_out
-from marble_lightning.tinyworld.degradations import CONTENT, TECHNICAL, spoil, wrong_colour
+from marble_lightning.tinyworld.captions import GENEVAL, OPENINGS, SHARES, draw_captioned, held_out
+from marble_lightning.tinyworld.degradations import CONTENT, TECHNICAL, change_colour, spoil
 from marble_lightning.tinyworld.detector import recognise
 from marble_lightning.tinyworld.recipe.images import tensor, to_unit
 from marble_lightning.tinyworld.recipe.prompt_files import write_prompt_files
@@ -24,15 +24,15 @@ def render(scene: Scene) -> torch.Tensor:
 
 @pytest.mark.parametrize("source", SHARES)
 def test_the_same_seed_draws_the_same_scene(source):
-    one, other = (captioned(random.Random(3), source) for _ in range(2))
+    one, other = (draw_captioned(random.Random(3), source) for _ in range(2))
     assert one == other
     np.testing.assert_array_equal(draw(one.scene), draw(other.scene))
 
 
 def test_train_and_held_out_captions_do_not_overlap():
     rng = random.Random(0)
-    assert all(held_out(captioned(rng, test=True).caption) for _ in range(100))
-    assert not any(held_out(captioned(rng).caption) for _ in range(100))
+    assert all(held_out(draw_captioned(rng, test=True).caption) for _ in range(100))
+    assert not any(held_out(draw_captioned(rng).caption) for _ in range(100))
 
 
 @pytest.mark.parametrize("maker", GENEVAL, ids=lambda maker: maker.__name__)
@@ -47,7 +47,7 @@ def test_clean_scenes_satisfy_their_metadata(maker):
     assert scores.sum() >= 57
 
 
-@pytest.mark.parametrize(("fault", "limit"), [(wrong_colour, 0.0), (CONTENT[1], 0.35), (TECHNICAL[2], 0.2)])
+@pytest.mark.parametrize(("fault", "limit"), [(change_colour, 0.0), (CONTENT[1], 0.35), (TECHNICAL[2], 0.2)])
 def test_faults_lower_the_geneval_score(fault, limit):
     rng = random.Random(2)
     examples = [GENEVAL[5](rng, OPENINGS[0]) for _ in range(60)]  # color_attr: the caption names every colour
@@ -59,7 +59,7 @@ def test_faults_lower_the_geneval_score(fault, limit):
 def test_signs_are_legible():
     """The mean OCR score of clean signs is at least 0.95."""
     rng = random.Random(4)
-    examples = [captioned(rng, "ocr") for _ in range(60)]
+    examples = [draw_captioned(rng, "ocr") for _ in range(60)]
     ocr = OCR(upscale_to=96, detect=False)
     ocr.setup()
     images = torch.stack([render(example.scene) for example in examples])
@@ -95,9 +95,9 @@ def test_an_unknown_class_is_refused():
 
 def test_a_fault_changes_the_image():
     rng = random.Random(5)
-    sign = captioned(rng, "ocr")
+    sign = draw_captioned(rng, "ocr")
     assert isinstance(sign.scene.sign, Sign)
-    for example in (sign, captioned(rng, "pickscore")):
+    for example in (sign, draw_captioned(rng, "pickscore")):
         for fault in (*TECHNICAL, *CONTENT):
             assert (fault(example.scene, rng) != draw(example.scene)).any(), fault.__name__
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection, CLIPTokenizer
 
 from marble_lightning.tinyworld.recipe.autoencoder import latents_of
-from marble_lightning.tinyworld.recipe.images import TrainingImages, cached
+from marble_lightning.tinyworld.recipe.images import TrainingImages, load_or_make
 from marble_lightning.tinyworld.recipe.stage import Stage, run
 
 EMPTY_TOKENS = 4
@@ -105,7 +105,7 @@ def train_base(
     torch.manual_seed(2)
     captions = [*training_images.captions, ""]
     tokens = tokenizer(captions, padding="max_length", truncation=True, return_tensors="pt").input_ids
-    latents = cached(work / "latents.pt", lambda: latents_of(vae, training_images.images))
+    latents = load_or_make(work / "latents.pt", lambda: latents_of(vae, training_images.images))
     stage = BaseStage(Base(tokenizer), latents, tokens, steps=steps, batch_size=24, lr=4e-3, decay=0.999)
     trained = run(stage, work / "base")
     return StableDiffusion3Pipeline(

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from marble_lightning.tinyworld.captions import captioned
+from marble_lightning.tinyworld.captions import draw_captioned
 from marble_lightning.tinyworld.degradations import spoil
 from marble_lightning.tinyworld.scenes import draw
 
@@ -29,7 +29,7 @@ def tensor(image: np.ndarray) -> Tensor:
     return torch.from_numpy(image.copy()).permute(2, 0, 1)
 
 
-def cached(file: Path, make: Callable[[], Any]) -> Any:
+def load_or_make(file: Path, make: Callable[[], Any]) -> Any:
     """Return the result of `make`, which is computed once and cached in a file."""
     if not file.exists():
         torch.save(make(), file)
@@ -50,12 +50,12 @@ def draw_training_images(work: Path, count: int, spoiled: float, seed: int) -> T
         rng = random.Random(seed)
         images, captions = [], []
         for _ in tqdm(range(count), desc="drawing scenes"):
-            example = captioned(rng)
+            example = draw_captioned(rng)
             images.append(tensor(spoil(example, rng) if rng.random() < spoiled else draw(example.scene)))
             captions.append(example.caption)
         return torch.stack(images), captions
 
-    return TrainingImages(*cached(work / f"images-{count}-{spoiled}-{seed}.pt", draw_all))
+    return TrainingImages(*load_or_make(work / f"images-{count}-{spoiled}-{seed}.pt", draw_all))
 
 
 def to_unit(images: Tensor) -> Tensor:

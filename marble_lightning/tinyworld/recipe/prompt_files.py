@@ -7,7 +7,7 @@ import random
 from collections import Counter
 from pathlib import Path
 
-from marble_lightning.tinyworld.captions import GENEVAL, SHARES, Captioned, captioned
+from marble_lightning.tinyworld.captions import GENEVAL, SHARES, Captioned, draw_captioned
 
 TRAIN, TEST = 600, 96
 """Maximum number of prompts per source."""
@@ -40,7 +40,7 @@ def _distinct(rng: random.Random, source: str, test: bool) -> list[Captioned]:
     prompts: dict[str, Captioned] = {}
     tags: Counter[str] = Counter()
     for _ in range(DRAWS):
-        prompt = captioned(rng, source, test=test)
+        prompt = draw_captioned(rng, source, test=test)
         tag = prompt.metadata.get("tag", source)
         if prompt.caption not in prompts and tags[tag] < limit:
             tags[tag] += 1

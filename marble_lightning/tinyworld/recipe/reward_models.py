@@ -15,7 +15,7 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPTokenizer
 
-from marble_lightning.tinyworld.captions import Captioned, captioned
+from marble_lightning.tinyworld.captions import Captioned, draw_captioned
 from marble_lightning.tinyworld.degradations import CONTENT, TECHNICAL, spoil
 from marble_lightning.tinyworld.recipe.images import tensor, to_unit
 from marble_lightning.tinyworld.recipe.stage import Stage, run
@@ -61,7 +61,7 @@ def clean(example: Captioned, rng: random.Random) -> tuple[np.ndarray, np.ndarra
 def _preference(example: Captioned, rng: random.Random, major: Sequence, minor: Sequence) -> tuple[np.ndarray, np.ndarray]:
     kind = rng.random()
     if kind < 0.15:
-        return draw(example.scene), draw(captioned(rng, example.source).scene)
+        return draw(example.scene), draw(draw_captioned(rng, example.source).scene)
     if kind < 0.35:
         return spoil(example, rng, minor), spoil(example, rng, major)
     return draw(example.scene), spoil(example, rng, major if kind < 0.65 else minor)
@@ -70,13 +70,13 @@ def _preference(example: Captioned, rng: random.Random, major: Sequence, minor: 
 def draw_pairs(taste: Taste, count: int, seed: int, *, test: bool = False) -> Pairs:
     """Draw pairs of one taste; `test` uses held-out captions."""
     rng = random.Random(seed)
-    examples = [captioned(rng, test=test) for _ in range(count)]
+    examples = [draw_captioned(rng, test=test) for _ in range(count)]
     pairs = [taste(example, rng) for example in tqdm(examples, desc=f"drawing pairs, {taste.__name__}")]
     good, bad = (torch.stack([tensor(pair[side]) for pair in pairs]) for side in (0, 1))
     return Pairs([example.caption for example in examples], good, bad)
 
 
-def normalised(images: Tensor) -> Tensor:
+def normalise(images: Tensor) -> Tensor:
     """Convert uint8 images to CLIP's input."""
     mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in (MEAN, STD))
     return (to_unit(images) - mean) / std
@@ -84,7 +84,7 @@ def normalised(images: Tensor) -> Tensor:
 
 def embed(model: CLIPModel, images: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
     """Return L2-normalised embeddings of images and of captions."""
-    image_embeddings = model.get_image_features(pixel_values=normalised(images)).pooler_output
+    image_embeddings = model.get_image_features(pixel_values=normalise(images)).pooler_output
     text_embeddings = model.get_text_features(input_ids=tokens).pooler_output
     return F.normalize(image_embeddings, dim=-1), F.normalize(text_embeddings, dim=-1)
 

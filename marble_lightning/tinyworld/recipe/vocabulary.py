@@ -9,7 +9,7 @@ from pathlib import Path
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
 from transformers import CLIPTokenizer
 
-from marble_lightning.tinyworld.captions import captioned
+from marble_lightning.tinyworld.captions import draw_captioned
 
 TOKENS = 20
 """Tokens of a caption, including the start and end tokens."""
@@ -18,7 +18,7 @@ TOKENS = 20
 def train_tokenizer(folder: Path, seed: int) -> CLIPTokenizer:
     """Learn the merges of a byte-pair encoding in CLIP's format on 20,000 captions, and save the tokenizer to `folder`."""
     rng = random.Random(seed)
-    captions = [captioned(rng).caption for _ in range(20_000)]
+    captions = [draw_captioned(rng).caption for _ in range(20_000)]
     captions += [" ".join(string.printable.strip())] * 2  # so that every letter can also end a word
     bpe = Tokenizer(models.BPE(unk_token="<|endoftext|>", end_of_word_suffix="</w>"))
     bpe.normalizer = normalizers.Sequence([normalizers.NFC(), normalizers.Lowercase()])

@@ -10,7 +10,7 @@ from lightning.pytorch import Callback
 
 from balancers import MARBLE, FixedWeights, PCGrad, WeightedSum
 from balancers.gramian import agreement, conflict_by_chance, gram_matrix
-from marble_lightning.callbacks.gradient_alignment import Harmony, probe, refresh_figures, update_of
+from marble_lightning.callbacks.gradient_alignment import GradientAlignment, probe, refresh_figures, update_of
 from marble_lightning.cli import QUIET
 from marble_lightning.nft.reward_gradients import flat
 from marble_lightning.utils.images import cosine_heatmap
@@ -118,8 +118,8 @@ def test_metrics_of_a_refresh():
 
 
 def test_probe_every_must_be_positive():
-    with pytest.raises(ValueError, match="`harmony.probe_every` must be >= 1, or null"):
-        Harmony(probe_every=0)
+    with pytest.raises(ValueError, match="`gradient_alignment.probe_every` must be >= 1, or null"):
+        GradientAlignment(probe_every=0)
 
 
 def test_an_update_without_gradients_is_zero(checkpoints, tmp_path):

@@ -49,7 +49,7 @@ class Recorder(Callback):
         self.logged.append({name: float(value) for name, value in metrics if name.startswith("images/")})
 
 
-def bleached(*rounds: int) -> type[Bleached]:
+def bleach(*rounds: int) -> type[Bleached]:
     return type("Bleached", (Bleached,), {"rounds": rounds})
 
 
@@ -81,18 +81,18 @@ def test_an_ordinary_run_is_logged_without_a_warning(checkpoints, tmp_path, capl
     ],
 )
 def test_rounds_with_a_warning(checkpoints, tmp_path, caplog, rounds, patience, expected):
-    run(checkpoints, tmp_path, WeightedSum(), 5, [ImageDriftMonitor(patience=patience)], kind=bleached(*rounds))
+    run(checkpoints, tmp_path, WeightedSum(), 5, [ImageDriftMonitor(patience=patience)], kind=bleach(*rounds))
     warnings = [text for text in warnings_of(caplog) if "images/brightness" in text]
     assert [text.split(":")[0] for text in warnings] == [f"Round {index}" for index in expected]
     for text in warnings:
         assert "images/brightness = 1.000 is out of the base policy's range, " in text
-        assert "model.objective.kl_weight" in text and "`alarms.factor`" in text
+        assert "model.objective.kl_weight" in text and "`image_drift.factor`" in text
     if expected:
         assert any("images/diversity = 0.000" in text for text in warnings_of(caplog))
 
 
 def test_an_infinite_factor_never_warns(checkpoints, tmp_path, caplog):
-    run(checkpoints, tmp_path, WeightedSum(), 3, [ImageDriftMonitor(factor=math.inf, patience=1)], kind=bleached(1, 2))
+    run(checkpoints, tmp_path, WeightedSum(), 3, [ImageDriftMonitor(factor=math.inf, patience=1)], kind=bleach(1, 2))
     assert warnings_of(caplog) == []
 
 
@@ -104,7 +104,7 @@ def test_the_callback_does_not_change_the_run(checkpoints, tmp_path):
 
 
 def test_a_resumed_run_keeps_the_reference_and_the_count(checkpoints, tmp_path, caplog):
-    kind, file, before = bleached(1, 2, 3), tmp_path / "two_rounds.ckpt", ImageDriftMonitor()
+    kind, file, before = bleach(1, 2, 3), tmp_path / "two_rounds.ckpt", ImageDriftMonitor()
     module, _ = run(checkpoints, tmp_path, WeightedSum(), 2, [before], kind=kind)
     module.trainer.save_checkpoint(file)
     assert warnings_of(caplog) == []
@@ -124,21 +124,21 @@ def test_a_run_without_a_reference_warns_about_it(checkpoints, tmp_path, caplog)
         WeightedSum(),
         4,
         [ImageDriftMonitor(patience=1)],
-        kind=bleached(2),
+        kind=bleach(2),
         ckpt_path=tmp_path / "without.ckpt",
     )
     (warning,) = warnings_of(caplog)
     assert "the run resumes from a checkpoint without it" in warning
     caplog.clear()
     data = PromptDataModule(str(PROMPTS), ["geneval"], prompts_per_round=1, images_per_prompt=6)
-    run(checkpoints, tmp_path, WeightedSum(), 3, [ImageDriftMonitor(patience=1)], kind=bleached(1), data=data)
+    run(checkpoints, tmp_path, WeightedSum(), 3, [ImageDriftMonitor(patience=1)], kind=bleach(1), data=data)
     (warning,) = warnings_of(caplog)
     assert "the run has one prompt a round" in warning
 
 
 @pytest.mark.integration
 def test_the_command_line_saves_the_reference(small, tmp_path):
-    main(["fit", *small, "--alarms.patience", "3", "--alarms.factor", ".inf"])
+    main(["fit", *small, "--image_drift.patience", "3", "--image_drift.factor", ".inf"])
     saved = torch.load(Path(tmp_path) / "tiny/version_0/checkpoints/last.ckpt", weights_only=True)
     state = next(state for name, state in saved["callbacks"].items() if name.startswith("Alarms"))
     assert set(state["reference"]) == set(NAMES)
@@ -183,7 +183,7 @@ def test_a_statistic_that_is_not_a_number_is_out_of_range(caplog):
 
 
 def test_settings_out_of_range():
-    with pytest.raises(ValueError, match="`alarms.factor` must be > 0. Found nan"):
+    with pytest.raises(ValueError, match="`image_drift.factor` must be > 0. Found nan"):
         ImageDriftMonitor(factor=math.nan)
-    with pytest.raises(ValueError, match="`alarms.patience` must be >= 1. Found 0"):
+    with pytest.raises(ValueError, match="`image_drift.patience` must be >= 1. Found 0"):
         ImageDriftMonitor(patience=0)

@@ -16,18 +16,18 @@ from marble_lightning.checkpoints.content import find_corruption, newest_usable
 from marble_lightning.checkpoints.files import WholeCheckpointIO, last_of, point
 from marble_lightning.cli import main
 from marble_lightning.run_folder import folder_of_runs
-from tests.helpers.checkpoint_files import STATE, cut, written
+from tests.helpers.checkpoint_files import STATE, truncate, write_checkpoint
 from tests.helpers.command_line import differences, last, options, state
 
 
 def test_a_checkpoint_is_read_back(tmp_path):
-    loaded = WholeCheckpointIO().load_checkpoint(written(tmp_path / "new/folder/one.ckpt"), weights_only=True)
+    loaded = WholeCheckpointIO().load_checkpoint(write_checkpoint(tmp_path / "new/folder/one.ckpt"), weights_only=True)
     assert differences(STATE, loaded) == []
     assert [file.name for file in (tmp_path / "new/folder").iterdir()] == ["one.ckpt"]
 
 
 def test_a_failed_write_keeps_the_old_file(tmp_path, monkeypatch):
-    file = written(tmp_path / "one.ckpt")
+    file = write_checkpoint(tmp_path / "one.ckpt")
 
     def half(state, stream):
         stream.write(b"PK")
@@ -41,7 +41,7 @@ def test_a_failed_write_keeps_the_old_file(tmp_path, monkeypatch):
 
 
 def test_a_link_always_has_a_target(tmp_path, monkeypatch):
-    one, two, link = written(tmp_path / "one.ckpt"), written(tmp_path / "two.ckpt"), tmp_path / "last.ckpt"
+    one, two, link = write_checkpoint(tmp_path / "one.ckpt"), write_checkpoint(tmp_path / "two.ckpt"), tmp_path / "last.ckpt"
     point(link, one)
     replace, targets = os.replace, []
 
@@ -61,8 +61,8 @@ def test_last_is_the_newest_of_all_runs_of_a_name(tmp_path):
     assert folder_of_runs(trainer) == tmp_path / "name" and last_of(trainer) is None
     for version, age in enumerate((30, 10, 20)):
         folder = tmp_path / f"name/version_{version}/checkpoints"
-        point(folder / "last.ckpt", written(folder / "round_0000.ckpt", age))
-    written(tmp_path / "another/version_0/checkpoints/last.ckpt")
+        point(folder / "last.ckpt", write_checkpoint(folder / "round_0000.ckpt", age))
+    write_checkpoint(tmp_path / "another/version_0/checkpoints/last.ckpt")
     assert last_of(trainer) == tmp_path / "name/version_1/checkpoints/last.ckpt"
 
 
@@ -93,7 +93,7 @@ def test_last_from_the_command_line(checkpoints, tmp_path, caplog, capsys):
     main(["validate", *run])
     assert "change" in capsys.readouterr().out  # from the base scores in the checkpoint
 
-    cut(last(tmp_path).resolve())
+    truncate(last(tmp_path).resolve())
     with pytest.raises(ValueError, match=r"last\.ckpt: its end is missing.*--ckpt_path \S+round_0001\.ckpt") as error:
         main(["fit", *run])
     main(["fit", *run[:-1], str(error.value).split()[-1]])

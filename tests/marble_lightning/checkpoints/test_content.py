@@ -12,13 +12,13 @@ from marble_lightning.checkpoints.content import TO_EVALUATE, TO_EXPORT, TO_FIT,
 from marble_lightning.checkpoints.files import WholeCheckpointIO, point
 from marble_lightning.cli import QUIET, command_line, main
 from marble_lightning.policies.sd3 import SD3Policy
-from tests.helpers.checkpoint_files import STATE, WEIGHTS, cut, flipped, gone, written
+from tests.helpers.checkpoint_files import STATE, WEIGHTS, flip_bits, remove, truncate, write_checkpoint
 from tests.helpers.command_line import differences
 
 
 def test_flipped_bytes_and_cuts_are_detected(tmp_path):
     """A corrupt file is refused, or loads unchanged because the byte lies between two records."""
-    whole, file = written(tmp_path / "whole.ckpt").read_bytes(), tmp_path / "corrupt.ckpt"
+    whole, file = write_checkpoint(tmp_path / "whole.ckpt").read_bytes(), tmp_path / "corrupt.ckpt"
     undetected = 0
     for index in range(0, len(whole), 3):
         file.write_bytes(whole[:index])
@@ -33,15 +33,15 @@ def test_flipped_bytes_and_cuts_are_detected(tmp_path):
     assert undetected < len(whole) / 6
 
 
-@pytest.mark.parametrize("damage", [cut, flipped, gone])
+@pytest.mark.parametrize("damage", [truncate, flip_bits, remove])
 def test_errors_name_a_damaged_checkpoint_and_the_newest_usable_one(tmp_path, damage):
     folder = tmp_path / "version_1/checkpoints"
-    damaged, before, _ = (written(folder / f"{age}.ckpt", age) for age in range(3))
+    damaged, before, _ = (write_checkpoint(folder / f"{age}.ckpt", age) for age in range(3))
     point(folder / "last.ckpt", damaged)
     wrong = damage(damaged)
     with pytest.raises(ValueError, match=rf"Found {damaged}: {wrong}; give the newest whole one: --ckpt_path {before}"):
         WholeCheckpointIO().load_checkpoint(damaged)
-    wrong = "it points to 0.ckpt, which is gone" if damage is gone else wrong
+    wrong = "it points to 0.ckpt, which is gone" if damage is remove else wrong
     with pytest.raises(ValueError, match=rf"Found {folder}/last\.ckpt: {wrong}; .*--ckpt_path {before}"):
         WholeCheckpointIO().load_checkpoint(folder / "last.ckpt")
 
@@ -51,14 +51,14 @@ def test_errors_name_a_damaged_checkpoint_and_the_newest_usable_one(tmp_path, da
 @pytest.mark.parametrize("command", ["fit", "validate"])
 def test_the_command_line_names_a_damaged_checkpoint(small, tmp_path, command, damage):
     """Lightning alone would load the unchecked file first."""
-    damaged, before = (written(tmp_path / f"{age}.ckpt", age) for age in range(2))
+    damaged, before = (write_checkpoint(tmp_path / f"{age}.ckpt", age) for age in range(2))
     with pytest.raises(ValueError, match=rf"Found {damaged}: {damage(damaged)}; .*--ckpt_path {before}"):
         main([command, *small, "--ckpt_path", str(damaged)])
 
 
 def test_paths_that_are_not_checkpoints(small, tmp_path):
     folder = tmp_path / "version_0"
-    file = written(folder / "checkpoints/round_0000.ckpt")
+    file = write_checkpoint(folder / "checkpoints/round_0000.ckpt")
     point(folder / "checkpoints/last.ckpt", file)
     with pytest.raises(ValueError, match=rf"must be a file. Found the folder {folder}; give {folder}/checkpoints/last.ckpt"):
         main(["validate", *small, "--ckpt_path", str(folder)])
@@ -74,13 +74,13 @@ def test_paths_that_are_not_checkpoints(small, tmp_path):
 def test_each_command_names_missing_entries(tmp_path, content):
     """A checkpoint with weights only can be evaluated and exported, but not resumed."""
     for name in content:
-        file = written(tmp_path / "less.ckpt", state={key: value for key, value in STATE.items() if key != name})
+        file = write_checkpoint(tmp_path / "less.ckpt", state={key: value for key, value in STATE.items() if key != name})
         with pytest.raises(ValueError, match=rf"Found another program's, {file}: without {name}\."):
             load_checked(file, content)
-        file = written(tmp_path / "odd.ckpt", state=STATE | {name: {1, 2}})
+        file = write_checkpoint(tmp_path / "odd.ckpt", state=STATE | {name: {1, 2}})
         with pytest.raises(ValueError, match=rf"Found another program's, {file}: its {name} is a set\."):
             load_checked(file, content)
-    weights = written(tmp_path / "weights.ckpt", state={name: STATE[name] for name in TO_EVALUATE})
+    weights = write_checkpoint(tmp_path / "weights.ckpt", state={name: STATE[name] for name in TO_EVALUATE})
     if content is TO_FIT:
         with pytest.raises(ValueError, match="without callbacks, optimizer_states, lr_schedulers"):
             load_checked(weights, content)
@@ -102,7 +102,7 @@ def test_each_command_names_missing_entries(tmp_path, content):
 )
 @pytest.mark.parametrize("command", ["fit", "validate"])
 def test_the_command_line_refuses_checkpoints_of_other_programs(small, tmp_path, command, state, wrong):
-    file = written(tmp_path / "foreign.ckpt", state=state)
+    file = write_checkpoint(tmp_path / "foreign.ckpt", state=state)
     with pytest.raises(ValueError, match=rf"Found another program's, {file}: {wrong}"):
         main([command, *small, "--ckpt_path", str(file)])
 
@@ -111,9 +111,9 @@ def test_the_command_line_refuses_checkpoints_of_other_programs(small, tmp_path,
     "diverged", [{"state_dict": {"weights": WEIGHTS / 0}}, {"optimizer_states": [{"state": {0: {"exp_avg": WEIGHTS / 0}}}]}]
 )
 def test_a_diverged_checkpoint_is_refused_and_an_earlier_one_offered(tmp_path, diverged):
-    before = written(tmp_path / "before.ckpt", age=2)
-    written(tmp_path / "foreign.ckpt", age=1, state={"state_dict": {}})  # newer, but not usable
-    file = written(tmp_path / "diverged.ckpt", state=STATE | diverged)
+    before = write_checkpoint(tmp_path / "before.ckpt", age=2)
+    write_checkpoint(tmp_path / "foreign.ckpt", age=1, state={"state_dict": {}})  # newer, but not usable
+    file = write_checkpoint(tmp_path / "diverged.ckpt", state=STATE | diverged)
     with pytest.raises(ValueError, match=rf"Found others in 1 of 2 tensors of {file}.* diverged; .*--ckpt_path {before}$"):
         WholeCheckpointIO().load_checkpoint(file)
 
@@ -145,18 +145,18 @@ def test_a_url_is_not_loaded_in_python(small, tmp_path, monkeypatch):
 
 
 def test_a_file_url_is_checked(tmp_path):
-    file = written(tmp_path / "one two.ckpt")
+    file = write_checkpoint(tmp_path / "one two.ckpt")
     assert differences(STATE, WholeCheckpointIO().load_checkpoint(file.as_uri())) == []
-    cut(file)
+    truncate(file)
     with pytest.raises(ValueError, match="its end is missing"):
         WholeCheckpointIO().load_checkpoint(file.as_uri())
 
 
 def test_a_checkpoint_of_another_run_is_offered_if_the_run_has_no_other(tmp_path):
-    before = written(tmp_path / "version_0/checkpoints/round_0003.ckpt", age=9)
-    damaged = written(tmp_path / "version_1/checkpoints/round_0004.ckpt")
-    cut(damaged)
+    before = write_checkpoint(tmp_path / "version_0/checkpoints/round_0003.ckpt", age=9)
+    damaged = write_checkpoint(tmp_path / "version_1/checkpoints/round_0004.ckpt")
+    truncate(damaged)
     assert newest_usable(damaged) == before
     before.unlink()
-    with pytest.raises(ValueError, match="there is no whole one beside it"):
+    with pytest.raises(ValueError, match="there is no other whole one"):
         WholeCheckpointIO().load_checkpoint(damaged)

@@ -50,7 +50,7 @@ def test_synthetic_images(name):
 @pytest.mark.parametrize("name", PER_IMAGE)
 def test_statistics_of_an_image_do_not_depend_on_the_batch(name):
     """(image, 3, height, width) -> (image,), the same as one by one, and unchanged by a transposition."""
-    images = torch.rand(5, 3, 7, 9, generator=generator("pictures"))
+    images = torch.rand(5, 3, 7, 9, generator=generator("images"))
     function = PER_IMAGE[name]
     together = function(images)
     assert together.shape == (5,)

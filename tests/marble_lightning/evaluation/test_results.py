@@ -37,7 +37,7 @@ SETTINGS = {"steps": 24, "seed": 0}
 
 def results(scores: torch.Tensor = SCORES, base: torch.Tensor | None = None, **settings: Any) -> dict[str, Any]:
     return document(
-        HeldOutScores(REWARD_MODELS, PROMPTS, scores, base).sampled(), judged={}, settings={**SETTINGS, **settings}
+        HeldOutScores(REWARD_MODELS, PROMPTS, scores, base).with_scores(), judged={}, settings={**SETTINGS, **settings}
     )
 
 
@@ -89,7 +89,7 @@ def test_other_files_are_refused(tmp_path, content):
 
 def test_earlier_results_with_module_names_are_comparable(tmp_path):
     reward_models: dict[str, Reward] = {"ocr": JPEGCompressibility(), "geneval": Tagged()}
-    this = document(HeldOutScores(reward_models, PROMPTS, SCORES, None).sampled(), judged={}, settings=SETTINGS)
+    this = document(HeldOutScores(reward_models, PROMPTS, SCORES, None).with_scores(), judged={}, settings=SETTINGS)
     assert this["judges"]["ocr"]["class"] == "rewards.JPEGCompressibility"
     this["judges"]["ocr"]["detector class"] = "rewards.JPEGCompressibility"  # as GenEval names its detector
     write(tmp_path, this)
@@ -135,11 +135,11 @@ OTHER_PROMPT = {**PROMPTS, 1: Prompt("two green", "b")}
         (results(resolution=512), "with resolution 512 instead of None"),
         (results(SCORES.clone().fill_(1.0)), "with 4 prompts instead of 3"),
         (
-            document(HeldOutScores(REWARD_MODELS, OTHER_PROMPT, SCORES).sampled(), settings=SETTINGS),
+            document(HeldOutScores(REWARD_MODELS, OTHER_PROMPT, SCORES).with_scores(), settings=SETTINGS),
             "with prompt 1 'two green' of 'b' instead of prompt 1 'two blue' of 'b'",
         ),
         (
-            document(HeldOutScores({"ocr": Brightness()}, PROMPTS, SCORES[:, 1:]).sampled(), settings=SETTINGS),
+            document(HeldOutScores({"ocr": Brightness()}, PROMPTS, SCORES[:, 1:]).with_scores(), settings=SETTINGS),
             "Found none of geneval in that one; name others under `results.columns`",
         ),
         (results(torch.where(torch.tensor([True, False]), torch.nan, SCORES)), "Found none of ocr in that one"),

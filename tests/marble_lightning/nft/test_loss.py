@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from marble_lightning.nft.loss import Coefficients, coefficients, nft_losses, noised
+from marble_lightning.nft.loss import Coefficients, add_noise, coefficients, nft_losses
 
 BETA, A_MAX = 0.3, 5.0
 
@@ -46,7 +46,7 @@ def test_autocast_does_not_round_the_losses_of_rewards():
 
 def test_noised_is_linear_in_time():
     drawn = draws()
-    noisy = noised(drawn["clean"], drawn["noise"], torch.tensor([0.0, 1.0, 0.25, 0.5, 0.5, 0.5], dtype=torch.float64))
+    noisy = add_noise(drawn["clean"], drawn["noise"], torch.tensor([0.0, 1.0, 0.25, 0.5, 0.5, 0.5], dtype=torch.float64))
     torch.testing.assert_close(noisy[0], drawn["clean"][0])
     torch.testing.assert_close(noisy[1], drawn["noise"][1])
     torch.testing.assert_close(noisy[2], 0.75 * drawn["clean"][2] + 0.25 * drawn["noise"][2])
@@ -60,7 +60,7 @@ def test_every_mixture_of_rewards_is_one_weighted_sum(extreme):
     advantages[:3, 1] = torch.nan
     advantages[1:, 3] = torch.nan
     weights = torch.tensor([0.7, -1.3, 0.0, 2.5], dtype=torch.float64)
-    noisy = noised(drawn["clean"], drawn["noise"], drawn["t"])
+    noisy = add_noise(drawn["clean"], drawn["noise"], drawn["t"])
     velocity = drawn["velocity"].requires_grad_()
 
     plain = sum(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from importlib.metadata import version
 from pathlib import Path
 
@@ -22,36 +23,46 @@ from marble_lightning.policies.sd3 import TARGETS, SD3Policy
 from marble_lightning.utils.seeds import generator
 from tests.helpers.command_line import column
 from tests.helpers.command_line import last as checkpoint
-from tests.helpers.stock_pipeline import TEXTS, adapter, differ, painted, sampled, saved, stock, three
+from tests.helpers.stock_pipeline import (
+    TEXTS,
+    adapter,
+    differ,
+    generate_by_pipeline,
+    make_three_adapters,
+    sample_by_policy,
+    save_adapters,
+    stock,
+)
 
 
 @pytest.fixture
 def policy(checkpoints) -> SD3Policy:
-    return three(checkpoints)
+    return make_three_adapters(checkpoints)
 
 
 @pytest.fixture
 def exported(policy, tmp_path) -> Path:
     """A folder with the adapter `ema`."""
-    return export(saved(policy, tmp_path), tmp_path / "lora").parent
+    return export(save_adapters(policy, tmp_path), tmp_path / "lora").parent
 
 
-@pytest.mark.parametrize(("which", "name"), [("ema", "ema"), ("policy", "trained")])
-def test_a_stock_pipeline_generates_the_same_images_as_the_policy(checkpoints, policy, tmp_path, which, name):
-    written = export(saved(policy, tmp_path), tmp_path / "lora", which=which)
-    pipeline, latents = stock(checkpoints, written.parent), sampled(policy, name)
-    assert differ(painted(pipeline, "latent"), latents) < 1e-5
-    assert differ(painted(pipeline, "pt"), policy.decode(latents)) <= 1 / 255
-    assert differ(painted(stock(checkpoints, None), "latent"), latents) > 1e-2  # the test would fail without the LoRA
+@pytest.mark.parametrize("name", ["ema", "trained"])
+def test_a_stock_pipeline_generates_the_same_images_as_the_policy(checkpoints, policy, tmp_path, name):
+    written = export(save_adapters(policy, tmp_path), tmp_path / "lora", adapter=name)
+    pipeline, latents = stock(checkpoints, written.parent), sample_by_policy(policy, name)
+    assert differ(generate_by_pipeline(pipeline, "latent"), latents) < 1e-5
+    assert differ(generate_by_pipeline(pipeline, "pt"), policy.decode(latents)) <= 1 / 255
+    without_lora = generate_by_pipeline(stock(checkpoints, None), "latent")
+    assert differ(without_lora, latents) > 1e-2
     other = {"ema": "trained", "trained": "ema"}[name]
-    assert differ(sampled(policy, other), latents) > 1e-2
+    assert differ(sample_by_policy(policy, other), latents) > 1e-2
 
 
 def test_readers_without_alpha_use_the_right_scale(checkpoints, policy, exported):
     """Like older versions of diffusers, which did not read LoraConfigs from headers: alpha is the rank."""
     pipeline = stock(checkpoints, None)
     pipeline.load_lora_weights(load_file(exported / FILE))  # tensors only
-    assert differ(painted(pipeline, "latent"), sampled(policy, "ema")) < 1e-5
+    assert differ(generate_by_pipeline(pipeline, "latent"), sample_by_policy(policy, "ema")) < 1e-5
 
 
 def test_a_stock_pipeline_in_bfloat16(checkpoints, policy, exported):
@@ -61,9 +72,9 @@ def test_a_stock_pipeline_in_bfloat16(checkpoints, policy, exported):
     for name, tensor in adapter(policy, "ema").items():
         scale = 2 if ".lora_B." in name else 1
         assert torch.equal(loaded[name.replace(".weight", ".default_0.weight")], (scale * tensor).bfloat16())
-    base = painted(stock(checkpoints, None, torch.bfloat16), "latent")
-    latents = sampled(policy, "ema")
-    assert differ(painted(pipeline, "latent"), latents) < 0.1 * differ(base, latents)
+    base = generate_by_pipeline(stock(checkpoints, None, torch.bfloat16), "latent")
+    latents = sample_by_policy(policy, "ema")
+    assert differ(generate_by_pipeline(pipeline, "latent"), latents) < 0.1 * differ(base, latents)
 
 
 # ComfyUI's rule: the update of a layer x is `x.lora_B.weight` @ `x.lora_A.weight`, times alpha over rank if there is a
@@ -98,8 +109,8 @@ def comfyui_updates(file: Path, blocks: int) -> tuple[dict[tuple[str, int], Tens
 
 @pytest.mark.parametrize("prefix", ["attn.", ""], ids=["joint attention", "both attentions"])
 def test_comfyui_reads_every_key_and_computes_the_same_update(checkpoints, tmp_path, prefix):
-    policy = three(checkpoints, targets=[prefix + target.removeprefix("attn.") for target in TARGETS])
-    written = export(saved(policy, tmp_path), tmp_path / "lora")
+    policy = make_three_adapters(checkpoints, targets=[prefix + target.removeprefix("attn.") for target in TARGETS])
+    written = export(save_adapters(policy, tmp_path), tmp_path / "lora")
     updates, read = comfyui_updates(written, blocks=2)
     assert read == load_file(written).keys()
     assert (("joint_blocks.0.x_block.attn2.qkv", 2) in updates) == (prefix == "")
@@ -120,7 +131,7 @@ def test_other_files_and_damaged_checkpoints_raise(policy, tmp_path):
             export(path, tmp_path / "lora")
         assert not (tmp_path / "lora" / FILE).exists()
 
-    file = saved(policy, tmp_path)
+    file = save_adapters(policy, tmp_path)
     whole, content = file.read_bytes(), torch.load(file, weights_only=True)
     exporting(tmp_path / "nowhere.ckpt", "Found .*nowhere.ckpt: no such file from")
     other = tmp_path / "other.ckpt"
@@ -143,7 +154,7 @@ def test_other_files_and_damaged_checkpoints_raise(policy, tmp_path):
 
 def test_an_existing_file_is_replaced_only_with_overwrite(policy, exported, tmp_path):
     before = (exported / FILE).read_bytes()
-    arguments = ["export", "--ckpt_path", str(tmp_path / "old.ckpt"), "--to", str(exported), "--which", "policy"]
+    arguments = ["export", "--ckpt_path", str(tmp_path / "old.ckpt"), "--to", str(exported), "--adapter", "trained"]
     with pytest.raises(ValueError, match=r"Found one in .*--overwrite true"):
         main(arguments)
     assert (exported / FILE).read_bytes() == before
@@ -214,7 +225,7 @@ def test_help_lists_export(capsys):
 
 
 def test_main_without_arguments_uses_sys_argv(policy, tmp_path, monkeypatch):
-    file, folder = saved(policy, tmp_path), tmp_path / "lora"
+    file, folder = save_adapters(policy, tmp_path), tmp_path / "lora"
     monkeypatch.setattr("sys.argv", ["marble-lightning", "export", "--ckpt_path", str(file), "--to", str(folder)])
     main()
     assert load_file(folder / FILE).keys() == {f"transformer.{key}" for key in adapter(policy, "ema")}

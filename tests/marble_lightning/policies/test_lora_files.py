@@ -16,18 +16,27 @@ from marble_lightning.policies.lora_export import export
 from marble_lightning.policies.lora_files import FILE, read_lora
 from marble_lightning.policies.sd3 import TARGETS, SD3Policy
 from tests.helpers.small_policies import outputs, shake
-from tests.helpers.stock_pipeline import adapter, differ, make, painted, sampled, saved, stock, three
+from tests.helpers.stock_pipeline import (
+    adapter,
+    differ,
+    generate_by_pipeline,
+    make,
+    make_three_adapters,
+    sample_by_policy,
+    save_adapters,
+    stock,
+)
 
 
 @pytest.fixture
 def policy(checkpoints) -> SD3Policy:
-    return three(checkpoints)
+    return make_three_adapters(checkpoints)
 
 
 @pytest.fixture
 def exported(policy, tmp_path) -> Path:
     """A folder with the adapter `ema`."""
-    return export(saved(policy, tmp_path), tmp_path / "lora").parent
+    return export(save_adapters(policy, tmp_path), tmp_path / "lora").parent
 
 
 @pytest.mark.parametrize("alpha", [4, 3])
@@ -35,7 +44,7 @@ def exported(policy, tmp_path) -> Path:
 def test_training_starts_from_an_exported_lora(checkpoints, tmp_path, alpha, as_file):
     before = make(checkpoints, alpha=alpha)
     shake(before, "ema")
-    written = export(saved(before, tmp_path), tmp_path / "lora")
+    written = export(save_adapters(before, tmp_path), tmp_path / "lora")
     policy = make(checkpoints, alpha=alpha, init_lora=str(written if as_file else written.parent))
     for name in ADAPTERS:
         torch.testing.assert_close(outputs(policy, name), outputs(before, "ema"))
@@ -58,7 +67,7 @@ def test_training_starts_from_loras_of_other_programs(checkpoints, policy, tmp_p
     )
     started = make(checkpoints, alpha=4 if kind == "metadata" else 2, init_lora=str(tmp_path))
     pipeline = stock(checkpoints, tmp_path)
-    assert differ(painted(pipeline, "latent"), sampled(started, "old")) < 1e-5
+    assert differ(generate_by_pipeline(pipeline, "latent"), sample_by_policy(started, "old")) < 1e-5
 
 
 def rewritten(folder: Path, change) -> Path:

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rewards import HPSv2, PickScore, Prompt
-from rewards.clip.open_clip import VIT_H_14, cleaned
+from rewards.clip.open_clip import VIT_H_14, clean_text
 from rewards.geneval.colours import ColourClassifier
 
 EMBED, WIDTH, TEXT_WIDTH, PATCH, SIZE, LENGTH, VOCABULARY = 16, 24, 32, 8, 32, 12, 194
@@ -152,7 +152,7 @@ def test_a_missing_weight_and_another_architecture_are_refused(
     ],
 )
 def test_texts_are_cleaned_as_in_open_clip(text: str, expected: str) -> None:
-    assert cleaned(text) == expected
+    assert clean_text(text) == expected
 
 
 def test_which_scorers_clean_texts(clip_folder: Path) -> None:

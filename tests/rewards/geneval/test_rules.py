@@ -7,7 +7,7 @@ import torch
 
 from rewards import Detection
 from rewards.geneval.rules import Verdict, evaluate, keep, relations
-from tests.helpers.geneval_cases import BOTTOM, CASES, LEFT, MIDDLE, RIGHT, TOP, TWO_RED_CATS, colours, see, want
+from tests.helpers.geneval_cases import BOTTOM, CASES, LEFT, MIDDLE, RIGHT, TOP, TWO_RED_CATS, clause_of, colours, det
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -31,7 +31,7 @@ POSITIONS = {"left of": LEFT, "right of": RIGHT, "above": TOP, "below": BOTTOM}
 def ideal(metadata: dict) -> list[Detection]:
     """Return detections that meet a published prompt: targets in the middle, objects with a position around them."""
     return [
-        see(clause["class"], 0.95, POSITIONS[clause["position"][0]] if "position" in clause else MIDDLE, clause.get("color"))
+        det(clause["class"], 0.95, POSITIONS[clause["position"][0]] if "position" in clause else MIDDLE, clause.get("color"))
         for clause in metadata["include"]
         for _ in range(clause["count"])
     ]
@@ -112,7 +112,7 @@ def test_relations_are_antisymmetric() -> None:
 
 
 def test_keep_sorts_and_drops() -> None:
-    candidates = [see("cat", 0.4), see("dog", 0.9), see("cat", 0.8), see("cat", 0.2)]
+    candidates = [det("cat", 0.4), det("dog", 0.9), det("cat", 0.8), det("cat", 0.2)]
     kept = keep(candidates, 0.3, max_objects=1)
     assert {label: [d.score for d in group] for label, group in kept.items()} == {"cat": [0.8], "dog": [0.9]}
 
@@ -121,8 +121,8 @@ def test_colours_are_classified_only_if_needed() -> None:
     def never(detections):
         raise AssertionError("a colour was classified")
 
-    evaluate({"include": TWO_RED_CATS}, [see("cat")], never)  # one cat is not enough
-    evaluate({"include": [want("cat")]}, [see("cat")], never)  # no colour is requested
+    evaluate({"include": TWO_RED_CATS}, [det("cat")], never)  # one cat is not enough
+    evaluate({"include": [clause_of("cat")]}, [det("cat")], never)  # no colour is requested
 
 
 @pytest.mark.parametrize(
@@ -130,18 +130,21 @@ def test_colours_are_classified_only_if_needed() -> None:
     [
         ({}, "at least one object under `include`"),
         ({"include": []}, "at least one object under `include`"),
-        ({"include": [want("cat", 0)]}, "a `count` >= 1. Found"),
+        ({"include": [clause_of("cat", 0)]}, "a `count` >= 1. Found"),
         ({"include": [{"count": 1}]}, "must have a `class`"),
-        ({"include": [want("cat")], "exclude": [want("cat", 0)]}, "a `count` >= 1. Found"),
-        ({"include": [want("cat", "2")]}, "a `count` >= 1. Found"),
+        ({"include": [clause_of("cat")], "exclude": [clause_of("cat", 0)]}, "a `count` >= 1. Found"),
+        ({"include": [clause_of("cat", "2")]}, "a `count` >= 1. Found"),
         ({"include": ["cat"]}, "each clause must have a `class` and a `count` >= 1. Found 'cat'"),
         ({"include": "cat"}, "`include` must be a list of clauses. Found 'cat'"),
-        ({"include": [want("cat")], "exclude": None}, "`exclude` must be a list of clauses. Found None"),
-        ({"include": [want("cat", color=["red"])]}, r"`color` must be the name of a colour. Found \['red'\]"),
-        ({"include": [want("cat"), want("dog", position=["near", 0])]}, "a pair of one of left of, .*Found .'near', 0."),
-        ({"include": [want("cat"), want("dog", position="above")]}, "a pair of one of left of, .*Found 'above'"),
-        ({"include": [want("cat", position=["above", 0])]}, "must refer to an earlier clause"),
-        ({"include": [want("cat"), want("dog", position=["above", -1])]}, "must refer to an earlier clause"),
+        ({"include": [clause_of("cat")], "exclude": None}, "`exclude` must be a list of clauses. Found None"),
+        ({"include": [clause_of("cat", color=["red"])]}, r"`color` must be the name of a colour. Found \['red'\]"),
+        (
+            {"include": [clause_of("cat"), clause_of("dog", position=["near", 0])]},
+            "a pair of one of left of, .*Found .'near', 0.",
+        ),
+        ({"include": [clause_of("cat"), clause_of("dog", position="above")]}, "a pair of one of left of, .*Found 'above'"),
+        ({"include": [clause_of("cat", position=["above", 0])]}, "must refer to an earlier clause"),
+        ({"include": [clause_of("cat"), clause_of("dog", position=["above", -1])]}, "must refer to an earlier clause"),
     ],
 )
 def test_malformed_metadata_is_refused(metadata: dict, message: str) -> None:

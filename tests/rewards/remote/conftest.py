@@ -7,10 +7,10 @@ from collections.abc import Iterator
 import pytest
 
 from rewards import JPEGCompressibility
-from tests.helpers.reward_server import served
+from tests.helpers.reward_server import serve_reward
 
 
 @pytest.fixture(scope="module")
 def plain_url() -> Iterator[str]:
-    with served(JPEGCompressibility(), max_body_mb=2) as url:
+    with serve_reward(JPEGCompressibility(), max_body_mb=2) as url:
         yield url

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.helpers.remote_scores import PROMPT, expected, ready, scored, shades
+from tests.helpers.remote_scores import PROMPT, expected, ready, score_shades, shades
 from tests.helpers.scripted_server import CUT, DROP, ScriptedServer, remote_reward
 
 HEAD = b"HTTP/1.1 200 OK\r\nContent-Length: 100000000\r\n\r\n"
@@ -25,7 +25,7 @@ def test_a_slow_answer_within_the_timeout() -> None:
         time.sleep(0.3)
         return remote_reward("/score", body)
 
-    torch.testing.assert_close(scored(answer, timeout=3.0, retries=0), expected(2))
+    torch.testing.assert_close(score_shades(answer, timeout=3.0, retries=0), expected(2))
 
 
 def test_a_slow_answer_beyond_the_timeout() -> None:
@@ -34,7 +34,7 @@ def test_a_slow_answer_beyond_the_timeout() -> None:
         return remote_reward("/score", body)
 
     with pytest.raises(ConnectionError, match=r"RemoteReward: http://127.*/score must answer.*timed out.*raise `timeout`"):
-        scored(answer, timeout=0.3, retries=1)
+        score_shades(answer, timeout=0.3, retries=1)
 
 
 @pytest.mark.parametrize(
@@ -44,7 +44,7 @@ def test_a_slow_answer_beyond_the_timeout() -> None:
 )
 def test_temporary_failures_are_retried(trouble: Any) -> None:
     replies = iter([trouble, trouble])
-    torch.testing.assert_close(scored(lambda body: next(replies, None) or remote_reward("/score", body)), expected(2))
+    torch.testing.assert_close(score_shades(lambda body: next(replies, None) or remote_reward("/score", body)), expected(2))
 
 
 def test_permanent_failures_report_the_servers_message() -> None:
@@ -57,7 +57,7 @@ def test_permanent_failures_report_the_servers_message() -> None:
     with pytest.raises(
         ConnectionError, match=r"after 3 of 3 attempts, .*: 500 Internal Server Error.*CUDA is out of memory"
     ):
-        scored(answer)
+        score_shades(answer)
     assert len(bodies) == 3
 
 
@@ -70,7 +70,7 @@ def test_rejected_requests_are_not_retried(status: int, error: type[Exception]) 
         return status, {"error": "not like this"}
 
     with pytest.raises(error, match=rf"{status} .*not like this"):
-        scored(answer)
+        score_shades(answer)
     assert len(bodies) == 1
 
 
@@ -84,7 +84,7 @@ def test_an_unreachable_server() -> None:
 
 def test_a_connection_lost_during_an_answer() -> None:
     with pytest.raises(ConnectionError, match=r"/score must answer.*Check that the server runs"):
-        scored(lambda body: CUT)
+        score_shades(lambda body: CUT)
 
 
 def test_a_server_that_fails_between_requests() -> None:
@@ -97,7 +97,7 @@ def test_a_server_that_fails_between_requests() -> None:
             return DROP if count[0] > 5 else remote_reward("/score", body)
 
     with pytest.raises(ConnectionError, match="/score must answer"):
-        scored(answer, count=12, request_size=1, retries=1)
+        score_shades(answer, count=12, request_size=1, retries=1)
     assert count[0] <= 5 + 4 * 2 + 4 * 2  # attempts of four concurrent requests, and requests started before the first error
 
 
@@ -122,7 +122,7 @@ def slowly(text: bytes) -> Iterator[bytes]:
 def test_one_deadline_for_headers_body_and_attempts(answer: Callable[[], Any]) -> None:
     start = time.monotonic()
     with pytest.raises(ConnectionError, match="within `deadline`, 0.6 s: (timed out|503 Service)"):
-        scored(lambda body: answer(), timeout=0.4, deadline=0.6, retries=100)
+        score_shades(lambda body: answer(), timeout=0.4, deadline=0.6, retries=100)
     assert time.monotonic() - start < 1.5
 
 
@@ -132,17 +132,17 @@ def test_long_pauses_of_a_server_are_limited(wait: str, monkeypatch: pytest.Monk
     replies = iter([iter([busy])])
     start = time.monotonic()
     with pytest.raises(ConnectionError, match="after 1 of 3 attempts, within `deadline`, 1 s: 503 Busy"):
-        scored(lambda body: iter([busy]), deadline=1)
+        score_shades(lambda body: iter([busy]), deadline=1)
     assert time.monotonic() - start < 1
     monkeypatch.setattr("rewards.remote.http_client.LONGEST_PAUSE", 0.3)
-    torch.testing.assert_close(scored(lambda body: next(replies, None) or remote_reward("/score", body)), expected(2))
+    torch.testing.assert_close(score_shades(lambda body: next(replies, None) or remote_reward("/score", body)), expected(2))
     assert 0.3 < time.monotonic() - start < 2
 
 
 def test_retry_after_is_respected() -> None:
     replies = iter([iter([b"HTTP/1.1 429 Busy\r\nRetry-After: 1\r\nContent-Length: 0\r\nConnection: close\r\n\r\n"])])
     start = time.monotonic()
-    torch.testing.assert_close(scored(lambda body: next(replies, None) or remote_reward("/score", body)), expected(2))
+    torch.testing.assert_close(score_shades(lambda body: next(replies, None) or remote_reward("/score", body)), expected(2))
     assert time.monotonic() - start > 1
 
 
@@ -157,7 +157,7 @@ def test_too_large_answers_are_not_read_completely(head: bytes) -> None:
             yield b" " * 2**20
 
     with pytest.raises(ValueError, match="/score must answer at most 4194304 bytes. Found 'more'"):
-        scored(lambda body: endless())
+        score_shades(lambda body: endless())
     assert len(chunks) < 50  # includes data in socket buffers
 
 
@@ -165,7 +165,7 @@ def test_a_compressed_answer_is_not_expanded() -> None:
     bomb = gzip.compress(b" " * 10**6)
     reply = b"HTTP/1.1 200 OK\r\nContent-Encoding: gzip\r\nContent-Length: %d\r\n\r\n" % len(bomb) + bomb
     with pytest.raises(ValueError, match="/score must answer JSON"):
-        scored(lambda body: iter([reply]))
+        score_shades(lambda body: iter([reply]))
 
 
 def test_waiting_for_scores_can_be_interrupted() -> None:
@@ -178,7 +178,7 @@ def test_waiting_for_scores_can_be_interrupted() -> None:
     start = time.monotonic()
     try:
         with pytest.raises(InterruptedError):
-            scored(lambda body: os.kill(os.getpid(), signal.SIGUSR1) or slowly(HEAD + b" " * 100))
+            score_shades(lambda body: os.kill(os.getpid(), signal.SIGUSR1) or slowly(HEAD + b" " * 100))
     finally:
         signal.signal(signal.SIGUSR1, old)
     assert time.monotonic() - start < 2

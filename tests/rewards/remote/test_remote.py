@@ -13,8 +13,8 @@ import pytest
 import torch
 
 from rewards import Prompt, RemoteReward
-from tests.helpers.remote_scores import PROMPT, expected, ready, scored, shades
-from tests.helpers.scripted_server import ScriptedServer, judge, remote_reward
+from tests.helpers.remote_scores import PROMPT, expected, ready, score_shades, shades
+from tests.helpers.scripted_server import ScriptedServer, remote_reward, score_of
 
 
 def test_requests_and_scores_follow_the_protocol() -> None:
@@ -22,13 +22,13 @@ def test_requests_and_scores_follow_the_protocol() -> None:
     images = torch.rand(2, 3, 5, 7, generator=torch.Generator().manual_seed(0))
     with ScriptedServer(remote_reward) as server:
         scores = ready(server)(images=images, prompts=prompts)
-        (body,) = server.asked
+        (body,) = server.requests
     assert body["prompts"] == [
         {"text": "a cat", "source": "plain", "metadata": {}},
         {"text": "two dogs", "source": "geneval", "metadata": {"include": [{"class": "dog", "count": 2}]}},
     ]
     assert scores.tolist() == pytest.approx(
-        [judge(image, prompt.text) for image, prompt in zip(body["images"], prompts, strict=True)]
+        [score_of(image, prompt.text) for image, prompt in zip(body["images"], prompts, strict=True)]
     )
     rounded = (images * 255).round().mean((1, 2, 3)) / 255
     assert scores.tolist() == pytest.approx((rounded * 0.8 + torch.tensor([0, 3]) / 20).tolist())
@@ -37,7 +37,7 @@ def test_requests_and_scores_follow_the_protocol() -> None:
 def test_images_are_split_into_requests() -> None:
     with ScriptedServer(remote_reward) as server:
         scores = ready(server, request_size=3)(images=shades(8), prompts=[PROMPT] * 8)
-        sizes = Counter(len(body["images"]) for body in server.asked)
+        sizes = Counter(len(body["images"]) for body in server.requests)
     assert sizes == {3: 2, 2: 1}
     torch.testing.assert_close(scores, expected(8))
 
@@ -55,7 +55,7 @@ def test_only_chosen_sources_are_sent() -> None:
     with ScriptedServer(remote_reward) as server:
         reward = ready(server, sources=["text"])
         scores = reward(images=shades(3), prompts=prompts)
-        (body,) = server.asked
+        (body,) = server.requests
     assert [prompt["text"] for prompt in body["prompts"]] == ["two"]
     assert scores.isnan().tolist() == [True, False, True]
     assert reward.missing == 0
@@ -86,7 +86,7 @@ def test_order_is_kept_if_answers_arrive_out_of_order() -> None:
         other_answered.set()
         return reply
 
-    torch.testing.assert_close(scored(answer, count=4, request_size=1, concurrency=4), expected(4))
+    torch.testing.assert_close(score_shades(answer, count=4, request_size=1, concurrency=4), expected(4))
 
 
 @pytest.mark.parametrize(
@@ -114,7 +114,7 @@ def test_order_is_kept_if_answers_arrive_out_of_order() -> None:
 )
 def test_unexpected_answers_are_errors(reply: Any, message: str) -> None:
     with pytest.raises(ValueError, match=rf"^RemoteReward: http://127.*/score .*{message}") as caught:
-        scored(lambda body: reply)
+        score_shades(lambda body: reply)
     assert "speaks the protocol in `rewards.remote`" in str(caught.value)
 
 
@@ -135,7 +135,7 @@ def test_scoring_inside_a_running_event_loop() -> None:
     """A notebook runs an event loop."""
 
     async def cell() -> torch.Tensor:
-        return scored(lambda body: remote_reward("/score", body))
+        return score_shades(lambda body: remote_reward("/score", body))
 
     torch.testing.assert_close(asyncio.run(cell()), expected(2))
 

@@ -20,7 +20,7 @@ from marble_lightning.serve import main
 from rewards import OCR, JPEGCompressibility, Prompt, Reward
 from rewards.remote.transport import encode_png
 from tests.helpers import ROOT
-from tests.helpers.reward_server import PNG, PROMPT, Slow, random_images, remote, served
+from tests.helpers.reward_server import PNG, PROMPT, Slow, random_images, remote, serve_reward
 
 
 class Ending(Reward):
@@ -80,7 +80,7 @@ def test_the_command_serves_until_sigterm(monkeypatch: pytest.MonkeyPatch) -> No
 
 def test_scores_equal_local_ones() -> None:
     images, prompts = random_images(7), [Prompt("a cat", "plain")] * 7
-    with served(JPEGCompressibility()) as url:
+    with serve_reward(JPEGCompressibility()) as url:
         scores = remote(url, request_size=2, concurrency=3)(images=images, prompts=prompts)
     assert torch.equal(scores, JPEGCompressibility()(images=images, prompts=prompts))
     assert len(scores.unique()) > 1
@@ -88,7 +88,7 @@ def test_scores_equal_local_ones() -> None:
 
 def test_metadata_is_sent_and_missing_scores_are_null() -> None:
     prompts = [Prompt("a", "x", {"score": 0.25}), Prompt("b", "x"), Prompt("c", "x", {"score": -2.0})]
-    with served(FromMetadata()) as url:
+    with serve_reward(FromMetadata()) as url:
         reward = remote(url)
         scores = reward(images=random_images(3), prompts=prompts)
     torch.testing.assert_close(scores, torch.tensor([0.25, torch.nan, -2.0]), equal_nan=True)
@@ -98,7 +98,7 @@ def test_metadata_is_sent_and_missing_scores_are_null() -> None:
 def test_unsupported_prompts_score_null() -> None:
     reward = OCR()
     reward.setup()
-    with served(reward) as url:
+    with serve_reward(reward) as url:
         answer = requests.post(f"{url}/score", json={"images": [PNG], "prompts": [PROMPT]}, timeout=10)
     assert answer.json() == {"scores": [None]}
 
@@ -107,7 +107,7 @@ def test_health_is_answered_while_scoring_and_requests_are_scored_one_at_a_time(
     reward = Slow()
     images, prompts = random_images(3), [Prompt("a cat", "plain")] * 3
     scores: list[torch.Tensor] = []
-    with served(reward) as url:
+    with serve_reward(reward) as url:
         client = remote(url, request_size=1, concurrency=3)
         thread = threading.Thread(target=lambda: scores.append(client(images=images, prompts=prompts)))
         thread.start()
@@ -121,7 +121,7 @@ def test_health_is_answered_while_scoring_and_requests_are_scored_one_at_a_time(
 
 def test_requests_of_clients_that_hung_up_are_not_scored() -> None:
     reward = Slow()
-    with served(reward) as url:
+    with serve_reward(reward) as url:
         client = remote(url, request_size=1, concurrency=4, timeout=0.3)
         with pytest.raises(ConnectionError, match="timed out"):
             client(images=random_images(4), prompts=[Prompt("a cat", "plain")] * 4)
@@ -133,7 +133,7 @@ def test_requests_of_clients_that_hung_up_are_not_scored() -> None:
 
 
 def test_a_scorer_that_fails_is_a_500_with_its_message(caplog: pytest.LogCaptureFixture) -> None:
-    with served(Broken()) as url:
+    with serve_reward(Broken()) as url:
         answer = requests.post(f"{url}/score", json={"images": [PNG], "prompts": [PROMPT]}, timeout=10)
         assert answer.status_code == 500
         assert answer.json() == {"error": "ArithmeticError: the scorer has failed"}
@@ -190,7 +190,7 @@ def test_too_deep_metadata_is_a_bad_request(plain_url: str) -> None:
 
 def test_a_reward_that_ends_the_program_is_an_error() -> None:
     """The server also answers the next request."""
-    with served(Ending()) as url:
+    with serve_reward(Ending()) as url:
         for _ in range(2):
             answer = requests.post(f"{url}/score", json={"images": [PNG], "prompts": [PROMPT]}, timeout=10)
             assert answer.status_code == 500

@@ -18,7 +18,7 @@ from aiohttp import web
 from marble_lightning.serve import main
 from rewards import JPEGCompressibility, Prompt
 from rewards.remote.server_access import guard, hosts_of
-from tests.helpers.reward_server import PNG, PROMPT, Slow, random_images, remote, served
+from tests.helpers.reward_server import PNG, PROMPT, Slow, random_images, remote, serve_reward
 
 
 def test_a_too_large_body_is_refused(plain_url: str) -> None:
@@ -64,7 +64,7 @@ def test_a_body_without_a_length_has_the_same_limit(plain_url: str) -> None:
 
 
 def test_a_slow_body_times_out_and_frees_its_slot() -> None:
-    with served(JPEGCompressibility(), max_requests=1, body_timeout=0.4) as url:
+    with serve_reward(JPEGCompressibility(), max_requests=1, body_timeout=0.4) as url:
         host, port = url.removeprefix("http://").split(":")
         with socket.create_connection((host, int(port)), timeout=10) as slow:
             slow.sendall(b"POST /score HTTP/1.1\r\nHost: localhost\r\nContent-Length: 100\r\n\r\n{")
@@ -88,7 +88,7 @@ def test_bodies_in_memory_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
         return await request.read()
 
     monkeypatch.setattr("rewards.remote.server.read_body", read_body)
-    with served(reward, max_requests=2) as url:
+    with serve_reward(reward, max_requests=2) as url:
         with pytest.raises(ConnectionError, match="timed out"):
             remote(url, request_size=1, concurrency=5, timeout=2.0)(
                 images=random_images(5), prompts=[Prompt("a cat", "plain")] * 5
@@ -127,7 +127,7 @@ OK = {"Host": "localhost"}
 )
 def test_hosts_and_origins(address: str, allowed: list[str], headers: dict[str, str], status: int) -> None:
     body = {"images": [PNG], "prompts": [PROMPT]}
-    with served(JPEGCompressibility(), guard(hosts_of(address, allowed), allowed)) as url:
+    with serve_reward(JPEGCompressibility(), guard(hosts_of(address, allowed), allowed)) as url:
         answers = [requests.get(f"{url}/health", headers=headers, timeout=10)]
         answers.append(requests.post(f"{url}/score", headers=headers, json=body, timeout=10))
     assert [answer.status_code for answer in answers] == [status] * 2
@@ -136,7 +136,7 @@ def test_hosts_and_origins(address: str, allowed: list[str], headers: dict[str, 
 
 def test_a_token(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MINE", "s3cret")
-    with served(JPEGCompressibility(), guard(None, token="s3cret")) as url:
+    with serve_reward(JPEGCompressibility(), guard(None, token="s3cret")) as url:
         assert len(remote(url, token_variable="MINE")(images=random_images(1), prompts=[Prompt("a cat", "plain")])) == 1
         for headers in ({}, {"Authorization": "Bearer other"}, {"Authorization": "s3cret"}):
             answer = requests.get(f"{url}/health", headers=headers, timeout=10)

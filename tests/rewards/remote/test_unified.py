@@ -42,13 +42,13 @@ def ready(server: ScriptedServer, **arguments: Any) -> UnifiedReward:
     return reward
 
 
-def scored(answer: Callable[[Any], Any], count: int = 2, **arguments: Any) -> torch.Tensor:
+def score_shades(answer: Callable[[Any], Any], count: int = 2, **arguments: Any) -> torch.Tensor:
     """Score `count` shades by a server that lists models normally and answers rating requests by `answer(body)`."""
     with ScriptedServer(lambda path, body: chat(path, body) if body is None else answer(body)) as server:
         return ready(server, **arguments)(images=shades(count), prompts=[PROMPT] * count)
 
 
-def rated(body: Any) -> Any:
+def rate(body: Any) -> Any:
     return chat("/v1/chat/completions", body)
 
 
@@ -81,7 +81,7 @@ def test_requests_follow_openais_interface() -> None:
     image[:, 0] = 1  # red
     with ScriptedServer(chat) as server:
         scores = ready(server, size=64)(images=image, prompts=[Prompt("a {caption} in braces", "plain")])
-        (body,) = server.asked
+        (body,) = server.requests
     assert body["model"] == MODEL
     assert body["temperature"] == 0
     (message,) = body["messages"]
@@ -107,7 +107,7 @@ def test_the_published_defaults() -> None:
 def test_a_custom_question() -> None:
     with ScriptedServer(chat) as server:
         ready(server, question="Is it {caption}? Final Score: 1 to 5.")(images=shades(1), prompts=[PROMPT])
-        (body,) = server.asked
+        (body,) = server.requests
     assert body["messages"][0]["content"][1]["text"] == "Is it a cat? Final Score: 1 to 5."
 
 
@@ -150,44 +150,44 @@ def test_order_is_kept_if_answers_arrive_out_of_order() -> None:
     other_answered = threading.Event()
 
     def answer(body: Any) -> Any:
-        reply = rated(body)
+        reply = rate(body)
         if "Final Score: 1.0000" in reply["choices"][0]["message"]["content"]:  # the first image is black
             assert other_answered.wait(5)
             time.sleep(0.05)
         other_answered.set()
         return reply
 
-    torch.testing.assert_close(scored(answer, count=4), expected(4))
+    torch.testing.assert_close(score_shades(answer, count=4), expected(4))
 
 
 def test_a_slow_answer_within_the_timeout() -> None:
     def answer(body: Any) -> Any:
         time.sleep(0.3)
-        return rated(body)
+        return rate(body)
 
-    torch.testing.assert_close(scored(answer, timeout=3.0, retries=0), expected(2))
+    torch.testing.assert_close(score_shades(answer, timeout=3.0, retries=0), expected(2))
 
 
 def test_a_slow_answer_beyond_the_timeout() -> None:
     def answer(body: Any) -> Any:
         time.sleep(0.8)
-        return rated(body)
+        return rate(body)
 
     with pytest.raises(
         ConnectionError, match=r"UnifiedReward: http://127.*/chat/completions must.*timed out.*raise `timeout`"
     ):
-        scored(answer, timeout=0.3, retries=0)
+        score_shades(answer, timeout=0.3, retries=0)
 
 
 @pytest.mark.parametrize("trouble", [(500, {}), (503, {}), (429, {})], ids=str)
 def test_temporary_failures_are_retried(trouble: Any) -> None:
     replies = iter([trouble, trouble])
-    torch.testing.assert_close(scored(lambda body: next(replies, None) or rated(body)), expected(2))
+    torch.testing.assert_close(score_shades(lambda body: next(replies, None) or rate(body)), expected(2))
 
 
 def test_lost_connections_are_retried() -> None:
     replies = iter([DROP])
-    torch.testing.assert_close(scored(lambda body: next(replies, None) or rated(body)), expected(2))
+    torch.testing.assert_close(score_shades(lambda body: next(replies, None) or rate(body)), expected(2))
 
 
 def test_permanent_failures_report_the_servers_message() -> None:
@@ -196,7 +196,7 @@ def test_permanent_failures_report_the_servers_message() -> None:
     ) as server:
         with pytest.raises(ConnectionError, match=r"/chat/completions must answer.*3 attempts.*500.*EngineDeadError"):
             ready(server)(images=shades(1), prompts=[PROMPT])
-        assert len(server.asked) == 3
+        assert len(server.requests) == 3
 
 
 def test_rejected_requests_are_not_retried() -> None:
@@ -205,7 +205,7 @@ def test_rejected_requests_are_not_retried() -> None:
     ) as server:
         with pytest.raises(ConnectionError, match="no images, please"):
             ready(server)(images=shades(1), prompts=[PROMPT])
-        assert len(server.asked) == 1
+        assert len(server.requests) == 1
 
 
 @pytest.mark.parametrize(
@@ -226,7 +226,7 @@ def test_unexpected_answers_are_errors(reply: Any) -> None:
     with pytest.raises(
         ValueError, match="UnifiedReward: http.*/chat/completions must answer (JSON|as OpenAI's interface does). Found"
     ):
-        scored(lambda body: reply)
+        score_shades(lambda body: reply)
 
 
 def test_an_unreachable_server() -> None:
@@ -239,7 +239,7 @@ def test_an_unreachable_server() -> None:
 
 def test_a_connection_lost_during_an_answer() -> None:
     with pytest.raises(ConnectionError, match=r"http://127.*must answer.*Check that the server runs"):
-        scored(lambda body: CUT, retries=0)
+        score_shades(lambda body: CUT, retries=0)
 
 
 @pytest.mark.parametrize(
