@@ -36,7 +36,7 @@ from marble_lightning.data.datamodule import PromptDataModule
 from marble_lightning.memory import Memory, estimate
 from marble_lightning.memory.report import print_estimate
 from marble_lightning.module import DiffusionNFT
-from marble_lightning.parsers import Parser, TrainingParser, import_classes
+from marble_lightning.parsers import ExportParser, Parser, TrainingParser, import_classes
 from marble_lightning.policies.averaging import Averaging
 from marble_lightning.policies.lora_export import export, redact_yaml
 from marble_lightning.run_folder import RunFolder, folder_of_runs
@@ -44,9 +44,9 @@ from marble_lightning.utils.atomic_files import local_path
 
 ABOUT = "Fine-tune Stable Diffusion 3 by reinforcement learning on several rewards at once."
 OTHERS = (
-    "memory: Print the GPU memory that `fit` with the same options needs; takes no GPU. "
     "export: Write a checkpoint's adapter as a LoRA for diffusers and ComfyUI; see `marble-lightning export --help`. "
-    "configs: List the configurations that `-c` knows by name, or copy one; see `marble-lightning configs --help`."
+    "configs: List the configurations that `-c` knows by name, or copy one; see `marble-lightning configs --help`. "
+    "memory: Print the GPU memory that `fit` needs, without a GPU; it has the options of `fit`."
 )
 
 CKPT_PATH = (
@@ -142,7 +142,7 @@ class MarbleCLI(LightningCLI):
 
     def after_instantiate_classes(self) -> None:
         """Keep the configuration for checkpoints, as in config.yaml but without secrets, since checkpoints are shared."""
-        self.model.run_config = redacted_yaml(self._config_yaml)
+        self.model.run_config = redact_yaml(self._config_yaml)
 
     def instantiate_trainer(self, **options: Any) -> Trainer:
         """Add the callbacks that have no section of settings."""

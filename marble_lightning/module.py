@@ -121,7 +121,7 @@ class DiffusionNFT(LightningModule):
         if stage == "fit":
             self.balancer = checks.get_balancer(trainer)
             self.plan = checks.plan_round(trainer, self.sampling, *self.sizes)
-            checks.check_training(self.policy, self._learned, data)
+            checks.check_training(self.policy, self._trained_rewards, data)
         checks.check_precision(trainer)
         use_whole_files(trainer)
         check_callbacks(trainer.callbacks)  # type: ignore[attr-defined]
@@ -171,7 +171,7 @@ class DiffusionNFT(LightningModule):
         sampled = self.sample_round(self.seed)
         self.rollout, self.scores = sampled.rollout, sampled.scores
         self.image_statistics = image_statistics(sampled.images, self.rollout.groups)
-        metrics, waited = sampled.metrics(self.trainer, self._learned, self.scorer), sampled.waited
+        metrics, waited = sampled.metrics(self.trainer, self._trained_rewards, self.scorer), sampled.waited
         del sampled  # its images take gigabytes that training needs
         self.coefficients = self.compute_coefficients(self.rollout, self.scores, self.seed, self.balancer)
         self.trained_since = time.perf_counter()

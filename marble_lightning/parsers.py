@@ -14,7 +14,7 @@ from lightning.pytorch.cli import LightningArgumentParser
 
 import balancers
 import rewards
-from marble_lightning.config_files import located
+from marble_lightning.config_files import locate
 
 NULLABLE = ("model.rewards", "model.metrics")
 """Mappings that a later configuration replaces as a whole."""

@@ -179,7 +179,7 @@ def reward_gradients(
     coefficients = [of_rewards.concat(of_sum) for of_rewards, of_sum in zip(*by_balancer, strict=True)]
     first = step * module.plan.per_step
     with module.step.per_reward.capture():
-        for batch in islice(module.cut(rollout, coefficients, seed), first, first + module.plan.per_step):
+        for batch in islice(module.split_round(rollout, coefficients, seed), first, first + module.plan.per_step):
             with module.trainer.precision_plugin.forward_context():
                 losses = module.step.sample_losses(batch, module.step.velocity(batch, "trained"))
             total += module.step.per_reward(*losses, batch.coefficients, module.scaler)

@@ -189,7 +189,7 @@ class SD3Policy(FlowPolicy):
         if self.prompt_cache is None:
             with self._text_encoders_on_device():
                 batches = range(0, len(texts), ENCODE_BATCH_SIZE)
-                return joined([self._encode(texts[i : i + ENCODE_BATCH_SIZE]) for i in batches], self.device)
+                return concat_conditions([self._encode(texts[i : i + ENCODE_BATCH_SIZE]) for i in batches], self.device)
         distinct = dict.fromkeys(texts)
         encoded = {text: cached for text in distinct if (cached := self.cache.get(text)) is not None}
         if missing := [text for text in distinct if text not in encoded]:

@@ -47,7 +47,7 @@ def test_errors_name_a_damaged_checkpoint_and_the_newest_usable_one(tmp_path, da
 
 
 @pytest.mark.integration
-@pytest.mark.parametrize("damage", [cut, gone])
+@pytest.mark.parametrize("damage", [truncate, remove])
 @pytest.mark.parametrize("command", ["fit", "validate"])
 def test_the_command_line_names_a_damaged_checkpoint(small, tmp_path, command, damage):
     """Lightning alone would load the unchecked file first."""

@@ -57,7 +57,7 @@ def test_offloaded_encoders_are_on_the_device_while_they_encode(checkpoints, mon
     monkeypatch.setattr(policy, "_encode", record_devices)
     for encoder in policy.text_encoders.values():
         monkeypatch.setattr(encoder, "to", lambda device, module=encoder: vars(module).update(at=str(device)))
-        monkeypatch.setattr(type(encoder), "device", property(lambda module: torch.device(vars(module)["at"])))
+        monkeypatch.setattr(type(encoder), "device", property(lambda module: torch.device(vars(module).get("at", "cpu"))))
     with pytest.raises(InterruptedError):
         policy.encode(TEXTS)
     assert devices == ["meta"] * 3
