@@ -49,8 +49,14 @@ def test_the_order_of_pcgrad_depends_on_the_step_only():
     assert len({tuple(weights.tolist()) for weights in by_step}) > 1
 
 
+def seeds(quick: int, all_of_them: int) -> list:
+    """Seeds of a test, of which plain `pytest` runs the first ones."""
+    later = [pytest.param(seed, marks=pytest.mark.integration) for seed in range(quick, all_of_them)]
+    return [*range(quick), *later]
+
+
 @pytest.mark.parametrize("c", [0.1, 0.4, 0.9])
-@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.parametrize("seed", seeds(2, 8))
 def test_cagrad_equals_torchjd_or_is_better(seed, c):
     """TorchJD's cone program stops slightly early: the update is equal, and its smallest inner product no smaller."""
     gram = gram_of(seed, push=0.5)
@@ -87,7 +93,7 @@ def test_cagrad_edges():
         CAGrad(c=-1)
 
 
-@pytest.mark.parametrize("seed", range(10))
+@pytest.mark.parametrize("seed", seeds(3, 10))
 def test_mgda_equals_torchjd(seed):
     """TorchJD approaches the point iteratively (Frank-Wolfe), so the norms are compared."""
     gram = gram_of(seed, push=0.5)
