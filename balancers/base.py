@@ -155,7 +155,8 @@ class Balancer(Callback):
 
     def begin_step(self, n_micro_batches: int) -> None:
         """Start an optimizer step of `n_micro_batches` micro-batches and decide whether it is a refresh step."""
-        due = self.needs_gradients and not self.uniform and (self.options.is_due(self.step) or self.smoothed.empty)
+        due = self.options.is_due(self.step) or self.smoothed.empty
+        due = due and self.needs_gradients and not self.options.is_uniform(self.step)
         self._sum = GradientSum(self.options.estimated(n_micro_batches) if due else 0)
         self._solved, self.any_gradient_overflowed = None, False
 
@@ -224,7 +225,7 @@ class Balancer(Callback):
     @property
     def loss_weights(self) -> Float[Tensor, " reward"]:
         """Weight of each reward's loss in the scalarised loss of the current step: (K,) float32 on the CPU."""
-        if self.uniform:
+        if self.options.is_uniform(self.step):
             return torch.full((len(self.names),), 1 / len(self.names))
         if self._solved is not None:
             return self._solved
@@ -235,11 +236,6 @@ class Balancer(Callback):
     def scale(self) -> Float[Tensor, " reward"]:
         """Smoothed s_k, which scales a raw gradient to the mean norm; 1 without `normalize`."""
         return self.smoothed.scale if self.options.normalize else torch.ones_like(self.smoothed.initial)
-
-    @property
-    def uniform(self) -> bool:
-        """Whether the final stage with uniform weights has begun."""
-        return self.options.is_uniform(self.step)
 
     @property
     def solved(self) -> bool:

@@ -23,6 +23,69 @@ CUT = object()
 Answer = Callable[[str, Any], Any]
 
 
+class Server(ThreadingHTTPServer):
+    daemon_threads = True
+    owner: ScriptedServer
+
+    def handle_error(self, *_: Any) -> None:
+        """Ignore errors of clients that have disconnected, as some tests do."""
+
+
+class Handler(BaseHTTPRequestHandler):
+    """Answers requests as the server's owner says."""
+
+    server: Server
+    protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True
+
+    def setup(self) -> None:
+        super().setup()
+        self.server.owner._open.add(self.connection)
+
+    def finish(self) -> None:
+        self.server.owner._open.discard(self.connection)
+        super().finish()
+
+    def do_GET(self) -> None:
+        self._send(self.server.owner.answer(self.path, None))
+
+    def do_POST(self) -> None:
+        owner, body = self.server.owner, json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        with owner._lock:
+            owner.requests.append(body)
+            owner.headers.append(self.headers)
+            owner._in_flight += 1
+            owner.most_in_flight = max(owner.most_in_flight, owner._in_flight)
+        try:
+            reply = owner.answer(self.path, body)
+        finally:
+            with owner._lock:
+                owner._in_flight -= 1
+        self._send(reply)
+
+    def _send(self, reply: Any) -> None:
+        if isinstance(reply, Iterator):
+            self.close_connection = True
+            for part in reply:
+                self.wfile.write(part)
+            return
+        if reply is DROP or reply is CUT:
+            if reply is CUT:
+                self.wfile.write(b'HTTP/1.1 200 OK\r\nContent-Length: 1000\r\n\r\n{"scores": [')
+            self.close_connection = True
+            return
+        status, content = reply if isinstance(reply, tuple) else (200, reply)
+        raw = content if isinstance(content, bytes) else json.dumps(content).encode()
+        self.send_response(status)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(raw)))
+        self.end_headers()
+        self.wfile.write(raw)
+
+    def log_message(self, *_: Any) -> None:
+        pass
+
+
 class ScriptedServer:
     """Answers `answer(path, body)`: a mapping (200, JSON), bytes (200), (status, either), `DROP`, `CUT`, or an iterator of
     raw bytes to send.
@@ -39,66 +102,8 @@ class ScriptedServer:
         self._in_flight = 0
         self._lock = threading.Lock()
         self._open: set[socket.socket] = set()
-        owner = self
-
-        class Handler(BaseHTTPRequestHandler):
-            protocol_version = "HTTP/1.1"
-            disable_nagle_algorithm = True
-
-            def setup(self) -> None:
-                super().setup()
-                owner._open.add(self.connection)
-
-            def finish(self) -> None:
-                owner._open.discard(self.connection)
-                super().finish()
-
-            def do_GET(self) -> None:
-                self._send(owner.answer(self.path, None))
-
-            def do_POST(self) -> None:
-                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-                with owner._lock:
-                    owner.requests.append(body)
-                    owner.headers.append(self.headers)
-                    owner._in_flight += 1
-                    owner.most_in_flight = max(owner.most_in_flight, owner._in_flight)
-                try:
-                    reply = owner.answer(self.path, body)
-                finally:
-                    with owner._lock:
-                        owner._in_flight -= 1
-                self._send(reply)
-
-            def _send(self, reply: Any) -> None:
-                if isinstance(reply, Iterator):
-                    self.close_connection = True
-                    for part in reply:
-                        self.wfile.write(part)
-                    return
-                if reply is DROP or reply is CUT:
-                    if reply is CUT:
-                        self.wfile.write(b'HTTP/1.1 200 OK\r\nContent-Length: 1000\r\n\r\n{"scores": [')
-                    self.close_connection = True
-                    return
-                status, content = reply if isinstance(reply, tuple) else (200, reply)
-                raw = content if isinstance(content, bytes) else json.dumps(content).encode()
-                self.send_response(status)
-                self.send_header("Content-Type", "application/json")
-                self.send_header("Content-Length", str(len(raw)))
-                self.end_headers()
-                self.wfile.write(raw)
-
-            def log_message(self, *_: Any) -> None:
-                pass
-
-        class Server(ThreadingHTTPServer):
-            daemon_threads = True
-
-            def handle_error(self, *_: Any) -> None:
-                """Ignore errors of clients that have disconnected, as some tests do."""
-
         self._server = Server(("127.0.0.1", 0), Handler)
+        self._server.owner = self
         self.url = f"http://127.0.0.1:{self._server.server_port}"
 
     def __enter__(self) -> ScriptedServer:

@@ -66,18 +66,17 @@ def test_large_runs_keep_the_published_settings(name, capsys):
     assert set(model["metrics"]) == {"geneval_accuracy", "aesthetic", "imagereward"}
 
 
-@pytest.mark.parametrize("name", ["sd35m", *(pytest.param(name, marks=pytest.mark.slow) for name in LARGE[1:])])
-def test_the_large_runs_train_a_small_model(name, checkpoints, tmp_path, capsys):
-    """Same file and code, with T5, bfloat16 weights and mixed precision; only sizes and paths differ."""
+def small_settings(checkpoints: Path, folder: Path) -> dict[str, object]:
+    """Settings that make a run of a large configuration small."""
     clip = str(checkpoints / "clip")
-    small = {
+    return {
         "trainer.accelerator": "cpu",
         "trainer.devices": 1,
         "trainer.num_nodes": 1,
         "trainer.strategy": "auto",
         "trainer.max_epochs": 2,
         "trainer.check_val_every_n_epoch": 2,
-        "trainer.logger.save_dir": tmp_path,
+        "trainer.logger.save_dir": folder,
         "trainer.enable_progress_bar": False,
         "data.folder": ROOT / "marble_lightning/tinyworld/prompts",
         "data.prompts_per_round": 3,
@@ -87,7 +86,7 @@ def test_the_large_runs_train_a_small_model(name, checkpoints, tmp_path, capsys)
         "model.policy.resolution": 16,
         "model.policy.rank": 2,
         "model.policy.text_length": 6,
-        "model.policy.prompt_cache": tmp_path / "cache",
+        "model.policy.prompt_cache": folder / "cache",
         "model.rewards.pickscore.path": clip,
         "model.rewards.pickscore.processor_path": "null",
         "model.rewards.hpsv2.path": clip,
@@ -101,6 +100,12 @@ def test_the_large_runs_train_a_small_model(name, checkpoints, tmp_path, capsys)
         "model.evaluation.steps": 2,
         "model.micro_batch_size": 4,
     }
+
+
+@pytest.mark.parametrize("name", ["sd35m", *(pytest.param(name, marks=pytest.mark.slow) for name in LARGE[1:])])
+def test_the_large_runs_train_a_small_model(name, checkpoints, tmp_path, capsys):
+    """Same file and code, with T5, bfloat16 weights and mixed precision; only sizes and paths differ."""
+    small = small_settings(checkpoints, tmp_path)
     flags = [part for option, value in small.items() for part in (f"--{option}", str(value))]
     command = [*launched(CONFIGS / f"{name}.yaml"), *flags]
     main(["fit", *command])

@@ -19,11 +19,8 @@ IMAGE_SIZE = 32
 POSITIONS = 12
 
 
-def write_clip(folder: Path, *, seed: int = 0, image_size: int = IMAGE_SIZE, positions: int = POSITIONS) -> Path:
-    """Write a CLIPModel folder as published: config, safetensors, vocab.json, merges.txt, preprocessor_config.json."""
-    from transformers import CLIPConfig, CLIPModel
-
-    folder.mkdir(parents=True, exist_ok=True)
+def write_vocabulary(folder: Path) -> list[str]:
+    """Write vocab.json, merges.txt and tokenizer_config.json of a CLIP tokenizer, and return its tokens."""
     letters = [chr(code) for code in range(33, 127)]
     merges = ["c a", "ca t</w>", "d o", "do g</w>"]
     vocabulary = [*letters, *(letter + "</w>" for letter in letters), *(merge.replace(" ", "") for merge in merges)]
@@ -31,6 +28,15 @@ def write_clip(folder: Path, *, seed: int = 0, image_size: int = IMAGE_SIZE, pos
     (folder / "vocab.json").write_text(json.dumps({token: index for index, token in enumerate(vocabulary)}))
     (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *merges, ""]))
     (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "CLIPTokenizer"}))
+    return vocabulary
+
+
+def write_clip(folder: Path, *, seed: int = 0, image_size: int = IMAGE_SIZE, positions: int = POSITIONS) -> Path:
+    """Write a CLIPModel folder as published: config, safetensors, vocab.json, merges.txt, preprocessor_config.json."""
+    from transformers import CLIPConfig, CLIPModel
+
+    folder.mkdir(parents=True, exist_ok=True)
+    last = len(write_vocabulary(folder)) - 1
     (folder / "preprocessor_config.json").write_text(
         json.dumps(
             {
@@ -50,11 +56,11 @@ def write_clip(folder: Path, *, seed: int = 0, image_size: int = IMAGE_SIZE, pos
     config = CLIPConfig(
         text_config={
             **small,
-            "vocab_size": len(vocabulary),
+            "vocab_size": last + 1,
             "max_position_embeddings": positions,
-            "bos_token_id": len(vocabulary) - 2,
-            "eos_token_id": len(vocabulary) - 1,
-            "pad_token_id": len(vocabulary) - 1,
+            "bos_token_id": last - 1,
+            "eos_token_id": last,
+            "pad_token_id": last,
         },
         vision_config={**small, "image_size": image_size, "patch_size": 8},
         projection_dim=16,
@@ -64,9 +70,8 @@ def write_clip(folder: Path, *, seed: int = 0, image_size: int = IMAGE_SIZE, pos
         torch.manual_seed(seed)
         model = CLIPModel(config)
         # Initial weights are so small that all embeddings are similar; larger ones make scores differ.
-        for parameter in model.parameters():
-            if parameter.ndim > 1:
-                parameter.data.mul_(6)
+        for parameter in (parameter for parameter in model.parameters() if parameter.ndim > 1):
+            parameter.data.mul_(6)
     model.save_pretrained(folder)
     write_head(folder, width=16, seed=seed)
     return folder

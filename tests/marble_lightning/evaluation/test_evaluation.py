@@ -150,16 +150,12 @@ def test_the_ema_adapter_the_trained_one_or_the_base(small, fitted, trained, tmp
     folder = ["--predictions.folder", str(tmp_path / "out"), "--predictions.scores", "false"]
     main(["predict", *small, *folder, "--ckpt_path", trained])
     main(["predict", *small, *folder, "--ckpt_path", trained])
-    assert (facts_of(tmp_path / "out/00000.png")["adapter"], facts_of(tmp_path / "out/00000.png")["checkpoint"]) == (
-        "ema",
-        checkpoint,
-    )
+    facts = facts_of(tmp_path / "out/00000.png")
+    assert (facts["adapter"], facts["checkpoint"]) == ("ema", checkpoint)
     monkeypatch.setattr(SD3Policy, "sample", lambda *_: pytest.fail("something was sampled"))
     with pytest.raises(ValueError, match=r"00000\.png with adapter 'ema' instead of 'trained'; choose another folder"):
         main(["predict", *small, *folder, "--ckpt_path", trained, "--model.policy.adapter", "trained"])
-    with pytest.raises(
-        ValueError, match=r"00000\.png with adapter 'ema' instead of 'none', checkpoint '.*' instead of 'none'"
-    ):
+    with pytest.raises(ValueError, match=r"00000\.png with adapter 'ema' instead of 'none', checkpoint '.*' instead"):
         main(["predict", *small, *folder])
     with pytest.raises(ValueError, match="`ckpt_path` must be null where `policy.adapter` is none: .*choose the adapter"):
         main(["validate", *small, "--model.policy.adapter", "none", "--ckpt_path", trained])
