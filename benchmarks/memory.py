@@ -36,7 +36,7 @@ import rewards
 from balancers import MARBLE
 from benchmarks.random_sd35m import WHOLE, random_sd35m
 from marble_lightning.data.datamodule import PromptDataModule
-from marble_lightning.memory import estimate
+from marble_lightning.memory import estimate_memory
 from marble_lightning.memory.report import print_estimate
 from marble_lightning.module import DiffusionNFT
 from marble_lightning.nft.rollout import Plan
@@ -167,7 +167,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         module = module_on_a_gpu(Path(folder), options)
         start = time.perf_counter()
-        print_estimate(estimate(module, options.ranks), options.ranks)
+        print_estimate(estimate_memory(module, options.ranks), options.ranks)
         print(f"counted in {time.perf_counter() - start:.0f} s")
 
 

@@ -33,7 +33,7 @@ from marble_lightning.checkpoints.signals import Stops, checkpoint_of_job, statu
 from marble_lightning.checks import get_balancer
 from marble_lightning.config_files import configs
 from marble_lightning.data.datamodule import PromptDataModule
-from marble_lightning.memory import Memory, estimate
+from marble_lightning.memory import Memory, estimate_memory
 from marble_lightning.memory.report import print_estimate
 from marble_lightning.module import DiffusionNFT
 from marble_lightning.parsers import ExportParser, Parser, TrainingParser, import_classes
@@ -230,7 +230,7 @@ class MemoryCLI(MarbleCLI):
         self._check_settings()
         get_balancer(self.trainer).setup(self.trainer, self.model, "fit")
         self.model.setup("fit")
-        print_estimate(estimate(self.model, self.gpus), self.gpus)
+        print_estimate(estimate_memory(self.model, self.gpus), self.gpus)
 
 
 def main(args: Sequence[str] | None = None) -> None:

@@ -5,7 +5,7 @@ Every phase of a run is run once on fake tensors, which have shapes and no data 
 `fit` refuses a run that cannot fit on its GPU (`report`).
 """
 
-from marble_lightning.memory.estimate import Estimate, estimate
+from marble_lightning.memory.estimate import Estimate, estimate_memory
 from marble_lightning.memory.report import Memory
 
-__all__ = ["Estimate", "Memory", "estimate"]
+__all__ = ["Estimate", "Memory", "estimate_memory"]

@@ -46,7 +46,7 @@ class Estimate:
         return max(map(self.total, self.phases))
 
 
-def estimate(module: DiffusionNFT, gpus: int = 1, cuda: bool = True) -> Estimate:
+def estimate_memory(module: DiffusionNFT, gpus: int = 1, cuda: bool = True) -> Estimate:
     """Estimate the memory of one process's device. Every phase is counted once, which takes seconds.
 
     Args:

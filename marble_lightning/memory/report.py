@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
 
-from marble_lightning.memory.estimate import Estimate, estimate
+from marble_lightning.memory.estimate import Estimate, estimate_memory
 from marble_lightning.module import DiffusionNFT
 
 log = logging.getLogger(__name__)
@@ -104,7 +104,7 @@ class Memory(Callback):
         if self.check == "off" or device.type != "cuda" or not isinstance(pl_module, DiffusionNFT):
             return
         try:
-            found = estimate(pl_module, trainer.world_size)
+            found = estimate_memory(pl_module, trainer.world_size)
         except Exception as error:  # noqa: BLE001 - a custom policy need not have the parts that are counted
             warn(f"The memory this run needs was not estimated. Found {type(error).__name__}: {error}")
             return

@@ -22,7 +22,7 @@ from torch.profiler import ProfilerActivity, profile
 
 import balancers
 from marble_lightning.data.datamodule import PromptDataModule
-from marble_lightning.memory import Estimate, estimate
+from marble_lightning.memory import Estimate, estimate_memory
 from marble_lightning.module import DiffusionNFT
 from marble_lightning.nft.sampling import Sampling
 from marble_lightning.policies.sd3 import SD3Policy
@@ -38,7 +38,7 @@ class Estimated(Callback):
     """Keeps the estimate at the start of a run, for the device it runs on."""
 
     def on_fit_start(self, trainer, pl_module):
-        self.estimate = estimate(pl_module, cuda=trainer.strategy.root_device.type == "cuda")
+        self.estimate = estimate_memory(pl_module, cuda=trainer.strategy.root_device.type == "cuda")
 
 
 def blocks_of(tensors: Iterable[Tensor]) -> dict[int, int]:

@@ -14,7 +14,7 @@ from lightning.pytorch import Callback, Trainer
 from balancers import MARBLE, WeightedSum
 from marble_lightning.cli import QUIET
 from marble_lightning.data.datamodule import PromptDataModule
-from marble_lightning.memory import estimate
+from marble_lightning.memory import estimate_memory
 from marble_lightning.memory.ledger import bytes_of, tensors_of
 from marble_lightning.module import DiffusionNFT
 from marble_lightning.nft.sampling import Sampling
@@ -88,7 +88,7 @@ def setup_module(checkpoints, tmp_path):
 
 def test_parts_are_what_the_module_holds(setup_module):
     module = setup_module()
-    parts = estimate(module).parts
+    parts = estimate_memory(module).parts
     policy = bytes_of(tensors_of(module.policy, *module.policy.text_encoders.values()))
     assert sum(parts[name] for name in ("transformer", "adapters", "autoencoder", "text encoders")) == policy
     assert parts["adapters"] == 3 * parts["gradients"] == 3 * bytes_of(module.trainable)
@@ -97,7 +97,7 @@ def test_parts_are_what_the_module_holds(setup_module):
 
 def test_two_gpus_share_a_round_and_have_buckets(setup_module):
     module = setup_module()
-    one, two = estimate(module), estimate(module, gpus=2)
+    one, two = estimate_memory(module), estimate_memory(module, gpus=2)
     assert two.parts["images"] == one.parts["images"] / 2
     assert two.parts["gradients"] == 2 * one.parts["gradients"]
 
@@ -121,17 +121,17 @@ def test_an_estimate_changes_nothing_in_the_run(checkpoints, tmp_path):
 )
 def test_settings_that_save_memory(setup_module, option, value, phase):
     base = {"offload_text_encoders": False} if option == "offload_text_encoders" else {}
-    whole, saving = estimate(setup_module(**base)), estimate(setup_module(**{option: value}))
+    whole, saving = estimate_memory(setup_module(**base)), estimate_memory(setup_module(**{option: value}))
     assert saving.total(phase) < whole.total(phase)
 
 
 def test_a_refresh_takes_more_than_a_single_loss(setup_module):
-    merged, summed = (estimate(setup_module(balancer)).total("training") for balancer in (MARBLE(), WeightedSum()))
+    merged, summed = (estimate_memory(setup_module(balancer)).total("training") for balancer in (MARBLE(), WeightedSum()))
     assert merged > summed
 
 
 def test_text_encoders_that_are_offloaded_only_visit_a_gpu(setup_module):
-    visiting, staying = (estimate(setup_module(offload_text_encoders=offload)) for offload in (True, False))
+    visiting, staying = (estimate_memory(setup_module(offload_text_encoders=offload)) for offload in (True, False))
     assert visiting.parts == staying.parts
     for name in staying.phases:
         there = ["text encoders" in found.phases[name].parts for found in (visiting, staying)]
@@ -144,7 +144,7 @@ def test_rewards_count_where_they_are_and_a_shared_model_once(setup_module, chec
     def found(overlap):
         rewards = {"clip": CLIPScore(clip), "same": CLIPScore(clip), "other": CLIPScore(clip, dtype="bfloat16")}
         module = setup_module(rewards=rewards, scoring=Scoring(devices={"other": "cpu"}, offload=True, overlap=overlap))
-        return module, estimate(module)
+        return module, estimate_memory(module)
 
     module, estimated = found(overlap=True)
     assert estimated.parts["rewards"] == bytes_of(tensors_of(module.rewards["clip"]))

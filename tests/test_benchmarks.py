@@ -1,0 +1,34 @@
+"""Every benchmark runs, with its smallest options."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from tests.helpers import ROOT
+
+SMALL = {
+    "kill_and_resume": "--kills 1 --folder {folder}",
+    "memory": "--frugal --no-overlap --prompts 2 --held-out 2 --sampling 2 --micro 2 --checkpointing",
+    "methods": "--methods weighted_sum --seeds 0 --folder {folder} --trainer.max_epochs 1 --data.held_out_per_source 4",
+    "ocr_workers": "--images 4 --cycles 1",
+    "policies_in_one_pass": "--sizes 3 --cycles 1",
+    "round_speed": "--cycles 1 --data.prompts_per_round 6",
+    "scoring_overlap": "--cycles 1",
+    "soak": "--rounds 2 --every 1",
+    "training_speed": "--rewards 2 --cycles 1 --memory",
+}
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize("name", SMALL)
+def test_it_prints_its_table(name, tmp_path):
+    command = [sys.executable, "-m", f"benchmarks.{name}", *SMALL[name].format(folder=tmp_path).split()]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    ended = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert ended.returncode in (0, 1) and "Traceback" not in ended.stderr, ended.stdout + ended.stderr
+    assert "|" in ended.stdout or "│" in ended.stdout
