@@ -11,20 +11,23 @@ CHUNK = 2**20
 """Columns converted to float64 at a time, so that a Gram matrix never doubles the memory of the gradients."""
 
 
-def gram_matrix(gradients: Float[Tensor, "reward parameter"]) -> Float[Tensor, "reward reward"]:
-    r"""Inner products $G_{jk} = \langle g_j, g_k \rangle$ in float64, on the CPU.
+def gram_matrix(
+    gradients: Float[Tensor, "reward parameter"], others: Float[Tensor, "reward parameter"] | None = None
+) -> Float[Tensor, "reward reward"]:
+    r"""Inner products $G_{jk} = \langle g_j, g_k \rangle$ in float64, on the CPU; with `others` $\langle g_j, h_k \rangle$.
 
-    The result is on the CPU: for the K x K algebra that follows, launching GPU kernels would take longer than computing.
+    On the CPU, since for the K x K algebra that follows, launching GPU kernels would take longer than computing.
 
     Shape:
-        gradients (K, P) -> (K, K).
+        gradients (K, P), others (K, P) -> (K, K).
     """
     # Apple's GPUs have no float64: there the products are float32, and only their sum is float64.
     wide = torch.float32 if gradients.device.type == "mps" else torch.float64
     gram = torch.zeros(len(gradients), len(gradients), dtype=torch.float64)
-    for chunk in gradients.detach().split(CHUNK, dim=1):
+    others = gradients if others is None else others
+    for chunk, other in zip(gradients.detach().split(CHUNK, dim=1), others.detach().split(CHUNK, dim=1), strict=True):
         chunk = chunk.to(wide)
-        gram += (chunk @ chunk.T).cpu()
+        gram += (chunk @ (chunk if others is gradients else other.to(wide)).T).cpu()
     return gram
 
 
