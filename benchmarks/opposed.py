@@ -1,9 +1,10 @@
 """Methods that merge rewards where one reward opposes the others: `python -m benchmarks.opposed --seeds 0 1 2 --jobs 2`.
 
 The five rewards of configs/tiny.yaml ask for clean images. A sixth, the mean absolute difference of neighbouring pixels,
-asks for noise. The table has the held-out change of each reward with its standard error over prompts. Runs have 44 rounds,
-and each has one thread. A finished run is not repeated: its scores are kept in `--results`, one small JSON file each, so an
-interrupted comparison resumes and the table can be printed again without the runs. Other options are passed to `fit`.
+asks for noise. The table has the held-out change of each reward; with several seeds its 95 % interval by a crossed
+bootstrap over seeds and prompts, with one its standard error over prompts. Runs have 44 rounds, and each has one thread. A
+finished run is not repeated: its scores are kept in `--results`, one small JSON file each, so an interrupted comparison
+resumes and the table can be printed again without the runs. Other options are passed to `fit`.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from marble_lightning.evaluation.results import read
-from marble_lightning.evaluation.statistics import summarise
+from marble_lightning.evaluation.statistics import crossed_interval, summarise
 from rewards import Reward
 
 PUBLISHED_SPREADS = {"pickscore": 0.18, "hpsv2": 0.11, "clipscore": 0.6}
@@ -91,15 +92,23 @@ def scores_of(run: Path) -> dict[str, Any]:
 
 
 def scores_table(found: dict[tuple[str, int], dict[str, Any]]) -> str:
-    """Held-out change of each reward by method, averaged over seeds, and its standard error over prompts."""
+    """Held-out change of each reward by method: the mean, and its interval, or for a single seed its standard error."""
     names = next(iter(found.values()))["rewards"]
     lines = ["| method | seeds | " + " | ".join(names) + " |", "|---" * (len(names) + 2) + "|"]
     for method in dict.fromkeys(method for method, _ in found):
         runs = [result for (name, _), result in found.items() if name == method]
-        changes = torch.stack([as_tensor(run["trained"]) - as_tensor(run["base"]) for run in runs]).mean(0)
-        cells = (summarise(column) for column in changes.T)
-        lines.append(f"| {method} | {len(runs)} | " + " | ".join(f"{c.mean:+.3f} ± {c.error:.3f}" for c in cells) + " |")
+        changes = torch.stack([as_tensor(run["trained"]) - as_tensor(run["base"]) for run in runs])
+        lines.append(f"| {method} | {len(runs)} | " + " | ".join(map(cell, changes.unbind(2))) + " |")
     return "\n".join(lines)
+
+
+def cell(changes: Tensor) -> str:
+    """The mean of changes (seed, prompt) with its interval, or for a single seed with its standard error."""
+    if len(changes) == 1:
+        found = summarise(changes[0])
+        return f"{found.mean:+.3f} ± {found.error:.3f}"
+    interval = crossed_interval(changes)
+    return f"{interval.mean:+.3f} [{interval.low:+.3f}, {interval.high:+.3f}]"
 
 
 def as_tensor(rows: list[list[float | None]]) -> Tensor:

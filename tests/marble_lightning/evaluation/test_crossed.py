@@ -1,0 +1,52 @@
+"""Confidence intervals over seeds and prompts, both of which are samples."""
+
+import pytest
+import torch
+from scipy import stats
+
+from marble_lightning.evaluation.statistics import crossed_error, crossed_interval
+
+
+def sample(seed, seeds=5, prompts=60, sizes=(0.3, 1.0, 1.0)):
+    """Changes of mean 0: an effect of each seed, one of each prompt, and noise."""
+    draw = torch.Generator().manual_seed(seed)
+    shapes = ((seeds, 1), (1, prompts), (seeds, prompts))
+    return sum(size * torch.randn(*shape, generator=draw) for size, shape in zip(sizes, shapes, strict=True))
+
+
+def test_the_error_of_one_kind_of_effect_is_the_usual_one():
+    of_seeds = torch.tensor([0.1, 0.4, -0.2, 0.3])[:, None].expand(4, 50)
+    assert float(crossed_error(of_seeds)) == pytest.approx(stats.sem(of_seeds[:, 0].numpy()))
+    of_prompts = torch.randn(1, 50, generator=torch.Generator().manual_seed(0)).expand(4, 50)
+    assert float(crossed_error(of_prompts)) == pytest.approx(stats.sem(of_prompts[0].numpy()), rel=1e-4)
+
+
+def test_many_prompts_and_no_effect_of_seeds_give_the_interval_of_student():
+    values = torch.randn(1, 400, generator=torch.Generator().manual_seed(0)).expand(5, 400)
+    interval = crossed_interval(values)
+    low, high = stats.t.interval(0.95, 399, loc=float(values.mean()), scale=stats.sem(values[0].numpy()))
+    assert (interval.low, interval.high) == pytest.approx((low, high), abs=0.01)
+
+
+@pytest.mark.parametrize("sizes", [(0.3, 1.0, 1.0), (0.0, 1.0, 1.0), (0.3, 0.0, 1.0)])
+def test_95_percent_intervals_of_five_seeds_cover_the_mean(sizes):
+    intervals = [crossed_interval(sample(seed, sizes=sizes), resamples=500) for seed in range(200)]
+    covered = sum(interval.low <= 0 <= interval.high for interval in intervals) / len(intervals)
+    assert 0.89 <= covered <= 1.0
+
+
+def test_scale_shift_and_order_do_not_matter():
+    values = sample(0)
+    one, other = crossed_interval(values), crossed_interval(2 * values + 1)
+    assert other == pytest.approx([2 * end + 1 for end in one])
+    assert crossed_interval(values.flip(1)) == pytest.approx(one, abs=0.03)
+
+
+def test_prompts_without_a_score_are_left_out():
+    values = sample(0)
+    missing = torch.cat([values, torch.full((5, 3), torch.nan)], 1)
+    missing[0, -1] = 1.0
+    assert crossed_interval(missing) == crossed_interval(values)
+    assert crossed_interval(torch.full((3, 4), 0.25)) == (0.25, 0.25, 0.25)
+    with pytest.raises(ValueError, match="at least 2 seeds and 2 prompts with a score. Found 1 and 60"):
+        crossed_interval(values[:1])
