@@ -18,6 +18,7 @@ class Signal(NamedTuple):
     """An estimate of the signal: its Gram matrix `gram` (K, K), and the length of each reward's signal, `lengths` (K,).
 
     `lengths` are at least the floor's share of the gradients' norms, so that a reward without signal gets no infinite step.
+    A length is 0 for a reward that was never in both halves: leave it out of a solution.
     `shrinkage` in [0, 1] is the share of the gradients' own Gram matrix in `gram`.
     """
 

@@ -70,6 +70,14 @@ def check_precision(trainer: Trainer) -> None:
         )
 
 
+def check_prompts_per_process(data: PromptDataModule, ranks: int) -> None:
+    """Check that every process gets the same number of prompts."""
+    if data.prompts_per_round % ranks:
+        raise ValueError(
+            f"`prompts_per_round` must be a multiple of the number of processes, {ranks}. Found {data.prompts_per_round}."
+        )
+
+
 def plan_round(trainer: Trainer, sampling: Sampling, micro_batch_size: int, optimizer_steps: int, inner_epochs: int) -> Plan:
     """Plan the micro-batches and optimizer steps of a round.
 
@@ -77,10 +85,7 @@ def plan_round(trainer: Trainer, sampling: Sampling, micro_batch_size: int, opti
         ValueError: Settings of the trainer or of the data do not allow whole rounds.
     """
     data, ranks = get_datamodule(trainer), trainer.world_size
-    if data.prompts_per_round % ranks:
-        raise ValueError(
-            f"`prompts_per_round` must be a multiple of the number of processes, {ranks}. Found {data.prompts_per_round}."
-        )
+    check_prompts_per_process(data, ranks)
     if trainer.accumulate_grad_batches != 1:
         raise ValueError(
             "`accumulate_grad_batches` follows from the size of a round and must stay 1. "

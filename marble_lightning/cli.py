@@ -30,7 +30,7 @@ from marble_lightning.checkpoints.callback import RoundCheckpoint
 from marble_lightning.checkpoints.content import LAST, TO_EVALUATE, TO_FIT, load_checked
 from marble_lightning.checkpoints.files import WholeCheckpointIO, last_of, warn
 from marble_lightning.checkpoints.signals import Stops, checkpoint_of_job, status
-from marble_lightning.checks import get_balancer
+from marble_lightning.checks import check_prompts_per_process, get_balancer
 from marble_lightning.config_files import configs
 from marble_lightning.data.datamodule import PromptDataModule
 from marble_lightning.memory import Memory, estimate_memory
@@ -163,7 +163,7 @@ class MarbleCLI(LightningCLI):
         A job that SLURM has queued again resumes from its own checkpoint. `--ckpt_path last` means the newest checkpoint of
         the last run with the logger's name; Lightning would search the new run's empty folder.
         """
-        self._check_settings()
+        self._check_settings(str(self.subcommand))
         options, folder = self.config_init[self.subcommand], folder_of_runs(self.trainer)
         if (options.ckpt_path or "").partition(":")[0] in ("best", "hpc", "registry"):  # keywords of Lightning
             raise ValueError(f"`ckpt_path` must be a file, or last. Found {options.ckpt_path}.")
@@ -183,9 +183,9 @@ class MarbleCLI(LightningCLI):
                 content = TO_FIT if self.subcommand == "fit" else TO_EVALUATE
                 load_checked(options.ckpt_path, content, map_location="cpu", weights_only=True)
 
-    def _check_settings(self) -> None:
+    def _check_settings(self, stage: str) -> None:
         """Run the checks that data, model and callbacks repeat in `setup`; warnings are suppressed until then."""
-        stage, trainer = str(self.subcommand), self.trainer
+        trainer = self.trainer
         trainer.datamodule = self.datamodule  # type: ignore[attr-defined]
         self.datamodule.trainer = self.model.trainer = trainer
         level = logging.root.manager.disable
@@ -226,8 +226,8 @@ class MemoryCLI(MarbleCLI):
 
     def print_memory(self) -> None:
         """Load the weights, and print the memory that each process of the run needs."""
-        self.subcommand = "fit"
-        self._check_settings()
+        self._check_settings("fit")
+        check_prompts_per_process(self.datamodule, self.gpus)
         get_balancer(self.trainer).setup(self.trainer, self.model, "fit")
         self.model.setup("fit")
         print_estimate(estimate_memory(self.model, self.gpus), self.gpus)

@@ -216,7 +216,7 @@ class DiffusionNFT(LightningModule):
     def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
         try:
             super().backward(loss, *args, **kwargs)
-        finally:
+        finally:  # also after an error, such as too little memory
             self.step.end_backward()
 
     @property

@@ -33,5 +33,7 @@ def test_it_prints_its_table(name, tmp_path):
     command = [sys.executable, "-m", f"benchmarks.{name}", *SMALL[name].format(folder=tmp_path).split()]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     ended = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
-    assert ended.returncode in (0, 1) and "Traceback" not in ended.stderr, ended.stdout + ended.stderr
+    # four rounds are too few for soak's verdict, which is its exit status
+    assert ended.returncode in ((0, 1) if name == "soak" else (0,)), ended.stdout + ended.stderr
+    assert "Traceback" not in ended.stderr, ended.stderr
     assert "|" in ended.stdout or "│" in ended.stdout

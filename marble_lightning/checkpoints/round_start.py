@@ -11,6 +11,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.utilities import rank_zero_info
 
 from marble_lightning.checkpoints.callback import RoundCheckpoint
+from marble_lightning.checkpoints.content import TO_FIT, load_checked
 
 
 class RoundStart:
@@ -57,8 +58,10 @@ class RoundStart:
         elif self._state:
             current = checkpoint["callbacks"]
             checkpoint.clear()
-            state = io.BytesIO(self._state) if isinstance(self._state, bytes) else self._state
-            checkpoint |= torch.load(state, map_location="cpu", weights_only=False)
+            if isinstance(self._state, Path):
+                checkpoint |= load_checked(self._state, TO_FIT, map_location="cpu", weights_only=True)
+            else:  # from this process's memory
+                checkpoint |= torch.load(io.BytesIO(self._state), map_location="cpu", weights_only=False)
             # checkpoint callbacks keep their current state, which lists the existing files
             keys = [callback.state_key for callback in trainer.checkpoint_callbacks]
             checkpoint["callbacks"] |= {key: current[key] for key in keys if key in current}
@@ -66,9 +69,10 @@ class RoundStart:
 
 
 def _file(trainer: Trainer) -> Path | None:
-    """A checkpoint file with the current state."""
+    """A checkpoint file with the current state, as rank 0 sees it: all ranks serialise the state, or none does."""
     files = (c.file_at(trainer.global_step) for c in trainer.checkpoint_callbacks if isinstance(c, RoundCheckpoint))
-    return next((file for file in files if file is not None), None)
+    file: Path | None = trainer.strategy.broadcast(next((file for file in files if file is not None), None))
+    return file
 
 
 def _serialised(trainer: Trainer) -> bytes:

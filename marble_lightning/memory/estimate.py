@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -53,8 +53,12 @@ def estimate_memory(module: DiffusionNFT, gpus: int = 1, cuda: bool = True) -> E
         module: Set up for `fit`, with its trainer. It does not change.
         gpus: Processes of the run, one for each GPU. A trainer with fewer processes has their images too.
         cuda: Whether to count for a GPU; tests count for a CPU.
+
+    Raises:
+        ValueError: A process's images cannot be split into whole micro-batches and optimizer steps.
     """
-    count = Phases(module, module.plan.images * module.trainer.world_size // gpus, cuda)
+    plan = replace(module.plan, images=module.plan.images * module.trainer.world_size // gpus)
+    count = Phases(module, plan.images, cuda)
     policy: Any = module.policy
     parts = parts_of(count, gpus)
     encoders = () if policy.offload_text_encoders else ("text encoders",)

@@ -78,7 +78,7 @@ def savings(module: DiffusionNFT) -> str:
     sizes = {"model.sampling.batch_size": module.sampling.batch_size, "model.micro_batch_size": module.sizes[0]}
     lines = [name for name, is_used in used.items() if not is_used]
     lines += [f"{name}, now {size}, smaller" for name, size in sizes.items() if size > 1]
-    return "\n  --".join(["", *lines, "memory.check warn, to start nevertheless"])
+    return "\n  --".join(["What helps:", *lines]) if lines else "What helps: a larger GPU, or several."
 
 
 class Memory(Callback):
@@ -123,12 +123,15 @@ class Memory(Callback):
         if needed <= total and needed * FRAGMENTATION <= free:
             return
         needs = f"an estimate of {gib(found.peak)}, and {gib(CUDA_CONTEXT)} for CUDA itself"
-        help_ = f"What helps:{savings(module)}\n`marble-lightning memory` estimates each without a GPU."
+        help_ = f"{savings(module)}\n`marble-lightning memory` estimates each without a GPU."
         if needed > total and self.check == "raise":
-            raise ValueError(f"The run must fit into the GPU's {gib(total)}. Found {needs}. {help_}")
+            raise ValueError(
+                f"The run must fit into the GPU's {gib(total)}. Found {needs}. {help_}\n"
+                "`--memory.check warn` starts it nevertheless."
+            )
         warn(f"The run may not fit into the {gib(free)} that are free on the GPU: {needs}. {help_}")
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Add what helps to an error of the allocator."""
         if isinstance(exception, torch.OutOfMemoryError) and isinstance(pl_module, DiffusionNFT):
-            exception.add_note(f"What helps:{savings(pl_module)}\n`marble-lightning memory` estimates each without a GPU.")
+            exception.add_note(f"{savings(pl_module)}\n`marble-lightning memory` estimates each without a GPU.")

@@ -232,14 +232,15 @@ def progress(balancer: MARBLE, gradients: torch.Tensor, combinations: torch.Tens
     return torch.nn.functional.cosine_similarity(combinations.double() @ units, update[None])
 
 
-def test_the_update_opposes_no_group_and_no_reward_outside_groups(monkeypatch):
+@pytest.mark.parametrize("seeds", [range(100), pytest.param(range(100, 300), marks=pytest.mark.integration)], ids=str)
+def test_the_update_opposes_no_group_and_no_reward_outside_groups(monkeypatch, seeds):
     monkeypatch.setattr("balancers.marble.sensitivity", lambda gram, floor: torch.zeros_like(gram[0]))  # only logged; slow
     a, b, c = [0.5, 0.866, 0.0], [0.5, -0.866, 0.0], [-0.9, 0.0, 0.436]
     balancer = bound(MARBLE(groups={"g": ["a", "b"]}), ("a", "b", "c"))
     cos = progress(balancer, torch.tensor([a, b, c]), torch.tensor([[0.5, 0.5, 0.0], [0.0, 0.0, 1.0]]))
     assert cos.tolist() == pytest.approx([0.22, 0.22], abs=0.01)
     combinations = torch.tensor([[1, 1, 0, 0, 0], [0, 0, 1, 1, 0], [0, 0, 0, 0, 1]])
-    for seed in range(100):
+    for seed in seeds:
         draws = torch.Generator().manual_seed(seed)
         gradients = torch.randn(5, 12, generator=draws) * 10 ** torch.rand(5, 1, generator=draws)
         balancer = bound(MARBLE(groups={"g": ["a", "b"], "h": ["c", "d"]}))

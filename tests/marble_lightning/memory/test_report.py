@@ -91,7 +91,10 @@ def test_running_out_of_memory_says_what_helps(checkpoints, tmp_path):
 
 def test_the_command_prints_it_without_a_gpu_and_writes_nothing(small, tmp_path, capsys):
     before = set(tmp_path.rglob("*"))
-    main(["memory", *small, "--trainer.devices", "2", "--trainer.accelerator", "gpu"])
+    two = ["memory", *small, "--trainer.devices", "2", "--trainer.accelerator", "gpu"]
+    with pytest.raises(ValueError, match="A round's images per rank must be a multiple"):
+        main(two)
+    main([*two, "--model.micro_batch_size", "4"])
     printed = capsys.readouterr().out
     assert "GPU memory this run needs, an estimate" in printed and "On each of 2 GPUs." in printed
     assert "optimizer step" in printed and "held-out prompts" in printed
