@@ -15,31 +15,38 @@ class GradientSum:
     def __init__(self, wanted: int = 0) -> None:
         self.wanted, self.received = wanted, 0
         self.total: Tensor | None = None
+        self.samples: Float[Tensor, "half reward"] | None = None
+        """Number of samples of each half that each reward applies to, up to a factor; None without halves."""
 
     @property
     def incomplete(self) -> bool:
         """Whether micro-batches are still missing."""
         return self.received < self.wanted
 
-    def add(self, gradients: Float[Tensor, "reward parameter"], n_rewards: int) -> None:
-        """Add one micro-batch's gradients.
+    def add(self, gradients: Tensor, samples: Tensor | None, n_rewards: int) -> None:
+        """Add one micro-batch's gradients, see `Balancer.add_gradients`.
 
         Raises:
             RuntimeError: The sum is complete.
-            ValueError: There are not `n_rewards` rows.
+            ValueError: There are not `n_rewards` rows, or halves without `samples`.
         """
         if not self.incomplete:
             raise RuntimeError("`add_gradients` must be called while `wants_gradients` is true. Found false.")
-        if gradients.ndim != 2 or len(gradients) != n_rewards:
-            raise ValueError(f"`gradients` must have shape ({n_rewards}, P). Found {tuple(gradients.shape)}.")
+        leading = (n_rewards,) if samples is None else (2, n_rewards)
+        if gradients.ndim != len(leading) + 1 or gradients.shape[:-1] != leading:
+            sizes = ", ".join(map(str, leading))
+            raise ValueError(f"`gradients` must have shape ({sizes}, P). Found {tuple(gradients.shape)}.")
         if self.total is None:
             self.total = gradients.detach().to(torch.float32, copy=True)
+            self.samples = None if samples is None else samples.detach().clone()
         else:
             self.total += gradients.detach()
+            if samples is not None and self.samples is not None:
+                self.samples += samples
         self.received += 1
 
-    def take(self) -> Float[Tensor, "reward parameter"]:
-        """Return the sum and free it.
+    def take(self) -> Tensor:
+        """Return the sum and free it; `samples` stay.
 
         Raises:
             RuntimeError: Micro-batches are missing, or the sum was taken before.

@@ -2,9 +2,8 @@
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
 from itertools import compress
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import torch
 from jaxtyping import Bool, Float
@@ -13,10 +12,11 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from balancers.accumulation import GradientSum
-from balancers.gramian import compare, gram_matrix, in_conflict
+from balancers.gramian import compare, cosines, in_conflict
 from balancers.levels import LEVEL_CHECKS, check_names, dry_run
 from balancers.merging import active_rows, as_float32, call_weights, merge_rows
 from balancers.options import GradientOptions
+from balancers.signal_gram import Products, SignalGram, products_of
 from balancers.smoothed_weights import SmoothedWeights
 
 log = logging.getLogger(__name__)
@@ -49,19 +49,7 @@ class Balancer(Callback):
     the state does not change.
 
     Args:
-        refresh_every: Optimizer steps between two solutions, >= 1.
-        ema_decay: rho, how much of the old weights a solution keeps, in [0, 1).
-        normalize: Whether `weights` receives unit gradients, which are rescaled to their mean norm afterwards.
-        amortize: What multiplies the raw gradients between refreshes: the weights alone (raw), as in the paper, or the
-            weights times $s_k$ of smoothed norms (scaled). `scaled` follows the direction of the solution, but is harmful
-            where a reward opposes the others: $|g_k|$ is mostly noise, so the one reward with a clean, short gradient gets
-            far too long a step. In a trial on the tiny world with such a sixth reward, all five others fell with `scaled`
-            (two seeds of two), while all six rose with `raw`.
-        refresh_alpha: Which weights merge the gradients on a refresh: the smoothed ones, or the new ones of this refresh
-            (fresh), as in the authors' code. The steps in between use the smoothed ones either way.
-        estimate_share: Share of a refresh step's micro-batches whose gradients are used, rounded up, in [0, 1]; 0 is a
-            single micro-batch, as in the authors' code.
-        uniform_after_step: Optimizer step from which all rewards have equal weight, without gradients. Null: never.
+        **options: See `GradientOptions`.
 
     Source: MARBLE, arXiv 2605.06507, eq. 7 ($s_k$), 12 (smoothing), proposition 1 (reuse between refreshes).
     """
@@ -69,26 +57,8 @@ class Balancer(Callback):
     merged_name: str | None = None
     """Name of the one column that `merge_rewards` or `merge_advantages` returns; None for one column per reward."""
 
-    def __init__(
-        self,
-        *,
-        refresh_every: int = 1,
-        ema_decay: float = 0.0,
-        normalize: bool = False,
-        amortize: Literal["raw", "scaled"] = "raw",
-        refresh_alpha: Literal["smoothed", "fresh"] = "smoothed",
-        estimate_share: float = 1.0,
-        uniform_after_step: int | None = None,
-    ) -> None:
-        self.options = GradientOptions(
-            refresh_every=refresh_every,
-            ema_decay=ema_decay,
-            normalize=normalize,
-            amortize=amortize,
-            refresh_alpha=refresh_alpha,
-            estimate_share=estimate_share,
-            uniform_after_step=uniform_after_step,
-        )
+    def __init__(self, **options: Any) -> None:
+        self.options = GradientOptions(**options)
         self.reward_names: tuple[str, ...] = ()
         self.names: tuple[str, ...] = ()
         self.step = 0
@@ -146,6 +116,7 @@ class Balancer(Callback):
         self.names = (self.merged_name,) if self.merged_name else self.reward_names
         self.active = torch.ones(len(self.names), dtype=torch.bool)
         self.smoothed = SmoothedWeights(self.initial_weights(), self.options.ema_decay)
+        self.signal = SignalGram(len(self.names), self.options)
 
     def initial_weights(self) -> Float[Tensor, " reward"]:
         """Weights of rewards that have never been active, float64: equal ones unless overridden."""
@@ -165,9 +136,20 @@ class Balancer(Callback):
         """Whether the next micro-batch must deliver its per-reward gradients."""
         return self._sum.incomplete
 
-    def add_gradients(self, gradients: Float[Tensor, "reward parameter"]) -> None:
-        """Add one micro-batch's per-reward gradients (K, P), normalised so that their sum is the optimizer step's."""
-        self._sum.add(gradients, len(self.names))
+    def add_gradients(self, gradients: Tensor, samples: Float[Tensor, "half reward"] | None = None) -> None:
+        """Add one micro-batch's per-reward gradients, normalised so that their sum is the optimizer step's.
+
+        Args:
+            gradients: One row per reward; or with `samples` the two parts that it is the sum of, from the prompts of each
+                half, the same halves for the whole optimizer step and on all ranks.
+            samples: Number of the micro-batch's samples of each half that each reward applies to, up to a factor.
+
+        Shape:
+            gradients (K, P), or (2, K, P) with samples (2, K).
+        """
+        if samples is None and self.options.gram == "split":
+            raise ValueError("`gram: split` needs the gradients of two halves of the prompts. Found none.")
+        self._sum.add(gradients, samples, len(self.names))
 
     def solve(self, reduce: Callable[[Tensor], Tensor], loss_scaled: bool = False) -> Float[Tensor, " parameter"]:
         """Compute new merging coefficients and the merged gradient from the summed gradients, and free the sum.
@@ -181,37 +163,66 @@ class Balancer(Callback):
             RuntimeError: Gradients of some micro-batches are missing.
             ValueError: `weights` returned a wrong shape or a value that is not finite in float32.
         """
-        gradients = reduce(self._sum.take())
-        gram = gram_matrix(gradients)
-        norms = gram.diagonal().sqrt()
+        gradients, samples = reduce(self._sum.take()), self._sum.samples
+        products = products_of(gradients, None if samples is None else reduce(samples))
+        norms = products.own.diagonal().sqrt()
         self.active = active_rows(norms)
-        self.diagnostics = {"left_out": self._left_out(norms), "gradient_norms": norms, "gram": gram}
+        self.diagnostics = {"left_out": self._left_out(norms), "gradient_norms": norms, "products": products}
         self.any_gradient_overflowed = loss_scaled and not bool(norms.isfinite().all())
+        rows = gradients.reshape(-1, gradients.shape[-1])
         if self.any_gradient_overflowed:
             log.warning("A gradient overflowed at optimizer step %d: skipped, the loss scale is reduced.", self.step)
-            return torch.zeros_like(gradients[0])
+            return torch.zeros_like(rows[0])
+        self.signal.update(products.where(self.active))
+        gram = self.signal.estimate()
+        self.diagnostics["left_out"] |= self._without_estimate(gram)
         if not self.active.any():
             log.warning("No reward has a finite, non-zero gradient at optimizer step %d: nothing merged.", self.step)
-            return torch.zeros_like(gradients[0])
-        self._refresh(gram[self.active][:, self.active], norms)
-        return merge_rows(gradients, self.loss_weights, self.active)
+            return torch.zeros_like(rows[0])
+        self._refresh(gram, products)
+        return merge_rows(rows, self.loss_weights, self.active)
 
-    def _refresh(self, gram: Float[Tensor, "active active"], norms: Float[Tensor, " reward"]) -> None:
-        """Update the smoothed weights, and set the weights and diagnostics of this step."""
+    def _refresh(self, gram: Float[Tensor, "reward reward"], products: Products) -> None:
+        """Update the smoothed weights, and set the weights and diagnostics of this step.
+
+        Args:
+            gram: The inner products to solve on, used for the active rewards.
+            products: Those of this refresh.
+        """
         active, smoothed, options = self.active, self.smoothed, self.options
-        new = call_weights(self.weights, gram, options.normalize)
+        lengths = gram.diagonal().sqrt()
+        new = call_weights(self.weights, gram[active][:, active], options.normalize)
         alpha = torch.zeros_like(smoothed.initial).masked_scatter(active, new)
-        ratio = norms[active].mean() / norms if options.normalize else torch.ones_like(norms)
-        smoothed.update(alpha, norms, active, self.step)
+        ratio = lengths[active].mean() / lengths if options.normalize else torch.ones_like(lengths)
+        smoothed.update(alpha, lengths, active, self.step)
         applied = alpha if options.refresh_alpha == "fresh" else smoothed.alpha
         self._solved = as_float32(torch.where(active, applied * ratio, smoothed.alpha * self.scale), self.names)
 
-        harmony = compare(gram, self.loss_weights[active])
+        harmony = self._alignment(products)
         self.counts["refreshes"] += 1
         self.counts["update_conflicts"] += in_conflict(harmony["update/cos_min"])
         self.counts["mean_conflicts"] += in_conflict(harmony["mean/cos_min"])
         age = self.step - smoothed.solved_at
         self.diagnostics |= {"alpha": alpha, "alpha_smoothed": smoothed.alpha, "alpha_age": age, **harmony}
+
+    def _alignment(self, products: Products) -> dict[str, float]:
+        """Gradient harmony of this step's update and of the weights that the next steps reuse, see `compare`.
+
+        The keys of products of halves begin with `split/`. The cosines with each reward are added to the diagnostics.
+        """
+        active, found = self.active, dict[str, float]()
+        directions = {"update": self.loss_weights[active], "reused": self.reused_weights[active]}
+        own, split = (gram[active][:, active] for gram in (products.own, products.split))
+        for prefix, place, signal in (("", "own", None), ("split/", "split", split)):
+            if signal is not None and not signal.isfinite().all():
+                continue  # a reward was absent from a half, or there were none
+            found |= {prefix + key: value for key, value in compare(own, directions, signal).items()}
+            for name, coefficients in directions.items():
+                with_each = torch.full_like(products.own[0], torch.nan).masked_scatter(
+                    active, cosines(own, coefficients, signal)
+                )
+                self.diagnostics[f"cosine/{name}/{place}"] = with_each
+        return found
 
     def _left_out(self, norms: Float[Tensor, " reward"]) -> dict[str, str]:
         """The reason for each inactive reward, by name."""
@@ -222,13 +233,22 @@ class Balancer(Callback):
             log.log(level, "The gradient of %s is %s at optimizer step %d: left out.", name, reason, self.step)
         return left_out
 
+    def _without_estimate(self, gram: Float[Tensor, "reward reward"]) -> dict[str, str]:
+        """Leave out rewards that were never in both halves, whose signal is not estimated yet."""
+        unknown = self.active & ~gram.diagonal().isfinite()
+        self.active &= ~unknown
+        return dict.fromkeys(compress(self.names, unknown), "not in both halves")
+
     @property
     def loss_weights(self) -> Float[Tensor, " reward"]:
         """Weight of each reward's loss in the scalarised loss of the current step: (K,) float32 on the CPU."""
         if self.options.is_uniform(self.step):
             return torch.full((len(self.names),), 1 / len(self.names))
-        if self._solved is not None:
-            return self._solved
+        return self.reused_weights if self._solved is None else self._solved
+
+    @property
+    def reused_weights(self) -> Float[Tensor, " reward"]:
+        """The `loss_weights` of steps between two refreshes: (K,) float32 on the CPU."""
         alpha = self.smoothed.alpha
         return as_float32(alpha * self.scale if self.options.amortize == "scaled" else alpha, self.names)
 
@@ -244,8 +264,8 @@ class Balancer(Callback):
 
     @property
     def cadence(self) -> dict[str, Any]:
-        """The options named in `CADENCE`; empty if the method never uses per-reward gradients."""
-        return asdict(self.options) if self.needs_gradients else {}
+        """The options named in `CADENCE` that change the method; empty if it never uses per-reward gradients."""
+        return self.options.cadence if self.needs_gradients else {}
 
     def end_step(self) -> None:
         """End an optimizer step, after the optimizer has stepped; a skipped step is not counted."""
@@ -266,7 +286,8 @@ class Balancer(Callback):
         if not self.names:
             return {}
         counts = dict(self.counts)
-        return {"reward_names": list(self.reward_names), "step": self.step, "counts": counts, **self.smoothed.state_dict()}
+        state = {"reward_names": list(self.reward_names), "step": self.step, "counts": counts}
+        return state | self.smoothed.state_dict() | {"signal": self.signal.state_dict()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a `state_dict`, before or after `bind`.
@@ -277,3 +298,5 @@ class Balancer(Callback):
         self.bind(state_dict["reward_names"])
         self.step, self.counts = state_dict["step"], dict(state_dict["counts"])
         self.smoothed.load_state_dict(state_dict)
+        if "signal" in state_dict:  # not in checkpoints of earlier versions, whose averages then begin here
+            self.signal.load_state_dict(state_dict["signal"])

@@ -31,13 +31,20 @@ def gram_matrix(
     return gram
 
 
-def cosines(gram: Float[Tensor, "reward reward"], coefficients: Float[Tensor, " reward"]) -> Float[Tensor, " reward"]:
+def cosines(
+    gram: Float[Tensor, "reward reward"],
+    coefficients: Float[Tensor, " reward"],
+    signal: Float[Tensor, "reward reward"] | None = None,
+) -> Float[Tensor, " reward"]:
     r"""Cosine between the update $d = \sum_k c_k g_k$ and each $g_k$: $(G c)_k / (\sqrt{c^\top G c}\, \sqrt{G_{kk}})$.
+
+    With `signal` S, unbiased products such as those of halves, the numerator is $(S c)_k$. The result then has the mean of
+    cosines with gradients of fresh images, and not that of the noise which d and $g_k$ share; it may exceed 1.
 
     A cosine is 0 if a vector is no longer than its rounding error (the update of two opposite gradients, a zero gradient).
 
     Shape:
-        gram (K, K), coefficients (K,) -> (K,), dtype of `gram`.
+        gram, signal (K, K), coefficients (K,) -> (K,), dtype of `gram`.
 
     >>> cosines(torch.eye(2), torch.tensor([1.0, 1.0]))
     tensor([0.7071, 0.7071])
@@ -48,24 +55,36 @@ def cosines(gram: Float[Tensor, "reward reward"], coefficients: Float[Tensor, " 
     # Squares lose half the digits: an update shorter than sqrt(eps) times its terms consists of rounding errors.
     rounding = torch.finfo(gram.dtype).eps ** 0.5 * (coefficients.abs() @ norms)
     defined = (norms > 0) & (length > rounding)
-    return torch.where(defined, (gram @ coefficients) / torch.where(defined, length * norms, 1), 0).clamp(-1, 1)
+    cos = ((gram if signal is None else signal) @ coefficients) / torch.where(defined, length * norms, 1)
+    return torch.where(defined, cos.clamp(-1, 1) if signal is None else cos, 0)
 
 
-def compare(gram: Float[Tensor, "reward reward"], coefficients: Float[Tensor, " reward"]) -> dict[str, float]:
-    r"""Gradient harmony of an update $\sum_k c_k g_k$, of the mean $\tfrac1K \sum_k g_k$, and of the mean unit gradient.
+def compare(
+    gram: Float[Tensor, "reward reward"],
+    directions: Mapping[str, Float[Tensor, " reward"]],
+    signal: Float[Tensor, "reward reward"] | None = None,
+) -> dict[str, float]:
+    r"""Gradient harmony of updates $\sum_k c_k g_k$, of the mean $\tfrac1K \sum_k g_k$, and of the mean unit gradient.
 
     The paper's three statistics are the minimum, mean and (population) variance of `cosines` over the rewards. Their keys
-    are `update/cos_min`, `update/cos_mean`, `update/cos_var`, and the same for `mean/...` and `unit_mean/...`.
+    are `mean/cos_min`, `mean/cos_mean`, `mean/cos_var`, and the same for `unit_mean/...` and each direction's name.
+
+    Args:
+        gram: The gradients' inner products.
+        directions: Coefficients of each update, by name.
+        signal: Unbiased products, see `cosines`.
 
     Shape:
-        gram (K, K), coefficients (K,).
+        gram, signal (K, K), directions (K,) each.
 
     Source: MARBLE, arXiv 2605.06507, gradient harmony table.
     """
     norms = gram.diagonal().clamp(min=0).sqrt()
-    units = torch.where(norms > 0, 1 / norms, 0)
-    directions = {"update": coefficients, "mean": torch.ones_like(coefficients), "unit_mean": units}
-    return {key: value for name, c in directions.items() for key, value in _statistics(name, cosines(gram, c)).items()}
+    baselines = {"mean": torch.ones_like(norms), "unit_mean": torch.where(norms > 0, 1 / norms, 0)}
+    figures: dict[str, float] = {}
+    for name, coefficients in {**directions, **baselines}.items():
+        figures |= statistics(name, cosines(gram, coefficients, signal))
+    return figures
 
 
 def agreement(
@@ -83,7 +102,23 @@ def agreement(
     gram = gram_matrix(torch.cat([gradients, *(direction[None] for direction in directions.values())]))
     rows = torch.eye(len(gram), dtype=gram.dtype)[len(gradients) :]
     by_direction = {name: cosines(gram, row)[: len(gradients)] for name, row in zip(directions, rows, strict=True)}
-    return {key: value for name, cos in by_direction.items() for key, value in _statistics(name, cos).items()}
+    return {key: value for name, cos in by_direction.items() for key, value in statistics(name, cos).items()}
+
+
+def signal_to_noise(own: Float[Tensor, "reward reward"], split: Float[Tensor, "reward reward"]) -> Float[Tensor, " reward"]:
+    r"""Length of each gradient's signal relative to its noise, $|\mu_k| / \sqrt{\operatorname{E} |\varepsilon_k|^2}$.
+
+    $G_{kk}$ converges to $|\mu_k|^2 + \operatorname{E} |\varepsilon_k|^2$ and $S_{kk}$ to $|\mu_k|^2$. It is 0 where the
+    estimate of $|\mu_k|^2$ is negative.
+
+    Shape:
+        own, split (K, K), means over refreshes -> (K,).
+
+    >>> signal_to_noise(torch.tensor([[5.0]]), torch.tensor([[1.0]]))
+    tensor([0.5000])
+    """
+    signal, total = split.diagonal().clamp(min=0), own.diagonal()
+    return (signal / (total - signal).clamp(min=torch.finfo(total.dtype).eps * total)).sqrt()
 
 
 def conflict_by_chance(gram: Float[Tensor, "reward reward"]) -> float:
@@ -106,9 +141,10 @@ def conflict_by_chance(gram: Float[Tensor, "reward reward"]) -> float:
     return 1 - float(chance.cdf([0.0] * len(gram)))
 
 
-def _statistics(prefix: str, cos: Float[Tensor, " reward"]) -> dict[str, float]:
-    statistics = {"cos_min": cos.min(), "cos_mean": cos.mean(), "cos_var": cos.var(correction=0)}
-    return {f"{prefix}/{name}": value.item() for name, value in statistics.items()}
+def statistics(prefix: str, cos: Float[Tensor, " reward"]) -> dict[str, float]:
+    """The paper's statistics of cosines (K,), with keys such as `{prefix}/cos_min`."""
+    found = {"cos_min": cos.min(), "cos_mean": cos.mean(), "cos_var": cos.var(correction=0)}
+    return {f"{prefix}/{name}": value.item() for name, value in found.items()}
 
 
 def in_conflict(cos_min: float) -> bool:

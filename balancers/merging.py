@@ -72,16 +72,18 @@ def smooth(
 
 
 def merge_rows(
-    gradients: Float[Tensor, "reward parameter"],
+    rows: Float[Tensor, "row parameter"],
     coefficients: Float[Tensor, " reward"],
     active: Bool[Tensor, " reward"],
 ) -> Float[Tensor, " parameter"]:
     r"""$\sum_k c_k g_k$ over the active rewards, row by row, since a masked matrix product would copy all gradients.
 
     Shape:
-        gradients (K, P), coefficients (K,), active (K,) -> (P,).
+        rows (K, P), or (2 K, P) with the first parts of all gradients, then their second ones; coefficients (K,),
+        active (K,) -> (P,).
     """
-    merged = torch.zeros_like(gradients[0])
-    for k in active.nonzero().flatten().tolist():
-        merged.add_(gradients[k], alpha=coefficients[k].item())
+    merged = torch.zeros_like(rows[0])
+    for part in rows.split(len(active)):
+        for k in active.nonzero().flatten().tolist():
+            merged.add_(part[k], alpha=coefficients[k].item())
     return merged

@@ -1,4 +1,4 @@
-r"""The Gram matrix of the rewards' signal, from gradients of two disjoint halves of a step's prompts.
+r"""The Gram matrix that a gradient method solves on, averaged over refreshes, with or without the noise that rewards share.
 
 Gradients of one step are a signal and noise, $g_k = \mu_k + \varepsilon_k$. Rewards share images, and so the noise: the
 inner products of one step converge to $\mu_j \cdot \mu_k + \operatorname{E}[\varepsilon_j \cdot \varepsilon_k]$. Halves A
@@ -7,84 +7,160 @@ unbiased for $\mu_j \cdot \mu_k$. One refresh is a noisy estimate. The mean over
 the two terms tells its error.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from balancers.gramian import gram_matrix
+from balancers.options import GradientOptions
 
-class Signal(NamedTuple):
-    """An estimate of the signal: its Gram matrix `gram` (K, K), and the length of each reward's signal, `lengths` (K,).
 
-    `lengths` are at least the floor's share of the gradients' norms, so that a reward without signal gets no infinite step.
-    A length is 0 for a reward that was never in both halves: leave it out of a solution.
-    `shrinkage` in [0, 1] is the share of the gradients' own Gram matrix in `gram`.
+class Products(NamedTuple):
+    r"""Inner products of one refresh: `own` (K, K), $\langle g_j, g_k \rangle$; `cross`, $\langle g_j^A, g_k^B \rangle$.
+
+    `cross` is NaN where a reward is absent from its half, and everywhere without halves.
     """
 
-    gram: Float[Tensor, "reward reward"]
-    lengths: Float[Tensor, " reward"]
-    shrinkage: float
+    own: Float[Tensor, "reward reward"]
+    cross: Float[Tensor, "reward reward"]
+
+    @property
+    def split(self) -> Float[Tensor, "reward reward"]:
+        r"""$S$, the symmetric part of `cross`: unbiased for $\mu_j \cdot \mu_k$."""
+        return (self.cross + self.cross.T) / 2
+
+    def where(self, rewards: Tensor) -> "Products":
+        """The same products, NaN for other rewards than these (K,)."""
+        outside = ~(rewards[:, None] & rewards)
+        return Products(self.own.masked_fill(outside, torch.nan), self.cross.masked_fill(outside, torch.nan))
+
+
+def products_of(gradients: Tensor, samples: Float[Tensor, "half reward"] | None) -> Products:
+    """Inner products of the gradients, in float64 on the CPU.
+
+    Args:
+        gradients: One row per reward, or two parts of it, from the prompts of each half.
+        samples: Number of samples of each half that each reward applies to, up to a factor; None without halves.
+
+    Shape:
+        gradients (K, P), or (2, K, P) with samples (2, K).
+    """
+    if samples is None:
+        own = gram_matrix(gradients)
+        return Products(own, torch.full_like(own, torch.nan))
+    k = gradients.shape[1]
+    of_parts = gram_matrix(gradients.flatten(0, 1)).reshape(2, k, 2, k)
+    # The parts add up to g_k, divided by all its samples. A half's own mean is its part, divided by its share of them.
+    first, second = samples.double().cpu() / samples.double().cpu().sum(0)
+    return Products(of_parts.sum((0, 2)), (of_parts[0, :, 1] / first.outer(second)).nan_to_num(*[torch.nan] * 3))
+
+
+class RunningMean:
+    r"""Mean of K x K matrices over refreshes with weights $\rho^\text{age}$; entries that are not finite do not count.
+
+    Args:
+        rewards: K.
+        decay: rho, in [0, 1]. 0 keeps the last value only.
+    """
+
+    def __init__(self, rewards: int, decay: float) -> None:
+        self.decay = decay
+        self.mean = torch.full((rewards, rewards), torch.nan, dtype=torch.float64)
+        self.weight, self.squares = torch.zeros(2, rewards, rewards, dtype=torch.float64)
+        """Sum of the weights, and of their squares, which together give the variance of the mean."""
+
+    def update(self, values: Float[Tensor, "reward reward"]) -> None:
+        """Add a matrix."""
+        known = values.isfinite()
+        self.weight = torch.where(known, self.decay * self.weight + 1, self.weight)
+        self.squares = torch.where(known, self.decay**2 * self.squares + 1, self.squares)
+        mean = (1 - 1 / self.weight) * self.mean.nan_to_num() + values / self.weight
+        self.mean = torch.where(known, mean, self.mean)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Copies of the state."""
+        return {name: getattr(self, name).clone() for name in ("mean", "weight", "squares")}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Load a `state_dict`."""
+        for name, value in state.items():
+            setattr(self, name, value.clone())
 
 
 class SignalGram:
-    r"""Averages the products of halves over refreshes, $\bar S \leftarrow$ a mean with weights $\rho^{t - i}$ of refresh i.
+    r"""Estimates the Gram matrix to solve on from the products of each refresh.
 
-    The average is shrunk towards that of the gradients' own Gram matrices, $\hat S = (1 - \lambda) \bar S + \lambda \bar G$.
-    With $R_{jk} = \bar S_{jk} / \sqrt{\bar G_{jj} \bar G_{kk}}$, $\lambda$ is the share of noise in it,
+    With `gram: own` it is the mean of the gradients' Gram matrices, $\bar G$. With `gram: split` it is the mean of the
+    products of halves, $\bar S$, shrunk towards the former, $\hat S = (1 - \lambda) \bar S + \lambda \bar G$. With
+    $R_{jk} = \bar S_{jk} / \sqrt{\bar G_{jj} \bar G_{kk}}$, $\lambda$ is the share of noise in it,
     $\lambda = \sum_{j \neq k} \operatorname{Var} R_{jk} / \sum_{j \neq k} R_{jk}^2$, at most 1. The variance of one refresh
     is estimated from $D_{jk} = \tfrac12 (g_j^A \cdot g_k^B - g_k^A \cdot g_j^B)$, which has mean 0 and the variance of
     $S_{jk}$. Without a measurable signal the estimate is thus the gradients' own Gram matrix.
 
     Args:
         rewards: K.
-        decay: rho, in [0, 1). 0 uses the last refresh only.
+        options: `gram`, `gram_decay`, `gram_shrinkage` and `signal_floor`.
 
     Source: the shrinkage follows Ledoit and Wolf, "A well-conditioned estimator for large-dimensional covariance matrices",
     2004.
     """
 
-    def __init__(self, rewards: int, decay: float) -> None:
-        self.decay = decay
-        self.own, self.signal, self.variance, self.weight, self.squares = torch.zeros(
-            5, rewards, rewards, dtype=torch.float64
-        )
+    def __init__(self, rewards: int, options: GradientOptions) -> None:
+        self.options = options
+        self.own, self.split, self.variance = (RunningMean(rewards, options.gram_decay) for _ in range(3))
 
-    def update(self, own: Float[Tensor, "reward reward"], cross: Float[Tensor, "reward reward"]) -> None:
-        r"""Add a refresh.
+    def update(self, products: Products) -> None:
+        """Add a refresh. Entries that are not finite are not estimated, such as those of rewards without a gradient."""
+        self.own.update(products.own)
+        self.split.update(products.split)
+        self.variance.update(((products.cross - products.cross.T) / 2).square())
 
-        Args:
-            own: $\langle g_j, g_k \rangle$ of the gradients of all prompts.
-            cross: $\langle g_j^A, g_k^B \rangle$ of the halves. Entries that are not finite are not estimated, such as those
-                of a reward that is absent from a half.
+    @property
+    def shrinkage(self) -> float:
+        """Lambda, the share of the gradients' own Gram matrix in the estimate."""
+        if self.options.gram == "own":
+            return 1.0
+        if not self.options.gram_shrinkage:
+            return 0.0
+        norms = self.own.mean.diagonal().sqrt()
+        scale, apart = norms.outer(norms), ~torch.eye(len(norms), dtype=torch.bool)
+        noise = (self.variance.mean / scale.square() * self.split.squares / self.split.weight.square())[apart].nansum()
+        energy = (self.split.mean / scale).square()[apart].nansum()
+        return float((noise / energy).clamp(0, 1)) if energy > 0 else 1.0
 
-        Shape:
-            own, cross (K, K).
+    def estimate(self) -> Float[Tensor, "reward reward"]:
+        """The Gram matrix, positive semi-definite; NaN for a reward without an estimate.
+
+        With `gram: split` a reward's signal is at least `signal_floor` times its gradient's norm long, so that a reward
+        without a measurable signal gets no infinite step.
         """
-        pair = (cross + cross.T).isfinite() & own.isfinite()
-        # means with weights: the sum of weights and of their squares give the variance of the mean
-        self.weight = torch.where(pair, self.decay * self.weight + 1, self.weight)
-        self.squares = torch.where(pair, self.decay**2 * self.squares + 1, self.squares)
-        new = {"own": own, "signal": (cross + cross.T) / 2, "variance": ((cross - cross.T) / 2).square()}
-        for name, values in new.items():
-            mean = getattr(self, name)
-            setattr(self, name, torch.where(pair, mean + (values - mean) / self.weight, mean))
+        if self.options.gram == "own":
+            return self.own.mean
+        own, shrinkage = self.own.mean, self.shrinkage
+        gram = (1 - shrinkage) * self.split.mean + shrinkage * own
+        floor = self.options.signal_floor**2 * own.diagonal()
+        lengths = torch.maximum(gram.diagonal(), floor).sqrt()
+        known = lengths.isfinite()
+        # 0 for two rewards that were never in the same refresh
+        unit = (gram / lengths.outer(lengths))[known][:, known].nan_to_num(0.0).fill_diagonal_(1.0)
+        estimate = torch.full_like(gram, torch.nan)
+        estimate[known.outer(known)] = nearest_psd(unit).flatten()
+        return estimate * lengths.outer(lengths)
 
-    def estimate(self, floor: float) -> Signal:
-        """The shrunk Gram matrix, and the signals' lengths.
+    def state_dict(self) -> dict[str, dict[str, Tensor]]:
+        """Copies of the state."""
+        return {name: mean.state_dict() for name, mean in self._means.items()}
 
-        Args:
-            floor: Smallest length of a signal relative to the norm of the gradient, in (0, 1].
-        """
-        norms = self.own.diagonal().sqrt()
-        scale = norms.outer(norms)
-        apart = ~torch.eye(len(norms), dtype=torch.bool)
-        noise = (self.variance / scale.square() * self.squares / self.weight.square())[apart].nansum()
-        energy = (self.signal / scale).square()[apart].nansum()
-        shrinkage = float((noise / energy).clamp(0, 1)) if energy > 0 else 1.0
-        gram = (1 - shrinkage) * self.signal + shrinkage * self.own
-        lengths = torch.maximum(gram.diagonal(), (floor * norms).square()).sqrt()
-        return Signal(gram, lengths, shrinkage)
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Load a `state_dict`."""
+        for name, mean in self._means.items():
+            mean.load_state_dict(state[name])
+
+    @property
+    def _means(self) -> dict[str, RunningMean]:
+        return {"own": self.own, "split": self.split, "variance": self.variance}
 
 
 def nearest_psd(gram: Float[Tensor, "reward reward"]) -> Float[Tensor, "reward reward"]:

@@ -101,6 +101,7 @@ class MarbleCLI(LightningCLI):
         return self._commands
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        import_classes()
         parser.add_lightning_class_args(Balancer, "balancer", subclass_mode=True, required=True)
         parser.add_lightning_class_args(GradientAlignment, "gradient_alignment")
         parser.add_lightning_class_args(ImageDriftMonitor, "image_drift")
@@ -264,7 +265,6 @@ def command_line(args: Sequence[str] | None = None, run: bool = True, kind: type
     """
     for message in QUIET:
         warnings.filterwarnings("ignore", message)
-    import_classes()
     set_parsing_settings(subclasses_enabled=[Averaging])  # allows custom schedules; other settings have no subclasses
     return kind(
         DiffusionNFT,

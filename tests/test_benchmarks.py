@@ -16,7 +16,7 @@ SMALL = {
     "methods": "--methods weighted_sum --seeds 0 --folder {folder} --trainer.max_epochs 1 "
     "--trainer.check_val_every_n_epoch 1 --data.held_out_per_source 4",
     "ocr_workers": "--images 4 --cycles 1",
-    "opposed": "--methods marble_raw_5 --seeds 0 --rounds 1 --folder {folder} --results {folder}/results "
+    "opposed": "--methods split weighted_sum --seeds 0 --rounds 1 --folder {folder} --results {folder}/results "
     "--data.held_out_per_source 4",
     "policies_in_one_pass": "--sizes 3 --cycles 1",
     "round_speed": "--cycles 1",

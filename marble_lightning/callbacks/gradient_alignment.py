@@ -2,63 +2,83 @@
 
 from __future__ import annotations
 
-from itertools import islice, product
+from collections.abc import Sequence
+from itertools import product
 from typing import Any
 
 import torch
 from jaxtyping import Float
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
+from rich.console import Console
 from torch import Tensor
 
-from balancers import Balancer, WeightedSum
-from balancers.gramian import agreement, conflict_by_chance, gram_matrix
-from balancers.merging import active_rows
+from balancers import Balancer
+from balancers.gramian import conflict_by_chance, signal_to_noise
+from balancers.signal_gram import Products, RunningMean
+from marble_lightning.callbacks.alignment_probe import probe
+from marble_lightning.callbacks.alignment_summary import AlignmentSummary
 from marble_lightning.checks import get_balancer
 from marble_lightning.module import DiffusionNFT
-from marble_lightning.nft.reward_gradients import flat
-from marble_lightning.nft.rollout import Rollout
 from marble_lightning.utils.images import cosine_heatmap
 from marble_lightning.utils.loggers import log_image, log_metrics
-from marble_lightning.utils.seeds import derived_seed, generator
+
+SIGNAL_DECAY = 0.9
+"""How much of the old products of halves the logged signal-to-noise ratio keeps at a refresh."""
 
 
 class GradientAlignment(Callback):
     r"""Logs the balancer's diagnostics at each refresh, and probes of updates that are about to be applied.
 
     At a refresh it logs the merging coefficients, the gradient norms, the cosines between the rewards' gradients (a figure),
-    and under `harmony/` the minimum, mean and variance over the rewards of $\cos(d, g_k)$: for the update $d$, for the mean
-    of the same gradients (`mean`) and for the mean of unit gradients (`unit_mean`). The paper reports these statistics. With
-    newly solved weights, the cosines of the min-norm direction are never below zero. With smoothed weights, which are the
-    default, they can be.
+    and under `harmony/` the minimum, mean and variance over the rewards of $\cos(d, g_k)$: for the update $d$ (`update`),
+    for the weights that the next steps reuse (`reused`), for the mean of the same gradients (`mean`) and for the mean of
+    unit gradients (`unit_mean`). The paper reports these statistics. With newly solved weights, the cosines of the min-norm
+    direction are never below zero. With smoothed weights, which are the default, they can be.
 
-    A probe computes the same for the update that the optimizer is about to apply, including the KL term. It is logged as
-    `probe/{solved|reused}/{own|fresh}/...`:
+    These cosines are positive even without any signal, since the update contains the noise of each gradient. So each has an
+    honest counterpart under `harmony/split/` from products of disjoint halves of the prompts, which share no noise, and
+    `chance`, the probability that a random direction conflicts with some reward
+    (`balancers.gramian.conflict_by_chance`): 97 % for five orthogonal gradients. `cosine/{update|reused}/{own|split}/` has
+    the cosine with each reward, and `signal_to_noise/` the length of its signal relative to its noise, averaged over
+    refreshes.
+
+    A probe computes the same for the update that the optimizer is about to apply. It is logged as
+    `probe/{solved|reused}/{own|split|fresh}/...`:
 
     - `solved` at a refresh, `reused` between two refreshes.
-    - `own` uses the gradients of the images that the update came from; `fresh` those of an independent round, which are
-      unbiased.
+    - `own` uses the gradients of the images that the update came from; `split` products of halves of these images, without
+      the KL term; `fresh` the gradients of an independent round. The latter two are unbiased.
 
     A probe also logs baselines, computed from the images that the update came from:
 
     - `mean` and `unit_mean`, as above. The mean of gradients of normalised advantages is a strong baseline.
     - `weighted_sum`, the paper's baseline: the gradient for the advantage of the rewards' plain sum.
-    - `random`, a random direction. `chance` is the probability that it conflicts with some reward
-      (`balancers.gramian.conflict_by_chance`): 97 % for five orthogonal gradients.
+    - `random`, a random direction, and `chance`.
 
-    A probe works with every balancer, and does not change the run.
+    A probe works with every balancer, and does not change the run. For balancers without refreshes it also logs `cosine/`
+    and `signal_to_noise/`.
+
+    At the end of a run a table has each reward's mean cosines, its signal-to-noise ratio, and its training mean in the first
+    and last quarter of the rounds. A warning names rewards whose training mean fell although their own-image cosines were
+    positive.
 
     Source: MARBLE, arXiv 2605.06507, gradient harmony table.
 
     Args:
-        probe_every: Optimizer steps between two probes, >= 1; null for none. A probe costs the sampling and scoring of one
-            round and the per-reward gradients of two optimizer steps.
+        probe_every: Optimizer steps between two probes, >= 1; null for none. A probe costs the per-reward gradients of one
+            optimizer step.
+        fresh: Whether a probe also uses fresh images, which costs the sampling and scoring of one round and the per-reward
+            gradients of another optimizer step.
     """
 
-    def __init__(self, probe_every: int | None = None) -> None:
+    def __init__(self, probe_every: int | None = None, fresh: bool = True) -> None:
         if probe_every is not None and probe_every < 1:
             raise ValueError(f"`gradient_alignment.probe_every` must be >= 1, or null for no probes. Found {probe_every}.")
-        self.probe_every = probe_every
+        self.probe_every, self.fresh = probe_every, fresh
+        self.summary = AlignmentSummary()
+        self.signal: tuple[RunningMean, RunningMean] | None = None
+        """Means over refreshes of the gradients' products, and of the products of halves."""
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self.probe_every and isinstance(pl_module, DiffusionNFT):
@@ -72,31 +92,88 @@ class GradientAlignment(Callback):
                 )
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
-        if self.probe_every and trainer.global_step % self.probe_every == 0 and isinstance(pl_module, DiffusionNFT):
-            kind = "solved" if get_balancer(trainer).solved else "reused"
-            for place, figures in probe(pl_module, trainer.global_step).items():
-                metrics = {f"probe/{kind}/{place}/{name}": value for name, value in figures.items()}
-                log_metrics(trainer, metrics, trainer.global_step)
+        if not (self.probe_every and trainer.global_step % self.probe_every == 0 and isinstance(pl_module, DiffusionNFT)):
+            return
+        balancer = get_balancer(trainer)
+        kind = "solved" if balancer.solved else "reused"
+        found = probe(pl_module, trainer.global_step, self.fresh)
+        for place, figures in found.by_place.items():
+            metrics = {f"probe/{kind}/{place}/{name}": value for name, value in figures.items()}
+            log_metrics(trainer, metrics, trainer.global_step)
+        if found.products and not balancer.needs_gradients:
+            cosines = {f"cosine/update/{place}": values for place, values in found.cosines.items()}
+            self._note(trainer, balancer.reward_names, cosines, found.products)
 
     def on_train_batch_end(self, trainer: Trainer, *arguments: Any) -> None:
         balancer = get_balancer(trainer)
-        if balancer.diagnostics:
-            gram = balancer.diagnostics.pop("gram")
-            log_metrics(trainer, refresh_figures(balancer), trainer.global_step)
-            if trainer.is_global_zero:
-                norms = gram.diagonal().sqrt()
-                log_image(trainer, "cosines", cosine_heatmap(gram / norms.outer(norms), balancer.names), trainer.global_step)
-            balancer.diagnostics = {}
+        if not balancer.diagnostics:
+            return
+        products = balancer.diagnostics.pop("products")
+        figures = refresh_figures(balancer)
+        if "split/update/cos_min" in balancer.diagnostics:
+            active = balancer.active
+            figures["harmony/split/chance"] = conflict_by_chance(products.own[active][:, active])
+        log_metrics(trainer, figures, trainer.global_step)
+        cosines = {title: value for title, value in balancer.diagnostics.items() if title.startswith("cosine/")}
+        self._note(trainer, balancer.names, cosines, products.where(balancer.active))
+        if trainer.is_global_zero:
+            norms = products.own.diagonal().sqrt()
+            heatmap = cosine_heatmap(products.own / norms.outer(norms), balancer.names)
+            log_image(trainer, "cosines", heatmap, trainer.global_step)
+        balancer.diagnostics = {}
+
+    def _note(
+        self, trainer: Trainer, names: Sequence[str], cosines: dict[str, Float[Tensor, " reward"]], products: Products
+    ) -> None:
+        """Log the cosines with each reward and its signal-to-noise ratio, and keep them for the summary."""
+        if self.signal is None:
+            self.signal = RunningMean(len(names), SIGNAL_DECAY), RunningMean(len(names), SIGNAL_DECAY)
+        for mean, values in zip(self.signal, (products.own, products.split), strict=True):
+            mean.update(values)
+        ratio = signal_to_noise(*(mean.mean for mean in self.signal))
+        tensors = {**cosines, "signal_to_noise": ratio}
+        log_metrics(trainer, finite(by_reward(tensors, names)), trainer.global_step)
+        kind = "reused" if get_balancer(trainer).options.refresh_every > 1 and "cosine/reused/own" in cosines else "update"
+        self.summary.note_cosines(cosines[f"cosine/{kind}/own"], cosines.get(f"cosine/{kind}/split"))
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        names = get_balancer(trainer).reward_names
+        self.summary.note_round([float(trainer.callback_metrics.get(f"train/{name}", torch.nan)) for name in names])
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.is_global_zero and self.signal is not None:
+            ratio = signal_to_noise(*(mean.mean for mean in self.signal))
+            Console(width=110).print(self.summary.table(get_balancer(trainer).reward_names, ratio))
+            for message in self.summary.warnings(get_balancer(trainer).reward_names):
+                rank_zero_warn(message)
+
+    # Checkpoints
+
+    def state_dict(self) -> dict[str, Any]:
+        """The means of products and cosines, so that a resumed run has the same figures."""
+        signal = [mean.state_dict() for mean in self.signal or ()]
+        return {"signal": signal, "summary": self.summary.state_dict()} if signal or self.summary.rounds else {}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a `state_dict`."""
+        means = []
+        for state in state_dict["signal"]:
+            means.append(RunningMean(len(state["mean"]), SIGNAL_DECAY))
+            means[-1].load_state_dict(state)
+        self.signal = (means[0], means[1]) if means else None
+        self.summary.load_state_dict(state_dict["summary"])
 
 
 def refresh_figures(balancer: Balancer) -> dict[str, float]:
-    """The diagnostics of a refresh as metrics, by name."""
+    """The diagnostics of a refresh as metrics, by name; the cosines with each reward are logged by the callback."""
     figures: dict[str, float] = {}
     for title, value in balancer.diagnostics.items():
+        if title.startswith("cosine/"):
+            continue
         if isinstance(value, Tensor):
-            figures |= {f"{title}/{name}": float(v) for name, v in zip(balancer.names, value.tolist(), strict=True)}
+            figures |= by_reward({title: value}, balancer.names)
         elif isinstance(value, dict):
-            for reason, name in product(("zero", "not finite"), balancer.names):
+            for reason, name in product(("zero", "not finite", "not in both halves"), balancer.names):
                 figures[f"{title}/{reason.replace(' ', '_')}/{name}"] = float(value.get(name) == reason)
         else:
             figures[f"harmony/{title}"] = value
@@ -106,81 +183,15 @@ def refresh_figures(balancer: Balancer) -> dict[str, float]:
     return figures
 
 
-def probe(module: DiffusionNFT, step: int) -> dict[str, dict[str, float]]:
-    """Alignment of the update about to be applied, on its `own` images and on a `fresh` round of the same policy.
-
-    Both also have the baselines of `GradientAlignment`. Rewards without a gradient are left out. There are no figures for an
-    update that is not finite, which a loss scaler skips.
-
-    Args:
-        module: A module in training, with all gradients of the step accumulated.
-        step: The optimizer step, which also seeds the fresh round.
-
-    Returns:
-        Figures by name, for `own` and for `fresh`.
-    """
-    figures: dict[str, dict[str, float]] = {}
-    update, seed = update_of(module), derived_seed(module.seed, "probe", step)
-    if not update.isfinite().all():
-        return figures
-    fresh = module.sample_round(seed)
-    places = {
-        "own": (module.rollout, module.scores, module.seed, step % (module.plan.total // module.plan.per_step)),
-        "fresh": (fresh.rollout, fresh.scores, seed, 0),
+def by_reward(tensors: dict[str, Float[Tensor, " reward"]], names: Sequence[str]) -> dict[str, float]:
+    """One metric for each reward of each tensor."""
+    return {
+        f"{title}/{name}": value
+        for title, tensor in tensors.items()
+        for name, value in zip(names, tensor.tolist(), strict=True)
     }
-    for place, (rollout, scores, round_seed, part) in places.items():
-        rows = reward_gradients(module, rollout, scores, round_seed, part)
-        gradients, summed = rows[:-1], rows[-1]
-        active = active_rows(gram_matrix(gradients).diagonal().sqrt()).to(gradients.device)
-        if not active.any():
-            break
-        gradients = gradients[active]
-        if place == "own":
-            directions = {"update": update, "weighted_sum": summed, **baselines(gradients, generator(seed, "random"))}
-        figures[place] = agreement(directions, gradients) | {"chance": conflict_by_chance(gram_matrix(gradients))}
-    return figures
 
 
-def baselines(gradients: Float[Tensor, "reward parameter"], draws: torch.Generator) -> dict[str, Tensor]:
-    """Directions to compare an update with, (parameter,) each."""
-    units = gradients / gradients.norm(dim=1, keepdim=True)
-    random = torch.randn(gradients.shape[1], generator=draws).to(gradients.device)
-    return {"mean": gradients.mean(0), "unit_mean": units.mean(0), "random": random}
-
-
-def update_of(module: DiffusionNFT) -> Float[Tensor, " parameter"]:
-    """The gradient about to be applied, flat: the accumulated gradient and, on a refresh, the merged gradient."""
-    accumulated = flat([torch.zeros_like(p) if p.grad is None else p.grad for p in module.trainable])
-    return module.step.merged.plus(accumulated)
-
-
-@torch.enable_grad()
-def reward_gradients(
-    module: DiffusionNFT, rollout: Rollout, scores: Float[Tensor, "image reward"], seed: int, step: int
-) -> Float[Tensor, "reward_and_sum parameter"]:
-    """Gradients of each reward and of the rewards' sum, over the micro-batches of one optimizer step of a round.
-
-    All ranks must call it. The state of the training does not change.
-
-    Args:
-        module: A module in training.
-        rollout: The round.
-        scores: The scores of the round's images.
-        seed: Seed that the round was sampled with.
-        step: Index of the optimizer step in the round.
-
-    Returns:
-        (reward + 1, parameter), the mean over ranks; the last row is of the sum.
-    """
-    total = torch.zeros(len(module.rewards) + 1, sum(p.numel() for p in module.trainable), device=module.device)
-    summed = WeightedSum()
-    summed.bind(tuple(module.rewards))
-    by_balancer = (module.compute_coefficients(rollout, scores, seed, balancer) for balancer in (None, summed))
-    coefficients = [of_rewards.concat(of_sum) for of_rewards, of_sum in zip(*by_balancer, strict=True)]
-    first = step * module.plan.per_step
-    with module.step.per_reward.capture():
-        for batch in islice(module.split_round(rollout, coefficients, seed), first, first + module.plan.per_step):
-            with module.trainer.precision_plugin.forward_context():
-                losses = module.step.sample_losses(batch, module.step.velocity(batch, "trained"))
-            total += module.step.per_reward(*losses, batch.coefficients, module.scaler)
-    return module.trainer.strategy.reduce(total)
+def finite(metrics: dict[str, float]) -> dict[str, float]:
+    """The metrics without NaN, which stands for a reward that has no estimate."""
+    return {name: value for name, value in metrics.items() if value == value}

@@ -146,12 +146,15 @@ class Phases:
     def _forward(self, step: TrainingStep, batch: MicroBatch, refresh: bool) -> Tensor:
         """The loss of a micro-batch; on a refresh with the memory of the gradients that are summed and merged."""
         with self._precision():
+            parts = batch.coefficients
+            if refresh and self.module.balancer.options.measure_signal:
+                parts = parts.split(batch.in_first)
             if refresh:
-                total = torch.empty(len(self.module.balancer.names), sum(p.numel() for p in self.trained))
+                total = torch.empty(parts.plus.shape[1], sum(p.numel() for p in self.trained))
             plus, minus, kl = step.sample_losses_and_kl(batch)
             if not refresh:
                 return batch.coefficients.losses(plus, minus).sum() + (0 if kl is None else kl)
-            total += step.per_reward(plus, minus, batch.coefficients, None)
+            total += step.per_reward(plus, minus, parts, None)
             gram_matrix(total)
             step.merged.hold(torch.zeros_like(total[0]))
             return plus.sum() * 0 if kl is None else kl
@@ -159,7 +162,10 @@ class Phases:
     def _micro_batch(self, images: int, columns: int) -> MicroBatch:
         clean = self.latents(images).float()
         coefficients = Coefficients(torch.empty(images, columns), torch.empty(images, columns))
-        return MicroBatch(clean, torch.empty_like(clean), torch.empty(images), self._conditions(images), coefficients)
+        halves = torch.empty(images, dtype=torch.bool)
+        return MicroBatch(
+            clean, torch.empty_like(clean), torch.empty(images), self._conditions(images), coefficients, halves
+        )
 
     @cached_property
     def optimizer(self) -> tuple[int, int]:

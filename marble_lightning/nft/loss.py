@@ -12,7 +12,7 @@ from math import inf
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from marble_lightning.nft.advantages import AdvantageMode, AdvantageStd
@@ -58,9 +58,19 @@ class Coefficients(NamedTuple):
     plus: Float[Tensor, "sample reward"]
     minus: Float[Tensor, "sample reward"]
 
+    @property
+    def samples(self) -> Float[Tensor, " reward"]:
+        """Number of samples that each reward applies to, up to a factor: c+ + c- is the same for all of them."""
+        return (self.plus + self.minus).sum(0)
+
     def losses(self, plus: Float[Tensor, " sample"], minus: Float[Tensor, " sample"]) -> Float[Tensor, " reward"]:
         """The loss of each reward: sum_i c+_ik L+_i + c-_ik L-_i, without a matrix product, which autocast would round."""
         return (self.plus * plus[:, None] + self.minus * minus[:, None]).sum(0)
+
+    def split(self, in_first: Bool[Tensor, " sample"]) -> Coefficients:
+        """The same samples' coefficients in two parts: the columns of the first half's samples, then of the others."""
+        halves = torch.stack([in_first, ~in_first], 1)[:, :, None]
+        return Coefficients(*((halves * part[:, None]).flatten(1) for part in self))
 
     def concat(self, others: Coefficients) -> Coefficients:
         """The same samples' coefficients for these rewards, followed by those for other rewards."""

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from itertools import product
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from lightning.pytorch import Trainer
 from torch import Tensor
 
@@ -25,12 +25,14 @@ class Rollout:
     """The images of one round on this rank, in groups of k per prompt.
 
     `latents` (image, ...) are the clean latents. `conditions` has one row per distinct prompt. `groups` (image,) is the
-    row of each image's prompt in `conditions`.
+    row of each image's prompt in `conditions`. `in_first` (image,) tells whether the prompt is in the first of two halves,
+    see `first_half`.
     """
 
     conditions: Conditions
     groups: Int[Tensor, " image"]
     latents: Float[Tensor, " image *latent"]
+    in_first: Bool[Tensor, " image"]
 
 
 @dataclass
@@ -42,6 +44,7 @@ class MicroBatch:
     t: Float[Tensor, " batch"]
     conditions: Conditions
     coefficients: Coefficients
+    in_first: Bool[Tensor, " batch"]
 
     @property
     def noisy(self) -> Float[Tensor, " batch *latent"]:
@@ -165,6 +168,7 @@ def micro_batches(
                 t=times[chosen, column],
                 conditions=rollout.conditions[rollout.groups[chosen]],
                 coefficients=Coefficients(weighed.plus[chosen], weighed.minus[chosen]),
+                in_first=rollout.in_first[chosen],
             )
 
 
@@ -189,3 +193,16 @@ class MicroBatches:
 def image_order(plan: Plan, key: Sequence[int | str]) -> Int[Tensor, " image"]:
     """The random order of a round's images; optimizer step s takes its s-th part."""
     return torch.randperm(plan.images, generator=generator(*key, "order"))
+
+
+def first_half(prompts: int, rank: int, ranks: int, key: Sequence[int | str]) -> Bool[Tensor, " prompt"]:
+    """Which prompts of this rank are in the first half of a round's prompts, drawn at random over all ranks.
+
+    Args:
+        prompts: Prompts of each rank.
+        rank: Index of this rank.
+        ranks: Their number.
+        key: Seed of the draw, the same on all ranks.
+    """
+    drawn = torch.randperm(prompts * ranks, generator=generator(*key))
+    return drawn[rank * prompts :][:prompts] < prompts * ranks / 2

@@ -16,7 +16,7 @@ from tqdm import tqdm
 from marble_lightning.checkpoints.signals import stop_if_requested
 from marble_lightning.data.datamodule import get_datamodule
 from marble_lightning.nft.divergence import Finite
-from marble_lightning.nft.rollout import Rollout
+from marble_lightning.nft.rollout import Rollout, first_half
 from marble_lightning.policies.base import FlowPolicy
 from marble_lightning.policies.samplers import Solver
 from marble_lightning.scoring.scorer import Scorer
@@ -149,7 +149,9 @@ def sample_round(
     finite.check_images(trainer.strategy, trained=trainer.global_step > 0)
     skipped = scorer.check(trainer.strategy)
     scorer.release()
-    return ScoredRollout(Rollout(conditions, groups.to(device), torch.cat(latents)), images, scores, skipped, waited)
+    halves = first_half(len(prompts), trainer.global_rank, trainer.world_size, (seed, trainer.current_epoch, "halves"))
+    rollout = Rollout(conditions, groups.to(device), torch.cat(latents), halves[groups].to(device))
+    return ScoredRollout(rollout, images, scores, skipped, waited)
 
 
 def progress(trainer: Trainer, iterable: Any, task: str) -> Any:

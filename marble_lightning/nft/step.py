@@ -82,7 +82,7 @@ class TrainingStep:
             logged = {"loss": losses.detach().sum() * per_step} | ({} if kl is None else {"kl": kl.detach()})
             weighted_kl = self._zero_loss() if kl is None else self.objective.kl_weight * kl
             if balancer.wants_gradients:
-                balancer.add_gradients(self.per_reward(plus, minus, batch.coefficients, scaler))
+                self._add_gradients(balancer, plus, minus, batch, scaler)
                 if not balancer.wants_gradients:
                     self.merged.hold(balancer.solve(reduce, loss_scaled=scaler is not None))
                 # The scaler checks only this loss: if a per-reward gradient overflowed, it must skip the step
@@ -93,6 +93,17 @@ class TrainingStep:
                 loss = (weights * losses).sum() * per_step + weighted_kl
             self._until_backward = stack.pop_all()
         return loss, logged
+
+    def _add_gradients(
+        self, balancer: Balancer, plus: Tensor, minus: Tensor, batch: MicroBatch, scaler: GradScaler | None
+    ) -> None:
+        """Add the micro-batch's per-reward gradients; with `measure_signal` in two parts, from the halves of the prompts."""
+        if not balancer.options.measure_signal:
+            balancer.add_gradients(self.per_reward(plus, minus, batch.coefficients, scaler))
+            return
+        parts = batch.coefficients.split(batch.in_first)
+        gradients, samples = self.per_reward(plus, minus, parts, scaler), parts.samples
+        balancer.add_gradients(gradients.unflatten(0, (2, -1)), samples.unflatten(0, (2, -1)))
 
     def end_backward(self) -> None:
         """End the capture of per-reward gradients, if the forward pass began one."""

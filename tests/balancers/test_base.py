@@ -140,7 +140,7 @@ def test_diagnostics_from_coefficients_equal_those_of_the_vectors():
         expected = [cos.min().item(), cos.mean().item(), cos.var(correction=0).item()]
         statistics = [balancer.diagnostics[f"{name}/cos_{statistic}"] for statistic in ("min", "mean", "var")]
         assert statistics == pytest.approx(expected, abs=1e-5)
-    torch.testing.assert_close(balancer.diagnostics["gram"], gradients.double() @ gradients.double().T)
+    torch.testing.assert_close(balancer.diagnostics["products"].own, gradients.double() @ gradients.double().T)
     torch.testing.assert_close(balancer.diagnostics["gradient_norms"].float(), gradients.norm(dim=1))
     torch.testing.assert_close(balancer.diagnostics["alpha"], balancer.diagnostics["alpha_smoothed"])
 

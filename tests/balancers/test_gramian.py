@@ -20,7 +20,7 @@ def test_vectors_of_rounding_errors_have_cosine_zero():
     opposite = torch.tensor([[1.0, -1.0], [-1.0, 1.0]], dtype=torch.float64)
     assert cosines(opposite, torch.tensor([0.5, 0.5])).tolist() == [0, 0]
     assert cosines(torch.diag(torch.tensor([1.0, 0.0])), torch.tensor([1.0, 1.0])).tolist() == [1, 0]
-    assert not in_conflict(compare(opposite, torch.tensor([0.5, 0.5]))["update/cos_min"])
+    assert not in_conflict(compare(opposite, {"update": torch.tensor([0.5, 0.5])})["update/cos_min"])
 
 
 def test_gram_matrix_is_float64_and_the_same_in_chunks(monkeypatch):
@@ -43,7 +43,7 @@ def test_agreement_equals_compare_for_its_directions():
     rows = torch.randn(3, 20, generator=torch.Generator().manual_seed(1))
     weights, units = torch.tensor([0.2, 0.5, 0.3]), rows / rows.norm(dim=1, keepdim=True)
     directions = {"update": weights @ rows, "mean": rows.mean(0), "unit_mean": units.mean(0)}
-    assert agreement(directions, rows) == pytest.approx(compare(gram_matrix(rows), weights), abs=1e-6)
+    assert agreement(directions, rows) == pytest.approx(compare(gram_matrix(rows), {"update": weights}), abs=1e-6)
     statistics = agreement({"against": -rows[0], "along": rows[0]}, rows[:1])
     assert statistics["against/cos_min"] == pytest.approx(-1) and statistics["along/cos_min"] == pytest.approx(1)
 

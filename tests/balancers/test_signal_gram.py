@@ -5,7 +5,8 @@ import torch
 
 from balancers import min_norm_weights
 from balancers.gramian import gram_matrix
-from balancers.signal_gram import SignalGram, nearest_psd
+from balancers.options import GradientOptions
+from balancers.signal_gram import Products, SignalGram, products_of
 
 K, P = 5, 200
 
@@ -30,24 +31,31 @@ def halves(mu, ratio, draw):
     return half(), half()
 
 
-def averaged(mu, ratio, refreshes, seed, decay=0.9):
+def estimator(decay, **options):
+    return SignalGram(K, GradientOptions(gram="split", gram_decay=decay, **options))
+
+
+def products(first, second):
+    return Products(gram_matrix((first + second) / 2), gram_matrix(first, second))
+
+
+def averaged(mu, ratio, refreshes, seed, decay=0.9, **options):
     """The estimator after some refreshes, and the last refresh's own Gram matrix."""
-    draw, found = torch.Generator().manual_seed(seed), SignalGram(K, decay)
+    draw, found = torch.Generator().manual_seed(seed), estimator(decay, **options)
     for _ in range(refreshes):
-        first, second = halves(mu, ratio, draw)
-        own = gram_matrix((first + second) / 2)
-        found.update(own, gram_matrix(first, second))
-    return found, own
+        last = products(*halves(mu, ratio, draw))
+        found.update(last)
+    return found, last.own
 
 
 def test_products_of_halves_are_unbiased_and_own_products_are_not():
     mu = means(0)
     found, _ = averaged(mu, 0.3, 2000, seed=1, decay=1 - 1e-9)
     scale = mu.norm(dim=1).outer(mu.norm(dim=1))
-    error = (found.variance / 2000).sqrt()
+    error = (found.variance.mean / 2000).sqrt()
     apart = ~torch.eye(K, dtype=torch.bool)
-    assert ((found.signal - mu @ mu.T).abs() < 4.5 * error)[apart].all()
-    assert (((found.own - mu @ mu.T) / scale)[apart] > 2).all()  # the shared noise, 1 / 0.3^2 / 4
+    assert ((found.split.mean - mu @ mu.T).abs() < 4.5 * error)[apart].all()
+    assert (((found.own.mean - mu @ mu.T) / scale)[apart] > 2).all()  # the shared noise, 1 / 0.3^2 / 4
 
 
 def test_the_error_falls_as_one_over_the_root_of_refreshes():
@@ -55,11 +63,17 @@ def test_the_error_falls_as_one_over_the_root_of_refreshes():
     scale = mu.norm(dim=1).outer(mu.norm(dim=1))
     errors = []
     for n in refreshes:
-        found = [averaged(mu, 0.3, n, seed, decay=1 - 1e-9)[0].signal for seed in range(8)]
+        found = [averaged(mu, 0.3, n, seed, decay=1 - 1e-9)[0].split.mean for seed in range(8)]
         errors.append(float(torch.stack([((signal - mu @ mu.T) / scale).square().mean() for signal in found]).mean().sqrt()))
     x, y = torch.tensor(refreshes).log(), torch.tensor(errors).log()
     slope = ((x - x.mean()) * (y - y.mean())).sum() / (x - x.mean()).square().sum()
     assert float(slope) == pytest.approx(-0.5, abs=0.1)
+
+
+def unit_weights(gram):
+    """The min-norm weights of unit gradients, for gradients of any length."""
+    lengths = gram.diagonal().sqrt()
+    return min_norm_weights(gram / lengths.outer(lengths)) / lengths
 
 
 def worst_cosine(weights, mu):
@@ -75,45 +89,101 @@ def test_the_worst_true_cosine_is_no_smaller_than_with_the_own_gram(ratio):
     for seed in range(200):
         mu = means(seed)
         found, gram = averaged(mu, ratio, 60, seed)
-        signal = found.estimate(floor=0.15)
-        unit = nearest_psd(signal.gram / signal.lengths.outer(signal.lengths))
-        split.append(worst_cosine(min_norm_weights(unit) / signal.lengths, mu))
-        norms = gram.diagonal().sqrt()
-        own.append(worst_cosine(min_norm_weights(gram / norms.outer(norms)) / norms, mu))
+        split.append(worst_cosine(unit_weights(found.estimate()), mu))
+        own.append(worst_cosine(unit_weights(gram), mu))
     difference = sum(split) / 200 - sum(own) / 200
     print(f"signal to noise {ratio}: split {sum(split) / 200:+.3f}, own {sum(own) / 200:+.3f}")
     assert difference > (0.0 if ratio == 1.0 else -0.02)
 
 
 def test_without_a_signal_the_estimate_is_the_own_gram():
-    shrinkage = [averaged(means(0), 1e-3, 20, seed)[0].estimate(0.15).shrinkage for seed in range(20)]
+    shrinkage = [averaged(means(0), 1e-3, 20, seed)[0].shrinkage for seed in range(20)]
     assert sum(shrinkage) / 20 > 0.7
-    exact = SignalGram(K, 0.9)
-    exact.update(torch.eye(K, dtype=torch.float64), torch.zeros(K, K, dtype=torch.float64))
-    assert torch.equal(exact.estimate(0.15).gram, torch.eye(K, dtype=torch.float64))
+    exact, unit = estimator(0.9), torch.eye(K, dtype=torch.float64)
+    exact.update(Products(unit, torch.zeros_like(unit)))
+    torch.testing.assert_close(exact.estimate(), unit)
+
+
+def test_the_estimate_is_positive_semi_definite_and_no_signal_is_shorter_than_the_floor():
+    for seed in range(20):
+        found, _ = averaged(means(seed), 0.05, 5, seed, gram_shrinkage=False)
+        gram = found.estimate()
+        assert found.shrinkage == 0
+        assert (found.split.mean.diagonal() < 0).any() or seed  # without a floor some lengths would be imaginary
+        assert float(torch.linalg.eigvalsh(gram)[0]) > -1e-9 * float(gram.trace())
+        assert (gram.diagonal() >= 0.15**2 * found.own.mean.diagonal() * (1 - 1e-9)).all()
+
+
+def test_an_exact_signal_is_returned_as_it_is():
+    mu = means(0)
+    found = estimator(0.0)
+    found.update(Products(mu @ mu.T, mu @ mu.T))
+    assert found.shrinkage == pytest.approx(0, abs=1e-12)
+    torch.testing.assert_close(found.estimate(), mu @ mu.T)
+
+
+def test_own_products_are_averaged_too():
+    found = SignalGram(K, GradientOptions(gram_decay=0.5))
+    first, second = (mu @ mu.T for mu in (means(0), means(1)))
+    for gram in (first, second):
+        found.update(Products(gram, torch.full_like(gram, torch.nan)))
+    torch.testing.assert_close(found.estimate(), (first / 2 + second) / 1.5)
+    last = SignalGram(K, GradientOptions())
+    for gram in (first, second):
+        last.update(Products(gram, torch.full_like(gram, torch.nan)))
+        assert torch.equal(last.estimate(), gram)  # the paper: bit for bit those of this refresh
 
 
 def test_a_reward_absent_from_a_half_keeps_its_estimate():
     mu, draw = means(0), torch.Generator().manual_seed(0)
     found, _ = averaged(mu, 1.0, 5, seed=0)
-    before = {name: getattr(found, name).clone() for name in ("own", "signal", "variance", "weight", "squares")}
+    before = found.state_dict()["split"]
     first, second = halves(mu, 1.0, draw)
     second[2] = torch.nan
-    found.update(gram_matrix((first + second) / 2), gram_matrix(first, second))
+    found.update(products(first, second))
     for name, values in before.items():
-        changed = getattr(found, name) != values
+        changed = found.state_dict()["split"][name] != values
         assert not changed[2].any() and not changed[:, 2].any() and changed[0, 1], name
+
+
+def test_a_reward_that_was_never_in_both_halves_has_no_estimate():
+    mu, draw, found = means(0), torch.Generator().manual_seed(0), estimator(0.9)
+    for absent in (2, 2, 3):  # and reward 2 never together with reward 3
+        first, second = halves(mu, 1.0, draw)
+        second[[absent, 4]] = torch.nan
+        found.update(Products(gram_matrix((first + first) / 2), gram_matrix(first, second)))
+    gram = found.estimate()
+    assert gram[4].isnan().all() and gram[:, 4].isnan().all() and gram[:4, :4].isfinite().all()
+    assert gram[2, 3].abs() < 0.3 * (gram[2, 2] * gram[3, 3]).sqrt()  # 0 but for the positive semi-definite projection
 
 
 def test_scale_of_a_gradient_does_not_matter():
     mu, scale = means(0), torch.tensor([1e-3, 1.0, 1e3, 1.0, 1.0], dtype=torch.float64)
-    plain, scaled = SignalGram(K, 0.9), SignalGram(K, 0.9)
+    plain, scaled = estimator(0.9), estimator(0.9)
     for seed in range(5):
         first, second = halves(mu, 0.3, torch.Generator().manual_seed(seed))
         for found, factor in ((plain, torch.ones(K, 1)), (scaled, scale[:, None])):
-            a, b = first * factor, second * factor
-            found.update(gram_matrix((a + b) / 2), gram_matrix(a, b))
-    one, other = plain.estimate(0.15), scaled.estimate(0.15)
-    assert one.shrinkage == pytest.approx(other.shrinkage)
-    torch.testing.assert_close(one.gram * scale.outer(scale), other.gram)
-    torch.testing.assert_close(one.lengths * scale, other.lengths)
+            found.update(products(first * factor, second * factor))
+    assert plain.shrinkage == pytest.approx(scaled.shrinkage)
+    torch.testing.assert_close(plain.estimate() * scale.outer(scale), scaled.estimate())
+
+
+def test_products_of_parts_of_unequal_size():
+    """Each half is normalised by its own samples: the parts add up to the gradient, and rows of samples give the halves."""
+    samples = torch.randn(12, 3, 5, generator=torch.Generator().manual_seed(0))
+    applies = torch.rand(12, 3, generator=torch.Generator().manual_seed(1)) < 0.7
+    in_first = torch.arange(12) < 4
+    shares = (applies / applies.sum(0))[:, :, None] * samples
+    parts = torch.stack([shares[in_first].sum(0), shares[~in_first].sum(0)])
+    counts = torch.stack([applies[in_first].sum(0), applies[~in_first].sum(0)]).float()
+    found = products_of(parts, 7.0 * counts)  # up to a factor
+
+    def mean(half):
+        return (applies[half][:, :, None] * samples[half]).sum(0) / applies[half].sum(0)[:, None]
+
+    torch.testing.assert_close(found.own, gram_matrix(shares.sum(0)))
+    torch.testing.assert_close(found.cross, gram_matrix(mean(in_first), mean(~in_first)))
+    counts[1, 0] = parts[1, 0] = 0
+    absent = products_of(parts, counts)
+    assert absent.split[0].isnan().all() and absent.split[:, 0].isnan().all() and absent.split[1:, 1:].isfinite().all()
+    assert absent.own.isfinite().all()

@@ -64,7 +64,7 @@ class Replay(DiffusionNFT):
             for batch in rounds[self.current_epoch]:
                 # gradients are averaged over ranks, but summed over the batches of one process
                 shares = (coefficients / len(self.recorded) for coefficients in batch.coefficients)
-                yield MicroBatch(batch.clean, batch.noise, batch.t, batch.conditions, Coefficients(*shares))
+                yield MicroBatch(batch.clean, batch.noise, batch.t, batch.conditions, Coefficients(*shares), batch.in_first)
 
 
 def train(kind: type[DiffusionNFT], checkpoints: Path, balancer: Balancer, recorded: Any = None, **options: Any) -> Any:

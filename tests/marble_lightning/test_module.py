@@ -110,9 +110,10 @@ class Recut(DiffusionNFT):
             *(torch.cat([getattr(b.conditions, name) for b in batches]) for name in ("embeds", "pooled"))
         )
         weights = Coefficients(*(torch.cat([getattr(b.coefficients, name) for b in batches]) for name in ("plus", "minus")))
+        halves = torch.cat([batch.in_first for batch in batches])
         for part in torch.arange(len(clean)).split(plan.batch_size):
             shares = Coefficients(weights.plus[part], weights.minus[part])
-            yield MicroBatch(clean[part], noise[part], t[part], conditions[part], shares)
+            yield MicroBatch(clean[part], noise[part], t[part], conditions[part], shares, halves[part])
 
 
 @pytest.mark.parametrize("balancer", [WeightedSum, MARBLE])

@@ -10,7 +10,8 @@ from lightning.pytorch import Callback
 
 from balancers import MARBLE, FixedWeights, PCGrad, WeightedSum
 from balancers.gramian import agreement, conflict_by_chance, gram_matrix
-from marble_lightning.callbacks.gradient_alignment import GradientAlignment, probe, refresh_figures, update_of
+from marble_lightning.callbacks.alignment_probe import probe, update_of
+from marble_lightning.callbacks.gradient_alignment import GradientAlignment, refresh_figures
 from marble_lightning.cli import QUIET
 from marble_lightning.nft.reward_gradients import flat
 from marble_lightning.utils.images import cosine_heatmap
@@ -27,7 +28,7 @@ class Probes(Callback):
         self.updates: list[Any] = []
 
     def on_before_optimizer_step(self, trainer, pl_module, optimizer):
-        self.figures.append(probe(pl_module, trainer.global_step))
+        self.figures.append(probe(pl_module, trainer.global_step).by_place)
         self.updates.append(update_of(pl_module))
 
 
@@ -89,7 +90,7 @@ def test_the_weighted_sum_of_a_probe_is_the_gradient_of_the_balancer(checkpoints
 def test_a_skipped_update_has_no_figures(checkpoints, tmp_path):
     module, _ = run(checkpoints, tmp_path, WeightedSum())
     module.trainable[0].grad.fill_(torch.inf)
-    assert probe(module, 0) == {}
+    assert probe(module, 0).by_place == {}
 
 
 def test_a_fresh_round_is_independent(checkpoints, tmp_path):
@@ -105,7 +106,7 @@ def test_metrics_of_a_refresh():
     balancer.begin_step(1)
     balancer.add_gradients(torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.0, 0.0]]))
     balancer.solve(lambda gradients: gradients)
-    gram = balancer.diagnostics.pop("gram")
+    gram = balancer.diagnostics.pop("products").own
     figures = refresh_figures(balancer)
     assert [figures[f"left_out/zero/{name}"] for name in "abc"] == [0, 0, 1]
     assert [figures[f"left_out/not_finite/{name}"] for name in "abc"] == [0, 0, 0]

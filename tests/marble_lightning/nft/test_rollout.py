@@ -80,7 +80,7 @@ def test_each_image_is_used_once_at_distinct_times():
     latents = torch.arange(12.0).view(12, 1, 1, 1)
     coefficients = Coefficients(torch.arange(12.0)[:, None], -torch.arange(12.0)[:, None])
     conditions = Conditions(torch.arange(3.0).view(3, 1, 1), torch.zeros(3, 1))
-    rollout = Rollout(conditions, torch.arange(3).repeat_interleave(4), latents)
+    rollout = Rollout(conditions, torch.arange(3).repeat_interleave(4), latents, torch.arange(12) < 4)
     grid = torch.tensor([1.0, 0.8, 0.6, 0.4, 0.2])
     batches = list(micro_batches(rollout, coefficients, grid, plan, KEY))
     assert len(batches) == plan.total == 2 * plan.per_step == 18
@@ -91,6 +91,7 @@ def test_each_image_is_used_once_at_distinct_times():
         images = batch.clean.flatten()
         torch.testing.assert_close(batch.coefficients.plus[:, 0], images)
         torch.testing.assert_close(batch.conditions.embeds.flatten(), images // 4)
+        assert torch.equal(batch.in_first, images < 4)
         uses.update(zip(images.int().tolist(), batch.t.tolist(), strict=True))
     assert set(uses.values()) == {1}
     assert all(count == 3 for count in Counter(image for image, _ in uses).values())
@@ -104,6 +105,7 @@ def test_the_same_key_gives_the_same_micro_batches():
         Conditions(torch.zeros(1, 1, 1), torch.zeros(1, 1)),
         torch.zeros(4).long(),
         torch.randn(4, 1, 2, 2),
+        torch.ones(4, dtype=torch.bool),
     )
     coefficients = Coefficients(torch.zeros(4, 1), torch.zeros(4, 1))
     grid = torch.linspace(1, 0.1, 6)
