@@ -8,15 +8,23 @@ import torch
 from balancers import MARBLE
 from tests.helpers.small_balancers import NAMES, bound, gradients_of, step
 
+SAMPLES = torch.ones(2, len(NAMES))
+
+
+def parts_of(seed):
+    """Gradients in two parts, from halves."""
+    return torch.stack([gradients_of(seed), gradients_of(100 + seed)])
+
 
 @pytest.mark.parametrize("amortize", ["scaled", "raw"])
+@pytest.mark.parametrize("gram", ["own", "split"])
 @pytest.mark.parametrize("bind_first", [True, False])
 @pytest.mark.parametrize("stop", [3, 4])
-def test_state_round_trip_continues_bit_for_bit(tmp_path, amortize, bind_first, stop):
-    options = {"refresh_every": 3, "amortize": amortize, "uniform_after_step": 9}
+def test_state_round_trip_continues_bit_for_bit(tmp_path, amortize, gram, bind_first, stop):
+    options = {"refresh_every": 3, "amortize": amortize, "gram": gram, "gram_decay": 0.9, "uniform_after_step": 9}
     whole = bound(MARBLE(**options))
     for s in range(stop):
-        step(whole, gradients_of(s))
+        step(whole, parts_of(s), samples=SAMPLES)
     torch.save(whole.state_dict(), tmp_path / "state.pt")
     state = torch.load(tmp_path / "state.pt", weights_only=True)
     resumed = MARBLE(**options)
@@ -25,7 +33,9 @@ def test_state_round_trip_continues_bit_for_bit(tmp_path, amortize, bind_first, 
     resumed.load_state_dict(state)
     resumed.bind(NAMES)
     for s in range(stop, 11):
-        (merged_a, coefficients_a), (merged_b, coefficients_b) = (step(b, gradients_of(s)) for b in (whole, resumed))
+        (merged_a, coefficients_a), (merged_b, coefficients_b) = (
+            step(b, parts_of(s), samples=SAMPLES) for b in (whole, resumed)
+        )
         assert (merged_a is None) == (merged_b is None)
         assert merged_a is None or torch.equal(merged_a, merged_b)
         assert torch.equal(coefficients_a, coefficients_b)

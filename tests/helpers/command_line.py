@@ -52,6 +52,8 @@ EXTRA = {
     "data.held_out_batch_size": 3,
     "balancer": "MARBLE",
     "balancer.refresh_every": 2,
+    "balancer.gram": "split",
+    "balancer.gram_decay": 0.9,
     "model.metrics": "{}",
     "model.rewards": "{clipscore: {class_path: rewards.CLIPScore, init_args: {path: CLIP}}, jpeg: JPEGCompressibility}",
     "model.micro_batch_size": 6,
@@ -65,7 +67,7 @@ EXTRA = {
 def options(checkpoints: Path, folder: Path, **more: Any) -> list[str]:
     extra = EXTRA | {"trainer.default_root_dir": folder} | more
     if extra["balancer"] == "WeightedSum":  # it has no refreshes
-        del extra["balancer.refresh_every"]
+        extra = {name: value for name, value in extra.items() if not name.startswith("balancer.")}
     extra["model.rewards"] = str(extra["model.rewards"]).replace("CLIP}", f"{checkpoints / 'clip'}}}")
     return [
         *small_options(checkpoints, folder),

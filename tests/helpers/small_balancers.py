@@ -14,12 +14,12 @@ def bound(balancer, names=NAMES):
     return balancer
 
 
-def step(balancer, gradients, n_micro_batches=1):
+def step(balancer, gradients, n_micro_batches=1, samples=None):
     """One optimizer step. Returns the merged gradient (None without a refresh) and the coefficients in use."""
     merged = None
     balancer.begin_step(n_micro_batches)
     while balancer.wants_gradients:
-        balancer.add_gradients(gradients)
+        balancer.add_gradients(gradients, samples)
         if not balancer.wants_gradients:
             merged = balancer.solve(lambda x: x)
     coefficients = balancer.loss_weights

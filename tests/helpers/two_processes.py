@@ -90,7 +90,9 @@ def train(kind: type[DiffusionNFT], checkpoints: Path, balancer: Balancer, recor
 
 
 def method(name: str) -> Balancer:
-    """A balancer; a gradient method both refreshes and reuses its weights within five steps."""
+    """A balancer, or `split` for MARBLE on the signal; gradient methods refresh and reuse weights within five steps."""
+    if name == "split":
+        return balancers.MARBLE(refresh_every=2, ema_decay=0.5, gram="split", gram_decay=0.5)
     kind: type[Balancer] = getattr(balancers, name)
     return kind() if name == "WeightedSum" else kind(refresh_every=2, ema_decay=0.5)
 

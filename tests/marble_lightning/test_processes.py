@@ -24,7 +24,7 @@ from tests.helpers.two_processes import Replay, method, train
 
 pytestmark = pytest.mark.integration
 
-METHODS = ["WeightedSum", "MARBLE"]
+METHODS = ["WeightedSum", "MARBLE", "split"]
 SLOWER = ["PCGrad", "CAGrad"]
 
 
