@@ -50,22 +50,31 @@ class Method:
     passes: Literal["two", "per_reward"] = "two"
     share: float = 1.0
     """Share of a step's two micro-batches whose gradients the solution uses; it applies to both."""
+    gram: Literal["own", "split"] | None = "own"
+    """Products to solve on; None: of whole gradients, without the parts from halves of the prompts."""
 
     def balancer(self) -> Balancer:
         """A new balancer."""
-        return WeightedSum() if self.every is None else MARBLE(refresh_every=self.every, estimate_share=self.share)
+        if self.every is None:
+            return WeightedSum()
+        options: dict[str, Any] = {"measure_signal": False} if self.gram is None else {"gram": self.gram, "gram_decay": 0.9}
+        return MARBLE(refresh_every=self.every, estimate_share=self.share, **options)
 
 
 EVERY_STEP = Method("MARBLE, every step", "", every=1)
+WHOLE = Method("MARBLE, every step, whole gradients", "", every=1, gram=None)
+SPLIT = Method("MARBLE, every step, gram: split", "", every=1, gram="split")
 METHODS = (
     Method("weighted sum", "1.00"),
     Method("MARBLE, every 10th step", "", every=10),
     Method("MARBLE, every 10th step, half its images", "0.97 (one micro-batch)", every=10, share=0.5),
     EVERY_STEP,
+    SPLIT,
+    WHOLE,
     Method("MARBLE, every step, half its images", "", every=1, share=0.5),
-    Method("MARBLE, every step, K passes", "0.56 (K = 5)", every=1, passes="per_reward"),
+    Method("MARBLE, every step, K passes", "0.56 (K = 5)", every=1, passes="per_reward", gram=None),
 )
-"""Two backward passes unless the title says otherwise."""
+"""Two backward passes, and gradients in two parts (`measure_signal`), unless the title says otherwise."""
 
 
 class Projection(Reward):
@@ -186,6 +195,9 @@ def table(turns: Turns) -> str:
             f"| {method.title} | {k} | {training:.2f} | {speed:.2f} | {min(ratios):.2f} to {max(ratios):.2f} "
             f"| {together:.2f} | {memory} | {method.paper} |"
         )
+    for k in sorted({k for method, k in turns.turns if {(SPLIT, k), (WHOLE, k)} <= turns.training.keys()}):
+        ratios = [a / b for a, b in zip(turns.training[SPLIT, k], turns.training[WHOLE, k], strict=True)]
+        lines.append(f"\n`gram: split` takes {statistics.median(ratios):.2f} times the time of whole gradients, K = {k}.")
     if {(EVERY_STEP, 5), (EVERY_STEP, 20)} <= turns.training.keys():
         growth = statistics.median(turns.training[EVERY_STEP, 20]) / statistics.median(turns.training[EVERY_STEP, 5])
         lines.append(f"\n{EVERY_STEP.title}: a step with 20 rewards takes {growth:.2f} times one with 5.")

@@ -171,12 +171,12 @@ class DiffusionNFT(LightningModule):
         sampled = self.sample_round(self.seed)
         self.rollout, self.scores = sampled.rollout, sampled.scores
         self.image_statistics = image_statistics(sampled.images, self.rollout.groups)
-        metrics, waited = sampled.metrics(self.trainer, self._trained_rewards, self.scorer), sampled.waited
+        self.round_metrics = sampled.metrics(self.trainer, self._trained_rewards, self.scorer)
         del sampled  # its images take gigabytes that training needs
         self.coefficients = self.compute_coefficients(self.rollout, self.scores, self.seed, self.balancer)
         self.trained_since = time.perf_counter()
-        metrics |= {"time/sampling": self.trained_since - begin - waited, "time/waiting_for_scores": waited}
-        self.log_dict(metrics, sync_dist=True)
+        self.round_metrics["time/sampling"] = self.trained_since - begin - self.round_metrics["time/waiting_for_scores"]
+        self.log_dict(self.round_metrics, sync_dist=True)
 
     def sample_round(self, seed: int) -> ScoredRollout:
         """Sample and score a round with a seed of prompts and noise, see `nft.sampling.sample_round`."""

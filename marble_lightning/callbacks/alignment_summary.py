@@ -23,17 +23,17 @@ class AlignmentSummary:
     def __init__(self) -> None:
         self.cosines: dict[str, list[list[float]]] = {"own": [], "split": []}
         """Cosines of the update with each reward at every refresh, NaN without one."""
-        self.rounds: list[list[float]] = []
-        """Training mean of each reward in every round, NaN without one."""
+        self.rounds: dict[int, list[float]] = {}
+        """Training mean of each reward by round, NaN without one. A resumed run may train a round again."""
 
     def note_cosines(self, own: Float[Tensor, " reward"], split: Float[Tensor, " reward"] | None) -> None:
         """Add a refresh."""
         self.cosines["own"].append(own.tolist())
         self.cosines["split"].append((torch.full_like(own, torch.nan) if split is None else split).tolist())
 
-    def note_round(self, means: Sequence[float]) -> None:
+    def note_round(self, index: int, means: Sequence[float]) -> None:
         """Add a round."""
-        self.rounds.append(list(means))
+        self.rounds[index] = list(means)
 
     def mean_cosine(self, place: str, reward: int) -> Summary:
         """Mean cosine of the update with a reward over the refreshes; `place` is own or split."""
@@ -41,7 +41,7 @@ class AlignmentSummary:
 
     def quarters(self, reward: int) -> tuple[Tensor, Tensor]:
         """A reward's training means in the first and in the last quarter of the rounds."""
-        means = torch.tensor([row[reward] for row in self.rounds])
+        means = torch.tensor([row[reward] for row in self.rounds.values()])
         quarter = max(len(means) // 4, 1)
         first, last = means[:quarter], means[-quarter:]
         return first[first.isfinite()], last[last.isfinite()]
@@ -92,16 +92,17 @@ class AlignmentSummary:
 
     def state_dict(self) -> dict[str, Any]:
         """Copies of the state, as tensors."""
-        return {"rounds": as_tensor(self.rounds), **{place: as_tensor(rows) for place, rows in self.cosines.items()}}
+        cosines = {place: as_tensor(rows) for place, rows in self.cosines.items()}
+        return {"rounds": {index: as_tensor(means) for index, means in self.rounds.items()}, **cosines}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Load a `state_dict`."""
         self.cosines = {place: state[place].tolist() for place in self.cosines}
-        self.rounds = state["rounds"].tolist()
+        self.rounds = {index: means.tolist() for index, means in state["rounds"].items()}
 
 
-def as_tensor(rows: list[list[float]]) -> Float[Tensor, "row reward"]:
-    """Rows in float64."""
+def as_tensor(rows: Sequence[float] | Sequence[Sequence[float]]) -> Tensor:
+    """Numbers in float64."""
     return torch.tensor(rows, dtype=torch.float64)
 
 

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from itertools import product
 from typing import Any
 
-import torch
 from jaxtyping import Float
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
@@ -136,9 +135,10 @@ class GradientAlignment(Callback):
         kind = "reused" if get_balancer(trainer).options.refresh_every > 1 and "cosine/reused/own" in cosines else "update"
         self.summary.note_cosines(cosines[f"cosine/{kind}/own"], cosines.get(f"cosine/{kind}/split"))
 
-    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        names = get_balancer(trainer).reward_names
-        self.summary.note_round([float(trainer.callback_metrics.get(f"train/{name}", torch.nan)) for name in names])
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        if batch_idx == 0 and isinstance(pl_module, DiffusionNFT):
+            means = [float(pl_module.round_metrics[f"train/{name}"]) for name in pl_module.rewards]
+            self.summary.note_round(trainer.current_epoch, means)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.is_global_zero and self.signal is not None:

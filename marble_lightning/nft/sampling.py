@@ -84,13 +84,14 @@ class ScoredRollout(NamedTuple):
     waited: float
 
     def metrics(self, trainer: Trainer, rewards: Mapping[str, Reward], scorer: Scorer) -> dict[str, Tensor | float]:
-        """Metrics over all ranks: each reward's mean, and its missing scores, skipped scores and seconds."""
+        """Metrics over all ranks: each reward's mean, and its missing scores, skipped scores and seconds; time waited."""
         means = trainer.strategy.all_gather(self.scores).reshape(-1, len(rewards)).nanmean(0)
         missing = torch.tensor([float(reward.missing) for reward in rewards.values()], device=means.device)
         missing = trainer.strategy.reduce(missing, reduce_op="sum")
         metrics: dict[str, Tensor | float] = {f"train/{name}": mean for name, mean in zip(rewards, means, strict=True)}
         metrics |= {f"missing/{name}": count for name, count in zip(rewards, missing, strict=True)}
         metrics |= {f"skipped/{name}": self.skipped[name] for name in rewards}
+        metrics["time/waiting_for_scores"] = self.waited
         return metrics | {f"time/scoring/{name}": seconds for name, seconds in scorer.seconds.items()}
 
 

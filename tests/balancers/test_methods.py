@@ -105,7 +105,7 @@ def test_there_is_a_config_for_every_method():
 
 
 OTHER_OPTIONS = {"refresh_every": 7, "ema_decay": 0.5, "normalize": True, "amortize": "scaled", "refresh_alpha": "fresh"}
-OTHER_OPTIONS |= {"estimate_share": 0.05, "uniform_after_step": 3}
+OTHER_OPTIONS |= {"estimate_share": 0.05, "uniform_after_step": 3, "gram": "split", "gram_decay": 0.5}
 
 
 @pytest.mark.parametrize("config", METHOD_CONFIGS, ids=lambda path: path.stem)
@@ -186,6 +186,11 @@ def test_help_explains_every_option(capsys):
         "refresh_alpha",
         "estimate_share",
         "uniform_after_step",
+        "measure_signal",
+        "gram",
+        "gram_decay",
+        "gram_shrinkage",
+        "signal_floor",
     ):
         line = text.split(f"--balancer.{option} ", 1)[1].split("--balancer.", 1)[0]
         assert len(line.split()) > 12, f"no help for {option}: {line}"

@@ -203,7 +203,7 @@ def test_a_reward_that_fell_with_positive_cosines_is_named():
         noise = 0.05 * torch.randn(3, generator=draws)
         summary.note_cosines(torch.tensor([0.4, 0.4, -0.3]) + noise, torch.tensor([0.1, -0.2, -0.2]) + noise)
         summary.note_round(
-            (torch.tensor([0.5 + 0.002 * step, 0.5 - 0.002 * step, 0.5 - 0.01 * step]) + 0.2 * noise).tolist()
+            step, (torch.tensor([0.5 + 0.002 * step, 0.5 - 0.002 * step, 0.5 - 0.01 * step]) + 0.2 * noise).tolist()
         )
     assert [summary.has_fallen(index) for index in range(3)] == [False, True, True]
     (message,) = summary.warnings(["rises", "falls", "opposed"])  # the last one's cosines already said so
@@ -219,7 +219,7 @@ def test_noise_in_training_means_is_no_fall():
     draws, fallen = torch.Generator().manual_seed(0), 0
     for _ in range(300):
         summary = AlignmentSummary()
-        for value in torch.randn(44, generator=draws).tolist():
-            summary.note_round([value])
+        for step, value in enumerate(torch.randn(44, generator=draws).tolist()):
+            summary.note_round(step, [value])
         fallen += summary.has_fallen(0)
     assert fallen <= 9  # 1 % of 300, and three standard deviations
