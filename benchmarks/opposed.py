@@ -48,7 +48,7 @@ METHODS: dict[str, list[str]] = {
     "weighted_sum": ["-c", "balancers/weighted_sum", "--balancer.weights", json.dumps(PUBLISHED_SPREADS), *PROBES],
     "advantage_sum": ["-c", "balancers/advantage_sum", *PROBES],
     "fixed_weights": ["-c", "balancers/fixed_weights", *PROBES],
-    "fixed_weights_normalised": ["-c", "balancers/fixed_weights", "--balancer.normalize", "true"],
+    "fixed_weights_normalised": ["-c", "balancers/fixed_weights_normalized"],
     "marble_raw_5": [],
     "marble_raw_10": ["--balancer.refresh_every", "10"],
     "marble_scaled": ["--balancer.amortize", "scaled"],
