@@ -31,13 +31,13 @@ class Balancer(Callback):
 
     A gradient method computes weights every `refresh_every` optimizer steps. The weights are smoothed for each reward,
     $\bar\alpha_k \leftarrow \rho \bar\alpha_k + (1 - \rho) \alpha_k$; the first time, $\bar\alpha_k = \alpha_k$. With
-    `normalize`, $s_k = \operatorname{mean}_j |g_j| / |g_k|$, otherwise $s_k = 1$. A refresh takes the norms of its own
-    gradients; the steps in between take smoothed norms. (If the ratios were smoothed instead, one near-zero gradient would
-    outweigh all later ones.)
+    `normalize`, $s_k = \operatorname{mean}_j |g_j| / |g_k|$ on a refresh, otherwise $s_k = 1$. Between refreshes the weights
+    multiply raw gradients, $s_k = 1$, as in the paper. (If $s_k$ multiplied them there too, the one reward with a clean,
+    short gradient would get far too long a step, since $|g_k|$ is mostly noise.)
 
     A reward is inactive if its gradient is not finite or is zero (below 3.5e-4 of the largest, the level of rounding
-    errors). It is left out of the solution and keeps its $\bar\alpha_k$ and $s_k$; a reward that was never active has its
-    weight from `initial_weights` and $s_k = 1$. The weights of the active rewards are not scaled down for it, so the sum
+    errors). It is left out of the solution and keeps its $\bar\alpha_k$, with $s_k = 1$; a reward that was never active has
+    its weight from `initial_weights`. The weights of the active rewards are not scaled down for it, so the sum
     may exceed 1 until the next solution. Otherwise, if a reward with all the weight became inactive, the others would have
     none.
 
@@ -194,9 +194,9 @@ class Balancer(Callback):
         new = call_weights(self.weights, gram[active][:, active], options.normalize)
         alpha = torch.zeros_like(smoothed.initial).masked_scatter(active, new)
         ratio = lengths[active].mean() / lengths if options.normalize else torch.ones_like(lengths)
-        smoothed.update(alpha, lengths, active, self.step)
+        smoothed.update(alpha, active, self.step)
         applied = alpha if options.refresh_alpha == "fresh" else smoothed.alpha
-        self._solved = as_float32(torch.where(active, applied * ratio, smoothed.alpha * self.scale), self.names)
+        self._solved = as_float32(torch.where(active, applied * ratio, smoothed.alpha), self.names)
 
         harmony = self._alignment(products)
         self.counts["refreshes"] += 1
@@ -249,13 +249,7 @@ class Balancer(Callback):
     @property
     def reused_weights(self) -> Float[Tensor, " reward"]:
         """The `loss_weights` of steps between two refreshes: (K,) float32 on the CPU."""
-        alpha = self.smoothed.alpha
-        return as_float32(alpha * self.scale if self.options.amortize == "scaled" else alpha, self.names)
-
-    @property
-    def scale(self) -> Float[Tensor, " reward"]:
-        """Smoothed s_k, which scales a raw gradient to the mean norm; 1 without `normalize`."""
-        return self.smoothed.scale if self.options.normalize else torch.ones_like(self.smoothed.initial)
+        return as_float32(self.smoothed.alpha, self.names)
 
     @property
     def solved(self) -> bool:

@@ -13,8 +13,7 @@ class FixedWeights(Balancer):
     r"""Merge the gradients with weights that never change, $d = \sum_k w_k g_k$ with $\sum_k w_k = 1$.
 
     Without `normalize` this costs no more than a single reward. With `normalize`, each $g_k$ is rescaled to the mean norm
-    first, and the norms are computed every `refresh_every` steps. The steps in between use them only with
-    `amortize: scaled`.
+    first on every `refresh_every`-th step.
 
     Args:
         weights: Weight of each reward by name, > 0; 1 for those not named, then divided by the sum. Null: all equal.

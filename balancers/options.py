@@ -13,11 +13,6 @@ class GradientOptions:
         refresh_every: Optimizer steps between two solutions, >= 1.
         ema_decay: rho, how much of the old weights a solution keeps, in [0, 1).
         normalize: Whether `weights` receives unit gradients, which are rescaled to their mean norm afterwards.
-        amortize: What multiplies the raw gradients between refreshes: the weights alone (raw), as in the paper, or the
-            weights times $s_k$ of smoothed norms (scaled). `scaled` follows the direction of the solution, but is harmful
-            where a reward opposes the others: $|g_k|$ is mostly noise, so the one reward with a clean, short gradient gets
-            far too long a step. In a trial on the tiny world with such a sixth reward, all five others fell with `scaled`
-            (two seeds of two), while all six rose with `raw`.
         refresh_alpha: Which weights merge the gradients on a refresh: the smoothed ones, or the new ones of this refresh
             (fresh), as in the authors' code. The steps in between use the smoothed ones either way.
         estimate_share: Share of a refresh step's micro-batches whose gradients are used, rounded up, in [0, 1]; 0 is a
@@ -42,7 +37,6 @@ class GradientOptions:
     estimate_share: float = 1.0
     normalize: bool = False
     refresh_alpha: Literal["smoothed", "fresh"] = "smoothed"
-    amortize: Literal["raw", "scaled"] = "raw"
     uniform_after_step: int | None = None
     measure_signal: bool = True
     gram: Literal["own", "split"] = "own"
@@ -55,8 +49,6 @@ class GradientOptions:
             raise ValueError(f"`refresh_every` must be >= 1. Found {self.refresh_every}.")
         if not 0 <= self.ema_decay < 1:
             raise ValueError(f"`ema_decay` must be in [0, 1). Found {self.ema_decay}.")
-        if self.amortize not in ("raw", "scaled"):
-            raise ValueError(f"`amortize` must be 'raw' or 'scaled'. Found {self.amortize!r}.")
         if self.refresh_alpha not in ("smoothed", "fresh"):
             raise ValueError(f"`refresh_alpha` must be 'smoothed' or 'fresh'. Found {self.refresh_alpha!r}.")
         if not 0 <= self.estimate_share <= 1:

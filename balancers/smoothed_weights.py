@@ -1,4 +1,4 @@
-"""The state of a gradient method: weights and gradient norms of each reward, smoothed over refreshes."""
+"""The state of a gradient method: weights of each reward, smoothed over refreshes."""
 
 from typing import Any
 
@@ -8,24 +8,23 @@ from torch import Tensor
 
 from balancers.merging import smooth
 
-STATE = ("alpha_smoothed", "norms", "solved_at")
+STATE = ("alpha_smoothed", "solved_at")
 """Names of the state's tensors, in a balancer's checkpoint too."""
 
 
 class SmoothedWeights:
-    r"""Smoothed weights $\bar\alpha_k$ and norms of the gradients, updated for the active rewards of each refresh.
+    r"""Smoothed weights $\bar\alpha_k$, updated for the active rewards of each refresh.
 
     Args:
         initial: Weights (K,) of rewards that have never been active.
         decay: rho, how much of the old values a refresh keeps, in [0, 1).
 
-    Source: MARBLE, arXiv 2605.06507, eq. 12 (smoothing), 7 (scale).
+    Source: MARBLE, arXiv 2605.06507, eq. 12.
     """
 
     def __init__(self, initial: Float[Tensor, " reward"], decay: float) -> None:
         self.initial, self.decay = initial, decay
         self.alpha_smoothed = torch.full_like(initial, torch.nan)
-        self.norms = torch.full_like(initial, torch.nan)
         self.solved_at = torch.zeros(len(initial), dtype=torch.int64)
 
     @property
@@ -38,21 +37,9 @@ class SmoothedWeights:
         """Smoothed weights; the initial ones where a reward has never been active."""
         return torch.where(self.alpha_smoothed.isnan(), self.initial, self.alpha_smoothed)
 
-    @property
-    def scale(self) -> Float[Tensor, " reward"]:
-        """Smoothed s_k, which scales a raw gradient to the mean norm; 1 before the first refresh."""
-        return (self.norms.nanmean() / self.norms).nan_to_num(1.0)
-
-    def update(
-        self,
-        alpha: Float[Tensor, " reward"],
-        norms: Float[Tensor, " reward"],
-        active: Bool[Tensor, " reward"],
-        step: int,
-    ) -> None:
-        """Add the weights and norms of a refresh at an optimizer step, for active rewards only."""
+    def update(self, alpha: Float[Tensor, " reward"], active: Bool[Tensor, " reward"], step: int) -> None:
+        """Add the weights of a refresh at an optimizer step, for active rewards only."""
         self.alpha_smoothed = smooth(self.alpha_smoothed, alpha, active, self.decay)
-        self.norms = smooth(self.norms, norms, active, self.decay)
         self.solved_at[active] = step
 
     def state_dict(self) -> dict[str, Tensor]:

@@ -51,12 +51,9 @@ METHODS: dict[str, list[str]] = {
     "fixed_weights_normalised": ["-c", "balancers/fixed_weights_normalized"],
     "marble_raw_5": [],
     "marble_raw_10": ["--balancer.refresh_every", "10"],
-    "marble_scaled": ["--balancer.amortize", "scaled"],
     "marble_floor": ["--balancer.floor", "0.05"],
     "averaged": AVERAGED,
-    "averaged_scaled": [*AVERAGED, "--balancer.amortize", "scaled"],
     "split": SPLIT,
-    "split_scaled": [*SPLIT, "--balancer.amortize", "scaled"],
 }
 """Options of `fit -c tiny` for each method; tiny.yaml has MARBLE with a refresh every 5 steps."""
 

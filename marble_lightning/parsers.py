@@ -50,7 +50,7 @@ class Parser(ArgumentParser):
     def _apply_actions(self, cfg: Any, *others: Any, **options: Any) -> Any:
         # The only place where jsonargparse has a configuration as it was written, for files and for text
         try:
-            cfg = rename_keys(cfg, self.new_names) if isinstance(cfg, dict) else cfg
+            cfg = without_amortize(rename_keys(cfg, self.new_names)) if isinstance(cfg, dict) else cfg
         except ValueError as error:
             raise TypeError(str(error)) from error  # the parser reports a TypeError as a wrong configuration
         return super()._apply_actions(cfg, *others, **options)
@@ -133,6 +133,24 @@ def rename_keys(config: Mapping[str, Any], new_names: Mapping[str, str]) -> dict
         if isinstance(renamed[name], dict):
             renamed[name] = rename_keys(renamed[name], new_names)
     return renamed
+
+
+def without_amortize(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Remove `amortize: raw` from the balancer of a configuration of an earlier version: it is the only way now.
+
+    Raises:
+        ValueError: It is another value.
+    """
+    kept = {
+        key: without_amortize(value) if key in SUBCOMMANDS | {"balancer", "init_args"} and isinstance(value, dict) else value
+        for key, value in config.items()
+    }
+    if (value := kept.pop("amortize", "raw")) != "raw":
+        raise ValueError(
+            f"`amortize` must be left out: weights multiply raw gradients between refreshes. Found {value!r}; the other way "
+            "failed where a reward opposed the others. `refresh_every: 1` normalises on every step."
+        )
+    return kept
 
 
 def _warn_of_old_names(names: Sequence[str], new_names: Mapping[str, str], prefix: str) -> None:

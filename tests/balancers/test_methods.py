@@ -68,7 +68,6 @@ def test_marble_is_min_norm_with_the_options_of_the_paper():
         True,
         0.0,
     )
-    assert balancer.options.amortize == "raw"
     gram = torch.tensor([[1.0, -0.5, 0.1], [-0.5, 1.0, 0.2], [0.1, 0.2, 1.0]], dtype=torch.float64)
     torch.testing.assert_close(balancer.weights(gram), min_norm_weights(gram))
     assert (bound(MARBLE(floor=0.3)).weights(gram) >= 0.3 - 1e-12).all()
@@ -104,7 +103,7 @@ def test_there_is_a_config_for_every_method():
     assert configured == {f"balancers.{name}" for name in methods}
 
 
-OTHER_OPTIONS = {"refresh_every": 7, "ema_decay": 0.5, "normalize": True, "amortize": "scaled", "refresh_alpha": "fresh"}
+OTHER_OPTIONS = {"refresh_every": 7, "ema_decay": 0.5, "normalize": True, "refresh_alpha": "fresh"}
 OTHER_OPTIONS |= {"estimate_share": 0.05, "uniform_after_step": 3, "gram": "split", "gram_decay": 0.5}
 
 
@@ -154,15 +153,15 @@ def test_short_names_and_single_options_on_the_command_line():
         "MARBLE",
         "--balancer.refresh_every",
         "5",
-        "--balancer.amortize",
-        "scaled",
+        "--balancer.gram",
+        "split",
         "--balancer.floor=0.1",
     ]
     balancer = parser.instantiate(parser.parse_args(arguments)).balancer
     assert isinstance(balancer, MARBLE)
-    assert (balancer.options.refresh_every, balancer.options.amortize, balancer.floor, balancer.options.ema_decay) == (
+    assert (balancer.options.refresh_every, balancer.options.gram, balancer.floor, balancer.options.ema_decay) == (
         5,
-        "scaled",
+        "split",
         0.1,
         0.7,
     )
@@ -182,7 +181,6 @@ def test_help_explains_every_option(capsys):
         "refresh_every",
         "ema_decay",
         "normalize",
-        "amortize",
         "refresh_alpha",
         "estimate_share",
         "uniform_after_step",

@@ -7,6 +7,7 @@ import yaml
 from lightning.pytorch.cli import LightningArgumentParser
 
 from marble_lightning.cli import command_line, main
+from marble_lightning.parsers import without_amortize
 from marble_lightning.serve import main as serve
 
 
@@ -148,3 +149,16 @@ def test_the_configuration_of_an_earlier_run(parser, tmp_path):
         again = parser.parse_args(["-c", str(tmp_path / "config.yaml")])
     assert len(renamings(warnings)) == len(SECTIONS)
     assert yaml.safe_load(parser.dump(again, skip_none=False)) == config
+
+
+def test_the_removed_option_of_an_earlier_run(parser, tmp_path, capsys):
+    """`amortize: raw` is what happens without the option; the other value is refused by name."""
+    config = {"balancer": {"class_path": "balancers.MARBLE", "init_args": {"refresh_every": 7, "amortize": "raw"}}}
+    file = tmp_path / "config.yaml"
+    file.write_text(yaml.safe_dump(config))
+    assert parser.parse_args(["-c", "tiny", "-c", str(file)]).balancer.init_args.refresh_every == 7
+    assert without_amortize({"fit": config})["fit"]["balancer"]["init_args"] == {"refresh_every": 7}
+    file.write_text(file.read_text().replace("raw", "scaled"))
+    with pytest.raises(SystemExit):
+        parser.parse_args(["-c", "tiny", "-c", str(file)])
+    assert "`amortize` must be left out: weights multiply raw gradients" in capsys.readouterr().err

@@ -136,7 +136,7 @@ def test_the_ema_adapter_the_trained_one_or_the_base(small, fitted, trained, tmp
     facts = {"model": str(small[small.index("--model.policy.path") + 1]), "revision": None, "checkpoint": checkpoint}
     facts |= {"text_length": 4, "text_encoder_3": "checkpoint", "dtype": "float32", "vae_tiling": False}
     cadence = {"balancer": "MARBLE", "refresh_every": 5, "ema_decay": 0.7, "estimate_share": 1.0, "normalize": True}
-    cadence |= {"refresh_alpha": "smoothed", "amortize": "raw", "uniform_after_step": None, "gram": "own", "gram_decay": 0.0}
+    cadence |= {"refresh_alpha": "smoothed", "uniform_after_step": None, "gram": "own", "gram_decay": 0.0}
     assert of_fit["judged"] == {**facts, **cadence, "command": "fit", "adapter": "ema", "optimizer_step": 2}
     assert trained_adapter["judged"] == {**facts, "command": "validate", "adapter": "trained", "optimizer_step": 2}
     assert base["judged"] == {**facts, "command": "test", "adapter": "none", "checkpoint": None, "optimizer_step": None}

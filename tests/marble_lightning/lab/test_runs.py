@@ -37,7 +37,7 @@ def test_a_run_names_its_balancer_and_cadence(tmp_path):
     balancer.bind(["ocr", "geneval"])
     run = finished(tmp_path / "a", None, [[1.0, 2.0]], {"balancer": "PCGrad", **balancer.cadence})
     assert run.balancer == (
-        "PCGrad, refresh_every 5, ema_decay 0.7, estimate_share 1.0, normalize False, refresh_alpha smoothed, amortize raw, "
+        "PCGrad, refresh_every 5, ema_decay 0.7, estimate_share 1.0, normalize False, refresh_alpha smoothed, "
         "gram own, gram_decay 0.0"
     )
     assert finished(tmp_path / "b", None, [[1.0, 2.0]]).balancer == "not named in its results.json"
