@@ -6,6 +6,7 @@ from .gramian import cosines as cosines
 from .marble import MARBLE as MARBLE
 from .mgda import MGDA as MGDA
 from .options import CADENCE as CADENCE
+from .options import GradientOptions as GradientOptions
 from .pcgrad import PCGrad as PCGrad
 from .qp import min_norm_weights as min_norm_weights
 from .torchjd import TorchJD as TorchJD
@@ -19,6 +20,7 @@ __all__ = [
     "Balancer",
     "CAGrad",
     "FixedWeights",
+    "GradientOptions",
     "PCGrad",
     "TorchJD",
     "WeightedSum",

@@ -22,7 +22,7 @@ from marble_lightning.module import DiffusionNFT
 from marble_lightning.utils.images import cosine_heatmap
 from marble_lightning.utils.loggers import log_image, log_metrics
 
-SIGNAL_DECAY = 0.9
+SIGNAL_DECAY = 0.97
 """How much of the old products of halves the logged signal-to-noise ratio keeps at a refresh."""
 
 
@@ -99,7 +99,7 @@ class GradientAlignment(Callback):
         for place, figures in found.by_place.items():
             metrics = {f"probe/{kind}/{place}/{name}": value for name, value in figures.items()}
             log_metrics(trainer, metrics, trainer.global_step)
-        if found.products and not balancer.needs_gradients:
+        if found.products is not None and not balancer.needs_gradients:
             cosines = {f"cosine/update/{place}": values for place, values in found.cosines.items()}
             self._note(trainer, balancer.reward_names, cosines, found.products)
 
@@ -114,7 +114,8 @@ class GradientAlignment(Callback):
             figures["harmony/split/chance"] = conflict_by_chance(products.own[active][:, active])
         log_metrics(trainer, figures, trainer.global_step)
         cosines = {title: value for title, value in balancer.diagnostics.items() if title.startswith("cosine/")}
-        self._note(trainer, balancer.names, cosines, products.where(balancer.active))
+        if cosines:  # a refresh without any usable gradient has none
+            self._note(trainer, balancer.names, cosines, products.where(balancer.active))
         if trainer.is_global_zero:
             norms = products.own.diagonal().sqrt()
             heatmap = cosine_heatmap(products.own / norms.outer(norms), balancer.names)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -195,6 +196,21 @@ def test_every_balancer_logs_signal_and_noise(checkpoints, tmp_path, balancer, m
     resumed = GradientAlignment()
     resumed.load_state_dict(copy.deepcopy(alignment.state_dict()))
     assert str(resumed.state_dict()) == str(alignment.state_dict())
+
+
+def test_a_refresh_without_gradients_has_no_cosines(monkeypatch):
+    logged = {}
+    alignment, balancer = GradientAlignment(), split_marble()
+    for name in ("log_metrics", "log_image"):
+        monkeypatch.setattr(
+            f"marble_lightning.callbacks.gradient_alignment.{name}", lambda _, found, *rest: logged.update(found)
+        )
+    balancer.bind(["a", "b"])
+    balancer.begin_step(1)
+    balancer.add_gradients(torch.zeros(2, 2, 3), torch.ones(2, 2))
+    assert not balancer.solve(lambda tensor: tensor).any()
+    alignment.on_train_batch_end(SimpleNamespace(callbacks=[balancer], global_step=0, is_global_zero=False))
+    assert logged["left_out/zero/a"] == 1 and alignment.signal is None and balancer.diagnostics == {}
 
 
 def test_a_reward_that_fell_with_positive_cosines_is_named():
