@@ -44,6 +44,14 @@ AVERAGED = ["--balancer.gram_decay", "0.9", "--balancer.ema_decay", "0"]
 SPLIT = ["--balancer.gram", "split", *AVERAGED]
 """The Gram matrix is averaged over refreshes instead of its solutions."""
 
+ABLATIONS = [
+    *(("decay", "gram_decay", value) for value in ("0", "0.7", "0.97")),
+    *(("floor", "signal_floor", value) for value in ("0.05", "0.5")),
+    *(("every", "refresh_every", value) for value in ("2", "10")),
+    ("shrinkage", "gram_shrinkage", "false"),
+]
+"""Name, option and value of each; `split` has 0.9, 0.15, 5 and true."""
+
 METHODS: dict[str, list[str]] = {
     "weighted_sum": ["-c", "balancers/weighted_sum", "--balancer.weights", json.dumps(PUBLISHED_SPREADS), *PROBES],
     "advantage_sum": ["-c", "balancers/advantage_sum", *PROBES],
@@ -56,6 +64,8 @@ METHODS: dict[str, list[str]] = {
     "split": SPLIT,
 }
 """Options of `fit -c tiny` for each method; tiny.yaml has MARBLE with a refresh every 5 steps."""
+
+METHODS |= {f"split_{name}_{value}": [*SPLIT, f"--balancer.{option}", value] for name, option, value in ABLATIONS}
 
 
 class Texture(Reward):
