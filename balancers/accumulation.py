@@ -28,7 +28,7 @@ class GradientSum:
 
         Raises:
             RuntimeError: The sum is complete.
-            ValueError: There are not `n_rewards` rows, or halves without `samples`.
+            ValueError: There are not `n_rewards` rows, or the micro-batches of a step differ in `samples`.
         """
         if not self.incomplete:
             raise RuntimeError("`add_gradients` must be called while `wants_gradients` is true. Found false.")
@@ -36,6 +36,8 @@ class GradientSum:
         if gradients.ndim != len(leading) + 1 or gradients.shape[:-1] != leading:
             sizes = ", ".join(map(str, leading))
             raise ValueError(f"`gradients` must have shape ({sizes}, P). Found {tuple(gradients.shape)}.")
+        if self.total is not None and (samples is None) != (self.samples is None):
+            raise ValueError("All micro-batches of a step must have `samples`, or none. Found both.")
         if self.total is None:
             self.total = gradients.detach().to(torch.float32, copy=True)
             self.samples = None if samples is None else samples.detach().clone()

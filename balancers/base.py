@@ -31,7 +31,8 @@ class Balancer(Callback):
 
     A gradient method computes weights every `refresh_every` optimizer steps. The weights are smoothed for each reward,
     $\bar\alpha_k \leftarrow \rho \bar\alpha_k + (1 - \rho) \alpha_k$; the first time, $\bar\alpha_k = \alpha_k$. With
-    `normalize`, $s_k = \operatorname{mean}_j |g_j| / |g_k|$ on a refresh, otherwise $s_k = 1$. Between refreshes the weights
+    `normalize`, $s_k = \operatorname{mean}_j |g_j| / |g_k|$ on a refresh, otherwise $s_k = 1$; $|g_k|^2$ is the diagonal of
+    the matrix that was solved on, so with `gram: split` it is the length of the signal. Between refreshes the weights
     multiply raw gradients, $s_k = 1$, as in the paper. (If $s_k$ multiplied them there too, the one reward with a clean,
     short gradient would get far too long a step, since $|g_k|$ is mostly noise.)
 
@@ -173,13 +174,11 @@ class Balancer(Callback):
         if self.any_gradient_overflowed:
             log.warning("A gradient overflowed at optimizer step %d: skipped, the loss scale is reduced.", self.step)
             return torch.zeros_like(rows[0])
-        self.signal.update(products.where(self.active))
-        gram = self.signal.estimate()
-        self.diagnostics["left_out"] |= self._without_estimate(gram)
         if not self.active.any():
             log.warning("No reward has a finite, non-zero gradient at optimizer step %d: nothing merged.", self.step)
             return torch.zeros_like(rows[0])
-        self._refresh(gram, products)
+        self.signal.update(products.where(self.active))
+        self._refresh(self.signal.estimate(), products)
         return merge_rows(rows, self.loss_weights, self.active)
 
     def _refresh(self, gram: Float[Tensor, "reward reward"], products: Products) -> None:
@@ -189,7 +188,7 @@ class Balancer(Callback):
             gram: The inner products to solve on, used for the active rewards.
             products: Those of this refresh.
         """
-        active, smoothed, options = self.active, self.smoothed, self.options
+        active, smoothed, options, reused = self.active, self.smoothed, self.options, self.reused_weights
         lengths = gram.diagonal().sqrt()
         new = call_weights(self.weights, gram[active][:, active], options.normalize)
         alpha = torch.zeros_like(smoothed.initial).masked_scatter(active, new)
@@ -198,20 +197,19 @@ class Balancer(Callback):
         applied = alpha if options.refresh_alpha == "fresh" else smoothed.alpha
         self._solved = as_float32(torch.where(active, applied * ratio, smoothed.alpha), self.names)
 
-        harmony = self._alignment(products)
+        harmony = self._alignment(products, {"update": self.loss_weights[active], "reused": reused[active]})
         self.counts["refreshes"] += 1
         self.counts["update_conflicts"] += in_conflict(harmony["update/cos_min"])
         self.counts["mean_conflicts"] += in_conflict(harmony["mean/cos_min"])
         age = self.step - smoothed.solved_at
         self.diagnostics |= {"alpha": alpha, "alpha_smoothed": smoothed.alpha, "alpha_age": age, **harmony}
 
-    def _alignment(self, products: Products) -> dict[str, float]:
-        """Gradient harmony of this step's update and of the weights that the next steps reuse, see `compare`.
+    def _alignment(self, products: Products, directions: dict[str, Float[Tensor, " active"]]) -> dict[str, float]:
+        """Gradient harmony of this step's update, and of the weights that the steps since the last refresh have used.
 
         The keys of products of halves begin with `split/`. The cosines with each reward are added to the diagnostics.
         """
         active, found = self.active, dict[str, float]()
-        directions = {"update": self.loss_weights[active], "reused": self.reused_weights[active]}
         own, split = (gram[active][:, active] for gram in (products.own, products.split))
         for prefix, place, signal in (("", "own", None), ("split/", "split", split)):
             if signal is not None and not signal.isfinite().all():
@@ -232,12 +230,6 @@ class Balancer(Callback):
             level = logging.WARNING if reason == "not finite" else logging.DEBUG
             log.log(level, "The gradient of %s is %s at optimizer step %d: left out.", name, reason, self.step)
         return left_out
-
-    def _without_estimate(self, gram: Float[Tensor, "reward reward"]) -> dict[str, str]:
-        """Leave out rewards that were never in both halves, whose signal is not estimated yet."""
-        unknown = self.active & ~gram.diagonal().isfinite()
-        self.active &= ~unknown
-        return dict.fromkeys(compress(self.names, unknown), "not in both halves")
 
     @property
     def loss_weights(self) -> Float[Tensor, " reward"]:

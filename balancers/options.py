@@ -61,6 +61,10 @@ class GradientOptions:
             raise ValueError(f"`gram_decay` must be in [0, 1). Found {self.gram_decay}.")
         if not 0 < self.signal_floor <= 1:
             raise ValueError(f"`signal_floor` must be in (0, 1]. Found {self.signal_floor}.")
+        if self.gram == "split" and self.gram_shrinkage and not self.gram_decay:
+            raise ValueError(
+                "`gram_shrinkage` needs `gram_decay` > 0, since the spread over refreshes tells the noise. Found 0; use 0.9."
+            )
         if self.gram == "split" and not self.measure_signal:
             raise ValueError(
                 "`gram: split` needs the gradients of two halves. Found `measure_signal: false`; set it to true."

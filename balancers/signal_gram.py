@@ -3,8 +3,8 @@ r"""The Gram matrix that a gradient method solves on, averaged over refreshes, w
 Gradients of one step are a signal and noise, $g_k = \mu_k + \varepsilon_k$. Rewards share images, and so the noise: the
 inner products of one step converge to $\mu_j \cdot \mu_k + \operatorname{E}[\varepsilon_j \cdot \varepsilon_k]$. Halves A
 and B share no prompt, so their noise is independent, and $S_{jk} = \tfrac12 (g_j^A \cdot g_k^B + g_k^A \cdot g_j^B)$ is
-unbiased for $\mu_j \cdot \mu_k$. One refresh is a noisy estimate. The mean over refreshes converges, and the difference of
-the two terms tells its error.
+unbiased for $\mu_j \cdot \mu_k$. One refresh is a noisy estimate. The mean over refreshes converges, and their spread tells
+its error.
 """
 
 from typing import Any, NamedTuple
@@ -95,27 +95,35 @@ class SignalGram:
     With `gram: own` it is the mean of the gradients' Gram matrices, $\bar G$. With `gram: split` it is the mean of the
     products of halves, $\bar S$, shrunk towards the former, $\hat S = (1 - \lambda) \bar S + \lambda \bar G$. With
     $R_{jk} = \bar S_{jk} / \sqrt{\bar G_{jj} \bar G_{kk}}$, $\lambda$ is the share of noise in it,
-    $\lambda = \sum_{j \neq k} \operatorname{Var} R_{jk} / \sum_{j \neq k} R_{jk}^2$, at most 1. The variance of one refresh
-    is estimated from $D_{jk} = \tfrac12 (g_j^A \cdot g_k^B - g_k^A \cdot g_j^B)$, which has mean 0 and the variance of
-    $S_{jk}$. Without a measurable signal the estimate is thus the gradients' own Gram matrix.
+    $\lambda = \sum_{j \neq k} \operatorname{Var} R_{jk} / \sum_{j \neq k} R_{jk}^2$, at most 1. The variance of the mean
+    follows from the spread of S over refreshes, as if these were independent; a single one tells none, and $\lambda = 1$.
+    Without a measurable signal the estimate is thus near the gradients' own Gram matrix. Products that were never
+    estimated, since a reward was absent from a half, are the gradients' own.
 
     Args:
         rewards: K.
         options: `gram`, `gram_decay`, `gram_shrinkage` and `signal_floor`.
 
-    Source: the shrinkage follows Ledoit and Wolf, "A well-conditioned estimator for large-dimensional covariance matrices",
-    2004.
+    Source: in the spirit of Ledoit and Wolf, "A well-conditioned estimator for large-dimensional covariance matrices", 2004,
+    whose intensity has the squared distance to the target as denominator.
     """
 
     def __init__(self, rewards: int, options: GradientOptions) -> None:
         self.options = options
-        self.own, self.split, self.variance = (RunningMean(rewards, options.gram_decay) for _ in range(3))
+        self.own, self.split, self.squared = (RunningMean(rewards, options.gram_decay) for _ in range(3))
 
     def update(self, products: Products) -> None:
         """Add a refresh. Entries that are not finite are not estimated, such as those of rewards without a gradient."""
         self.own.update(products.own)
         self.split.update(products.split)
-        self.variance.update(((products.cross - products.cross.T) / 2).square())
+        self.squared.update(products.split.square())
+
+    @property
+    def variance(self) -> Float[Tensor, "reward reward"]:
+        """Variance of the mean of S; NaN with fewer than two refreshes."""
+        share = self.split.squares / self.split.weight.square()  # 1 / n for n equal weights
+        spread = self.squared.mean - self.split.mean.square()
+        return torch.where(share < 1 - 1e-9, spread * share / (1 - share), torch.nan)
 
     @property
     def shrinkage(self) -> float:
@@ -124,26 +132,28 @@ class SignalGram:
             return 1.0
         if not self.options.gram_shrinkage:
             return 0.0
-        norms = self.own.mean.diagonal().sqrt()
-        scale, apart = norms.outer(norms), ~torch.eye(len(norms), dtype=torch.bool)
-        noise = (self.variance.mean / scale.square() * self.split.squares / self.split.weight.square())[apart].nansum()
-        energy = (self.split.mean / scale).square()[apart].nansum()
+        norms, variance = self.own.mean.diagonal().sqrt(), self.variance
+        scale, used = norms.outer(norms), variance.isfinite() & ~torch.eye(len(norms), dtype=torch.bool)
+        noise = (variance / scale.square())[used].sum()
+        energy = (self.split.mean / scale).square()[used].sum()
         return float((noise / energy).clamp(0, 1)) if energy > 0 else 1.0
 
     def estimate(self) -> Float[Tensor, "reward reward"]:
-        """The Gram matrix, positive semi-definite; NaN for a reward without an estimate.
+        """The Gram matrix, positive semi-definite; NaN for a reward that never had a gradient.
 
         With `gram: split` a reward's signal is at least `signal_floor` times its gradient's norm long, so that a reward
         without a measurable signal gets no infinite step.
         """
-        if self.options.gram == "own":
-            return self.own.mean
-        own, shrinkage = self.own.mean, self.shrinkage
-        gram = (1 - shrinkage) * self.split.mean + shrinkage * own
-        floor = self.options.signal_floor**2 * own.diagonal()
-        lengths = torch.maximum(gram.diagonal(), floor).sqrt()
+        own = self.own.mean
+        if self.options.gram == "own" and not self.options.gram_decay:
+            return own  # of this refresh, as in the paper
+        gram, floor = own, 1.0
+        if self.options.gram == "split":
+            shrinkage, floor = self.shrinkage, self.options.signal_floor
+            gram = torch.where(self.split.mean.isfinite(), (1 - shrinkage) * self.split.mean + shrinkage * own, own)
+        lengths = torch.maximum(gram.diagonal(), floor**2 * own.diagonal()).sqrt()
         known = lengths.isfinite()
-        # 0 for two rewards that were never in the same refresh
+        # 0 for two rewards that never had gradients at the same refresh
         unit = (gram / lengths.outer(lengths))[known][:, known].nan_to_num(0.0).fill_diagonal_(1.0)
         estimate = torch.full_like(gram, torch.nan)
         estimate[known.outer(known)] = nearest_psd(unit).flatten()
@@ -160,7 +170,7 @@ class SignalGram:
 
     @property
     def _means(self) -> dict[str, RunningMean]:
-        return {"own": self.own, "split": self.split, "variance": self.variance}
+        return {"own": self.own, "split": self.split, "squared": self.squared}
 
 
 def nearest_psd(gram: Float[Tensor, "reward reward"]) -> Float[Tensor, "reward reward"]:

@@ -45,7 +45,7 @@ SPLIT = ["--balancer.gram", "split", *AVERAGED]
 """The Gram matrix is averaged over refreshes instead of its solutions."""
 
 ABLATIONS = [
-    *(("decay", "gram_decay", value) for value in ("0", "0.7", "0.97")),
+    *(("decay", "gram_decay", value) for value in ("0.7", "0.97")),
     *(("floor", "signal_floor", value) for value in ("0.05", "0.5")),
     *(("every", "refresh_every", value) for value in ("2", "10")),
     ("shrinkage", "gram_shrinkage", "false"),
@@ -65,6 +65,7 @@ METHODS: dict[str, list[str]] = {
 }
 """Options of `fit -c tiny` for each method; tiny.yaml has MARBLE with a refresh every 5 steps."""
 
+METHODS["split_decay_0"] = ["--balancer.gram", "split", "--balancer.ema_decay", "0", "--balancer.gram_shrinkage", "false"]
 METHODS |= {f"split_{name}_{value}": [*SPLIT, f"--balancer.{option}", value] for name, option, value in ABLATIONS}
 
 
@@ -159,6 +160,8 @@ def cosines_table(found: dict[tuple[str, int], dict[str, Any]]) -> str:
     """Mean cosine of a method's updates with each reward's gradient ± standard error over refreshes and seeds, and the
     reward with the smallest."""
     found = {pair: run for pair, run in found.items() if "cosines" in run}  # not in results of earlier versions
+    if not found:
+        return ""
     names = next(iter(found.values()))["trained_rewards"]
     lines = ["| method | products | refreshes | " + " | ".join(names) + " | conflicts |", "|---" * (len(names) + 4) + "|"]
     for method, place in product(dict.fromkeys(method for method, _ in found), ("own", "split")):

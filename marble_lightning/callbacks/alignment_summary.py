@@ -18,11 +18,14 @@ SIGNIFICANCE = 0.01
 
 
 class AlignmentSummary:
-    """Keeps the update's cosines with each reward at every refresh, and each reward's training mean in every round."""
+    """Keeps cosines with each reward at every refresh, and each reward's training mean in every round.
+
+    The cosines are of the update, or of the reused weights where most steps reuse them.
+    """
 
     def __init__(self) -> None:
         self.cosines: dict[str, list[list[float]]] = {"own": [], "split": []}
-        """Cosines of the update with each reward at every refresh, NaN without one."""
+        """Cosines with each reward at every refresh, NaN without one."""
         self.rounds: dict[int, list[float]] = {}
         """Training mean of each reward by round, NaN without one. A resumed run may train a round again."""
 
@@ -74,7 +77,7 @@ class AlignmentSummary:
             names: Names of the rewards.
             ratio: Signal-to-noise ratio of each reward's gradient.
         """
-        table = Table(title="Update and each reward's gradient, mean ± standard error over refreshes")
+        table = Table(title="The weights of most steps and each reward's gradient, mean ± standard error over refreshes")
         headings = (
             "reward",
             "cosine, own images",
@@ -87,7 +90,7 @@ class AlignmentSummary:
         for index, name in enumerate(names):
             own, split = (cell(self.mean_cosine(place, index)) for place in ("own", "split"))
             first, last = (f"{float(quarter.mean()):.4f}" for quarter in self.quarters(index)) if self.rounds else ("-", "-")
-            table.add_row(name, own, split, f"{ratio[index]:.2f}", f"{first} -> {last}")
+            table.add_row(name, own, split, f"{ratio[index]:.2f}" if ratio[index].isfinite() else "-", f"{first} -> {last}")
         return table
 
     def state_dict(self) -> dict[str, Any]:

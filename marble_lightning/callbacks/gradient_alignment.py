@@ -31,14 +31,15 @@ class GradientAlignment(Callback):
 
     At a refresh it logs the merging coefficients, the gradient norms, the cosines between the rewards' gradients (a figure),
     and under `harmony/` the minimum, mean and variance over the rewards of $\cos(d, g_k)$: for the update $d$ (`update`),
-    for the weights that the next steps reuse (`reused`), for the mean of the same gradients (`mean`) and for the mean of
-    unit gradients (`unit_mean`). The paper reports these statistics. With newly solved weights, the cosines of the min-norm
-    direction are never below zero. With smoothed weights, which are the default, they can be.
+    for the weights that the steps since the last refresh have used (`reused`), for the mean of the same gradients (`mean`)
+    and for the mean of unit gradients (`unit_mean`). The paper reports these statistics. With newly solved weights, the
+    cosines of the min-norm direction are never below zero. With smoothed weights, which are the default, they can be.
 
     These cosines are positive even without any signal, since the update contains the noise of each gradient. So each has an
     honest counterpart under `harmony/split/` from products of disjoint halves of the prompts, which share no noise, and
     `chance`, the probability that a random direction conflicts with some reward
-    (`balancers.gramian.conflict_by_chance`): 97 % for five orthogonal gradients. `cosine/{update|reused}/{own|split}/` has
+    (`balancers.gramian.conflict_by_chance`): 97 % for five orthogonal gradients. They are unbiased for weights that do not
+    depend on the same images: `reused`, `mean`, and nearly so for `update`. `cosine/{update|reused}/{own|split}/` has
     the cosine with each reward, and `signal_to_noise/` the length of its signal relative to its noise, averaged over
     refreshes.
 
@@ -99,7 +100,8 @@ class GradientAlignment(Callback):
         for place, figures in found.by_place.items():
             metrics = {f"probe/{kind}/{place}/{name}": value for name, value in figures.items()}
             log_metrics(trainer, metrics, trainer.global_step)
-        if found.products is not None and not balancer.needs_gradients:
+        refreshes = balancer.needs_gradients and not balancer.options.is_uniform(balancer.step)
+        if found.products is not None and not refreshes:
             cosines = {f"cosine/update/{place}": values for place, values in found.cosines.items()}
             self._note(trainer, balancer.reward_names, cosines, found.products)
 

@@ -156,6 +156,8 @@ def test_short_names_and_single_options_on_the_command_line():
         "5",
         "--balancer.gram",
         "split",
+        "--balancer.gram_decay",
+        "0.9",
         "--balancer.floor=0.1",
     ]
     balancer = parser.instantiate(parser.parse_args(arguments)).balancer

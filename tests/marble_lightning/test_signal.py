@@ -126,20 +126,25 @@ def test_gradients_without_halves_are_refused():
     with pytest.raises(ValueError, match=r"`gradients` must have shape \(2, 2, P\). Found \(2, 2\)."):
         balancer.add_gradients(torch.eye(2), torch.ones(2, 2))
     with pytest.raises(ValueError, match="`gram: split` needs the gradients of two halves. Found `measure_signal: false`"):
-        MARBLE(gram="split", measure_signal=False)
+        MARBLE(gram="split", gram_decay=0.9, measure_signal=False)
+    with pytest.raises(ValueError, match="`gram_shrinkage` needs `gram_decay` > 0"):
+        MARBLE(gram="split")
 
 
-def test_a_reward_that_is_never_in_both_halves_keeps_its_weight():
-    balancer = split_marble()
+def test_a_reward_that_is_never_in_both_halves_is_merged_by_its_own_products():
+    balancer = split_marble(gram_shrinkage=False)
     balancer.bind(["a", "b", "c"])
-    parts = torch.tensor([[[1.0, 0, 0], [0, 1, 0], [0, 0, 2]], [[1, 0.1, 0], [0.1, 1, 0], [0, 0, 0]]])
+    parts = torch.tensor([[[1.0, 0, 0], [0, 1, 0], [0, 0, 2]], [[1, 0, 0], [0, 1, 0], [0, 0, 0]]])
     balancer.begin_step(1)
     balancer.add_gradients(parts, torch.tensor([[1.0, 1, 2], [1, 1, 0]]))
     merged = balancer.solve(lambda tensor: tensor)
-    assert balancer.active.tolist() == [True, True, False]
-    assert balancer.diagnostics["left_out"] == {"c": "not in both halves"}
-    torch.testing.assert_close(balancer.smoothed.alpha, torch.tensor([0.5, 0.5, 1 / 3]).double(), rtol=0, atol=1e-6)
-    assert merged[2] == 0 and merged[0] > 0
+    assert balancer.active.all()
+    torch.testing.assert_close(merged, torch.full((3,), 2 / 3), rtol=0, atol=1e-5)
+    balancer.end_step()
+    balancer.begin_step(2)
+    balancer.add_gradients(parts, torch.ones(2, 3))
+    with pytest.raises(ValueError, match="All micro-batches of a step must have `samples`, or none. Found both."):
+        balancer._sum.add(parts[0], None, 3)
 
 
 def gradients_of_halves(module, recorded):
