@@ -56,7 +56,8 @@ class GradientAlignment(Callback):
     - `weighted_sum`, the paper's baseline: the gradient for the advantage of the rewards' plain sum.
     - `random`, a random direction, and `chance`.
 
-    A probe works with every balancer, and does not change the run. For balancers without refreshes it also logs `cosine/`
+    A probe works with every balancer, and does not change the run. It takes the memory of two parts of each gradient, of the
+    sum's and of the balancer's columns. For balancers without refreshes it also logs `cosine/`
     and `signal_to_noise/`.
 
     At the end of a run a table has each reward's mean cosines, its signal-to-noise ratio, and its training mean in the first
