@@ -115,8 +115,12 @@ class Experiment:
                 one_thread = {**os.environ, "OMP_NUM_THREADS": "1"}
                 subprocess.run(command, check=True, stdout=output, stderr=subprocess.STDOUT, env=one_thread)
             file.parent.mkdir(parents=True, exist_ok=True)
-            file.write_text(json.dumps(figures_of(Run(run))))
+            file.write_text(json.dumps({"options": list(self.extra)} | figures_of(Run(run))))
         found: dict[str, Any] = json.loads(file.read_text())
+        if (options := found.get("options", [])) != list(self.extra):
+            raise ValueError(
+                f"{file} must be a result with the same options of `fit`. Found {options}; use other `--results`."
+            )
         return found
 
 
@@ -157,8 +161,10 @@ def scores_table(found: dict[tuple[str, int], dict[str, Any]]) -> str:
 
 
 def cosines_table(found: dict[tuple[str, int], dict[str, Any]]) -> str:
-    """Mean cosine of a method's updates with each reward's gradient ± standard error over refreshes and seeds, and the
-    reward with the smallest."""
+    """Mean cosine of a method's updates with each reward's gradient ± standard error over refreshes and seeds.
+
+    The last column is how often the least cosine of a refresh is negative.
+    """
     found = {pair: run for pair, run in found.items() if "cosines" in run}  # not in results of earlier versions
     if not found:
         return ""
