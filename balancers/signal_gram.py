@@ -10,7 +10,7 @@ its error.
 from typing import Any, NamedTuple
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from balancers.gramian import gram_matrix
@@ -31,8 +31,8 @@ class Products(NamedTuple):
         r"""$S$, the symmetric part of `cross`: unbiased for $\mu_j \cdot \mu_k$."""
         return (self.cross + self.cross.T) / 2
 
-    def where(self, rewards: Tensor) -> "Products":
-        """The same products, NaN for other rewards than these (K,)."""
+    def where(self, rewards: Bool[Tensor, " reward"]) -> "Products":
+        """The same products, NaN for other rewards than these."""
         outside = ~(rewards[:, None] & rewards)
         return Products(self.own.masked_fill(outside, torch.nan), self.cross.masked_fill(outside, torch.nan))
 
@@ -53,7 +53,8 @@ def products_of(gradients: Tensor, samples: Float[Tensor, "half reward"] | None)
     k = gradients.shape[1]
     of_parts = gram_matrix(gradients.flatten(0, 1)).reshape(2, k, 2, k)
     # The parts add up to g_k, divided by all its samples. A half's own mean is its part, divided by its share of them.
-    first, second = samples.double().cpu() / samples.double().cpu().sum(0)
+    samples = samples.cpu().double()  # in this order, since Apple's GPUs have no float64
+    first, second = samples / samples.sum(0)
     return Products(of_parts.sum((0, 2)), (of_parts[0, :, 1] / first.outer(second)).nan_to_num(*[torch.nan] * 3))
 
 

@@ -138,7 +138,7 @@ def figures_of(run: Run) -> dict[str, Any]:
         return [[None if value is None else round(value, 4) for value in row] for row in values]
 
     trained = [name for name in names if run.curve(f"cosine/update/own/{name}").values]
-    kind = "reused" if run.results["judged"].get("refresh_every", 1) > 1 else "update"
+    kind = "reused" if run.evaluated.get("refresh_every", 1) > 1 else "update"
     cosines = {}
     for place in ("own", "split"):
         curves = [dict(zip(*run.curve(f"cosine/{kind}/{place}/{name}"), strict=True)) for name in trained]

@@ -56,9 +56,9 @@ class GradientAlignment(Callback):
     - `weighted_sum`, the paper's baseline: the gradient for the advantage of the rewards' plain sum.
     - `random`, a random direction, and `chance`.
 
-    A probe works with every balancer, and does not change the run. It takes the memory of two parts of each gradient, of the
-    sum's and of the balancer's columns. For balancers without refreshes it also logs `cosine/`
-    and `signal_to_noise/`.
+    A probe works with every balancer, and does not change the run. For balancers without refreshes it also logs `cosine/`
+    and `signal_to_noise/`. It takes the memory of two parts of each reward's gradient, of the sum's, and of those of a
+    balancer that merges rewards or advantages.
 
     At the end of a run a table has each reward's mean cosines, its signal-to-noise ratio, and its training mean in the first
     and last quarter of the rounds. A warning names rewards whose training mean fell although their own-image cosines were
@@ -177,7 +177,7 @@ def refresh_figures(balancer: Balancer) -> dict[str, float]:
         if isinstance(value, Tensor):
             figures |= by_reward({title: value}, balancer.names)
         elif isinstance(value, dict):
-            for reason, name in product(("zero", "not finite", "not in both halves"), balancer.names):
+            for reason, name in product(("zero", "not finite"), balancer.names):
                 figures[f"{title}/{reason.replace(' ', '_')}/{name}"] = float(value.get(name) == reason)
         else:
             figures[f"harmony/{title}"] = value

@@ -62,11 +62,16 @@ class Run:
         return read(self.folder)
 
     @property
+    def evaluated(self) -> Mapping[str, Any]:
+        """Facts of the evaluated policy: model, adapter, checkpoint, and after `fit` the balancer and its cadence."""
+        facts: Mapping[str, Any] = self.results["judged"]
+        return facts
+
+    @property
     def balancer(self) -> str:
         """The balancer and the cadence of the run, such as `MARBLE, refresh_every 5, ema_decay 0.7, ...`."""
-        evaluated = self.results["judged"]
-        cadence = [f"{name} {evaluated[name]}" for name in CADENCE if evaluated.get(name) is not None]
-        return ", ".join([evaluated.get("balancer", "not named in its results.json"), *cadence])
+        cadence = [f"{name} {self.evaluated[name]}" for name in CADENCE if self.evaluated.get(name) is not None]
+        return ", ".join([self.evaluated.get("balancer", "not named in its results.json"), *cadence])
 
     @property
     def reward_models(self) -> list[str]:
