@@ -97,6 +97,7 @@ def test_a_signal_that_ends_the_run_takes_precedence_over_requeueing():
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_handlers_only_record_a_signal(handlers, number):
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # `nohup pytest` would ignore it, and an ignored signal stays ignored
     stops = Stops()
     stops.on_train_start(trainer(1, 1, Strategy()), None)
     os.kill(os.getpid(), number)
