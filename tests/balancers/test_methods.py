@@ -34,6 +34,16 @@ def test_weighted_sum_by_hand():
     assert balancer.loss_weights.tolist() == [1.0]
 
 
+def test_plain_sum_counts_rewards_that_do_not_apply_as_zero():
+    rewards = torch.tensor([[1.0, 2.0, 4.0], [1.0, torch.nan, 4.0], [1.0, torch.nan, 4.0], [5.0, 2.0, torch.inf]])
+    applies = torch.tensor([[1, 1, 1], [1, 1, 1], [1, 0, 1], [0, 0, 0]], dtype=torch.bool)
+    merged = bound(WeightedSum({"pick": 3.0}, reduction="sum")).merge_rewards(rewards, applies)
+    expected = torch.tensor([[1 + 2 + 12.0], [torch.nan], [1 + 12.0], [torch.nan]])  # the second has a failed reward
+    torch.testing.assert_close(merged, expected, equal_nan=True)
+    with pytest.raises(ValueError, match="'mean' or 'sum'. Found 'max'"):
+        WeightedSum(reduction="max")
+
+
 def test_fixed_weights_are_constant_and_sum_to_one():
     balancer = bound(FixedWeights(weights={"ocr": 2.0}))
     assert not balancer.needs_gradients
