@@ -146,26 +146,3 @@ def crossed_interval(
     tails = torch.tensor([(1 + level) / 2, (1 - level) / 2], dtype=torch.float64)
     low, high = values.mean() - t.quantile(tails) * crossed_error(values)
     return Interval(float(values.mean()), float(low), float(high))
-
-
-def normalised_gains(
-    changes: Float[Tensor, "seed prompt reward"], specialists: Float[Tensor, "seed_of_specialist prompt reward"]
-) -> Float[Tensor, " reward"]:
-    """Gain of each reward as a share of the gain of a run that was trained on this reward alone.
-
-    Both are means over seeds and prompts, so the least of the gains is not biased down by the noise of single runs.
-
-    Args:
-        changes: Change of each score, NaN where the reward does not apply to the prompt.
-        specialists: Change of reward $k$ in column $k$, by runs trained on reward $k$ alone.
-
-    Returns:
-        1 where a run gains as much as the specialist; NaN for a reward whose specialist gains less than 3 standard errors.
-    """
-    gains = []
-    for own, special in zip(changes.unbind(2), specialists.unbind(2), strict=True):
-        special = special[:, special.isfinite().all(0)].double()
-        own = own[:, own.isfinite().all(0)].double()
-        error = crossed_error(special) if len(special) > 1 else special.std() / special.shape[1] ** 0.5
-        gains.append(own.mean() / special.mean() if special.mean() >= 3 * error else own.new_tensor(torch.nan))
-    return torch.stack(gains)

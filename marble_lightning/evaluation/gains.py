@@ -1,0 +1,133 @@
+"""Normalised gains: what a run gains in each reward, as a share of what a run on this reward alone gains."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from marble_lightning.evaluation.statistics import Interval, crossed_error
+from marble_lightning.utils.validation import require
+
+LEAST_RATIO = 3.0
+"""A specialist's gain must be as many standard errors; otherwise it measures nothing to divide by."""
+
+
+def normalised_gains(
+    changes: Float[Tensor, "seed prompt reward"], specialists: Float[Tensor, "seed_of_specialist prompt reward"]
+) -> Float[Tensor, " reward"]:
+    """Gain of each reward as a share of the gain of a run that was trained on this reward alone.
+
+    Both are means over seeds and prompts, so the least of the gains is not biased down by the noise of single runs.
+
+    Args:
+        changes: Change of each score, NaN where the reward does not apply to the prompt.
+        specialists: Change of reward $k$ in column $k$, by runs trained on reward $k$ alone.
+
+    Returns:
+        1 where a run gains as much as the specialist; NaN for a reward whose specialist gains less than 3 standard errors.
+    """
+    gains = []
+    for own, special in zip(changes.unbind(2), specialists.unbind(2), strict=True):
+        special = special[:, special.isfinite().all(0)].double()
+        own = own[:, own.isfinite().all(0)].double()
+        error = crossed_error(special) if len(special) > 1 else special.std() / special.shape[1] ** 0.5
+        measured = special.mean() >= LEAST_RATIO * error
+        gains.append(own.mean() / special.mean() if measured else own.new_tensor(torch.nan))
+    return torch.stack(gains)
+
+
+class _Means(NamedTuple):
+    """Means of one reward in many draws, and what each seed and each prompt adds to them."""
+
+    mean: Float[Tensor, "draw 1"]
+    of_seeds: Float[Tensor, "draw seed"]
+    of_prompts: Float[Tensor, "draw prompt"]
+
+
+def least_gain_difference(
+    one: Float[Tensor, "seed prompt reward"],
+    other: Float[Tensor, "seed prompt reward"],
+    specialists: Float[Tensor, "seed_of_specialist prompt reward"],
+    level: float = 0.99,
+    resamples: int = 4000,
+    seed: int = 0,
+) -> Interval:
+    """Difference of the least normalised gains of two methods, with a confidence interval.
+
+    A studentised crossed bootstrap, as in `crossed_interval`: prompts are resampled for all runs together, seeds for both
+    methods together (they share the training prompts and the noise), and the specialists' seeds on their own. Each draw
+    has its own least gain.
+
+    Args:
+        one: Changes by the first method, NaN where the reward does not apply to the prompt.
+        other: Changes by the second method, of the same seeds and prompts.
+        specialists: Change of reward $k$ in column $k$, by runs trained on reward $k$ alone, of the same prompts.
+        level: Confidence, in (0, 1).
+        resamples: Draws of the bootstrap, >= 1.
+        seed: Seed of the draws.
+
+    Raises:
+        ValueError: There are fewer than 2 seeds, or no specialist gains enough.
+    """
+    defined = normalised_gains(one, specialists).isfinite()
+    require(min(len(one), len(specialists)) >= 2, "An interval needs at least 2 seeds", f"{len(one)} and {len(specialists)}")
+    require(bool(defined.any()), "A specialist must gain at least 3 standard errors", "none")
+    values = [changes[:, :, defined].double() for changes in (one, other, specialists)]
+    sizes = len(one), one.shape[1], len(specialists)
+    draws = torch.Generator().manual_seed(seed)
+    once = [torch.ones(1, size, dtype=torch.float64) for size in sizes]
+    drawn = [
+        torch.zeros(resamples, size, dtype=torch.float64).scatter_add_(
+            1, torch.randint(size, (resamples, size), generator=draws), torch.ones(resamples, size, dtype=torch.float64)
+        )
+        for size in sizes
+    ]
+    difference, error = _difference(values, *once)
+    of_draws, errors = _difference(values, *drawn)
+    t = ((of_draws - difference) / errors)[errors > 0]
+    if len(t) == 0:
+        return Interval(float(difference), float(difference), float(difference))
+    tails = torch.tensor([(1 + level) / 2, (1 - level) / 2], dtype=torch.float64)
+    low, high = difference - t.quantile(tails) * error
+    return Interval(float(difference), float(low), float(high))
+
+
+def _difference(
+    values: list[Tensor], by_seed: Tensor, by_prompt: Tensor, by_specialist: Tensor
+) -> tuple[Float[Tensor, " draw"], Float[Tensor, " draw"]]:
+    """The difference of the least gains in each draw, and its standard error by linearisation."""
+    sign, difference = 1.0, 0.0
+    of_seeds, of_prompts, of_specialists = (torch.zeros_like(counts) for counts in (by_seed, by_prompt, by_specialist))
+    for changes in values[:2]:
+        gains, parts = [], []
+        for own, special in zip(changes.unbind(2), values[2].unbind(2), strict=True):
+            a, b = _means(own, by_seed, by_prompt), _means(special, by_specialist, by_prompt)
+            gain = a.mean / b.mean
+            gains.append(gain[:, 0])
+            prompts = (a.of_prompts - gain * b.of_prompts) / b.mean
+            parts.append((a.of_seeds / b.mean, prompts, -gain * b.of_seeds / b.mean))
+        least, which = torch.stack(gains).min(0)
+        difference = difference + sign * least
+        chosen = [torch.stack(part)[which, torch.arange(len(which))] for part in zip(*parts, strict=True)]
+        of_seeds, of_prompts, of_specialists = (
+            total + sign * part for total, part in zip((of_seeds, of_prompts, of_specialists), chosen, strict=True)
+        )
+        sign = -1.0
+    counted = ((of_seeds, by_seed), (of_prompts, by_prompt), (of_specialists, by_specialist))
+    variances = [(counts * part.square()).sum(1) / (n := part.shape[1]) / (n - 1) for part, counts in counted]
+    return difference, torch.stack(variances).sum(0).sqrt()
+
+
+def _means(changes: Tensor, by_seed: Tensor, by_prompt: Tensor) -> _Means:
+    """Weighted means of one reward over the prompts that it applies to."""
+    valid = changes.isfinite().all(0)
+    filled, counts = torch.where(valid, changes, 0), by_prompt * valid
+    total = counts.sum(1, keepdim=True)
+    seeds = counts @ filled.T / total  # (draw, seed)
+    mean = (by_seed * seeds).sum(1, keepdim=True) / by_seed.sum(1, keepdim=True)
+    prompts = by_seed @ filled / by_seed.sum(1, keepdim=True)
+    scale = by_prompt.sum(1, keepdim=True) / total  # a reward that applies to few prompts depends more on each
+    return _Means(mean, seeds - mean, valid * scale * (prompts - mean))
