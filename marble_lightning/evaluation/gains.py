@@ -99,26 +99,27 @@ def _difference(
     values: list[Tensor], by_seed: Tensor, by_prompt: Tensor, by_specialist: Tensor
 ) -> tuple[Float[Tensor, " draw"], Float[Tensor, " draw"]]:
     """The difference of the least gains in each draw, and its standard error by linearisation."""
-    sign, difference = 1.0, 0.0
-    of_seeds, of_prompts, of_specialists = (torch.zeros_like(counts) for counts in (by_seed, by_prompt, by_specialist))
-    for changes in values[:2]:
-        gains, parts = [], []
-        for own, special in zip(changes.unbind(2), values[2].unbind(2), strict=True):
-            a, b = _means(own, by_seed, by_prompt), _means(special, by_specialist, by_prompt)
-            gain = a.mean / b.mean
-            gains.append(gain[:, 0])
-            prompts = (a.of_prompts - gain * b.of_prompts) / b.mean
-            parts.append((a.of_seeds / b.mean, prompts, -gain * b.of_seeds / b.mean))
-        least, which = torch.stack(gains).min(0)
-        difference = difference + sign * least
-        chosen = [torch.stack(part)[which, torch.arange(len(which))] for part in zip(*parts, strict=True)]
-        of_seeds, of_prompts, of_specialists = (
-            total + sign * part for total, part in zip((of_seeds, of_prompts, of_specialists), chosen, strict=True)
-        )
-        sign = -1.0
-    counted = ((of_seeds, by_seed), (of_prompts, by_prompt), (of_specialists, by_specialist))
-    variances = [(counts * part.square()).sum(1) / (n := part.shape[1]) / (n - 1) for part, counts in counted]
-    return difference, torch.stack(variances).sum(0).sqrt()
+    one, other, specialists = values
+    counts = (by_seed, by_prompt, by_specialist)
+    (least, *parts), (least_of_other, *others) = (_least(changes, specialists, *counts) for changes in (one, other))
+    variance = torch.zeros_like(least)
+    for part, of_other, count in zip(parts, others, counts, strict=True):
+        size = count.shape[1]
+        variance += (count * (part - of_other).square()).sum(1) / size / (size - 1)
+    return least - least_of_other, variance.sqrt()
+
+
+def _least(changes: Tensor, specialists: Tensor, by_seed: Tensor, by_prompt: Tensor, by_specialist: Tensor) -> list[Tensor]:
+    """The least gain in each draw, and what each seed, prompt and specialist's seed adds to it, (draw, seed) and so on."""
+    gains, parts = [], []
+    for own, special in zip(changes.unbind(2), specialists.unbind(2), strict=True):
+        a, b = _means(own, by_seed, by_prompt), _means(special, by_specialist, by_prompt)
+        gain = a.mean / b.mean
+        gains.append(gain[:, 0])
+        parts.append((a.of_seeds / b.mean, (a.of_prompts - gain * b.of_prompts) / b.mean, -gain * b.of_seeds / b.mean))
+    least, which = torch.stack(gains).min(0)
+    draws = torch.arange(len(which))
+    return [least, *(torch.stack(part)[which, draws] for part in zip(*parts, strict=True))]
 
 
 def _means(changes: Tensor, by_seed: Tensor, by_prompt: Tensor) -> _Means:
