@@ -39,7 +39,9 @@ class WeightedSum(Balancer):
     def __init__(self, weights: dict[str, float] | None = None, reduction: Reduction = "mean") -> None:
         super().__init__()
         if reduction not in get_args(Reduction):
-            raise ValueError(f"`reduction` must be 'mean' or 'sum'. Found {reduction!r}.")
+            raise ValueError(
+                f"`reduction` must be 'mean' or 'sum'. Found {reduction!r}. Use 'sum' for that of the authors' code."
+            )
         self.named_weights, self.reduction = weights, reduction
 
     def bind(self, reward_names: Sequence[str]) -> None:

@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from marble_lightning.evaluation.statistics import Interval, crossed_error
+from marble_lightning.evaluation.statistics import Interval, crossed_error, draw_counts, studentised_interval
 from marble_lightning.utils.validation import require
 
 LEAST_RATIO = 3.0
@@ -59,7 +59,7 @@ def least_gain_difference(
 
     A studentised crossed bootstrap, as in `crossed_interval`: prompts are resampled for all runs together, seeds for both
     methods together (they share the training prompts and the noise), and the specialists' seeds on their own. Each draw
-    has its own least gain.
+    has its own least gain. Rewards whose specialists gain less than 3 standard errors are left out.
 
     Args:
         one: Changes by the first method, NaN where the reward does not apply to the prompt.
@@ -70,29 +70,21 @@ def least_gain_difference(
         seed: Seed of the draws.
 
     Raises:
-        ValueError: There are fewer than 2 seeds, or no specialist gains enough.
+        ValueError: Shapes differ, there are fewer than 2 seeds, or no specialist gains enough.
     """
-    defined = normalised_gains(one, specialists).isfinite()
+    require(
+        one.shape == other.shape and one.shape[1:] == specialists.shape[1:],
+        "Both methods must have the same seeds, prompts and rewards, and the specialists the same prompts and rewards",
+        f"shapes {tuple(one.shape)}, {tuple(other.shape)} and {tuple(specialists.shape)}",
+    )
     require(min(len(one), len(specialists)) >= 2, "An interval needs at least 2 seeds", f"{len(one)} and {len(specialists)}")
+    defined = normalised_gains(one, specialists).isfinite()
     require(bool(defined.any()), "A specialist must gain at least 3 standard errors", "none")
     values = [changes[:, :, defined].double() for changes in (one, other, specialists)]
-    sizes = len(one), one.shape[1], len(specialists)
-    draws = torch.Generator().manual_seed(seed)
-    once = [torch.ones(1, size, dtype=torch.float64) for size in sizes]
-    drawn = [
-        torch.zeros(resamples, size, dtype=torch.float64).scatter_add_(
-            1, torch.randint(size, (resamples, size), generator=draws), torch.ones(resamples, size, dtype=torch.float64)
-        )
-        for size in sizes
-    ]
-    difference, error = _difference(values, *once)
-    of_draws, errors = _difference(values, *drawn)
-    t = ((of_draws - difference) / errors)[errors > 0]
-    if len(t) == 0:
-        return Interval(float(difference), float(difference), float(difference))
-    tails = torch.tensor([(1 + level) / 2, (1 - level) / 2], dtype=torch.float64)
-    low, high = difference - t.quantile(tails) * error
-    return Interval(float(difference), float(low), float(high))
+    sizes, draws = (len(one), one.shape[1], len(specialists)), torch.Generator().manual_seed(seed)
+    difference, error = _difference(values, *(torch.ones(1, size, dtype=torch.float64) for size in sizes))
+    of_draws = _difference(values, *(draw_counts(resamples, size, draws) for size in sizes))
+    return studentised_interval(difference[0], error[0], *of_draws, level)
 
 
 def _difference(

@@ -129,20 +129,31 @@ def crossed_interval(
     n, m = values.shape
     require(min(n, m) >= 2, "An interval needs at least 2 seeds and 2 prompts with a score", f"{n} and {m}")
     draws = torch.Generator().manual_seed(seed)
-    # how often each seed and each prompt is drawn
-    by_seed, by_prompt = (
-        torch.zeros(resamples, size, dtype=torch.float64).scatter_add_(
-            1, torch.randint(size, (resamples, size), generator=draws), torch.ones(resamples, size, dtype=torch.float64)
-        )
-        for size in (n, m)
-    )
+    by_seed, by_prompt = (draw_counts(resamples, size, draws) for size in (n, m))
     seeds, prompts = by_prompt @ values.T / m, by_seed @ values / n  # means of each seed over the drawn prompts, and so on
     mean = (by_seed * seeds).sum(1, keepdim=True) / n
     variance = (by_seed * (seeds - mean).square()).sum(1) / (n - 1) / n
     variance += (by_prompt * (prompts - mean).square()).sum(1) / (m - 1) / m
-    t = (mean[:, 0] - values.mean())[variance > 0] / variance[variance > 0].sqrt()
-    if len(t) == 0:  # all changes are equal
-        return Interval(float(values.mean()), float(values.mean()), float(values.mean()))
+    return studentised_interval(values.mean(), crossed_error(values), mean[:, 0], variance.sqrt(), level)
+
+
+def draw_counts(resamples: int, size: int, generator: torch.Generator) -> Float[Tensor, "draw item"]:
+    """How often each of `size` items is drawn, in `resamples` draws of `size` items with replacement; float64."""
+    drawn = torch.randint(size, (resamples, size), generator=generator)
+    return torch.zeros(resamples, size, dtype=torch.float64).scatter_add_(1, drawn, torch.ones_like(drawn).double())
+
+
+def studentised_interval(
+    mean: Float[Tensor, ""],
+    error: Float[Tensor, ""],
+    means: Float[Tensor, " draw"],
+    errors: Float[Tensor, " draw"],
+    level: float,
+) -> Interval:
+    """Confidence interval of a figure and its standard error from those of bootstrap draws."""
+    t = ((means - mean) / errors)[errors > 0]
+    if len(t) == 0:  # nothing varies
+        return Interval(float(mean), float(mean), float(mean))
     tails = torch.tensor([(1 + level) / 2, (1 - level) / 2], dtype=torch.float64)
-    low, high = values.mean() - t.quantile(tails) * crossed_error(values)
-    return Interval(float(values.mean()), float(low), float(high))
+    low, high = mean - t.quantile(tails) * error
+    return Interval(float(mean), float(low), float(high))

@@ -53,5 +53,7 @@ def test_an_interval_needs_seeds_and_specialists():
     changes = draw_changes(torch.Generator().manual_seed(0), [1.0, 1.0])
     with pytest.raises(ValueError, match="at least 2 seeds"):
         least_gain_difference(changes[:1], changes[:1], changes)
+    with pytest.raises(ValueError, match="the same seeds, prompts and rewards"):
+        least_gain_difference(changes, changes[:4], changes)
     with pytest.raises(ValueError, match="at least 3 standard errors"):
         least_gain_difference(changes, changes, changes - 1)
