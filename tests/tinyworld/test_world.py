@@ -14,6 +14,7 @@ from marble_lightning.tinyworld.degradations import CONTENT, TECHNICAL, change_c
 from marble_lightning.tinyworld.detector import recognise
 from marble_lightning.tinyworld.recipe.images import tensor, to_unit
 from marble_lightning.tinyworld.recipe.prompt_files import write_prompt_files
+from marble_lightning.tinyworld.recipe.vocabulary import train_tokenizer
 from marble_lightning.tinyworld.scenes import SHAPES, Scene, Sign, Thing, draw
 from rewards import OCR, GenEval, Prompt
 
@@ -110,3 +111,10 @@ def test_prompt_files_are_the_bundled_ones(tmp_path):
     files = sorted(path.relative_to(tmp_path) for path in tmp_path.rglob("*.*"))
     assert len(files) == 6
     assert all((tmp_path / file).read_text() == (PROMPTS / file).read_text() for file in files)
+
+
+def test_the_vocabulary_is_the_same_every_time(tmp_path):
+    """So a recipe that resumes reads the token numbers that it has trained with, and a word of the captions is one token."""
+    one, other = (train_tokenizer(tmp_path / name, seed=0) for name in "ab")
+    assert one.get_vocab() == other.get_vocab()
+    assert one.tokenize("a photo of a red circle") == [f"{word}</w>" for word in ("a", "photo", "of", "a", "red", "circle")]

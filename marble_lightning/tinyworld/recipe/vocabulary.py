@@ -19,7 +19,8 @@ def train_tokenizer(folder: Path, seed: int) -> CLIPTokenizer:
     """Learn the merges of a byte-pair encoding in CLIP's format on 20,000 captions, and save the tokenizer to `folder`."""
     rng = random.Random(seed)
     captions = [draw_captioned(rng).caption for _ in range(20_000)]
-    captions += [" ".join(string.printable.strip())] * 2  # so that every letter can also end a word
+    letters = sorted(set(string.printable.strip().lower()))
+    captions += [" ".join(letters)] * 2  # so that every letter can also end a word
     bpe = Tokenizer(models.BPE(unk_token="<|endoftext|>", end_of_word_suffix="</w>"))
     bpe.normalizer = normalizers.Sequence([normalizers.NFC(), normalizers.Lowercase()])
     bpe.pre_tokenizer = pre_tokenizers.Sequence(
@@ -33,7 +34,8 @@ def train_tokenizer(folder: Path, seed: int) -> CLIPTokenizer:
         vocab_size=1200,
         end_of_word_suffix="</w>",
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        special_tokens=["<|startoftext|>", "<|endoftext|>"],
+        # the trainer would number the letters that end a word in the random order of a hash map
+        special_tokens=["<|startoftext|>", "<|endoftext|>", *(f"{letter}</w>" for letter in letters)],
         show_progress=False,
     )
     bpe.train_from_iterator(captions, trainer)
