@@ -2,7 +2,8 @@
 
 `python -m benchmarks.random_sd35m FOLDER` saves it in diffusers format, as a path for `fit`: 5 GB, or 16 GB with
 `--encoders`. Transformer and autoencoder have their full size. Without `--encoders` the two CLIP text encoders have their
-full width but one layer, and T5 is left out: a round encodes a prompt once, so they hardly affect timings.
+full width but one layer, and T5 is left out: a round encodes a prompt once, so they hardly affect timings. The
+vocabulary is the tiny world's.
 """
 
 from __future__ import annotations
@@ -13,7 +14,6 @@ from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
-from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection, T5Config, T5EncoderModel
 
 from marble_lightning.tinyworld.recipe.vocabulary import train_tokenizer
@@ -55,27 +55,30 @@ def random_sd35m(
         t5_layers: Layers of T5, 24 in the original; 0 leaves it out.
     """
     special_tokens = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    large = None
+    if t5_layers:
+        large = T5EncoderModel(
+            T5Config(
+                vocab_size=len(tokenizer), d_model=4096, d_ff=10240, d_kv=64, num_heads=64, num_layers=t5_layers,
+                feed_forward_proj="gated-gelu",
+            )
+        ).to(torch.bfloat16)  # fmt: skip
     encoders = [
         CLIPTextModelWithProjection(
             CLIPTextConfig(
-                hidden_size=width, intermediate_size=4 * width, projection_dim=width, num_hidden_layers=depth,
-                num_attention_heads=width // 64, max_position_embeddings=77, **special_tokens,
+                vocab_size=len(tokenizer), hidden_size=width, intermediate_size=4 * width, projection_dim=width,
+                num_hidden_layers=depth, num_attention_heads=width // 64, max_position_embeddings=77, **special_tokens,
             )
-        )
+        ).to(torch.bfloat16)
         for width, depth in zip((768, 1280), clip_layers, strict=True)
     ]  # fmt: skip
-    large = T5Config(
-        d_model=4096, d_ff=10240, d_kv=64, num_heads=64, num_layers=t5_layers, vocab_size=32128,
-        feed_forward_proj="gated-gelu",
+    parts = networks(layers)
+    for part in (parts["transformer"], parts["vae"]):
+        part.to(torch.bfloat16)
+    return StableDiffusion3Pipeline(
+        **parts, text_encoder=encoders[0], tokenizer=tokenizer, text_encoder_2=encoders[1], tokenizer_2=tokenizer,
+        text_encoder_3=large, tokenizer_3=tokenizer if large else None,
     )  # fmt: skip
-    pipeline = StableDiffusion3Pipeline(
-        **networks(layers), text_encoder=encoders[0], tokenizer=tokenizer, text_encoder_2=encoders[1], tokenizer_2=tokenizer,
-        text_encoder_3=T5EncoderModel(large) if t5_layers else None, tokenizer_3=tokenizer if t5_layers else None,
-    )  # fmt: skip
-    for component in pipeline.components.values():
-        if isinstance(component, nn.Module):
-            component.to(torch.bfloat16)
-    return pipeline
 
 
 def save_random_sd35m(folder: Path, layers: int = 24, seed: int = 0, **encoders: Any) -> Path:
@@ -94,7 +97,9 @@ def save_random_sd35m(folder: Path, layers: int = 24, seed: int = 0, **encoders:
         torch.manual_seed(seed)
         tokenizer = train_tokenizer(folder / "tokenizer", seed=seed)
         tokenizer.model_max_length = 77
-        random_sd35m(tokenizer, layers, **encoders).save_pretrained(folder)
+        # a CPU takes minutes to draw eight billion weights
+        with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
+            random_sd35m(tokenizer, layers, **encoders).save_pretrained(folder)
     return folder
 
 
