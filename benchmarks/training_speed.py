@@ -104,6 +104,14 @@ class Turns(Callback):
         self.whole: dict[tuple[Method, int], list[float]] = defaultdict(list)
         self.peak: dict[tuple[Method, int], float] = {}
 
+    def complete(self) -> int:
+        """Number of measured cycles in which every turn has a time; those of an unfinished cycle are dropped."""
+        cycles = min(len(self.training[turn]) for turn in self.turns)
+        for times in (self.training, self.whole):
+            for turn in self.turns:
+                del times[turn][cycles:]
+        return cycles
+
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         module = cast(DiffusionNFT, pl_module)
         self.taps, self.rewards = module.step.per_reward.taps, dict(module.rewards.items())
@@ -243,8 +251,12 @@ def main() -> None:
             measured = options.rewards if options.memory is None else options.memory
             for turn in tqdm([turn for turn in turns.turns if turn[1] in measured], desc="Memory"):
                 turns.peak[turn] = peak_of_a_process(turn[0], turn[1], arguments)
-        run(turns, options.model, path, options.device, rollout_steps)
-    print(f"\n{options.model}, {torch.get_num_threads()} threads, {gpu_name()}\n\n{table(turns)}")
+        try:
+            run(turns, options.model, path, options.device, rollout_steps)
+        finally:  # an interrupted run has measured something, too
+            cycles, where = turns.complete(), f"{torch.get_num_threads()} threads, {gpu_name()}"
+            if cycles:
+                print(f"\n{options.model}, {where}, {cycles} cycles\n\n{table(turns)}")
 
 
 def gpu_name() -> str:
