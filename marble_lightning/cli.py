@@ -33,10 +33,12 @@ from marble_lightning.checkpoints.signals import Stops, checkpoint_of_job, statu
 from marble_lightning.checks import check_prompts_per_process, get_balancer
 from marble_lightning.config_files import configs
 from marble_lightning.data.datamodule import PromptDataModule
+from marble_lightning.lab.report import report
+from marble_lightning.lab.sweep import sweep
 from marble_lightning.memory import Memory, estimate_memory
 from marble_lightning.memory.report import print_estimate
 from marble_lightning.module import DiffusionNFT
-from marble_lightning.parsers import ExportParser, Parser, TrainingParser, import_classes
+from marble_lightning.parsers import ExportParser, Parser, TrainingParser, import_classes, name_arguments
 from marble_lightning.policies.averaging import Averaging
 from marble_lightning.policies.lora_export import export, redact_yaml
 from marble_lightning.run_folder import RunFolder, folder_of_runs
@@ -46,6 +48,8 @@ ABOUT = "Fine-tune Stable Diffusion 3 by reinforcement learning on several rewar
 OTHERS = (
     "export: Write a checkpoint's adapter as a LoRA for diffusers and ComfyUI; see `marble-lightning export --help`. "
     "configs: List the configurations that `-c` knows by name, or copy one; see `marble-lightning configs --help`. "
+    "sweep: Fit several variants with several seeds; see `marble-lightning sweep --help`. "
+    "report: Compare finished runs on one page; see `marble-lightning report --help`. "
     "memory: Print the GPU memory that `fit` needs, without a GPU; it has the options of `fit`."
 )
 
@@ -238,9 +242,10 @@ def main(args: Sequence[str] | None = None) -> None:
     """Run the command line; `args` replaces `sys.argv` where given."""
     words = list(sys.argv[1:] if args is None else args)
     # Subcommands of LightningCLI are methods of the trainer; these need no trainer
-    for command, parser in ((export, ExportParser), (configs, Parser)):
+    for command, parser in ((export, ExportParser), (configs, Parser), (sweep, Parser), (report, Parser)):
         if words[:1] == [name := command.__name__]:
-            auto_cli(command, args=words[1:], as_positional=False, prog=f"marble-lightning {name}", parser_class=parser)
+            args = name_arguments(words)
+            auto_cli(command, args=args, as_positional=False, prog=f"marble-lightning {name}", parser_class=parser)
             return
     try:
         if words[:1] == ["memory"]:

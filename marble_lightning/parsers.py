@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import sys
@@ -102,6 +103,24 @@ class ExportParser(Parser):
     """The parser of `export`."""
 
     new_names: ClassVar = {"which": "adapter"}
+
+
+def name_arguments(words: Sequence[str]) -> list[str]:
+    """Give arguments without a name theirs: `sweep FILE` and `report FOLDER FOLDER`.
+
+    >>> name_arguments(["sweep", "sweep.yaml", "--jobs", "2"])
+    ['--config', 'sweep.yaml', '--jobs', '2']
+    >>> name_arguments(["report", "a", "b", "--to", "c"])
+    ['--runs', '["a", "b"]', '--to', 'c']
+    """
+    command, *rest = words
+    count = next((index for index, word in enumerate(rest) if word.startswith("-")), len(rest))
+    unnamed, named = rest[:count], rest[count:]
+    if not unnamed:
+        return named
+    if command == "sweep":
+        return ["--config", *unnamed, *named]
+    return ["--runs", json.dumps(unnamed), *named] if command == "report" else rest
 
 
 def rename_options(words: Sequence[str], new_names: Mapping[str, str]) -> list[str]:

@@ -8,6 +8,7 @@ import sys
 
 import pytest
 
+from benchmarks.training_speed import EVERY_STEP, METHODS, Turns, table
 from tests.helpers import ROOT
 
 SMALL = {
@@ -37,3 +38,13 @@ def test_it_prints_its_table(name, tmp_path):
     assert ended.returncode in ((0, 1) if name == "soak" else (0,)), ended.stdout + ended.stderr
     assert "Traceback" not in ended.stderr, ended.stderr
     assert "|" in ended.stdout or "│" in ended.stdout
+
+
+def test_an_interrupted_training_speed_has_the_table_of_its_complete_cycles():
+    plain, every = (METHODS[0], 5), (EVERY_STEP, 5)
+    turns = Turns([plain, every], cycles=3)
+    assert turns.complete() == 0
+    turns.training |= {plain: [10.0, 20.0], every: [30.0]}
+    turns.whole |= {plain: [20.0, 50.0], every: [40.0]}
+    assert turns.complete() == 1
+    assert "| MARBLE, every step | 5 | 30.00 | 0.33 | 0.33 to 0.33 | 0.50 |" in table(turns)

@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import torch
 from jaxtyping import Float
+from scipy.stats import trim_mean
 from torch import Tensor
 
 from marble_lightning.utils.validation import require
@@ -125,6 +126,14 @@ def crossed_interval(
     Raises:
         ValueError: There are fewer than 2 seeds or prompts.
     """
+    mean, error, means, errors = _crossed_draws(changes, resamples, seed)
+    return studentised_interval(mean, error, means, errors, level)
+
+
+def _crossed_draws(
+    changes: Float[Tensor, "seed prompt"], resamples: int, seed: int
+) -> tuple[Float[Tensor, ""], Float[Tensor, ""], Float[Tensor, " draw"], Float[Tensor, " draw"]]:
+    """The mean and its standard error, and those of each draw of the bootstrap."""
     values = changes[:, changes.isfinite().all(0)].double()
     n, m = values.shape
     require(min(n, m) >= 2, "An interval needs at least 2 seeds and 2 prompts with a score", f"{n} and {m}")
@@ -134,7 +143,7 @@ def crossed_interval(
     mean = (by_seed * seeds).sum(1, keepdim=True) / n
     variance = (by_seed * (seeds - mean).square()).sum(1) / (n - 1) / n
     variance += (by_prompt * (prompts - mean).square()).sum(1) / (m - 1) / m
-    return studentised_interval(values.mean(), crossed_error(values), mean[:, 0], variance.sqrt(), level)
+    return values.mean(), crossed_error(values), mean[:, 0], variance.sqrt()
 
 
 def draw_counts(resamples: int, size: int, generator: torch.Generator) -> Float[Tensor, "draw item"]:
@@ -157,3 +166,49 @@ def studentised_interval(
     tails = torch.tensor([(1 + level) / 2, (1 - level) / 2], dtype=torch.float64)
     low, high = mean - t.quantile(tails) * error
     return Interval(float(mean), float(low), float(high))
+
+
+def crossed_p_value(changes: Float[Tensor, "seed prompt"], resamples: int = 4000, seed: int = 0) -> float:
+    """Two-sided p-value of a mean of 0, by the bootstrap of `crossed_interval`.
+
+    An interval of level 1 - p has 0 at one of its ends, but for the asymmetry of its tails.
+
+    Raises:
+        ValueError: As `crossed_interval`.
+    """
+    mean, error, means, errors = _crossed_draws(changes, resamples, seed)
+    if error == 0:
+        return float(mean == 0)
+    t = ((means - mean) / errors)[errors > 0]
+    extreme = (t.abs() >= (mean / error).abs()).sum()
+    return float((extreme + 1) / (len(t) + 1))  # never 0
+
+
+def interquartile_mean(scores: Float[Tensor, " score"]) -> float:
+    """Mean of the middle half of the scores; the lowest and highest quarters are left out, rounded down.
+
+    Source: Agarwal et al., "Deep Reinforcement Learning at the Edge of the Statistical Precipice", 2021.
+    """
+    return float(trim_mean(scores.double().numpy(), 0.25))
+
+
+def probability_of_improvement(scores: Float[Tensor, " run"], of_other: Float[Tensor, " other_run"]) -> float:
+    """How often a run of one method is better than a run of another, over all pairs of runs; ties count half.
+
+    Source: Agarwal et al., 2021; the Mann-Whitney statistic over its maximum.
+    """
+    return float(((scores[:, None] > of_other) + 0.5 * (scores[:, None] == of_other)).mean())
+
+
+def holm(p_values: Float[Tensor, " test"]) -> Float[Tensor, " test"]:
+    """P-values corrected for their number: a test is significant at a level if its corrected value is at most the level.
+
+    >>> holm(torch.tensor([0.01, 0.04, 0.03])).tolist()
+    [0.03..., 0.06..., 0.06...]
+
+    Source: Holm, "A Simple Sequentially Rejective Multiple Test Procedure", 1979.
+    """
+    order = p_values.argsort()
+    steps = torch.arange(len(p_values), 0, -1).to(p_values)
+    corrected = (p_values[order] * steps).cummax(0).values.clamp(max=1)
+    return torch.empty_like(corrected).scatter_(0, order, corrected)

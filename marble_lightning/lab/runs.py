@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import io
+import re
 from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+import yaml
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor
@@ -16,7 +18,7 @@ from torch import Tensor
 from balancers import CADENCE
 from marble_lightning.evaluation.results import read
 from marble_lightning.evaluation.statistics import Summary, changes, summarise
-from marble_lightning.run_folder import RESULTS
+from marble_lightning.run_folder import CONFIG, RESULTS
 
 
 class Curve(NamedTuple):
@@ -43,13 +45,25 @@ class Run:
 
     @cached_property
     def _events(self) -> EventAccumulator:
-        return EventAccumulator(str(self.folder), size_guidance={"scalars": 0, "images": 0}).Reload()
+        return events_of(self.folder)
+
+    @cached_property
+    def _all_events(self) -> list[EventAccumulator]:
+        """Those of the interrupted runs that this one goes on with, the first of them first, and its own."""
+        folders = [self.folder]
+        while earlier := resumed(folders[0]):
+            folders.insert(0, earlier)
+        return [*map(events_of, folders[:-1]), self._events]
 
     def curve(self, name: str) -> Curve:
-        """All values of one TensorBoard curve; empty if it was not logged."""
-        known = name in self._events.Tags()["scalars"]
-        events = self._events.Scalars(name) if known else []
-        return Curve([event.step for event in events], [event.value for event in events])
+        """All values of one TensorBoard curve, from the first round on if the run was resumed; empty if not logged."""
+        values: dict[int, float] = {}
+        for events in self._all_events:
+            if name in events.Tags()["scalars"]:
+                found = events.Scalars(name)
+                values = {step: value for step, value in values.items() if step < found[0].step}
+                values |= {event.step: event.value for event in found}
+        return Curve(list(values), list(values.values()))
 
     def images(self, name: str) -> list[Image.Image]:
         """All images logged under a name, in the order of logging; empty if there are none."""
@@ -60,6 +74,23 @@ class Run:
     def results(self) -> Mapping[str, Any]:
         """The content of results.json: settings, the evaluated model, means by set and reward, scores of each prompt."""
         return read(self.folder)
+
+    @cached_property
+    def config(self) -> Mapping[str, Any]:
+        """The content of config.yaml; empty if the run was started in Python."""
+        file = self.folder / CONFIG
+        found: Mapping[str, Any] = yaml.safe_load(file.read_text(encoding="utf-8")) if file.exists() else {}
+        return found
+
+    @property
+    def seed(self) -> int | None:
+        """The seed of the run, `seed_everything`."""
+        return self.config.get("seed_everything")
+
+    @property
+    def rewards(self) -> list[str]:
+        """Names of the rewards that it was trained on."""
+        return list(self.config.get("model", {}).get("rewards") or {})
 
     @property
     def evaluated(self) -> Mapping[str, Any]:
@@ -91,6 +122,28 @@ class Run:
     def _scores(self, key: str) -> Tensor:
         rows = [[prompt[key].get(name, torch.nan) for name in self.reward_models] for prompt in self.results["prompts"]]
         return torch.tensor(rows)
+
+
+def events_of(folder: Path) -> EventAccumulator:
+    """All scalars and images that were logged in a folder."""
+    return EventAccumulator(str(folder), size_guidance={"scalars": 0, "images": 0}).Reload()
+
+
+def resumed(folder: Path) -> Path | None:
+    """The folder of the run that the run of a folder has resumed, or None if it began with the first round."""
+    file = folder / CONFIG
+    checkpoint = yaml.safe_load(file.read_text(encoding="utf-8")).get("ckpt_path") if file.exists() else None
+    if checkpoint is None:
+        return None
+    if checkpoint != "last":
+        return Path(checkpoint).parents[1]
+
+    def number(other: Path) -> int:
+        return int(match[1]) if (match := re.fullmatch(r"version_(\d+)", other.name)) else -1
+
+    earlier = [other for other in folder.parent.glob("version_*") if number(other) < number(folder)]
+    earlier = [other for other in earlier if (other / "checkpoints").exists()]
+    return max(earlier, key=number, default=None)
 
 
 class Comparison(NamedTuple):

@@ -13,15 +13,22 @@ import yaml
 
 from marble_lightning.checkpoints.content import TO_EXPORT, load_checked
 from marble_lightning.policies.lora import Lora
+from marble_lightning.policies.lora_average import average, truncate
 from marble_lightning.policies.lora_files import FILE, write_lora
 from marble_lightning.utils.atomic_files import check_folder, local_path, remove_unfinished
+from marble_lightning.utils.validation import require
 from rewards.redaction import redact
 
 Adapter = Literal["ema", "trained"]
 
 
 def export(
-    ckpt_path: str | Path, to: str | Path, adapter: Adapter | Literal["policy"] = "ema", overwrite: bool = False
+    ckpt_path: str | Path,
+    to: str | Path,
+    adapter: Adapter | Literal["policy"] = "ema",
+    overwrite: bool = False,
+    average_with: list[str] | None = None,
+    rank: int | None = None,
 ) -> Path:
     """Write a checkpoint's adapter as a LoRA that diffusers and ComfyUI load; neither base model nor GPU is needed.
 
@@ -33,9 +40,12 @@ def export(
         adapter: `ema`, the averaged adapter, which is evaluated on held-out prompts, or `trained`, its source
             (`policy`, its old name, is accepted for one release).
         overwrite: Whether an existing file of that name in `to` is replaced.
+        average_with: Further checkpoints; the LoRA is the exact mean of the updates of all, with the sum of their ranks.
+        rank: Rank of the LoRA, if it is to be lower: the nearest update of this rank. Null keeps it.
 
     Raises:
-        ValueError: The checkpoint is damaged or not from `fit`, or the file exists already.
+        ValueError: A checkpoint is damaged, not from `fit` or of another model, the rank is out of range, or the file exists
+            already.
     """
     if adapter == "policy":
         warnings.warn("The adapter `policy` is now `trained`. Use that name.", FutureWarning, stacklevel=2)
@@ -48,14 +58,27 @@ def export(
             f"`to` must be a folder without {FILE}. Found one in {folder}; choose another, or add --overwrite true."
         )
     checkpoint = load_checked(file, TO_EXPORT, map_location="cpu", weights_only=True)
-    written = write_lora(
-        adapter_of(checkpoint, adapter, file), folder, checkpoint["lora"]["targets"], about(checkpoint, adapter)
-    )
+    lora, entries = adapter_of(checkpoint, adapter, file), about(checkpoint, adapter)
+    if average_with:
+        others = [local_path("average_with", path) for path in average_with]
+        loaded = [load_checked(path, TO_EXPORT, map_location="cpu", weights_only=True) for path in others]
+        for path, one in zip(others, loaded, strict=True):
+            of_base = [checkpoint.get("base_model", {}), one.get("base_model", {})]
+            require(
+                of_base[0] == of_base[1], f"`average_with` must be of the same base, {of_base[0]}", f"{of_base[1]} in {path}"
+            )
+        lora = average([lora, *(adapter_of(one, adapter, path) for one, path in zip(loaded, others, strict=True))])
+        entries["averaged"] = json.dumps([about(one, adapter) for one in loaded])
+    if rank is not None:
+        lora, lost = truncate(lora, rank)
+        print(f"Rank {rank}: {lost:.1%} of the update's norm is lost.")
+    written = write_lora(lora, folder, checkpoint["lora"]["targets"], entries)
     print(
         f"{written}\n"
         f"diffusers:  pipeline.load_lora_weights({str(folder)!r})\n"
         "ComfyUI:    copy it to models/loras under a unique name, for the node LoraLoaderModelOnly\n"
-        f"start here: marble-lightning fit ... --model.policy.init_lora {folder}"
+        f"start here: marble-lightning fit ... --model.policy.init_lora {folder} "
+        f"--model.policy.rank {lora.rank} --model.policy.alpha {lora.alpha:g}"
     )
     return written
 

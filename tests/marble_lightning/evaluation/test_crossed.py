@@ -4,7 +4,14 @@ import pytest
 import torch
 from scipy import stats
 
-from marble_lightning.evaluation.statistics import crossed_error, crossed_interval
+from marble_lightning.evaluation.statistics import (
+    crossed_error,
+    crossed_interval,
+    crossed_p_value,
+    holm,
+    interquartile_mean,
+    probability_of_improvement,
+)
 
 
 def sample(seed, seeds=5, prompts=60, sizes=(0.3, 1.0, 1.0)):
@@ -50,3 +57,41 @@ def test_prompts_without_a_score_are_left_out():
     assert crossed_interval(torch.full((3, 4), 0.25)) == (0.25, 0.25, 0.25)
     with pytest.raises(ValueError, match="at least 2 seeds and 2 prompts with a score. Found 1 and 60"):
         crossed_interval(values[:1])
+
+
+def test_the_p_value_belongs_to_the_interval():
+    """The interval of level 1 - p ends about at 0."""
+    for seed in range(5):
+        values = sample(seed) + 0.1
+        p = crossed_p_value(values)
+        interval = crossed_interval(values, level=1 - p) if p < 0.99 else None
+        if interval is not None:
+            assert min(abs(interval.low), abs(interval.high)) < 0.35 * float(crossed_error(values))
+    assert crossed_p_value(torch.zeros(3, 4)) == 1
+    assert crossed_p_value(torch.ones(3, 4)) == 0
+
+
+def test_p_values_of_nothing_are_uniform():
+    p = torch.tensor([crossed_p_value(sample(seed), resamples=500) for seed in range(200)])
+    for level in (0.05, 0.2, 0.5):
+        assert float((p <= level).double().mean()) == pytest.approx(level, abs=4 * (level * (1 - level) / 200) ** 0.5)
+
+
+def test_improvement_is_the_mann_whitney_statistic():
+    one, other = torch.tensor([1.0, 2.0, 3.0, 4.0]), torch.tensor([2.0, 0.0, 3.5])
+    expected = stats.mannwhitneyu(one.numpy(), other.numpy()).statistic / 12
+    assert probability_of_improvement(one, other) == pytest.approx(expected)
+    assert probability_of_improvement(one, one) == 0.5
+
+
+def test_the_interquartile_mean_leaves_quarters_out():
+    assert interquartile_mean(torch.tensor([100.0, 1.0, 2.0, -50.0])) == 1.5
+    assert interquartile_mean(torch.tensor([3.0, 1.0, 2.0])) == 2
+
+
+def test_holm_by_hand():
+    """Sorted values times 4, 3, 2, 1, never falling, at most 1."""
+    corrected = holm(torch.tensor([0.02, 0.9, 0.01, 0.3]))
+    assert corrected.tolist() == pytest.approx([0.06, 0.9, 0.04, 0.6])
+    assert holm(torch.tensor([0.4, 0.4])).tolist() == pytest.approx([0.8, 0.8])
+    assert holm(torch.tensor([0.7, 0.6])).tolist() == [1, 1]

@@ -28,6 +28,7 @@ from tests.helpers.stock_pipeline import (
     adapter,
     differ,
     generate_by_pipeline,
+    make,
     make_three_adapters,
     sample_by_policy,
     save_adapters,
@@ -123,6 +124,29 @@ def test_comfyui_reads_every_key_and_computes_the_same_update(checkpoints, tmp_p
         _, block, attention, target = name.split(".", 3)
         (matrix,) = [matrix for matrix, layers in WHERE[attention].items() if target in layers]
         torch.testing.assert_close(updates[f"joint_blocks.{block}.{matrix}", THIRDS.get(target, 0)], delta)
+
+
+def test_the_average_of_two_checkpoints_starts_a_run(checkpoints, policy, tmp_path, capsys):
+    """Its update is the mean of the two; a lower rank prints what is lost."""
+    files, updates = [], []
+    for name in "ab":
+        (tmp_path / name).mkdir()
+        files.append(save_adapters(policy, tmp_path / name))
+        layers = {name: layer for name, layer in policy.transformer.named_modules() if hasattr(layer, "lora_A")}
+        updates.append({name: layer.get_delta_weight("ema").clone() for name, layer in layers.items()})
+        with torch.no_grad():  # the second update has rows and columns in another order
+            for layer in layers.values():
+                layer.lora_A["ema"].weight.copy_(layer.lora_A["ema"].weight.flip(1))
+                layer.lora_B["ema"].weight.copy_(layer.lora_B["ema"].weight.flip(0))
+    export(files[0], tmp_path / "mean", average_with=[str(files[1])])
+    assert "--model.policy.rank 4 --model.policy.alpha 8" in capsys.readouterr().out
+    mean = make(checkpoints, rank=4, alpha=8, init_lora=str(tmp_path / "mean"))
+    for name, layer in mean.transformer.named_modules():
+        if hasattr(layer, "lora_A"):
+            torch.testing.assert_close(layer.get_delta_weight("ema"), (updates[0][name] + updates[1][name]) / 2)
+    export(files[0], tmp_path / "short", average_with=[str(files[1])], rank=2)
+    assert re.match(r"Rank 2: [1-9]\d\.\d% of the update's norm is lost\.", capsys.readouterr().out)
+    make(checkpoints, rank=2, alpha=4, init_lora=str(tmp_path / "short"))
 
 
 def test_other_files_and_damaged_checkpoints_raise(policy, tmp_path):

@@ -1,0 +1,111 @@
+"""Where the runs of a sweep run: processes of this machine, or jobs of a SLURM cluster."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import subprocess
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+
+class Process(Protocol):
+    """A run that has been started."""
+
+    def poll(self) -> int | None:
+        """Its exit status, or None while it runs or waits for a place."""
+
+    def terminate(self) -> None:
+        """Ask it to save its round and stop."""
+
+
+class Launcher(Protocol):
+    """Starts runs."""
+
+    places: int
+    """Runs that may be started at a time."""
+
+    def start(self, command: Sequence[str], output: Path) -> Process:
+        """Start a command that writes its messages to the end of a file."""
+
+
+class Local:
+    """Processes of this machine.
+
+    Args:
+        jobs: Runs at a time.
+        threads: CPU threads of each; None for the default.
+    """
+
+    def __init__(self, jobs: int, threads: int | None) -> None:
+        self.places = jobs
+        self.environment = {**os.environ} | ({} if threads is None else {"OMP_NUM_THREADS": str(threads)})
+
+    def start(self, command: Sequence[str], output: Path) -> Process:
+        """Start a process; it gets no signals from the terminal, only from `terminate`."""
+        with output.open("a") as messages:
+            fcntl.flock(messages, fcntl.LOCK_EX | fcntl.LOCK_NB)  # until the process ends, also if the sweep is killed
+            return subprocess.Popen(
+                command, stdout=messages, stderr=subprocess.STDOUT, env=self.environment, start_new_session=True
+            )
+
+
+def in_use(output: Path) -> bool:
+    """Whether a process that `Local` has started still writes to a file."""
+    if not output.exists():
+        return False
+    with output.open() as messages:
+        try:
+            fcntl.flock(messages, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+    return False
+
+
+class Slurm:
+    """Jobs of a SLURM cluster, through submitit.
+
+    Args:
+        jobs: Jobs that run at a time.
+        folder: Folder of submitit's files.
+        options: Options of `submitit.AutoExecutor.update_parameters`, and `cluster` for another of its executors.
+
+    Raises:
+        ValueError: submitit is not installed.
+    """
+
+    def __init__(self, jobs: int, folder: Path, options: dict[str, Any]) -> None:
+        try:
+            import submitit
+        except ImportError as error:
+            raise ValueError("`slurm` needs submitit. Found none; install it: pip install submitit") from error
+        self.places = jobs
+        cluster = options.get("cluster", "slurm")
+        self.executor = submitit.AutoExecutor(folder, cluster=cluster)
+        self.executor.update_parameters(**{name: value for name, value in options.items() if name != "cluster"})
+
+    def start(self, command: Sequence[str], output: Path) -> Process:
+        """Submit a job."""
+        return SlurmJob(self.executor.submit(run, list(command), str(output)))
+
+
+class SlurmJob:
+    """A submitted job."""
+
+    def __init__(self, job: Any) -> None:
+        self.job = job
+
+    def poll(self) -> int | None:
+        """0 after success, 1 after any failure, also a lost node or a time limit."""
+        return None if not self.job.done() else int(self.job.exception() is not None)
+
+    def terminate(self) -> None:
+        """Cancel it; SLURM sends SIGTERM first."""
+        self.job.cancel(check=False)
+
+
+def run(command: list[str], output: str) -> None:
+    """Run a command on the node, and fail as it does."""
+    with open(output, "a") as messages:
+        subprocess.run(command, check=True, stdout=messages, stderr=subprocess.STDOUT)

@@ -1,0 +1,137 @@
+"""Finds the runs of a report, and checks that they can be compared."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from marble_lightning.evaluation.comparison import check_comparable
+from marble_lightning.lab.runs import Run
+from marble_lightning.run_folder import CONFIG, RESULTS
+from marble_lightning.utils.validation import require
+
+NUMBERED = re.compile(r"(version|seed)_\d+(_\d+)?")
+
+
+@dataclass
+class Collection:
+    """The runs of a report.
+
+    Attributes:
+        methods: Runs on several rewards, by method and seed.
+        specialists: Runs on a single reward, by reward and seed.
+        unfinished: Folders of runs without results, which are left out.
+    """
+
+    methods: dict[str, dict[int, Run]] = field(default_factory=dict)
+    specialists: dict[str, dict[int, Run]] = field(default_factory=dict)
+    unfinished: list[Path] = field(default_factory=list)
+
+    @property
+    def runs(self) -> list[Run]:
+        """All runs on several rewards."""
+        return [run for seeds in self.methods.values() for run in seeds.values()]
+
+    @property
+    def rewards(self) -> list[str]:
+        """Rewards that some method was trained on and that all runs have scores of, in the order of the first run."""
+        trained = dict.fromkeys(name for run in self.runs for name in run.rewards)
+        return [name for name in trained if all(name in run.reward_models for run in self.runs)]
+
+    @property
+    def columns(self) -> list[str]:
+        """The rewards, then the metrics that all runs have scores of."""
+        rest = [name for name in self.runs[0].reward_models if name not in self.rewards]
+        return [*self.rewards, *(name for name in rest if all(name in run.reward_models for run in self.runs))]
+
+    def changes(self, method: str, seeds: Sequence[int] | None = None) -> Float[Tensor, "seed prompt column"]:
+        """Held-out changes of a method, by its seeds or some of them."""
+        runs = self.methods[method]
+        return torch.stack([changes(runs[seed], self.columns) for seed in (runs if seeds is None else seeds)])
+
+    def changes_of_specialists(self) -> Float[Tensor, "seed prompt reward"] | None:
+        """Change of each reward by the runs on it alone; None if a reward has no run."""
+        if any(name not in self.specialists for name in self.rewards):
+            return None
+        seeds = min(len(self.specialists[name]) for name in self.rewards)
+        alone = [list(self.specialists[name].values())[:seeds] for name in self.rewards]
+        columns = zip(self.rewards, alone, strict=True)
+        return torch.stack([torch.stack([changes(run, [name])[:, 0] for run in runs]) for name, runs in columns], dim=2)
+
+
+def changes(run: Run, columns: Sequence[str]) -> Float[Tensor, "prompt column"]:
+    """Changes of the held-out scores of one run."""
+    order = [run.reward_models.index(name) for name in columns]
+    base = run.base
+    assert base is not None  # `collect` takes no others
+    return (run.trained - base)[:, order].double()
+
+
+def collect(places: Sequence[Path]) -> Collection:
+    """Find all finished runs in some folders.
+
+    A run's method is the name of its folder in them, without `seed_N` and `version_N`.
+
+    Raises:
+        ValueError: There is no finished run; two have the same method and seed; or their evaluations differ.
+    """
+    found = Collection()
+    for place in places:
+        require(place.is_dir(), "A report needs folders of runs", f"{place}, which is no folder")
+        finished = sorted(file.parent for file in place.rglob(RESULTS))
+        begun = sorted(file.parent for file in place.rglob(CONFIG))
+        require(bool(finished), "A report needs finished runs", f"none in {place}, and {len(begun)} that have not finished")
+        superseded = {folder.parent for folder in finished}
+        found.unfinished += [folder for folder in begun if folder not in finished and folder.parent not in superseded]
+        for folder in finished:
+            add(found, Run(folder), method_of(folder, place))
+    require(bool(found.methods), "A report needs a run on several rewards", "only runs on single rewards")
+    first = found.runs[0]
+    everything = [*found.runs, *(run for seeds in found.specialists.values() for run in seeds.values())]
+    for run in everything:
+        check_comparable(without_seed(first.results), without_seed(run.results), str(run.folder), [])
+    require(bool(found.rewards), "The runs of a report must have a reward in common", "none")
+    return found
+
+
+def without_seed(results: Mapping[str, Any]) -> dict[str, Any]:
+    """Results without the seed of the held-out noise, which is the run's seed."""
+    return {**results, "settings": {name: value for name, value in results["settings"].items() if name != "seed"}}
+
+
+def add(found: Collection, run: Run, method: str) -> None:
+    """Add a run to the methods, or to the specialists if it has one reward."""
+    require(
+        run.base is not None, "The base must be evaluated by `fit` (num_sanity_val_steps: -1)", f"no scores in {run.folder}"
+    )
+    single = len(run.rewards) == 1
+    group, name = (found.specialists, run.rewards[0]) if single else (found.methods, method)
+    seeds, seed = group.setdefault(name, {}), run.seed or 0
+    if seed in seeds:
+        raise ValueError(
+            f"A report takes one run of each method and seed. Found two of {name}, seed {seed}: {seeds[seed].folder} and "
+            f"{run.folder}; name the folders of the runs to be compared."
+        )
+    seeds[seed] = run
+
+
+def method_of(folder: Path, place: Path) -> str:
+    """The name of a run's method.
+
+    >>> method_of(Path("runs/sweep/marble/seed_0/version_1"), Path("runs/sweep"))
+    'marble'
+    >>> method_of(Path("runs/tiny/version_3"), Path("runs/tiny/version_3"))
+    'tiny'
+    """
+    parts = [part for part in folder.relative_to(place).parts if not NUMBERED.fullmatch(part)]
+    if parts:
+        return "/".join(parts)
+    named = [part for part in folder.resolve().parts if not NUMBERED.fullmatch(part)]
+    return named[-1]

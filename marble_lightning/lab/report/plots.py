@@ -1,0 +1,132 @@
+"""The figures of a report."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import matplotlib
+import torch
+from PIL import Image
+
+from marble_lightning.evaluation.gains import normalised_gains
+from marble_lightning.lab.report.collect import Collection
+from marble_lightning.lab.runs import Run
+
+matplotlib.use("Agg")  # writes files; needs no display
+from matplotlib import pyplot
+from matplotlib.figure import Figure
+
+WIDTH, HEIGHT = 3.1, 2.4
+"""Size of one panel in inches."""
+COLUMNS = 4
+
+
+def panels(count: int, columns: int = COLUMNS) -> tuple[Figure, list[Any]]:
+    """A figure with that many panels."""
+    columns = min(count, columns)
+    rows = -(-count // columns)
+    figure, axes = pyplot.subplots(
+        rows, columns, figsize=(WIDTH * columns, HEIGHT * rows + 0.4), squeeze=False, layout="constrained"
+    )
+    flat = list(axes.flat)
+    for axis in flat[count:]:
+        axis.set_visible(False)
+    return figure, flat[:count]
+
+
+def colours(found: Collection) -> dict[str, Any]:
+    """One colour for each method."""
+    palette = pyplot.get_cmap("tab10" if len(found.methods) <= 10 else "tab20").colors  # type: ignore[attr-defined]
+    return dict(zip(found.methods, itertools.cycle(palette), strict=False))
+
+
+def legend(figure: Figure, axis: Any) -> None:
+    """One legend for all panels, below them."""
+    figure.legend(*axis.get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False)
+
+
+def gains(found: Collection) -> Figure | None:
+    """Normalised gain of each reward by method; None without specialists."""
+    specialists = found.changes_of_specialists()
+    if specialists is None:
+        return None
+    figure, axis = pyplot.subplots(figsize=(9, 3.4), layout="constrained")
+    width = 0.8 / len(found.methods)
+    for place, (method, colour) in enumerate(colours(found).items()):
+        changes = found.changes(method)[:, :, : len(found.rewards)]
+        heights = normalised_gains(changes, specialists)
+        left = torch.arange(len(found.rewards)) + (place - (len(found.methods) - 1) / 2) * width
+        axis.bar(left.tolist(), heights.tolist(), width, color=colour, label=method)
+    axis.axhline(0, color="black", linewidth=0.8)
+    axis.axhline(1, color="grey", linewidth=0.8, linestyle="--")
+    axis.set_xticks(range(len(found.rewards)), found.rewards)
+    axis.set_ylabel("gain / specialist's gain")
+    legend(figure, axis)
+    return figure
+
+
+def learning_curves(found: Collection) -> Figure:
+    """Mean reward of a round's images: each run thin, the mean over seeds thick."""
+    figure, axes = panels(len(found.rewards))
+    for axis, name in zip(axes, found.rewards, strict=True):
+        for method, colour in colours(found).items():
+            plot_runs(axis, list(found.methods[method].values()), f"train/{name}", colour, method)
+        axis.set(title=name, xlabel="optimizer step")
+    legend(figure, axes[0])
+    return figure
+
+
+def weights(found: Collection) -> Figure | None:
+    """Smoothed merging coefficients over time, a panel for each method that has them."""
+    name = f"alpha_smoothed/{found.rewards[0]}"
+    having = [method for method, runs in found.methods.items() if next(iter(runs.values())).curve(name).values]
+    if not having:
+        return None
+    figure, axes = panels(len(having))
+    palette = pyplot.get_cmap("Dark2").colors  # type: ignore[attr-defined]
+    for axis, method in zip(axes, having, strict=True):
+        for reward, colour in zip(found.rewards, itertools.cycle(palette)):
+            plot_runs(axis, list(found.methods[method].values()), f"alpha_smoothed/{reward}", colour, reward)
+        axis.set(title=method, xlabel="optimizer step", ylim=(0, 1))
+    legend(figure, axes[0])
+    return figure
+
+
+def plot_runs(axis: Any, runs: list[Run], name: str, colour: Any, label: str) -> None:
+    """One curve of several runs, and their mean over the steps that all have."""
+    curves = [dict(zip(*run.curve(name), strict=True)) for run in runs]
+    for curve in curves:
+        axis.plot(list(curve), list(curve.values()), color=colour, linewidth=0.6, alpha=0.35)
+    steps = sorted(set.intersection(*(set(curve) for curve in curves)))
+    means = [sum(curve[step] for curve in curves) / len(curves) for step in steps]
+    axis.plot(steps, means, color=colour, linewidth=1.8, label=label)
+
+
+def trade_offs(found: Collection) -> Figure | None:
+    """Changes of each pair of rewards: a dot for each run, a larger one for the mean; None with a single reward."""
+    pairs = list(itertools.combinations(range(len(found.rewards)), 2))
+    if not pairs:
+        return None
+    figure, axes = panels(len(pairs), 5)
+    for axis, (i, j) in zip(axes, pairs, strict=True):
+        for method, colour in colours(found).items():
+            means = found.changes(method).nanmean(1)
+            axis.scatter(means[:, i], means[:, j], color=colour, s=10, alpha=0.5)
+            axis.scatter(means[:, i].mean(), means[:, j].mean(), color=colour, s=60, label=method, edgecolor="black")
+        axis.axhline(0, color="grey", linewidth=0.6)
+        axis.axvline(0, color="grey", linewidth=0.6)
+        axis.set(xlabel=found.rewards[i], ylabel=found.rewards[j])
+    legend(figure, axes[0])
+    return figure
+
+
+def sheets(found: Collection) -> dict[str, Image.Image]:
+    """Held-out images of the base and, of each method, of the run with the lowest seed."""
+    images: dict[str, Image.Image] = {}
+    for method, seeds in found.methods.items():
+        files = sorted(seeds[min(seeds)].folder.glob("held_out_*.png"))
+        if len(files) > 1:
+            images.setdefault("base", Image.open(files[0]).convert("RGB"))
+            images[method] = Image.open(files[-1]).convert("RGB")
+    return images

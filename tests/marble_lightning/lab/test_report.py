@@ -1,0 +1,159 @@
+"""Reports on finished runs: what they contain, and what they refuse."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pandas
+import pytest
+import torch
+import yaml
+from PIL import Image
+from torch.utils.tensorboard import SummaryWriter
+
+from marble_lightning.cli import main
+from marble_lightning.evaluation.gains import normalised_gains
+from marble_lightning.evaluation.results import HeldOutScores, document, write
+from marble_lightning.evaluation.statistics import crossed_interval
+from marble_lightning.lab.report.collect import collect
+from marble_lightning.lab.report.page import write_report
+from marble_lightning.lab.runs import Run, resumed
+from rewards import Prompt
+from tests.helpers.small_rewards import Brightness
+
+REWARDS = ("ocr", "geneval")
+PROMPTS = 12
+
+
+def begin(folder: Path, seed: int, rewards=REWARDS, ckpt_path: str | None = None) -> None:
+    """A run with its configuration."""
+    folder.mkdir(parents=True)
+    config = {"seed_everything": seed, "ckpt_path": ckpt_path, "model": {"rewards": {name: {} for name in rewards}}}
+    (folder / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
+
+
+def finish(folder: Path, seed: int, gains=(0.2, 0.1), rewards=REWARDS, prompts=PROMPTS, steps=8) -> None:
+    """A finished run with curves, images and held-out scores that change by `gains`, and noise."""
+    begin(folder, seed, rewards)
+    draw = torch.Generator().manual_seed(seed)
+    with SummaryWriter(str(folder)) as writer:
+        for step in range(steps):
+            for name in rewards:
+                writer.add_scalar(f"train/{name}", 0.1 * step, step)
+                writer.add_scalar(f"alpha_smoothed/{name}", 1 / len(rewards), step)
+                writer.add_scalar(f"cosine/update/own/{name}", 0.3, step)
+                writer.add_scalar(f"signal_to_noise/{name}", 0.2, step)
+            writer.add_scalar("harmony/update/cos_min", -0.1 if step % 4 == 0 else 0.1, step)
+            writer.add_scalar("images/brightness", 1 - 0.05 * step, step)
+            writer.add_scalar("time/training", 2.0, step)
+    for step in (0, steps):
+        Image.new("RGB", (40, 20)).save(folder / f"held_out_{step:06d}.png")
+    base = torch.rand(prompts, 2, generator=draw)
+    trained = base + torch.tensor(gains) + 0.05 * torch.randn(prompts, 2, generator=draw)
+    named = {index: Prompt(f"prompt {index}", "x") for index in range(prompts)}
+    held_out = HeldOutScores({name: Brightness() for name in REWARDS}, named, trained, base)
+    evaluated = {"balancer": "MARBLE", "optimizer_step": steps, "refresh_every": 5}
+    write(folder, document(held_out, judged=evaluated, settings={"steps": 24, "seed": seed}))
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Two methods, of which the second neglects the second reward, with three seeds, and two specialists of each reward."""
+    for seed in range(3):
+        finish(tmp_path / "fair" / f"seed_{seed}" / "version_0", seed, (0.2, 0.1))
+        finish(tmp_path / "greedy" / f"seed_{seed}" / "version_0", seed, (0.4, 0.0))
+    for seed in range(2):
+        finish(tmp_path / "only" / f"ocr_{seed}", seed, (0.4, -0.1), ("ocr",))
+        finish(tmp_path / "only" / f"geneval_{seed}", seed, (0.0, 0.2), ("geneval",))
+    return tmp_path
+
+
+def test_runs_are_found_by_method_and_seed(folder):
+    found = collect([folder])
+    assert {name: list(seeds) for name, seeds in found.methods.items()} == {"fair": [0, 1, 2], "greedy": [0, 1, 2]}
+    assert {name: list(seeds) for name, seeds in found.specialists.items()} == {"geneval": [0, 1], "ocr": [0, 1]}
+    assert found.rewards == ["ocr", "geneval"]
+    assert found.changes("greedy").mean((0, 1)).tolist() == pytest.approx([0.4, 0.0], abs=0.05)
+
+
+def test_the_page_and_its_files(folder, capsys):
+    main(["report", str(folder), "--to", str(folder / "report"), "--reference", "greedy"])
+    assert capsys.readouterr().out.strip() == str(folder / "report/report.html")
+    page, text = ((folder / "report" / name).read_text() for name in ("report.html", "report.md"))
+    for title in ("Normalised gains", "Beside greedy", "Learning curves", "Weights over time", "Image statistics"):
+        assert title in page
+        assert f"## {title}" in text
+    assert page.count("data:image/png;base64,") == len(list((folder / "report").glob("*.png"))) == 7
+    assert "http" not in page  # nothing is loaded from elsewhere
+    found = collect([folder])
+    changes = pandas.read_csv(folder / "report/changes.csv", index_col=0)
+    interval = crossed_interval(found.changes("fair")[:, :, 0])
+    assert changes.loc["fair", "ocr"] == f"{interval.mean:+.3f} [{interval.low:+.3f}, {interval.high:+.3f}]"
+    gains = pandas.read_csv(folder / "report/gains.csv", index_col=0)
+    expected = normalised_gains(found.changes("greedy"), found.changes_of_specialists())
+    assert gains.loc["greedy", "least"] == pytest.approx(float(expected.min()), abs=0.006)
+    assert gains.loc["greedy", "least"] < gains.loc["fair", "least"]
+    verdicts = pandas.read_csv(folder / "report/verdicts.csv")
+    assert dict(zip(verdicts.reward, verdicts.verdict, strict=True)) == {"ocr": "worse", "geneval": "better"}
+    assert len(pandas.read_csv(folder / "report/scores.csv")) == 10 * PROMPTS * 2
+    harmony = pandas.read_csv(folder / "report/harmony.csv")
+    assert harmony.conflicts.tolist() == ["25%", "25%"]
+    statistics = pandas.read_csv(folder / "report/image_statistics.csv", index_col=0)
+    assert statistics.loc["fair", "brightness"].startswith("x 0.65")
+
+
+def test_one_seed_and_no_specialists(tmp_path):
+    finish(tmp_path / "version_3", 0)
+    write_report([tmp_path / "version_3"], tmp_path / "report", None)
+    text = (tmp_path / "report/report.md").read_text()
+    assert "There is none on ocr, geneval." in text
+    assert "±" in text
+    assert tmp_path.name in text  # the method's name is that of the folder
+
+
+def test_killed_runs_are_named(folder):
+    begin(folder / "fair" / "seed_9" / "version_0", 9)
+    write_report([folder], folder / "report", None)
+    assert f"no results: {folder / 'fair/seed_9/version_0'}." in (folder / "report/report.md").read_text()
+
+
+def test_a_killed_run_that_was_resumed_is_not_missing(folder):
+    begin(folder / "fair" / "seed_9" / "version_0", 9)
+    finish(folder / "fair" / "seed_9" / "version_1", 9)
+    found = collect([folder])
+    assert found.unfinished == []
+    assert 9 in found.methods["fair"]
+
+
+def test_a_resumed_run_has_the_curve_of_all_its_parts(tmp_path):
+    """Steps that were done again count once, as they were done last."""
+    for number, steps, ckpt_path in ((0, range(5), None), (1, range(3, 6), "last"), (2, range(5, 8), "last")):
+        version = tmp_path / f"version_{number}"
+        begin(version, 0, ckpt_path=ckpt_path)
+        (version / "checkpoints").mkdir()
+        with SummaryWriter(str(version)) as writer:
+            for step in steps:
+                writer.add_scalar("loss", 10 * number + step, step)
+    assert resumed(tmp_path / "version_2") == tmp_path / "version_1"
+    (tmp_path / "version_2/results.json").write_text("{}")
+    assert Run(tmp_path / "version_2").curve("loss") == ([0, 1, 2, 3, 4, 5, 6, 7], [0, 1, 2, 13, 14, 25, 26, 27])
+
+
+def test_what_cannot_be_compared_is_refused(folder):
+    with pytest.raises(ValueError, match="needs folders of runs.*no folder"):
+        collect([folder / "nothing"])
+    (folder / "empty").mkdir()
+    with pytest.raises(ValueError, match="needs finished runs.*none in .*empty, and 0 that have not finished"):
+        collect([folder / "empty"])
+    with pytest.raises(ValueError, match="a run on several rewards"):
+        collect([folder / "only"])
+    with pytest.raises(ValueError, match="`reference` must be one of fair, greedy.*none"):
+        write_report([folder], folder / "report", "none")
+    finish(folder / "fair" / "again" / "seed_0" / "version_0", 0)
+    collect([folder])  # another method
+    finish(folder / "fair" / "seed_0" / "version_1", 0)
+    with pytest.raises(ValueError, match="(?s)one run of each method and seed. Found two of fair, seed 0"):
+        collect([folder])
+    finish(folder / "other" / "seed_0", 0, prompts=5)
+    with pytest.raises(ValueError, match="5 prompts instead of 12"):
+        collect([folder / "greedy", folder / "other"])

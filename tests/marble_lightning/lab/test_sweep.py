@@ -1,0 +1,176 @@
+"""Sweeps: plans, stops, failures and resuming."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+from marble_lightning.cli import main
+from marble_lightning.lab.jobs import Job
+from marble_lightning.lab.launchers import Local, in_use
+from marble_lightning.lab.sweep import Variant, merged, plan, sweep
+from marble_lightning.lab.sweep_table import follow
+from tests.helpers import ROOT
+
+
+def job(folder: Path, name: str, script: str) -> Job:
+    """A job whose command is a script of Python; it writes results.json to be finished."""
+
+    class Script(Job):
+        @property
+        def command(self) -> list[str]:
+            return [sys.executable, "-c", script]
+
+    (folder / name / "version_0").mkdir(parents=True, exist_ok=True)
+    return Script(name, 0, folder / name, [], "")
+
+
+def finish(folder: Path, name: str) -> str:
+    """A script that finishes a job."""
+    return f"import pathlib; pathlib.Path({str(folder / name / 'version_0/results.json')!r}).touch()"
+
+
+def test_variants_and_seeds_make_jobs(tmp_path):
+    variants = {"a": Variant(), "b": Variant(["balancers/mgda"], {"trainer": {"max_epochs": 3}})}
+    jobs = plan(tmp_path, ["tiny"], variants, [0, 7], {"trainer": {"max_epochs": 2, "devices": 1}})
+    assert [(job.variant, job.seed) for job in jobs] == [("a", 0), ("b", 0), ("a", 7), ("b", 7)]
+    settings = yaml.safe_load(jobs[3].settings)
+    assert settings["seed_everything"] == 7
+    assert settings["trainer"]["max_epochs"] == 3
+    assert settings["trainer"]["devices"] == 1
+    assert settings["trainer"]["logger"]["init_args"] == {"save_dir": str(tmp_path / "b"), "name": "seed_7"}
+    assert jobs[3].arguments == ["-c", "tiny", "-c", "balancers/mgda", "-c", str(tmp_path / "b/seed_7/sweep.yaml")]
+
+
+def test_a_failure_does_not_stop_the_others(tmp_path, capsys):
+    """Two at a time; a run that exits without results has failed as well; finished ones are not repeated."""
+    jobs = [job(tmp_path, name, finish(tmp_path, name)) for name in ("good", "done")]
+    jobs += [job(tmp_path, "bad", "raise ValueError('no such reward')"), job(tmp_path, "empty", "")]
+    (jobs[1].folder / "version_0/results.json").touch()
+    before = jobs[1].folder.stat().st_mtime_ns
+    assert follow(jobs, Local(2, None)) == 1
+    printed = capsys.readouterr().out
+    assert "2 finished, 2 failed" in printed
+    assert "bad, seed 0 failed: ValueError: no such reward" in printed
+    assert not jobs[1].output.exists()
+    assert jobs[1].folder.stat().st_mtime_ns == before
+    assert follow(jobs[:2], Local(2, None)) == 0
+
+
+def test_a_signal_stops_the_runs_and_begins_no_more(tmp_path):
+    """Each run gets the signal once, and may save its round."""
+    script = "import signal, time; signal.signal(15, lambda *_: (print('saved'), exit(143))); print('up', flush=True)"
+    script += "; time.sleep(60)"
+    jobs = [job(tmp_path, name, script) for name in ("first", "second", "third")]
+
+    def interrupt() -> None:
+        while not all(file.exists() and "up" in file.read_text() for file in (jobs[0].output, jobs[1].output)):
+            time.sleep(0.05)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    thread = threading.Thread(target=interrupt, daemon=True)
+    thread.start()
+    assert follow(jobs, Local(2, None)) == 128 + signal.SIGTERM
+    thread.join()
+    assert [single.output.exists() for single in jobs] == [True, True, False]
+    assert [single.output.read_text().split() for single in jobs[:2]] == [["up", "saved"]] * 2
+
+
+def test_a_run_that_outlives_its_sweep_is_noticed(tmp_path):
+    process = Local(1, None).start([sys.executable, "-c", "import time; time.sleep(60)"], tmp_path / "output.txt")
+    assert in_use(tmp_path / "output.txt")
+    process.terminate()
+    process.wait()
+    assert not in_use(tmp_path / "output.txt")
+
+
+def test_other_settings_in_the_same_folder_are_refused(tmp_path):
+    first, second = (plan(tmp_path, ["tiny"], {"a": Variant(settings=more)}, [0], {})[0] for more in ({}, {"data": {}}))
+    first.prepare()
+    first.prepare()
+    with pytest.raises(ValueError, match="settings of a, seed 0 must be those of its earlier runs.*another `folder`"):
+        second.prepare()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"variants": {"a/b": Variant()}}, "A variant's name must be letters.*'a/b'"),
+        ({"variants": {}}, "needs variants and seeds.*0 and 1"),
+        ({"seeds": [1, 1]}, "`seeds` must be different numbers"),
+        ({"jobs": 0}, "`jobs` must be >= 1"),
+        (
+            {"settings": {"balancer": {"init_args": {"no_such": 1}}}},
+            "(?s)`fit` must accept the settings of a. Found Parser key.*no_such",
+        ),
+        ({"slurm": {"cluster": "none"}}, "(?s)cluster|submitit"),
+    ],
+)
+def test_wrong_sweeps_are_refused_before_the_first_run(tmp_path, monkeypatch, change, message):
+    monkeypatch.setattr("marble_lightning.lab.sweep.follow", lambda *_: pytest.fail("started"))
+    options = {"folder": tmp_path, "configs": ["tiny"], "variants": {"a": Variant()}, "seeds": [0]} | change
+    with pytest.raises(ValueError, match=message):
+        sweep(**options)
+
+
+def test_the_command_reads_a_file(tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(
+        "marble_lightning.lab.sweep.follow", lambda jobs, launcher: seen.extend([jobs, launcher.places]) or 0
+    )
+    file = tmp_path / "sweep.yaml"
+    file.write_text(
+        f"folder: {tmp_path}\nconfigs: [tiny]\nvariants: {{a: {{}}, b: {{configs: [balancers/mgda]}}}}\nseeds: [0, 1]\n"
+    )
+    with pytest.raises(SystemExit) as end:
+        main(["sweep", str(file), "--jobs", "2"])
+    assert end.value.code == 0
+    assert [(job.variant, job.seed) for job in seen[0]] == [("a", 0), ("b", 0), ("a", 1), ("b", 1)]
+    assert seen[1] == 2
+
+
+def test_later_settings_decide():
+    assert merged({"a": {"b": 1}, "c": 1}, {"a": None}) == {"a": None, "c": 1}
+    assert merged({"a": 1}, {"a": {"b": 2}}) == {"a": {"b": 2}}
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+def test_killed_twice_and_finished(tmp_path):
+    """Three variants, of which one cannot work, with two seeds, two at a time."""
+    file = tmp_path / "sweep.yaml"
+    content = {
+        "folder": str(tmp_path / "runs"),
+        "configs": ["tiny", "stages/aligned"],
+        "settings": {"trainer": {"max_epochs": 4, "check_val_every_n_epoch": 4}, "data": {"held_out_per_source": 4}},
+        "seeds": [0, 1],
+        "variants": {
+            "marble": {},
+            "sum": {"configs": ["balancers/weighted_sum"]},
+            "broken": {"settings": {"model": {"rewards": {"pickscore": {"init_args": {"path": str(tmp_path)}}}}}},
+        },
+        "jobs": 2,
+        "threads": 1,
+    }
+    file.write_text(yaml.safe_dump(content))
+    command = [sys.executable, "-m", "marble_lightning", "sweep", str(file)]
+    for _ in range(2):
+        process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+        time.sleep(45)
+        process.send_signal(signal.SIGINT)
+        process.communicate()
+        assert process.returncode == 128 + signal.SIGINT
+    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert ended.returncode == 1
+    assert "4 finished, 2 failed" in ended.stdout
+    for name in ("marble", "sum"):
+        for seed in (0, 1):
+            assert len(list((tmp_path / "runs" / name / f"seed_{seed}").glob("version_*/results.json"))) == 1
