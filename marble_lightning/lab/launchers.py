@@ -72,7 +72,7 @@ class Slurm:
         options: Options of `submitit.AutoExecutor.update_parameters`, and `cluster` for another of its executors.
 
     Raises:
-        ValueError: submitit is not installed.
+        ValueError: submitit is not installed, or refuses the options.
     """
 
     def __init__(self, jobs: int, folder: Path, options: dict[str, Any]) -> None:
@@ -82,8 +82,13 @@ class Slurm:
             raise ValueError("`slurm` needs submitit. Found none; install it: pip install submitit") from error
         self.places = jobs
         cluster = options.get("cluster", "slurm")
-        self.executor = submitit.AutoExecutor(folder, cluster=cluster)
-        self.executor.update_parameters(**{name: value for name, value in options.items() if name != "cluster"})
+        try:
+            self.executor = submitit.AutoExecutor(folder, cluster=cluster)
+            self.executor.update_parameters(**{name: value for name, value in options.items() if name != "cluster"})
+        except (NameError, RuntimeError, TypeError, ValueError) as error:
+            raise ValueError(
+                f"`slurm` must be options that submitit accepts on this machine. Found {options}: {error}"
+            ) from error
 
     def start(self, command: Sequence[str], output: Path) -> Process:
         """Submit a job."""

@@ -111,7 +111,8 @@ def test_other_settings_in_the_same_folder_are_refused(tmp_path):
             {"settings": {"balancer": {"init_args": {"no_such": 1}}}},
             "(?s)`fit` must accept the settings of a. Found Parser key.*no_such",
         ),
-        ({"slurm": {"cluster": "none"}}, "(?s)cluster|submitit"),
+        ({"slurm": {"cluster": "none"}}, "`slurm` must be options that submitit accepts.*'cluster': 'none'"),
+        ({"slurm": {"cluster": "local", "gpus": 1}}, "`slurm` must be options that submitit accepts.*'gpus': 1"),
     ],
 )
 def test_wrong_sweeps_are_refused_before_the_first_run(tmp_path, monkeypatch, change, message):
