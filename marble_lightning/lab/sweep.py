@@ -46,7 +46,7 @@ def sweep(
 
     Args:
         folder: Folder of all runs.
-        configs: Configurations of all runs, as for `-c`, such as [tiny, stages/conflict].
+        configs: Configurations of all runs, as for `-c`, such as [tiny, balancers/mgda].
         variants: Configurations and settings of each variant by its name; `{}` for none.
         seeds: Seeds of each variant; `seed_everything` of the runs.
         settings: Settings of all runs, as in a configuration file.
@@ -70,9 +70,9 @@ def sweep(
     for job in planned:
         job.prepare()
         require(not in_use(job.output), "A sweep must not be started twice", f"{job.name}, which is still running")
+    launcher: Launcher = Local(jobs, threads) if slurm is None else Slurm(jobs, folder / "slurm", slurm)
     for job in {job.variant: job for job in planned if not job.finished}.values():
         job.check()
-    launcher: Launcher = Local(jobs, threads) if slurm is None else Slurm(jobs, folder / "slurm", slurm)
     sys.exit(follow(planned, launcher))
 
 

@@ -150,7 +150,7 @@ def test_killed_twice_and_finished(tmp_path):
     file = tmp_path / "sweep.yaml"
     content = {
         "folder": str(tmp_path / "runs"),
-        "configs": ["tiny", "stages/aligned"],
+        "configs": ["tiny"],
         "settings": {"trainer": {"max_epochs": 4, "check_val_every_n_epoch": 4}, "data": {"held_out_per_source": 4}},
         "seeds": [0, 1],
         "variants": {
