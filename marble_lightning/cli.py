@@ -244,8 +244,8 @@ def main(args: Sequence[str] | None = None) -> None:
     # Subcommands of LightningCLI are methods of the trainer; these need no trainer
     for command, parser in ((export, ExportParser), (configs, Parser), (sweep, Parser), (report, Parser)):
         if words[:1] == [name := command.__name__]:
-            args = name_arguments(words)
-            auto_cli(command, args=args, as_positional=False, prog=f"marble-lightning {name}", parser_class=parser)
+            named = name_arguments(words)
+            auto_cli(command, args=named, as_positional=False, prog=f"marble-lightning {name}", parser_class=parser)
             return
     try:
         if words[:1] == ["memory"]:

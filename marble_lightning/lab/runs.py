@@ -49,7 +49,7 @@ class Run:
 
     @cached_property
     def _all_events(self) -> list[EventAccumulator]:
-        """Those of the interrupted runs that this one goes on with, the first of them first, and its own."""
+        """Those of the interrupted runs that this one resumes, oldest first, and its own."""
         folders = [self.folder]
         while earlier := resumed(folders[0]):
             folders.insert(0, earlier)

@@ -123,6 +123,7 @@ def fitted(
     folder: Path,
     balancer: str,
     checkpointing: bool,
+    accelerator: str = "cpu",
     measured: Callback | None = None,
 ) -> Estimated:
     """Train one round with the batches of `configs/tiny.yaml`, on the bundled model or on a small random one."""
@@ -139,7 +140,7 @@ def fitted(
     )  # fmt: skip
     estimated = Estimated()
     trainer = Trainer(
-        accelerator="cpu", devices=1, max_epochs=1, logger=False, enable_checkpointing=False, limit_val_batches=0,
+        accelerator=accelerator, devices=1, max_epochs=1, logger=False, enable_checkpointing=False, limit_val_batches=0,
         enable_progress_bar=False, enable_model_summary=False, default_root_dir=folder,
         callbacks=[getattr(balancers, balancer)(), estimated, *([measured] if measured else [])],
     )  # fmt: skip

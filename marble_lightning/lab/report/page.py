@@ -92,7 +92,7 @@ def sections_of(found: Collection, reference: str) -> Iterator[Section]:
     yield Section("harmony", "Does an update serve every reward?", text, tables.harmony(found))
     text = "Norm of a reward's gradient over the error of its estimate in one step: below 1 a step is mostly noise."
     yield Section("noise", "Signal and noise", text, tables.noise(found))
-    text = "Statistics of the last tenth of the rounds over those of the first; far from 1, look for reward hacking."
+    text = "Statistics of the last tenth of the rounds, divided by those of the first; far from 1, look for reward hacking."
     yield Section("image_statistics", "Image statistics", text, tables.images(found))
     text = "Held-out images of the run with the lowest seed; the same prompts and noise."
     yield Section(

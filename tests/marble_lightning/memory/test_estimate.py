@@ -9,7 +9,7 @@ import sys
 
 import pytest
 import torch
-from lightning.pytorch import Trainer
+from lightning.pytorch import Callback, Trainer
 
 from balancers import MARBLE, WeightedSum
 from marble_lightning.cli import QUIET
@@ -23,7 +23,7 @@ from marble_lightning.scoring.settings import Scoring
 from marble_lightning.tinyworld import PROMPTS, WEIGHTS
 from rewards import CLIPScore
 from tests.helpers import ROOT, measured_memory
-from tests.helpers.measured_memory import Estimated
+from tests.helpers.measured_memory import Estimated, fitted
 from tests.helpers.small_rewards import Brightness, Contrast, Redness
 from tests.helpers.small_runs import run
 
@@ -43,6 +43,28 @@ def test_every_phase_is_near_what_a_run_takes(checkpoints, bundled):
         off = {phase: estimated / measured - 1 for phase, (estimated, measured) in sizes.items()}
         print(case, {phase: (*sizes[phase], f"{share:+.1%}") for phase, share in off.items()})
         assert all(abs(share) < 0.15 for share in off.values()), (case, off)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("balancer", ["WeightedSum", "MARBLE"])
+def test_a_gpu_allocates_what_was_estimated(checkpoints, tmp_path, balancer, checkpointing):
+    """It fails on an H200: 5.8 MB are estimated and 76.6 MB allocated (MARBLE with checkpointing).
+
+    Workspaces of cuBLAS, which the estimate does not count, would explain most of the rest; nobody has measured them yet.
+    """
+
+    class Allocated(Callback):
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            if batch_idx == 0:
+                torch.cuda.reset_peak_memory_stats()
+
+        def on_train_end(self, trainer, pl_module):
+            self.peak = torch.cuda.max_memory_allocated()
+
+    allocated = Allocated()
+    estimate = fitted(checkpoints / "sd3", tmp_path, balancer, checkpointing, "gpu", allocated).estimate
+    assert estimate.total("training") == pytest.approx(allocated.peak, rel=0.15)
 
 
 @pytest.fixture
