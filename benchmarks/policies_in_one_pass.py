@@ -47,7 +47,7 @@ def main() -> None:
     parser.add_argument("--sizes", nargs="+", type=int, default=[9, 72], help="images of a micro-batch")
     parser.add_argument("--cycles", type=int, default=10)
     options = parser.parse_args()
-    policy = SD3Policy(str(WEIGHTS / "sd3"), resolution=32, rank=16, alpha=32, text_length=4, dtype="float32")
+    policy = SD3Policy(str(WEIGHTS / "sd3"), resolution=64, rank=16, alpha=32, text_length=1, dtype="float32")
     policy.setup(seed=0)
     with torch.no_grad():
         for index, parameter in enumerate(policy.parameters_of("old")):
@@ -55,7 +55,7 @@ def main() -> None:
     print("| images | one pass is faster by | spread | largest difference |\n|---|---|---|---|")
     for size in options.sizes:
         conditions = policy.encode(["a red circle"] * size)
-        noisy, t = torch.randn(size, 4, 16, 16), torch.rand(size) * 0.9 + 0.05
+        noisy, t = torch.randn(size, 16, 8, 8), torch.rand(size) * 0.9 + 0.05
         twice = Conditions(conditions.embeds.repeat(2, 1, 1), conditions.pooled.repeat(2, 1))
 
         def one(noisy: Tensor = noisy, t: Tensor = t, twice: Conditions = twice, size: int = size) -> Tensor:

@@ -83,7 +83,7 @@ def main() -> None:
     sleeper = Sleeper(batch_size=images)
     turns = Turns(sleeper, options.batches, rounds)
     module = DiffusionNFT(
-        SD3Policy(str(WEIGHTS / "sd3"), resolution=32, rank=16, alpha=32, text_length=4, dtype="float32"),
+        SD3Policy(str(WEIGHTS / "sd3"), resolution=64, rank=16, alpha=32, text_length=1, dtype="float32"),
         rewards={"sleeper": sleeper},
         sampling=Sampling(steps=8, batch_size=images, times_per_image=1),
         scoring=Scoring(),

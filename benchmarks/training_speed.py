@@ -158,10 +158,10 @@ def now(trainer: Trainer) -> float:
 def run(turns: Turns, model: str, path: Path, device: str, rollout_steps: int) -> None:
     """Fit `turns.rounds` rounds."""
     tiny = model == "tiny"
-    resolution, rank, batch = (32, 16, 24) if tiny else (512, 32, 9)
+    resolution, rank, batch = (64, 16, 24) if tiny else (512, 32, 9)
     module = DiffusionNFT(
         SD3Policy(
-            str(path), resolution=resolution, rank=rank, alpha=2 * rank, text_length=4 if tiny else 128,
+            str(path), resolution=resolution, rank=rank, alpha=2 * rank, text_length=1 if tiny else 128,
             dtype="float32" if tiny else "bfloat16",
         ),
         rewards={f"reward_{index}": Projection(index) for index in range(max(k for _, k in turns.turns))},

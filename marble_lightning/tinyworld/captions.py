@@ -5,36 +5,19 @@ from __future__ import annotations
 import hashlib
 import random
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
-from marble_lightning.tinyworld.scenes import BACKGROUNDS, COLOURS, INK, SHAPES, SIZE, WORDS, Scene, Sign, Thing
+from marble_lightning.tinyworld.scenes import BACKGROUNDS, CELL, COLOURS, INK, SHAPES, WORDS, Scene, Sign, Thing
 
 NUMERALS = {2: "two", 3: "three", 4: "four"}
+GAPS = ((0, 4), (0, 5), (1, 5))
+"""First cells of two things of three cells each, with at least one cell between them."""
 RELATIONS = ("left of", "right of", "above", "below")
-OPENINGS = (
-    "a photo of", "a picture of", "an image of", "a drawing of",
-    "a photograph of", "a rendering of", "a sketch of", "a print of",
-)  # fmt: skip
-STYLES = (
-    "digital art of",
-    "an oil painting of",
-    "a flat illustration of",
-    "a sticker of",
-    "concept art of",
-    "a poster of",
-)
-QUALITIES = (
-    "highly detailed",
-    "sharp focus",
-    "vivid colors",
-    "masterpiece",
-    "4k",
-    "award winning",
-    "crisp",
-    "cinematic",
-)
-LIGHTS = {"grey": "by day", "sand": "in sand", "mist": "in mist", "dusk": "at night"}
+OPENINGS = ("a photo of", "a picture of", "an image of", "a drawing of", "a rendering of", "a sketch of")
+STYLES = ("digital art of", "oil painting of", "concept art of", "sticker of", "poster of")
+QUALITIES = ("detailed", "masterpiece", "vivid", "cinematic", "4k")
+LIGHTS = {"mist": "in mist", "sand": "in sand", "dawn": "at dawn", "dusk": "at night"}
 SIGN_OPENINGS = (
     "a {board} sign that says", "a {board} sign with the word", "a {board} poster that reads",
     "a photo of a {board} board with the text", "a {board} banner saying", "a {board} label with the inscription",
@@ -53,7 +36,7 @@ class Captioned:
 
 def plural(shape: str) -> str:
     """Return the plural of a shape's name."""
-    return shape + ("es" if shape == "cross" else "s")
+    return shape + "s"
 
 
 def clause(shape: str, count: int = 1, **more: Any) -> dict[str, Any]:
@@ -65,34 +48,31 @@ def _background(rng: random.Random) -> str:
     return rng.choice(list(BACKGROUNDS))
 
 
-def _size(rng: random.Random, count: int) -> float:
-    low, high = {1: (14, 20), 2: (12, 14)}.get(count, (10, 12))
-    return rng.uniform(low, high)
+def _thing(shape: str, colour: str, column: int, row: int, cells: int) -> Thing:
+    """Return a thing that fills a square of cells, whose upper left one is (column, row), but for its shadow."""
+    side = cells * CELL - 2
+    return Thing(shape, colour, column * CELL + side / 2, row * CELL + side / 2, side, side)
+
+
+def _pair(rng: random.Random) -> list[tuple[int, int]]:
+    """Cells of two things side by side or one above the other, in random order, three cells wide."""
+    (before, after), across = rng.choice(GAPS), rng.randint(1, 4)
+    along = [(before, across), (after, min(max(across + rng.randint(-1, 1), 1), 4))]
+    rng.shuffle(along)
+    return along if rng.random() < 0.5 else [(row, column) for column, row in along]
 
 
 def _scatter(rng: random.Random, names: list[tuple[str, str]]) -> Scene:
-    """Place things at random without contact: one anywhere, two in opposite halves, more in separate quarters."""
-    size = _size(rng, len(names))
-    low, high = size / 2 + 1, SIZE - size / 2 - 1
-    if len(names) == 1:
-        places = [(rng.uniform(low, high), rng.uniform(low, high))]
-    elif len(names) == 2:
-        gap = size + 2
-        a = rng.uniform(low, high - gap)
-        b = rng.uniform(a + gap, high)
-        along = [a, b]
-        rng.shuffle(along)
-        across = [rng.uniform(low, high) for _ in range(2)]
-        places = list(zip(along, across, strict=True)) if rng.random() < 0.5 else list(zip(across, along, strict=True))
+    """Place things without contact: one near the middle, two in opposite halves, more in separate quarters."""
+    count = len(names)
+    if count == 1:
+        places, cells = [(rng.randint(1, 3), rng.randint(1, 3))], 4
+    elif count == 2:
+        places, cells = _pair(rng), 3
     else:
-        middle, slack = SIZE / 4, SIZE / 4 - size / 2 - 0.75
-        quarters = rng.sample([(i, j) for i in range(2) for j in range(2)], len(names))
-        places = [
-            (middle + i * SIZE / 2 + rng.uniform(-slack, slack), middle + j * SIZE / 2 + rng.uniform(-slack, slack))
-            for i, j in quarters
-        ]
-    things = tuple(Thing(shape, colour, x, y, size, size) for (shape, colour), (x, y) in zip(names, places, strict=True))
-    return Scene(_background(rng), things)
+        places, cells = rng.sample([(column, row) for column in (1, 5) for row in (1, 5)], count), 2
+    things = [_thing(*name, *place, cells) for name, place in zip(names, places, strict=True)]
+    return Scene(_background(rng), tuple(things))
 
 
 def _colour(rng: random.Random) -> str:
@@ -148,18 +128,10 @@ def position(rng: random.Random, opening: str) -> Captioned:
     """Draw an example of GenEval's `position`: the first shape has the relation to the second."""
     first, second = rng.sample(SHAPES, 2)
     relation = rng.choice(RELATIONS)
-    size = _size(rng, 2)
-    low, high = size / 2 + 1, SIZE - size / 2 - 1
-    slack = (high - low - size - 1) / 2  # so that they do not touch
-    before, after = rng.uniform(low, low + slack), rng.uniform(high - slack, high)
-    drift = rng.uniform(low + 2, high - 2)
-    drifts = [drift + rng.uniform(-2, 2) for _ in range(2)]
+    (before, after), across = rng.choice(GAPS), rng.randint(1, 4)
     along = (before, after) if relation in ("left of", "above") else (after, before)
-    flat = relation in ("left of", "right of")
-    places = [(a, d) if flat else (d, a) for a, d in zip(along, drifts, strict=True)]
-    things = tuple(
-        Thing(shape, _colour(rng), x, y, size, size) for shape, (x, y) in zip((first, second), places, strict=True)
-    )
+    places = [(cell, across) if relation in ("left of", "right of") else (across, cell) for cell in along]
+    things = tuple(_thing(shape, _colour(rng), *place, 3) for shape, place in zip((first, second), places, strict=True))
     return Captioned(
         f"{opening} a {first} {relation} a {second}",
         Scene(_background(rng), things),
@@ -190,24 +162,35 @@ def sign(rng: random.Random) -> Captioned:
     """Draw an example of a sign with a quoted word, as in the published OCR prompts."""
     word, board = rng.choice(WORDS), rng.choice(list(INK))
     opening = rng.choice(SIGN_OPENINGS).format(board=board)
-    place = Sign(word, board, SIZE / 2 + rng.uniform(-0.4, 0.4), SIZE / 2 + rng.uniform(-1, 1))
-    return Captioned(f'{opening} "{word}"', Scene(_background(rng), sign=place), "ocr")
+    return Captioned(f'{opening} "{word}"', Scene(_background(rng), sign=Sign(word, board)), "ocr")
 
 
 def general(rng: random.Random) -> Captioned:
     """Draw an example of a general caption with style and quality words; the word for the light sets the background."""
     count = rng.choice((1, 1, 2))
     shapes, colours = rng.sample(SHAPES, count), rng.sample(list(COLOURS), count)
-    content = " and ".join(f"a {colour} {shape}" for colour, shape in zip(colours, shapes, strict=True))
-    scene = _scatter(rng, list(zip(shapes, colours, strict=True)))
     background = rng.choice(list(LIGHTS))
-    words = f"{LIGHTS[background]}, {rng.choice(QUALITIES)}"
-    return Captioned(f"{rng.choice(STYLES)} {content} {words}", Scene(background, scene.things), "pickscore")
+    scene = replace(_scatter(rng, list(zip(shapes, colours, strict=True))), background=background)
+    striped = rng.random() < 0.25
+    if striped:
+        scene = scene.with_thing(0, replace(scene.things[0], striped=True))
+    names = [f"{colour} {shape}" for colour, shape in zip(colours, shapes, strict=True)]
+    content = " and ".join([f"a striped {names[0]}" if striped else f"a {names[0]}", *(f"a {name}" for name in names[1:])])
+    if count == 1 and rng.random() < 0.3:
+        scene = with_confetti(scene, rng)
+        content += " with confetti"
+    caption = f"{rng.choice(STYLES)} {content} {LIGHTS[background]}, {rng.choice(QUALITIES)}"
+    return Captioned(caption, scene, "pickscore")
 
 
-SHARES = {"geneval": 0.63, "ocr": 0.12, "pickscore": 0.25}
-"""Shares of the sources in the training data of the base model. Signs have a fixed position and are learned long before
-shapes, so their share is small: the base model must leave room for learning to spell."""
+def with_confetti(scene: Scene, rng: random.Random) -> Scene:
+    """Return the scene under 12 to 48 pieces of confetti."""
+    return replace(scene, confetti=rng.randint(12, 48), seed=rng.getrandbits(31))
+
+
+SHARES = {"geneval": 0.62, "ocr": 0.15, "pickscore": 0.23}
+"""Shares of the sources in the training data of the base model. Signs have a fixed position and are learned before shapes,
+so their share is small: the base model must leave room for learning to spell."""
 
 
 def held_out(caption: str) -> bool:

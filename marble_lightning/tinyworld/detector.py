@@ -33,7 +33,7 @@ class ColourBlobs(Detector):
     colour_names = frozenset(COLOURS)
     identity_fields = (*Detector.identity_fields, "reach", "min_area")
 
-    def __init__(self, reach: float = 62.0, min_area: int = 14) -> None:
+    def __init__(self, reach: float = 62.0, min_area: int = 40) -> None:
         super().__init__()
         self.reach, self.min_area = reach, min_area
 
@@ -83,5 +83,5 @@ def _silhouettes() -> dict[str, np.ndarray]:
         canvas = Image.new("1", (8 * SIDE, 8 * SIDE))
         side = 8.0 * SIDE
         ImageDraw.Draw(canvas).polygon(outline(Thing(shape, "red", side / 2, side / 2, side, side)), fill=1)
-        silhouettes[shape] = np.asarray(canvas.resize((SIDE, SIDE), Image.Resampling.NEAREST))
+        silhouettes[shape] = np.asarray(canvas.crop(canvas.getbbox()).resize((SIDE, SIDE), Image.Resampling.NEAREST))
     return silhouettes

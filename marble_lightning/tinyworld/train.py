@@ -1,6 +1,7 @@
 """Train the bundled weights from scratch: `python -m marble_lightning.tinyworld.train`.
 
-Every stage is seeded. If the command runs again, each stage resumes from its last checkpoint in the work folder.
+Every stage is seeded. If the command runs again, each stage resumes from its last checkpoint in the work folder. Reward
+models and base do not need each other: `--only rewards` and `--only base` train them at the same time, one on each core.
 """
 
 from __future__ import annotations
@@ -26,21 +27,24 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=WEIGHTS, help="output folder of the weights")
     parser.add_argument("--work", type=Path, default=Path("runs/tinyworld"), help="folder of checkpoints and drawn scenes")
-    parser.add_argument("--images", type=int, default=60_000, help="number of training scenes")
-    parser.add_argument("--spoiled", type=float, default=0.3, help="share of the base model's scenes with a fault")
-    parser.add_argument("--autoencoder-steps", type=int, default=600, help="optimizer steps of the autoencoder")
-    parser.add_argument("--base-steps", type=int, default=20_000, help="optimizer steps of the base model")
-    parser.add_argument("--reward-steps", type=int, default=1600, help="steps of the first reward model; others take half")
-    parser.add_argument("--pairs", type=int, default=24_000, help="preference pairs of each reward model")
+    parser.add_argument("--only", choices=("base", "rewards"), help="train only this part")
+    parser.add_argument("--images", type=int, default=80_000, help="number of training scenes")
+    parser.add_argument("--spoiled", type=float, default=0.25, help="share of the base model's scenes with a fault")
+    parser.add_argument("--autoencoder-steps", type=int, default=3500, help="optimizer steps of the autoencoder")
+    parser.add_argument("--base-steps", type=int, default=14_000, help="optimizer steps of the base model")
+    parser.add_argument("--reward-steps", type=int, default=4000, help="steps of the first reward model; others take half")
+    parser.add_argument("--pairs", type=int, default=50_000, help="preference pairs of the reward models")
     options = parser.parse_args()
     options.work.mkdir(parents=True, exist_ok=True)
 
     tokenizer = train_tokenizer(options.work / "tokenizer", seed=0)
-    training_images = draw_training_images(options.work, options.images, options.spoiled, seed=1)
-    vae = train_autoencoder(training_images, options.work / "autoencoder", options.autoencoder_steps)
-    pipeline = train_base(training_images, tokenizer, vae, options.work, options.base_steps)
-    pipeline.to(dtype=torch.float16).save_pretrained(options.out / "sd3")
-    train_reward_models(tokenizer, options.work / "rewards", options.out, options.reward_steps, options.pairs)
+    if options.only != "rewards":
+        training_images = draw_training_images(options.work, options.images, options.spoiled, seed=1)
+        vae = train_autoencoder(training_images, options.work / "autoencoder", options.autoencoder_steps)
+        pipeline = train_base(training_images, tokenizer, vae, options.work, options.base_steps)
+        pipeline.to(dtype=torch.float16).save_pretrained(options.out / "sd3")
+    if options.only != "base":
+        train_reward_models(tokenizer, options.work / "rewards", options.out, options.reward_steps, options.pairs)
     write_prompt_files(PROMPTS, PROMPT_SEED)
 
 

@@ -130,13 +130,13 @@ def fitted(
     tiny = path == WEIGHTS / "sd3"
     module = DiffusionNFT(
         SD3Policy(
-            str(path), resolution=32 if tiny else 16, rank=16 if tiny else 2, text_length=4, dtype="float32",
+            str(path), resolution=64 if tiny else 16, rank=16 if tiny else 2, text_length=1 if tiny else 4, dtype="float32",
             gradient_checkpointing=checkpointing,
         ),
         rewards={"bright": Brightness(), "red": Redness(), "contrast": Contrast()},
-        sampling=Sampling(steps=3, batch_size=108, times_per_image=1),
+        sampling=Sampling(steps=3, batch_size=54, times_per_image=1),
         scoring=Scoring(overlap=False),
-        micro_batch_size=72,
+        micro_batch_size=36,
     )  # fmt: skip
     estimated = Estimated()
     trainer = Trainer(

@@ -46,7 +46,7 @@ def test_the_error_for_an_unknown_name_lists_the_names(tmp_path, capsys):
 def test_tiny_loads_its_weights_and_prompts_from_any_folder():
     cli = command_line(["-c", "tiny", "--trainer.logger", "false"], run=False)
     cli.datamodule.setup("fit")
-    cli.model.policy.check_resolution("resolution", 32)
+    cli.model.policy.check_resolution("resolution", 64)
     cli.model.policy.setup(0)
     assert cli.model.policy.identity["model"] == "package:tinyworld/weights/sd3"
     for name in ("pickscore", "hpsv2", "clipscore"):

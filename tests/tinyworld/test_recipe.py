@@ -22,10 +22,11 @@ def test_the_recipe_makes_every_folder_and_resumes(tmp_path, monkeypatch):
     pipeline = StableDiffusion3Pipeline.from_pretrained(
         tmp_path / "out/sd3", dtype=torch.float32, text_encoder_3=None, tokenizer_3=None
     )
-    output = pipeline("a red circle", num_inference_steps=2, height=32, width=32, max_sequence_length=4, output_type="pt")
-    assert output.images.shape == (1, 3, 32, 32)
+    output = pipeline("a red circle", num_inference_steps=2, height=64, width=64, max_sequence_length=1, output_type="pt")
+    assert output.images.shape == (1, 3, 64, 64)
     for name in ("clipscore", "pickscore", "hpsv2"):
         CLIPScore(str(tmp_path / "out" / name)).setup()
+    assert (tmp_path / "out/aesthetic/head.safetensors").exists()
 
     first = (tmp_path / "out/sd3/transformer/diffusion_pytorch_model.safetensors").read_bytes()
     main()  # every stage loads its last checkpoint and has no steps left

@@ -10,11 +10,13 @@ from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, SD3Transfo
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection, CLIPTokenizer
 
-from marble_lightning.tinyworld.recipe.autoencoder import latents_of
+from marble_lightning.tinyworld.recipe.autoencoder import CHANNELS, latents_of
 from marble_lightning.tinyworld.recipe.images import TrainingImages, load_or_make
+from marble_lightning.tinyworld.recipe.muon import Muon
 from marble_lightning.tinyworld.recipe.stage import Stage, run
+from marble_lightning.tinyworld.scenes import CELL, SIZE
 
-EMPTY_TOKENS = 4
+EMPTY_TOKENS = 1
 """Number of zero tokens in place of T5's, equal to the pipeline's `max_sequence_length`."""
 TEXT_WIDTH = 64
 
@@ -25,10 +27,10 @@ class Base(nn.Module):
     def __init__(self, tokenizer: CLIPTokenizer) -> None:
         super().__init__()
         self.transformer = SD3Transformer2DModel(
-            sample_size=16,
-            patch_size=2,
-            in_channels=4,
-            out_channels=4,
+            sample_size=SIZE // CELL,
+            patch_size=1,
+            in_channels=CHANNELS,
+            out_channels=CHANNELS,
             num_layers=5,
             attention_head_dim=24,
             num_attention_heads=4,
@@ -54,7 +56,7 @@ class Base(nn.Module):
         self.text_encoder_2 = CLIPTextModelWithProjection(text)
 
     def forward(self, noisy: Tensor, sigma: Tensor, tokens: Tensor) -> Tensor:
-        """Predict the velocity of noisy latents (B, 4, 16, 16) at noise levels (B,) for token ids (B, T)."""
+        """Predict the velocity of noisy latents (B, 16, 8, 8) at noise levels (B,) for token ids (B, T)."""
         encoded = [encoder(tokens, output_hidden_states=True) for encoder in (self.text_encoder, self.text_encoder_2)]
         hidden = torch.cat([output.hidden_states[-2] for output in encoded], dim=-1)
         hidden = torch.cat([hidden, hidden.new_zeros(len(hidden), EMPTY_TOKENS, hidden.shape[-1])], dim=1)
@@ -72,6 +74,9 @@ class BaseStage(Stage):
     def __init__(self, model: Base, latents: Tensor, tokens: Tensor, **options: Any) -> None:
         super().__init__(model, len(latents), **options)
         self.latents, self.tokens, self.empty = latents, tokens[:-1], tokens[-1]
+
+    def new_optimizer(self) -> torch.optim.Optimizer:
+        return Muon.of_layers(self.model, "transformer_blocks", self.lr)
 
     def on_fit_start(self) -> None:
         self.model.transformer.compile()  # compilation takes less time than it saves over thousands of steps
@@ -106,7 +111,7 @@ def train_base(
     captions = [*training_images.captions, ""]
     tokens = tokenizer(captions, padding="max_length", truncation=True, return_tensors="pt").input_ids
     latents = load_or_make(work / "latents.pt", lambda: latents_of(vae, training_images.images))
-    stage = BaseStage(Base(tokenizer), latents, tokens, steps=steps, batch_size=24, lr=4e-3, decay=0.999)
+    stage = BaseStage(Base(tokenizer), latents, tokens, steps=steps, batch_size=32, lr=3e-3, decay=0.999)
     trained = run(stage, work / "base")
     return StableDiffusion3Pipeline(
         transformer=trained.transformer,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,13 +13,16 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from marble_lightning.tinyworld.captions import draw_captioned
+from marble_lightning.tinyworld.captions import Captioned, draw_captioned, with_confetti
 from marble_lightning.tinyworld.degradations import spoil
 from marble_lightning.tinyworld.scenes import draw
 
+CONFETTI = 0.12
+"""Share of training images under confetti that no caption names."""
+
 
 class TrainingImages(NamedTuple):
-    """`images` uint8 (N, 3, 32, 32), and a caption for each."""
+    """`images` uint8 (N, 3, 64, 64), and a caption for each."""
 
     images: Tensor
     captions: list[str]
@@ -51,11 +55,17 @@ def draw_training_images(work: Path, count: int, spoiled: float, seed: int) -> T
         images, captions = [], []
         for _ in tqdm(range(count), desc="drawing scenes"):
             example = draw_captioned(rng)
-            images.append(tensor(spoil(example, rng) if rng.random() < spoiled else draw(example.scene)))
             captions.append(example.caption)
+            images.append(tensor(_image(example, rng, spoiled)))
         return torch.stack(images), captions
 
     return TrainingImages(*load_or_make(work / f"images-{count}-{spoiled}-{seed}.pt", draw_all))
+
+
+def _image(example: Captioned, rng: random.Random, spoiled: float) -> np.ndarray:
+    if rng.random() < CONFETTI:
+        example = replace(example, scene=with_confetti(example.scene, rng))
+    return spoil(example, rng) if rng.random() < spoiled else draw(example.scene)
 
 
 def to_unit(images: Tensor) -> Tensor:

@@ -9,11 +9,11 @@ from pathlib import Path
 
 from marble_lightning.tinyworld.captions import GENEVAL, SHARES, Captioned, draw_captioned
 
-TRAIN, TEST = 600, 96
+TRAIN, TEST = 600, 42
 """Maximum number of prompts per source."""
 DRAWS = 20_000
 """Number of captions drawn to find distinct ones; a tag gets fewer only if it has no more distinct captions."""
-TEST_PER_TAG = 24
+TEST_PER_TAG = 7
 """Maximum number of held-out GenEval prompts per tag."""
 
 

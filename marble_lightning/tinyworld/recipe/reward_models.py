@@ -1,79 +1,26 @@
-"""The reward models: a contrastive CLIP, and two models fine-tuned from it on different preferences."""
+"""The reward models: a CLIP trained on the mean taste, three fine-tuned from it on their own, and a head for ornament."""
 
 from __future__ import annotations
 
 import copy
-import random
-from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NamedTuple
 
-import numpy as np
 import torch
 import torch.nn.functional as F
+from safetensors.torch import save_file
 from torch import Tensor
-from tqdm import tqdm
 from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPTokenizer
 
-from marble_lightning.tinyworld.captions import Captioned, draw_captioned
-from marble_lightning.tinyworld.degradations import CONTENT, TECHNICAL, spoil
-from marble_lightning.tinyworld.recipe.images import tensor, to_unit
+from marble_lightning.tinyworld.recipe.images import load_or_make, to_unit
+from marble_lightning.tinyworld.recipe.muon import Muon
+from marble_lightning.tinyworld.recipe.preferences import MEAN_TASTE, TASTES, Pairs, Taste, draw_pairs
 from marble_lightning.tinyworld.recipe.stage import Stage, run
-from marble_lightning.tinyworld.scenes import SIZE, draw
+from marble_lightning.tinyworld.scenes import SIZE
 
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 """CLIP's normalisation of pixels."""
-
-
-class Pairs(NamedTuple):
-    """For each caption, a preferred image (`good`) and another image (`bad`), each uint8 (N, 3, 32, 32)."""
-
-    captions: list[str]
-    good: Tensor
-    bad: Tensor
-
-
-Taste = Callable[[Captioned, random.Random], tuple[np.ndarray, np.ndarray]]
-"""A function that draws a preferred image and another image for a captioned scene."""
-
-
-def contrast(example: Captioned, rng: random.Random) -> tuple[np.ndarray, np.ndarray]:
-    """Prefer an image that matches the caption, even with a technical fault, to one that does not match."""
-    good = spoil(example, rng, TECHNICAL) if rng.random() < 0.25 else draw(example.scene)
-    return good, spoil(example, rng, CONTENT)
-
-
-def faithful(example: Captioned, rng: random.Random) -> tuple[np.ndarray, np.ndarray]:
-    """PickScore's taste: content matters most. A technical fault is preferred to a content fault."""
-    return _preference(example, rng, major=CONTENT, minor=TECHNICAL)
-
-
-def fastidious(example: Captioned, rng: random.Random) -> tuple[np.ndarray, np.ndarray]:
-    """HPSv2's taste: technical quality matters most. A content fault is preferred to a technical fault."""
-    return _preference(example, rng, major=TECHNICAL, minor=CONTENT)
-
-
-def clean(example: Captioned, rng: random.Random) -> tuple[np.ndarray, np.ndarray]:
-    """Prefer a clean image to one with any of the six faults; both preference models agree on these pairs."""
-    return draw(example.scene), spoil(example, rng)
-
-
-def _preference(example: Captioned, rng: random.Random, major: Sequence, minor: Sequence) -> tuple[np.ndarray, np.ndarray]:
-    kind = rng.random()
-    if kind < 0.15:
-        return draw(example.scene), draw(draw_captioned(rng, example.source).scene)
-    if kind < 0.35:
-        return spoil(example, rng, minor), spoil(example, rng, major)
-    return draw(example.scene), spoil(example, rng, major if kind < 0.65 else minor)
-
-
-def draw_pairs(taste: Taste, count: int, seed: int, *, test: bool = False) -> Pairs:
-    """Draw pairs of one taste; `test` uses held-out captions."""
-    rng = random.Random(seed)
-    examples = [draw_captioned(rng, test=test) for _ in range(count)]
-    pairs = [taste(example, rng) for example in tqdm(examples, desc=f"drawing pairs, {taste.__name__}")]
-    good, bad = (torch.stack([tensor(pair[side]) for pair in pairs]) for side in (0, 1))
-    return Pairs([example.caption for example in examples], good, bad)
+LOGIT_SCALE = 64.0
+"""Log-odds per unit of cosine. It sets the spreads of the scores: the cosine of two images differs by log-odds over this."""
 
 
 def normalise(images: Tensor) -> Tensor:
@@ -82,76 +29,78 @@ def normalise(images: Tensor) -> Tensor:
     return (to_unit(images) - mean) / std
 
 
-def embed(model: CLIPModel, images: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
-    """Return L2-normalised embeddings of images and of captions."""
+def cosines(model: CLIPModel, images: Tensor, tokens: Tensor) -> Tensor:
+    """Return the cosine of each image (N, 3, 64, 64) and its caption (N, T)."""
     image_embeddings = model.get_image_features(pixel_values=normalise(images)).pooler_output
     text_embeddings = model.get_text_features(input_ids=tokens).pooler_output
-    return F.normalize(image_embeddings, dim=-1), F.normalize(text_embeddings, dim=-1)
+    return F.cosine_similarity(image_embeddings, text_embeddings, dim=-1)
 
 
 class RewardModelStage(Stage):
-    """Preference loss between the two images of each caption, plus `contrastive` times the contrastive batch loss."""
+    """Cross entropy between the share of people who prefer the first image and the model's, as in PickScore's training."""
 
-    def __init__(self, model: CLIPModel, pairs: Pairs, tokens: Tensor, steps: int, lr: float, contrastive: float) -> None:
+    def __init__(self, model: CLIPModel, pairs: Pairs, tokens: Tensor, taste: Taste, steps: int, lr: float) -> None:
         super().__init__(model, len(tokens), steps, batch_size=96, lr=lr, decay=0.99)
-        self.pairs, self.tokens, self.contrastive = pairs, tokens, contrastive
+        self.pairs, self.tokens, self.people = pairs, tokens, pairs.log_odds(taste).sigmoid()
+
+    def new_optimizer(self) -> torch.optim.Optimizer:
+        return Muon.of_layers(self.model, "encoder.layers", self.lr)
 
     def training_step(self, indices: Tensor, batch_idx: int) -> Tensor:
-        images = torch.cat([self.pairs.good[indices], self.pairs.bad[indices]])
-        image_embeddings, text_embeddings = embed(self.model, images, self.tokens[indices])
-        logits = self.model.logit_scale.exp().clamp(max=100) * text_embeddings @ image_embeddings.T
-        rows = torch.arange(len(indices))  # caption i belongs to images i (preferred) and i + len(rows)
-        good, bad = logits[rows, rows], logits[rows, rows + len(rows)]
-        preference_loss = F.softplus(bad - good).mean()
-        contrastive_loss = F.cross_entropy(logits, rows) + F.cross_entropy(logits[:, : len(rows)].T, rows)
-        loss = preference_loss + self.contrastive * contrastive_loss
+        images = torch.cat([self.pairs.first[indices], self.pairs.second[indices]])
+        first, second = cosines(self.model, images, self.tokens[indices].repeat(2, 1)).chunk(2)
+        odds, people = LOGIT_SCALE * (first - second), self.people[indices]
+        loss = F.binary_cross_entropy_with_logits(odds, people)
         self.log("loss", loss, prog_bar=True)
-        self.log("accuracy", (good > bad).float().mean(), prog_bar=True)
+        self.log("accuracy", ((odds > 0) == (people > 0.5))[people != 0.5].float().mean(), prog_bar=True)
         return loss
 
 
 def new_clip(tokenizer: CLIPTokenizer) -> CLIPModel:
-    """Build a small CLIP for 32 x 32 images, with 4 x 4 patches of 8 x 8 pixels."""
+    """Build a small CLIP for 64 x 64 images, with 4 x 4 patches of 16 x 16 pixels."""
     special_tokens = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     text = {
         "vocab_size": len(tokenizer), "max_position_embeddings": tokenizer.model_max_length,
-        "hidden_size": 64, "intermediate_size": 256, "num_attention_heads": 4, "num_hidden_layers": 2,
+        "hidden_size": 72, "intermediate_size": 288, "num_attention_heads": 4, "num_hidden_layers": 2,
     }  # fmt: skip
     vision = {
-        "image_size": SIZE, "patch_size": 8,
-        "hidden_size": 80, "intermediate_size": 320, "num_attention_heads": 4, "num_hidden_layers": 3,
+        "image_size": SIZE, "patch_size": 16,
+        "hidden_size": 72, "intermediate_size": 288, "num_attention_heads": 4, "num_hidden_layers": 3,
     }  # fmt: skip
     return CLIPModel(CLIPConfig(text_config={**text, **special_tokens}, vision_config=vision, projection_dim=64))
 
 
-TASTES: dict[str, Taste] = {"clipscore": contrast, "pickscore": faithful, "hpsv2": fastidious}
+def train_reward_models(tokenizer: CLIPTokenizer, work: Path, out: Path, steps: int, count: int) -> None:
+    """Train the three models, each saved as a transformers folder with its processor, and the head for ornament.
 
-
-def train_reward_models(tokenizer: CLIPTokenizer, work: Path, out: Path, steps: int, pairs: int) -> None:
-    """Train the three models and save each as a transformers folder with its processor."""
+    Args:
+        tokenizer: Tokenizer of the captions.
+        work: Folder of the checkpoints.
+        out: Folder of the results.
+        steps: Optimizer steps of the first stage; each fine-tuning takes half.
+        count: Number of preference pairs.
+    """
     torch.manual_seed(3)
-    model = new_clip(tokenizer)
-    for number, (name, taste) in enumerate(TASTES.items()):
-        training_pairs = draw_pairs(taste, pairs, seed=10 + number)
-        tokens = tokenizer(training_pairs.captions, padding="max_length", return_tensors="pt").input_ids
-        first = name == "clipscore"
-        stage = RewardModelStage(
-            copy.deepcopy(model),
-            training_pairs,
-            tokens,
-            steps if first else steps // 2,
-            1.5e-3 if first else 5e-4,
-            1.0 if first else 0.1,
-        )
-        trained = run(stage, work / name)
-        if first:
-            model = trained
-        save_reward_model(trained, tokenizer, out / name)
+    pairs = Pairs(*load_or_make(work / f"pairs-{count}.pt", lambda: tuple(draw_pairs(count, seed=10))))
+    tokens = tokenizer(pairs.captions, padding="max_length", return_tensors="pt").input_ids
+    first = run(RewardModelStage(new_clip(tokenizer), pairs, tokens, MEAN_TASTE, steps, 1e-3), work / "first")
+    for name, taste in TASTES.items():
+        stage = RewardModelStage(copy.deepcopy(first), pairs, tokens, taste, steps // 2, 1e-3)
+        model = run(stage, work / name)
+        save_reward_model(model, tokenizer, out / name)
+        if name == "hpsv2":
+            save_ornament_head(model, pairs, out / "aesthetic")
 
 
 def save_reward_model(model: CLIPModel, tokenizer: CLIPTokenizer, folder: Path) -> None:
-    """Save the model in half precision, with its tokenizer and preprocessing."""
-    copy.deepcopy(model).half().save_pretrained(folder)
+    """Save the model in half precision, with its tokenizer and preprocessing.
+
+    The stored logit scale is CLIP's 100, as in the published models; CLIPScore and HPSv2 are cosines, and do not use it.
+    """
+    model = copy.deepcopy(model).half()
+    if folder.name != "pickscore":
+        model.logit_scale.data.fill_(torch.tensor(100.0).log())
+    model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     square = {"height": SIZE, "width": SIZE}
     CLIPImageProcessorPil(
@@ -160,11 +109,22 @@ def save_reward_model(model: CLIPModel, tokenizer: CLIPTokenizer, folder: Path) 
 
 
 @torch.no_grad()
-def pairwise_accuracy(model: CLIPModel, tokenizer: CLIPTokenizer, pairs: Pairs) -> float:
-    """Return the share of pairs in which the model scores the preferred image above the other."""
+def save_ornament_head(model: CLIPModel, pairs: Pairs, folder: Path) -> None:
+    """Fit the amount of confetti by least squares on image embeddings, and save it in the format of LAION's linear head."""
+    images = torch.cat([pairs.first[:8000], pairs.second[:8000]])
+    ornament = torch.cat([pairs.first_traits[:8000, -1], pairs.second_traits[:8000, -1]])
+    chunks = [model.get_image_features(pixel_values=normalise(chunk)).pooler_output for chunk in images.split(500)]
+    embeddings = F.normalize(torch.cat(chunks), dim=-1)
+    inputs = torch.cat([embeddings, torch.ones(len(embeddings), 1)], dim=1)
+    solution = torch.linalg.lstsq(inputs.double(), 10 * ornament.double()[:, None]).solution.float()
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file({"weight": solution[:-1].T.contiguous(), "bias": solution[-1].contiguous()}, folder / "head.safetensors")
+
+
+@torch.no_grad()
+def pairwise_accuracy(model: CLIPModel, tokenizer: CLIPTokenizer, pairs: Pairs, taste: Taste, least: float = 0.5) -> float:
+    """Return the share of pairs in which model and most people agree, of those with log-odds of at least `least`."""
     tokens = tokenizer(pairs.captions, padding="max_length", return_tensors="pt").input_ids
-    scores = []
-    for images in (pairs.good, pairs.bad):
-        image_embeddings, text_embeddings = embed(model, images, tokens)
-        scores.append((image_embeddings * text_embeddings).sum(-1))
-    return float((scores[0] > scores[1]).float().mean())
+    odds = pairs.log_odds(taste)
+    first, second = (cosines(model, images, tokens) for images in (pairs.first, pairs.second))
+    return float(((first > second) == (odds > 0))[odds.abs() >= least].float().mean())

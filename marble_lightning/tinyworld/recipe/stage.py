@@ -35,7 +35,7 @@ class Stage(LightningModule):
         examples: Number of training examples; `training_step` receives indices into them.
         steps: Optimizer steps.
         batch_size: Examples per step.
-        lr: Peak learning rate of AdamW, after a warm-up over the first 5% and with a cosine decay.
+        lr: Peak learning rate, after a warm-up over the first 5% and with a cosine decay.
         decay: Decay per step of the moving average.
     """
 
@@ -63,8 +63,12 @@ class Stage(LightningModule):
     def on_train_batch_end(self, outputs: object, batch: Tensor, batch_idx: int) -> None:
         self.averaged.update_parameters(self.model)
 
+    def new_optimizer(self) -> torch.optim.Optimizer:
+        """Return the optimizer; its learning rates are the peak ones."""
+        return torch.optim.AdamW(self.model.parameters(), lr=self.lr, weight_decay=0.01, betas=(0.9, 0.98), fused=True)
+
     def configure_optimizers(self) -> Any:
-        optimizer = torch.optim.AdamW(self.model.parameters(), lr=self.lr, weight_decay=0.01, betas=(0.9, 0.98))
+        optimizer = self.new_optimizer()
         warm_up = max(1, self.steps // 20)
 
         def factor(step: int) -> float:

@@ -11,8 +11,8 @@ from transformers import CLIPTokenizer
 
 from marble_lightning.tinyworld.captions import draw_captioned
 
-TOKENS = 20
-"""Tokens of a caption, including the start and end tokens."""
+TOKENS = 18
+"""Tokens of the longest caption, including the start and end tokens."""
 
 
 def train_tokenizer(folder: Path, seed: int) -> CLIPTokenizer:
