@@ -86,6 +86,6 @@ def build_head(weights: Mapping[str, Tensor], width: int, source: object) -> nn.
     if layers := select_prefix("layers.", weights):
         return regression_head("Aesthetic", width=width, weights=layers, source=source)
     raise ValueError(
-        f"Aesthetic: {source} must hold the layers of the published MLP, `layers.0.weight` to `layers.7.bias`, or the `weight` "
-        f"and `bias` of one linear layer. Found {', '.join(sorted(weights)[:4]) or 'nothing'}. Use LAION's files."
+        f"Aesthetic: {source} must hold the layers of the published MLP, `layers.0.weight` to `layers.7.bias`, or the "
+        f"`weight` and `bias` of one linear layer. Found {', '.join(sorted(weights)[:4]) or 'nothing'}. Use LAION's files."
     )
