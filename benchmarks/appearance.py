@@ -156,6 +156,8 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=42, help="held-out prompts of each source")
     parser.add_argument("--images", type=int, default=4, help="images of each, at least 2")
     options, extra = parser.parse_known_args()
+    if options.images < 2:
+        parser.error(f"`--images` must be >= 2: diversity compares images of one prompt. Found {options.images}.")
     try:
         figures = {
             str(run): (sample(run, "none", options, extra), sample(run, options.adapter, options, extra))

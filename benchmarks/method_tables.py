@@ -40,10 +40,18 @@ def changes_table(results: Results, names: Sequence[str]) -> str:
 def change_cell(changes: Float[Tensor, "seed prompt"]) -> str:
     """A mean change with its interval, or for a single seed with its standard error."""
     if len(changes) == 1:
-        summary = summarise(changes[0])
-        return f"{summary.mean:+.4f} ± {summary.error:.4f}"
+        return with_error(changes[0], 4)
     interval = crossed_interval(changes)
     return f"{interval.mean:+.4f} [{interval.low:+.4f}, {interval.high:+.4f}]"
+
+
+def with_error(values: Float[Tensor, " value"], digits: int) -> str:
+    """The mean of values and its standard error, without the latter for a single value; a dash for none."""
+    summary = summarise(values)
+    if not summary.n:
+        return "-"
+    error = f" ± {summary.error:.{digits}f}" if summary.n > 1 else ""
+    return f"{summary.mean:+.{digits}f}{error}"
 
 
 def cadences(results: Results) -> str:
@@ -127,10 +135,9 @@ def cosines_table(results: Results, names: Sequence[str]) -> str:
         cosines = torch.cat([cosines_of(run, place, names) for run in runs])
         if not len(cosines):
             continue
-        means = [summarise(column) for column in cosines.unbind(1)]
         complete = cosines[cosines.isfinite().all(1)]
         conflicts = f"{(complete.amin(1) < 0).double().mean():.0%}" if len(complete) else "-"
-        cells = [f"{summary.mean:+.3f} ± {summary.error:.3f}" for summary in means]
+        cells = [with_error(column, 3) for column in cosines.unbind(1)]
         rows.append([method, place, str(len(cosines)), *cells, conflicts])
     return table(["method", "products", "refreshes", *names, "conflicts"], rows)
 

@@ -3,7 +3,7 @@
 First, from images of the base for held-out prompts: scores, the spread of each reward among the images of a prompt, and the
 correlations of rewards among them. `--base` ends here. Then the transfer matrix: a run trains on reward i alone, and
 held-out images tell how every reward j changes, with standard errors over seeds and prompts. A significant fall is a
-conflict.
+trade-off.
 
 The runs on single rewards, the specialists, serve all stages and the normalised gains of `benchmarks.methods`. All figures
 are kept in `--results`; what is there is not computed again. Other options are passed to `fit` and `predict`.
@@ -26,8 +26,8 @@ from benchmarks.fits import ComparisonError, Folders, call_marble, changes_of, f
 from benchmarks.stage_figures import base_figures, transfer_matrix
 from benchmarks.stage_tables import (
     base_table,
-    conflicts_text,
     correlations_table,
+    trade_offs_text,
     transfer_table,
     write_heat_map,
 )
@@ -88,7 +88,10 @@ def parse() -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--figure", type=Path, help="heat map of the transfer matrix, such as docs/transfer.png")
     parser.add_argument("--folder", type=Path, default=Path("runs/stage"), help="of runs and images")
     parser.add_argument("--results", type=Path, default=Path("benchmarks/results/stage"), help="of their figures")
-    return parser.parse_known_args()
+    options, extra = parser.parse_known_args()
+    if options.images < 2:
+        parser.error(f"`--images` must be >= 2: a spread needs several images of a prompt. Found {options.images}.")
+    return options, extra
 
 
 def main() -> None:
@@ -112,7 +115,7 @@ def report(stages: Stages, options: argparse.Namespace, extra: Sequence[str]) ->
     matrix = transfer_matrix(changes)
     square = [row[: len(names)] for row in matrix]
     print(f"\nTransfer, {len(options.seeds)} seeds, {changes[0].shape[1]} held-out prompts:\n")
-    print(transfer_table(matrix, names, measured(stages, names)), conflicts_text(square, names, members), sep="\n\n")
+    print(transfer_table(matrix, names, measured(stages, names)), trade_offs_text(square, names, members), sep="\n\n")
     if options.figure:
         write_heat_map(square, names, options.figure)
         print(f"\nHeat map: {options.figure}")

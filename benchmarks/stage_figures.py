@@ -91,7 +91,7 @@ def relative_transfer(matrix: Sequence[Sequence[Change]]) -> Float[Tensor, "trai
     return means / torch.where(measured, means.diagonal(), torch.nan)
 
 
-def conflicts(matrix: Sequence[Sequence[Change]], names: Sequence[str], members: Sequence[str]) -> list[tuple[str, str]]:
+def trade_offs(matrix: Sequence[Sequence[Change]], names: Sequence[str], members: Sequence[str]) -> list[tuple[str, str]]:
     """The pairs (trained, measured) of a stage's rewards where training on one makes another worse, by > 3 errors.
 
     Args:

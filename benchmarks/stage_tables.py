@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.stage_figures import SIGNIFICANT, Change, conflicts, relative_transfer
+from benchmarks.stage_figures import SIGNIFICANT, Change, relative_transfer, trade_offs
 
 
 def table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -66,14 +66,12 @@ def cell(found: Change) -> str:
     return f"**{text}**" if found.errors < -SIGNIFICANT else text
 
 
-def conflicts_text(matrix: Sequence[Sequence[Change]], names: Sequence[str], members: Mapping[str, Sequence[str]]) -> str:
-    """The conflicts of each stage, one line each."""
+def trade_offs_text(matrix: Sequence[Sequence[Change]], names: Sequence[str], members: Mapping[str, Sequence[str]]) -> str:
+    """The trade-offs of each stage, one line each."""
     lines = []
     for stage, rewards in members.items():
-        pairs = [f"{one} costs {other}" for one, other in conflicts(matrix, names, rewards)]
-        lines.append(
-            f"- {stage}: {len(pairs)} {'conflict' if len(pairs) == 1 else 'conflicts'}{': ' * bool(pairs)}{', '.join(pairs)}"
-        )
+        pairs = [f"{one} costs {other}" for one, other in trade_offs(matrix, names, rewards)]
+        lines.append(f"- {stage}, trade-offs: {', '.join(pairs) or 'none'}")
     return "\n".join(lines)
 
 
@@ -99,10 +97,12 @@ def write_heat_map(matrix: Sequence[Sequence[Change]], names: Sequence[str], fil
     figure = Figure(figsize=(1.5 + 1.1 * len(names), 1.2 + 0.8 * len(names)), layout="constrained")
     axes = figure.subplots()
     axes.set_facecolor("lightgrey")
-    drawn = axes.imshow(shares.numpy(), cmap="RdYlGn", vmin=-1, vmax=1, aspect="auto")
+    drawn = axes.imshow(shares.numpy(), cmap="RdBu", vmin=-1, vmax=1, aspect="auto")
     for row, of_row in enumerate(matrix):
         for column, found in enumerate(of_row):
-            axes.text(column, row, f"{found.mean:+.3f}\n{found.errors:+.1f} SE", ha="center", va="center", fontsize=8)
+            colour = "white" if abs(shares[row, column]) > 0.7 else "black"
+            text = f"{found.mean:+.3f}\n{found.errors:+.1f} SE"
+            axes.text(column, row, text, color=colour, ha="center", va="center", fontsize=8)
     axes.set_xticks(range(len(names)), names, rotation=20)
     axes.set_yticks(range(len(names)), names)
     axes.set_xlabel("change of")

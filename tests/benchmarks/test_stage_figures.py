@@ -9,13 +9,13 @@ from benchmarks.stage_figures import (
     Change,
     base_figures,
     change,
-    conflicts,
     relative_transfer,
+    trade_offs,
     transfer_matrix,
     within_prompt_correlations,
     within_prompt_spread,
 )
-from benchmarks.stage_tables import base_table, conflicts_text, correlations_table, transfer_table, write_heat_map
+from benchmarks.stage_tables import base_table, correlations_table, trade_offs_text, transfer_table, write_heat_map
 
 
 @pytest.fixture(name="scores")
@@ -75,11 +75,11 @@ def test_relative_transfer_is_one_on_the_diagonal_where_it_is_defined():
     assert shares[:, 2].isnan().all()
 
 
-def test_conflicts_are_significant_falls_between_two_rewards_of_the_stage():
-    assert conflicts(MATRIX, NAMES, NAMES) == [("a", "b"), ("b", "c")]
-    assert conflicts(MATRIX, NAMES, ["a", "b"]) == [("a", "b")]
-    assert conflicts_text(MATRIX, NAMES, {"one": NAMES, "two": ["a", "c"]}) == (
-        "- one: 2 conflicts: a costs b, b costs c\n- two: 0 conflicts"
+def test_trade_offs_are_significant_falls_between_two_rewards_of_the_stage():
+    assert trade_offs(MATRIX, NAMES, NAMES) == [("a", "b"), ("b", "c")]
+    assert trade_offs(MATRIX, NAMES, ["a", "b"]) == [("a", "b")]
+    assert trade_offs_text(MATRIX, NAMES, {"one": NAMES, "two": ["a", "c"]}) == (
+        "- one, trade-offs: a costs b, b costs c\n- two, trade-offs: none"
     )
 
 
