@@ -1,135 +1,156 @@
-"""The default run with several balancers and seeds: held-out scores before and after, and gradient harmony.
+"""Methods that merge rewards, on one stage: `python -m benchmarks.methods --stage published --seeds 0 1 2 --jobs 2`.
 
-`python -m benchmarks.methods --seeds 0 1 2` runs each in a separate process. It prints two tables in Markdown and the
-cadence of each method. A finished run is not repeated, so an interrupted comparison resumes. Other options are passed to
-`fit`: with `--gradient_alignment.probe_every 4` harmony is also computed between refreshes, on fresh images, and for
-baselines.
+Prints the held-out change of each reward with 95 % intervals, the normalised gains with the least first, the difference of
+the least gains to `--against` with a 99 % interval, and the cosines of the updates with each reward's gradient. Gains are
+shares of what the runs on a single reward gain, which `python -m benchmarks.stage` trains.
+
+Each run is a process with one thread. A finished run is not repeated: its figures are kept in `--results`, and are refused
+if options, configuration or bundled weights have changed. Other options are passed to `fit`.
 """
 
 from __future__ import annotations
 
 import argparse
-import shutil
-import subprocess
 import sys
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from statistics import fmean
 
-from balancers.gramian import in_conflict
-from marble_lightning.lab.runs import Run, compare
+from benchmarks.fits import ComparisonError, Fit, Folders, fit_all, load_all
+from benchmarks.method_tables import (
+    Results,
+    Specialists,
+    cadences,
+    changes_table,
+    cosines_table,
+    difference_table,
+    gains_table,
+    stack_specialists,
+)
+from benchmarks.stages import STAGES, Stages, options_of, read_stages, specialists
 
-METHODS = ("default", "fixed_weights", "weighted_sum")
-"""`default` is configs/tiny.yaml, with MARBLE; the others are files of configs/balancers that override it. `+` joins several
-files, as in `pcgrad+cadence_marble`."""
+PROBES = ("--gradient_alignment.probe_every", "5", "--gradient_alignment.fresh", "false")
+"""For methods without refreshes: the same figures of alignment, on the images that the update comes from."""
+AVERAGED = ("--balancer.gram_decay", "0.9", "--balancer.ema_decay", "0")
+"""The Gram matrix is averaged over refreshes instead of its solutions."""
+SPLIT = ("--balancer.gram", "split", *AVERAGED)
+
+ABLATIONS = [
+    *(("decay", "gram_decay", value) for value in ("0.7", "0.97")),
+    *(("floor", "signal_floor", value) for value in ("0.05", "0.5")),
+    *(("every", "refresh_every", value) for value in ("2", "10")),
+    ("shrinkage", "gram_shrinkage", "false"),
+]
+"""Name, option and value of each; `split` has 0.9, 0.15, 5 and true."""
+
+METHODS: dict[str, tuple[str, ...]] = {
+    "plain_sum": ("-c", "balancers/weighted_sum", "--balancer.reduction", "sum", *PROBES),
+    "weighted_sum": ("-c", "balancers/weighted_sum", *PROBES),
+    "advantage_sum": ("-c", "balancers/advantage_sum", *PROBES),
+    "fixed_weights": ("-c", "balancers/fixed_weights", *PROBES),
+    "fixed_weights_normalised": ("-c", "balancers/fixed_weights_normalized"),
+    "marble": (),
+    "marble_every_10": ("--balancer.refresh_every", "10"),
+    "marble_floor": ("--balancer.floor", "0.05"),
+    "averaged": AVERAGED,
+    "split": SPLIT,
+    "pcgrad": ("-c", "balancers/pcgrad"),
+    "cagrad": ("-c", "balancers/cagrad"),
+    "mgda": ("-c", "balancers/mgda"),
+    "upgrad": ("-c", "balancers/torchjd"),
+}
+"""Options of `fit -c tiny` for each method; `marble` is the default of configs/tiny.yaml."""
+COMPARED = tuple(METHODS)
+"""The methods that run by default; the others are methods at MARBLE's cadence, and variants of `split`."""
+
+METHODS |= {
+    f"{name}_cadence_marble": (*METHODS[name], "-c", "balancers/cadence_marble")
+    for name in ("pcgrad", "cagrad", "mgda", "upgrad")
+}
+
+METHODS["split_decay_0"] = (
+    *("--balancer.gram", "split", "--balancer.ema_decay", "0", "--balancer.gram_decay", "0"),
+    *("--balancer.gram_shrinkage", "false"),  # which needs an average
+)
+METHODS |= {f"split_{name}_{value}": (*SPLIT, f"--balancer.{option}", value) for name, option, value in ABLATIONS}
 
 
-def fit(method: str, seed: int, folder: Path, extra: Sequence[str]) -> Path:
-    """Fit once, unless the run is finished, and return the run's folder."""
-    run_folder = folder / method / f"seed_{seed}"
-    if not (run_folder / "results.json").exists():
-        options = ["--trainer.logger.save_dir", str(folder), "--trainer.logger.name", method]
-        options += ["--trainer.logger.version", f"seed_{seed}", "--seed_everything", str(seed)]
-        files = [] if method == "default" else [f"balancers/{name}" for name in method.split("+")]
-        overlay = [part for file in files for part in ("-c", file)]
-        command = [sys.executable, "-m", "marble_lightning", "fit", "-c", "tiny", *overlay, *options, *extra]
-        shutil.rmtree(run_folder, ignore_errors=True)  # left by an interrupted comparison
-        run_folder.mkdir(parents=True)
-        with (run_folder / "output.txt").open("w") as output:
-            subprocess.run(command, check=True, stdout=output, stderr=subprocess.STDOUT)
-    return run_folder
+def compare(stages: Stages, options: argparse.Namespace, extra: Sequence[str]) -> Results:
+    """Figures of all runs by method and seed; those that have no result yet are run first."""
+    rounds = options.rounds or stages.rounds
+    configs = stages.training_on(stages.members[options.stage], options.stage)
+    further = options_of(rounds, extra)
+    fits = [
+        Fit(f"{options.stage}_{method}_{rounds}", configs, (*METHODS[method], *further), seed)
+        for seed in options.seeds
+        for method in options.methods
+    ]
+    results = fit_all(fits, Folders(options.folder, options.results), options.jobs)
+    by_run = dict(zip([(fit.seed, fit.name) for fit in fits], results, strict=True))
+    return {
+        method: {seed: by_run[seed, f"{options.stage}_{method}_{rounds}"] for seed in options.seeds}
+        for method in options.methods
+    }
+
+
+def find_specialists(stages: Stages, options: argparse.Namespace, extra: Sequence[str]) -> Specialists | str:
+    """Changes by the specialists of the stage's rewards, or a sentence about those that have no result."""
+    rounds, names = options.rounds or stages.rounds, stages.members[options.stage]
+    folders, runs = Folders(options.folder, options.specialists), {}
+    for name in names:
+        files = folders.results.glob(f"specialist_{name}_{rounds}_seed_*.json")
+        seeds = sorted(int(file.stem.rpartition("_")[2]) for file in files)
+        runs[name] = load_all(specialists(stages, [name], seeds, options_of(rounds, extra), rounds), folders)
+    if missing := [name for name, of_reward in runs.items() if not of_reward]:
+        return (
+            f"No normalised gains: they need a run on each reward alone with {rounds} rounds. Found none on "
+            f"{', '.join(missing)} in {folders.results}; train them: python -m benchmarks.stage --stages {options.stage} "
+            f"--rounds {rounds}"
+        )
+    return stack_specialists(runs)
+
+
+def report(results: Results, stages: Stages, found: Specialists | str, options: argparse.Namespace) -> str:
+    """All tables."""
+    names = list(stages.members[options.stage])
+    others = [name for name in [*stages.rewards, *stages.metrics] if name not in names]
+    parts = ["Held-out changes, 95 % intervals over seeds and prompts:", changes_table(results, [*names, *others])]
+    parts.append(cadences(results))
+    if isinstance(found, str):
+        parts.append(found)
+    else:
+        parts += ["Normalised gains, 1 is that of a run on this reward alone:", gains_table(results, names, found)]
+        if options.against:
+            parts.append(difference_table(results, options.against, names, found))
+    return "\n\n".join([*parts, "Cosines of the updates with each reward's gradient:", cosines_table(results, names)])
+
+
+def parse() -> tuple[argparse.Namespace, list[str]]:
+    """The options, and those of `fit`."""
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
+    parser.add_argument("--stage", default="published", choices=STAGES)
+    parser.add_argument("--methods", nargs="+", default=list(COMPARED), choices=list(METHODS), metavar="METHOD")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2, 3, 4])
+    parser.add_argument("--against", choices=list(METHODS), metavar="METHOD", help="compare least gains with this method")
+    parser.add_argument("--rounds", type=int, help="of a run; otherwise those of configs/tiny.yaml")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
+    parser.add_argument("--folder", type=Path, default=Path("runs/methods"), help="of the runs")
+    parser.add_argument("--results", type=Path, default=Path("benchmarks/results/methods"), help="of their figures")
+    parser.add_argument("--specialists", type=Path, default=Path("benchmarks/results/stage"), help="results of `stage`")
+    options, extra = parser.parse_known_args()
+    if options.against and options.against not in options.methods:
+        parser.error(f"`--against` must be one of `--methods`. Found {options.against}; add it there.")
+    return options, extra
 
 
 def main() -> None:
     """Run the comparison and print the tables."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--methods", nargs="+", default=METHODS, help="default, or files of configs/balancers, joined by +")
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("--folder", type=Path, default=Path("runs/methods"))
-    parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
-    options, extra = parser.parse_known_args()
-
-    pairs = [(method, seed) for seed in options.seeds for method in options.methods]
-    with ThreadPoolExecutor(options.jobs) as pool:
-        folders = list(pool.map(lambda pair: fit(pair[0], pair[1], options.folder, extra), pairs))
-    runs = {pair: Run(folder) for pair, folder in zip(pairs, folders, strict=True)}
-    print(scores_table(runs))
-    print()
-    print(cadences(runs))
-    print()
-    print(harmony_table(runs))
-
-
-def cadences(runs: dict[tuple[str, int], Run]) -> str:
-    """The balancer and cadence of each method, one line for each distinct cadence of its runs."""
-    lines = {f"- {method}: {run.balancer}": None for method, seeds in by_method(runs).items() for run in seeds.values()}
-    return "\n".join(lines)
-
-
-def scores_table(runs: dict[tuple[str, int], Run]) -> str:
-    """Held-out scores (change ± its standard error) of each method: first averaged over seeds, then for each seed."""
-    reward_models = next(iter(runs.values())).reward_models
-    lines = ["| method | " + " | ".join(reward_models) + " |", "|---" * (len(reward_models) + 1) + "|"]
-    all_runs = compare(list(runs.values()))
-    lines.append("| base | " + " | ".join(f"{all_runs[name].base.mean:.3f}" for name in reward_models) + " |")
-    for method, seeds in by_method(runs).items():
-        scores = compare(list(seeds.values())).values()
-        cells = [f"{score.trained.mean:.3f} ({score.change.mean:+.3f} ± {score.change.error:.3f})" for score in scores]
-        lines.append(f"| {method} | " + " | ".join(cells) + " |")
-        for seed, run in seeds.items():
-            cells = [f"{score.change.mean:+.3f} ± {score.change.error:.3f}" for score in compare([run]).values()]
-            lines.append(f"| {method}, seed {seed} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
-
-
-def by_method(runs: dict[tuple[str, int], Run]) -> dict[str, dict[int, Run]]:
-    """The runs of each method by seed."""
-    return {method: {seed: run for (name, seed), run in runs.items() if name == method} for method, _ in runs}
-
-
-PLACES = {
-    "harmony": "refresh, the gradients it was solved on",
-    "probe/solved/own": "refresh, as applied",
-    "probe/solved/fresh": "refresh, fresh images",
-    "probe/reused/own": "between refreshes, own images",
-    "probe/reused/fresh": "between refreshes, fresh images",
-}
-"""Title of each prefix under which cosines are logged; probes only with `--gradient_alignment.probe_every`."""
-
-
-BASELINES = {
-    "weighted_sum": "weighted reward sum, the paper's baseline",
-    "mean": "mean of the rewards' gradients",
-    "unit_mean": "mean of their unit gradients",
-    "random": "random direction",
-}
-"""Title of each baseline that is logged with an update, on the images that the update was computed from."""
-
-
-def harmony_table(runs: dict[tuple[str, int], Run]) -> str:
-    """Cosines between a direction and each reward's gradient, averaged over the logged values of all seeds.
-
-    The row `by chance` has the conflict rate of a random direction.
-    """
-    lines = ["| direction | where | n | worst cosine | mean cosine | variance | conflict rate |", "|---" * 7 + "|"]
-    for method, seeds in by_method(runs).items():
-        titles = {"update": method, **{kind: f"{title}, during {method}" for kind, title in BASELINES.items()}}
-        for tag, where in PLACES.items():
-            for kind, title in titles.items():
-                worst, mean, variance = (logged(seeds, f"{tag}/{kind}/cos_{name}") for name in ("min", "mean", "var"))
-                if worst:
-                    cells = " | ".join(f"{fmean(values):+.3f}" for values in (worst, mean, variance))
-                    conflicts = fmean(in_conflict(value) for value in worst)
-                    lines.append(f"| {title} | {where} | {len(worst)} | {cells} | {conflicts:.0%} |")
-            if chance := logged(seeds, f"{tag}/chance"):
-                lines.append(f"| by chance, during {method} | {where} | {len(chance)} | | | | {fmean(chance):.0%} |")
-    return "\n".join(lines)
-
-
-def logged(runs: dict[int, Run], name: str) -> list[float]:
-    """All values that the runs logged under a name."""
-    return [value for run in runs.values() for value in run.curve(name).values]
+    options, extra = parse()
+    stages = read_stages()
+    try:
+        found = find_specialists(stages, options, extra)
+        print(report(compare(stages, options, extra), stages, found, options))
+    except ComparisonError as error:
+        sys.exit(f"error: {error}")
 
 
 if __name__ == "__main__":

@@ -14,15 +14,14 @@ from tests.helpers import ROOT
 SMALL = {
     "kill_and_resume": "--kills 1 --folder {folder}",
     "memory": "--frugal --no-overlap --prompts 3 --held-out 2 --sampling 2 --micro 2 --checkpointing",
-    "methods": "--methods weighted_sum --seeds 0 --folder {folder} --trainer.max_epochs 1 "
-    "--trainer.check_val_every_n_epoch 1 --data.held_out_per_source 4",
+    "methods": "--stage aligned --methods split plain_sum --seeds 0 --rounds 1 --folder {folder} --results {folder}/results "
+    "--specialists {folder}/results --data.held_out_per_source 4",
     "ocr_workers": "--images 4 --cycles 1",
-    "opposed": "--methods split weighted_sum --seeds 0 --rounds 1 --folder {folder} --results {folder}/results "
-    "--data.held_out_per_source 4",
     "policies_in_one_pass": "--sizes 3 --cycles 1",
     "round_speed": "--cycles 1",
     "scoring_overlap": "--cycles 1",
     "soak": "--rounds 4 --every 1",
+    "stage": "--base --prompts 1 --images 2 --folder {folder} --results {folder}/results",
     "training_speed": "--rewards 2 --cycles 1 --memory",
 }
 

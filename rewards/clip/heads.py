@@ -1,4 +1,4 @@
-"""The small regression head of `Aesthetic` and `ImageReward`."""
+"""The small regression heads of `Aesthetic` and `ImageReward`."""
 
 from collections.abc import Mapping
 
@@ -28,12 +28,35 @@ def regression_head(owner: str, *, width: int, weights: Mapping[str, Tensor], so
         if number < 3:
             layers.append(nn.Dropout((0.2, 0.2, 0.1)[number]))
     head = nn.Sequential(*layers)
+    _load(owner, head, weights, f"the five linear layers of a head on {width} features", source)
+    return head
+
+
+def linear_head(owner: str, *, width: int, weights: Mapping[str, Tensor], source: object) -> nn.Linear:
+    """Build a head of a single linear layer, float32 and frozen.
+
+    Args:
+        owner: Name of the reward, for error messages.
+        width: Dimension of the input features.
+        weights: `weight` (1, width) and `bias` (1,).
+        source: Origin of the weights, for error messages.
+
+    Raises:
+        ValueError: if the weights do not fit such a head.
+    """
+    head = nn.Linear(width, 1)
+    _load(owner, head, weights, f"one linear layer from {width} features to one score", source)
+    return head
+
+
+def _load(owner: str, head: nn.Module, weights: Mapping[str, Tensor], layers: str, source: object) -> None:
+    """Load weights into a head and freeze it."""
     try:
         head.load_state_dict({name: tensor.float() for name, tensor in weights.items()})
     except RuntimeError as error:
         raise ValueError(
-            f"{owner}: {source} must hold the five linear layers of a head on {width} features. Found others: "
-            f"{str(error).splitlines()[-1].strip()} Use the head that was trained on this model's features."
+            f"{owner}: {source} must hold {layers}. Found others: {str(error).splitlines()[-1].strip()} "
+            "Use the head that was trained on this model's features."
         ) from error
     check_finite(owner, head, source)
-    return head.requires_grad_(False).eval()
+    head.requires_grad_(False).eval()

@@ -19,10 +19,10 @@ LARGE = ("sd35m", "sd35m_1gpu", "sd35l")
 
 
 def launched(file: Path) -> list[str]:
-    """The `-c` options of the command in a file's second line; a file of balancers is an overlay of `tiny`."""
+    """The `-c` options of the command in a file's second line; a file in a folder is an overlay of `tiny`."""
     if file.parent != CONFIGS:
         method = ["-c", "balancers/pcgrad"] if file.stem == "cadence_marble" else []
-        return ["-c", "tiny", *method, "-c", f"balancers/{file.stem}"]
+        return ["-c", "tiny", *method, "-c", f"{file.parent.name}/{file.stem}"]
     command = shlex.split(file.read_text().splitlines()[1].removeprefix("# "))
     assert command[:2] == ["marble-lightning", "fit"] and command[-1] == file.stem
     return command[2:]
@@ -34,6 +34,20 @@ def test_every_config_parses(file, capsys):
         main(["fit", *launched(file), "--print_config"])
     assert end.value.code == 0
     assert "class_path: balancers." in capsys.readouterr().out
+
+
+def test_stages_differ_from_tiny_in_their_rewards_only():
+    tiny = yaml.safe_load((CONFIGS / "tiny.yaml").read_text())["model"]["rewards"]
+    stages = {file.stem: yaml.safe_load(file.read_text()) for file in (CONFIGS / "stages").glob("*.yaml")}
+    assert stages.keys() == {"aligned", "published", "conflict"}
+    assert stages["published"] == {}
+    assert all(stages[name].keys() == {"model"} for name in ("aligned", "conflict"))
+    assert all(stages[name]["model"].keys() == {"rewards"} for name in ("aligned", "conflict"))
+    assert set(stages["aligned"]["model"]["rewards"].values()) == {None}
+    assert stages["aligned"]["model"]["rewards"].keys() < tiny.keys()
+    conflict = stages["conflict"]["model"]["rewards"]
+    assert {name: conflict[name] for name in tiny} == tiny
+    assert conflict.keys() - tiny.keys() == {"ornament"}
 
 
 @pytest.mark.parametrize("run", ["tiny", "sd35m"])

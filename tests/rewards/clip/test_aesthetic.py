@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from rewards import Aesthetic, CLIPScore, JPEGCompressibility, Prompt
 
@@ -42,6 +42,33 @@ def test_two_rewards_share_one_clip_model(clip_folder: Path) -> None:
         reward.setup()
     assert aesthetic.tower.model is clipscore.tower.model
     assert half.tower.model is not clipscore.tower.model
+
+
+def test_a_linear_head_is_applied_to_the_same_embedding(clip_folder: Path, tmp_path: Path, images: torch.Tensor) -> None:
+    weight = torch.randn(1, 16, generator=torch.Generator().manual_seed(0))
+    save_file({"weight": weight, "bias": torch.tensor([5.0])}, tmp_path / "linear.safetensors")
+    reward = Aesthetic(str(clip_folder), str(tmp_path), "linear.safetensors")
+    reward.setup()
+    expected = reward.tower.embed_images(images) @ weight[0] + 5
+    actual = reward(images=images, prompts=[Prompt("", "test")] * len(images))
+    torch.testing.assert_close(actual, expected)
+    assert not any(parameter.requires_grad for parameter in reward.parameters())
+
+
+@pytest.mark.parametrize(
+    ("weights", "message"),
+    [
+        ({"weight": torch.zeros(1, 3), "bias": torch.zeros(1)}, "must hold one linear layer from 16 features to one score"),
+        ({"weight": torch.zeros(2, 16), "bias": torch.zeros(2)}, "must hold one linear layer from 16 features to one score"),
+        ({"weight": torch.zeros(1, 16)}, "`weight` and `bias` of one linear layer. Found weight. Use LAION's files"),
+        ({"weight": torch.full((1, 16), torch.nan), "bias": torch.zeros(1)}, "finite"),
+        ({}, "of one linear layer. Found nothing"),
+    ],
+)
+def test_other_linear_heads_are_refused(clip_folder: Path, tmp_path: Path, weights: dict, message: str) -> None:
+    torch.save(weights, tmp_path / "head.pth")
+    with pytest.raises(ValueError, match=message):
+        Aesthetic(str(clip_folder), str(tmp_path), "head.pth").setup()
 
 
 def test_bad_heads_are_refused(clip_folder: Path, write_clip: Callable[..., Path], tmp_path: Path) -> None:

@@ -1,0 +1,151 @@
+"""Tables that compare methods by their held-out changes, normalised gains and cosines. Pure functions of results."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from itertools import product
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from benchmarks.fits import Result, as_tensor, changes_of
+from benchmarks.stage_tables import number, table
+from marble_lightning.evaluation.gains import least_gain_difference, normalised_gains
+from marble_lightning.evaluation.statistics import crossed_interval, summarise
+
+Results = Mapping[str, Mapping[int, Result]]
+"""Figures of runs by method and seed."""
+Specialists = Float[Tensor, "seed prompt reward"]
+"""Changes of reward k, in column k, by runs trained on reward k alone."""
+
+
+def changes_table(results: Results, names: Sequence[str]) -> str:
+    """Held-out change of each reward by method, and the minutes of a run.
+
+    The change is a mean with its 95 % interval over seeds and prompts, or for a single seed with its standard error.
+
+    Args:
+        results: Figures of runs.
+        names: Rewards and metrics of the columns.
+    """
+    rows = []
+    for method, runs in results.items():
+        cells = map(change_cell, changes_of(list(runs.values()), names).unbind(2))
+        minutes = sum(run["seconds"] for run in runs.values()) / len(runs) / 60
+        rows.append([method, str(len(runs)), *cells, f"{minutes:.1f}"])
+    return table(["method", "seeds", *names, "minutes"], rows)
+
+
+def change_cell(changes: Float[Tensor, "seed prompt"]) -> str:
+    """A mean change with its interval, or for a single seed with its standard error."""
+    if len(changes) == 1:
+        return with_error(changes[0], 4)
+    interval = crossed_interval(changes)
+    return f"{interval.mean:+.4f} [{interval.low:+.4f}, {interval.high:+.4f}]"
+
+
+def with_error(values: Float[Tensor, " value"], digits: int) -> str:
+    """The mean of values and its standard error, without the latter for a single value; a dash for none."""
+    summary = summarise(values)
+    if not summary.n:
+        return "-"
+    error = f" ± {summary.error:.{digits}f}" if summary.n > 1 else ""
+    return f"{summary.mean:+.{digits}f}{error}"
+
+
+def cadences(results: Results) -> str:
+    """The balancer and cadence of each method, one line for each distinct cadence of its runs."""
+    lines = {f"- {method}: {run['balancer']}": None for method, runs in results.items() for run in runs.values()}
+    return "\n".join(lines)
+
+
+def stack_specialists(runs: Mapping[str, Sequence[Result]]) -> Specialists:
+    """Changes of each reward by its specialists, with as many seeds as the reward with the fewest has.
+
+    Args:
+        runs: Figures of the runs trained on each reward alone; at least one each.
+    """
+    seeds = min(map(len, runs.values()))
+    return torch.stack([changes_of(of_reward[:seeds], [name])[:, :, 0] for name, of_reward in runs.items()], dim=2)
+
+
+def gains_table(results: Results, names: Sequence[str], specialists: Specialists) -> str:
+    """Normalised gains of each method: the least with its reward, the mean, then all.
+
+    A dash stands for a reward whose specialist gains less than 3 standard errors; it does not count.
+
+    Args:
+        results: Figures of runs.
+        names: The rewards that the methods train on.
+        specialists: Changes by the specialists, with these rewards as columns.
+    """
+    rows = []
+    for method, runs in results.items():
+        gains = normalised_gains(changes_of(list(runs.values()), names), specialists).tolist()
+        defined = {name: gain for name, gain in zip(names, gains, strict=True) if gain == gain}
+        least = min(defined, key=lambda name: defined[name], default=None)
+        first = "-" if least is None else f"{defined[least]:+.2f} ({least})"
+        mean = sum(defined.values()) / len(defined) if defined else None
+        cells = (number(defined.get(name), "+.2f") for name in names)
+        rows.append([method, str(len(runs)), first, number(mean, "+.2f"), *cells])
+    return table(["method", "seeds", "least gain", "mean gain", *names], rows)
+
+
+def difference_table(results: Results, against: str, names: Sequence[str], specialists: Specialists) -> str:
+    """Difference of each method's least normalised gain and that of another, with a 99 % interval.
+
+    Only seeds that both methods have are compared.
+
+    Args:
+        results: Figures of runs.
+        against: The method to compare with.
+        names: The rewards that the methods train on.
+        specialists: As in `gains_table`.
+    """
+    rows, other = [], results[against]
+    for method, runs in results.items():
+        seeds = [seed for seed in runs if seed in other]
+        if method == against:
+            continue
+        if min(len(seeds), len(specialists)) < 2:
+            rows.append([method, str(len(seeds)), "needs 2 seeds of both methods and of the specialists"])
+            continue
+        one, two = (changes_of([of_method[seed] for seed in seeds], names) for of_method in (runs, other))
+        interval = least_gain_difference(one, two, specialists)
+        rows.append([method, str(len(seeds)), f"{interval.mean:+.3f} [{interval.low:+.3f}, {interval.high:+.3f}]"])
+    return table(["method", "seeds", f"least gain - that of {against}, 99 % interval"], rows)
+
+
+def cosines_table(results: Results, names: Sequence[str]) -> str:
+    """Mean cosine of a method's updates with each reward's gradient ± standard error over refreshes and seeds.
+
+    `own` are cosines on the images that the update comes from, `split` those by products of halves. The last column is how
+    often the least cosine of a refresh is negative.
+
+    Args:
+        results: Figures of runs.
+        names: The rewards that the methods train on.
+    """
+    rows = []
+    for method, place in product(results, ("own", "split")):
+        runs = [run for run in results[method].values() if run["trained_rewards"]]
+        if not runs:
+            continue
+        cosines = torch.cat([cosines_of(run, place, names) for run in runs])
+        if not len(cosines):
+            continue
+        complete = cosines[cosines.isfinite().all(1)]
+        conflicts = f"{(complete.amin(1) < 0).double().mean():.0%}" if len(complete) else "-"
+        cells = [with_error(column, 3) for column in cosines.unbind(1)]
+        rows.append([method, place, str(len(cosines)), *cells, conflicts])
+    return table(["method", "products", "refreshes", *names, "conflicts"], rows)
+
+
+def cosines_of(run: Result, place: str, names: Sequence[str]) -> Float[Tensor, "refresh reward"]:
+    """Cosines of a run's updates with each of these rewards' gradients; NaN for those that it has none of."""
+    rows, trained = as_tensor(run["cosines"][place]), run["trained_rewards"]
+    if not len(rows):
+        return torch.empty(0, len(names), dtype=torch.float64)
+    missing = torch.full_like(rows[:, 0], torch.nan)
+    return torch.stack([rows[:, trained.index(name)] if name in trained else missing for name in names], dim=1)

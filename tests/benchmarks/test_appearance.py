@@ -1,0 +1,64 @@
+"""Figures of images of known colours."""
+
+from __future__ import annotations
+
+import argparse
+
+import pytest
+import torch
+
+from benchmarks.appearance import (
+    PALETTE,
+    appearance,
+    appearance_table,
+    is_flat,
+    nearest_colours,
+    sample,
+)
+from benchmarks.fits import ComparisonError
+from marble_lightning.tinyworld.scenes import BACKGROUNDS, COLOURS
+
+
+def plain(*colour):
+    """An image of one colour."""
+    return (torch.tensor(colour) / 255)[:, None, None].expand(3, 32, 32).clone()
+
+
+def test_pixels_have_the_colours_of_the_palette():
+    images = torch.stack([plain(*colour) for colour in [*COLOURS.values(), *BACKGROUNDS.values()]])
+    found = nearest_colours(images)
+    assert found[:, 0, 0].tolist() == [*range(len(COLOURS)), *[len(COLOURS)] * len(BACKGROUNDS)]
+    assert (found == found[:, :1, :1]).all()
+
+
+def test_an_image_of_one_colour_is_flat():
+    noise = torch.rand(3, 32, 32, generator=torch.Generator().manual_seed(0))
+    images = torch.stack([plain(214, 38, 38), plain(214, 38, 38) + 0.02 * noise, noise])
+    assert is_flat(images).tolist() == [True, True, False]
+
+
+def test_figures_of_known_images():
+    red, black = plain(*COLOURS["red"]), plain(*COLOURS["black"])
+    half = red.clone()
+    half[:, :16] = black[:, :16]
+    prompts = ["a circle", "a circle", "a red circle", "a red circle"]
+    figures = appearance(torch.stack([half, black, red, red]), prompts, 2)
+    assert figures["black pixels"] == pytest.approx(0.375)
+    assert figures["flat images"] == 0.75
+    assert figures["no colour named: black"] == pytest.approx(0.75)
+    assert figures["no colour named: red"] == pytest.approx(0.25)
+    assert sum(figures[f"no colour named: {name}"] for name in PALETTE) == pytest.approx(1)
+    assert {"brightness", "diversity"} < figures.keys()
+    with pytest.raises(ComparisonError, match="Some prompts must name no colour"):
+        appearance(torch.stack([red, red]), ["a red circle"] * 2, 2)
+
+
+def test_factors_beyond_the_range_are_marked():
+    text = appearance_table({"one": ({"a": 0.4, "b": 0.0}, {"a": 0.5, "b": 0.1}), "two": ({"a": 0.6, "b": 0.0},) * 2})
+    assert "| a | 0.500 | 0.500 (x 1.25) | 0.600 (x 1.00) |" in text
+    assert "| b | 0.000 | **0.100 (x inf)** | 0.000 (x 1.00) |" in text
+
+
+def test_a_folder_without_a_run_is_refused(tmp_path):
+    with pytest.raises(ComparisonError, match="RUN must be a folder of `fit`"):
+        sample(tmp_path, "ema", argparse.Namespace(prompts=1, images=2), [])
