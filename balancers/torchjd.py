@@ -62,14 +62,15 @@ class TorchJD(Balancer):
     def weights(self, gram: Float[Tensor, "active active"]) -> Float[Tensor, " active"]:
         unit = gram / gram.diagonal().mean()
         aggregator = build(self.aggregator, self.arguments, len(gram))
-        rewards = ", ".join(compress(self.names, self.active.tolist())) if self.names else ""
+        rewards = ", ".join(compress(self.names, self.active.tolist())) if self.names else "any"
+        key = f"{self.aggregator} of {rewards}"  # a run that resumes with another aggregator must not use its memory
         with torch.random.fork_rng(devices=[]), torch.no_grad():
-            if rewards in self.memory:
-                restore(aggregator, self.aggregator, self.memory[rewards], len(gram))
+            if key in self.memory:
+                restore(aggregator, self.aggregator, self.memory[key], len(gram))
             torch.manual_seed(1_000_003 * self.seed + self.step)
             alpha = weights_of(aggregator, self.aggregator, unit).to(gram)
         if self.aggregator in MEMORY:
-            self.memory[rewards] = memory_of(aggregator, self.aggregator)
+            self.memory[key] = memory_of(aggregator, self.aggregator)
         return alpha
 
 

@@ -83,6 +83,13 @@ def test_the_memory_survives_a_resume_bit_for_bit(tmp_path, name, bind_first):
         assert torch.equal(first, second)
 
 
+def test_a_resume_with_another_aggregator_starts_without_memory():
+    first, second, gram = bound(TorchJD(aggregator="GradVac")), bound(TorchJD(aggregator="MoDo")), gram_of(0)
+    first.weights(gram)
+    second.load_state_dict(first.state_dict())
+    assert torch.equal(second.weights(gram), bound(TorchJD(aggregator="MoDo")).weights(gram))
+
+
 def test_each_set_of_active_rewards_has_its_own_memory():
     balancer, alone = bound(TorchJD(aggregator="GradVac")), bound(TorchJD(aggregator="GradVac"))
     gram = gram_of(0, push=0.8)
@@ -90,7 +97,7 @@ def test_each_set_of_active_rewards_has_its_own_memory():
     balancer.active = torch.tensor([True, True, False, True, True])
     balancer.weights(gram[balancer.active][:, balancer.active])
     balancer.active[:] = True
-    assert set(balancer.memory) == {"a, b, c, d, e", "a, b, d, e"}
+    assert set(balancer.memory) == {"GradVac of a, b, c, d, e", "GradVac of a, b, d, e"}
     alone.weights(gram)
     torch.testing.assert_close(balancer.weights(gram), alone.weights(gram))
 
