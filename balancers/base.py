@@ -2,11 +2,12 @@
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from copy import deepcopy
 from itertools import compress
 from typing import Any, cast
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
@@ -65,6 +66,8 @@ class Balancer(Callback):
         self.step = 0
         self.counts = {"refreshes": 0, "update_conflicts": 0, "mean_conflicts": 0}
         self.diagnostics: dict[str, Any] = {}
+        self.memory: dict[str, Any] = {}
+        """What the method keeps between rounds and refreshes, in checkpoints too: tensors, numbers, texts, lists, dicts."""
         self._sum, self._solved = GradientSum(), cast(Tensor | None, None)  # of the current optimizer step
         self.any_gradient_overflowed = False
         """Whether a gradient of this optimizer step overflowed; the step is then skipped."""
@@ -74,6 +77,14 @@ class Balancer(Callback):
         for level, check in LEVEL_CHECKS.items():
             if level in vars(cls):
                 setattr(cls, level, check(vars(cls)[level]))
+
+    def begin_round(self, scores: Float[Tensor, "sample reward"], prompts: Int[Tensor, " sample"]) -> dict[str, float]:
+        """Use the scores of all ranks (NaN: none) before they are merged, once a round. Returns figures to log; none here.
+
+        Shape:
+            scores (N, K), prompts (N,), the index of each sample's prompt from 0.
+        """
+        return {}
 
     # The three levels, of which a method overrides one
 
@@ -271,8 +282,8 @@ class Balancer(Callback):
         """The state between two optimizer steps; NaN where a reward has never been active."""
         if not self.names:
             return {}
-        counts = dict(self.counts)
-        state = {"reward_names": list(self.reward_names), "step": self.step, "counts": counts}
+        counts, memory = dict(self.counts), deepcopy(self.memory)
+        state = {"reward_names": list(self.reward_names), "step": self.step, "counts": counts, "memory": memory}
         return state | self.smoothed.state_dict() | {"signal": self.signal.state_dict()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -283,6 +294,7 @@ class Balancer(Callback):
         """
         self.bind(state_dict["reward_names"])
         self.step, self.counts = state_dict["step"], dict(state_dict["counts"])
+        self.memory = deepcopy(state_dict.get("memory", {}))  # absent from checkpoints of earlier versions
         self.smoothed.load_state_dict(state_dict)
         if "signal" in state_dict:  # not in checkpoints of earlier versions, whose averages then begin here
             self.signal.load_state_dict(state_dict["signal"])

@@ -31,6 +31,16 @@ def gram_matrix(
     return gram
 
 
+def root(gram: Float[Tensor, "reward reward"]) -> Float[Tensor, "reward reward"]:
+    r"""A matrix $R$ with $R R^\top = G$, whose rows have the same inner products as the gradients.
+
+    >>> root(torch.diag(torch.tensor([1.0, 4.0]))).square().sum(1)
+    tensor([1., 4.])
+    """
+    values, vectors = torch.linalg.eigh(gram)
+    return vectors * values.clamp(min=0).sqrt()
+
+
 def cosines(
     gram: Float[Tensor, "reward reward"],
     coefficients: Float[Tensor, " reward"],

@@ -25,7 +25,7 @@ def weights_by_name(
     [1.0, 2.0]
     """
     weights = dict(weights or {})
-    _check_known(weights, reward_names, option)
+    check_known(weights, reward_names, option)
     used = torch.tensor(list(weights.values()), dtype=torch.float32).tolist()
     if wrong := {name: weights[name] for name, value in zip(weights, used, strict=True) if not 0 < value < math.inf}:
         raise ValueError(
@@ -46,7 +46,7 @@ def group_rows(groups: Mapping[str, Sequence[str]] | None, reward_names: Sequenc
     """
     groups = dict(groups or {})
     members = [name for group in groups.values() for name in group]
-    _check_known(members, reward_names, "groups")
+    check_known(members, reward_names, "groups")
     if twice := sorted({name for name in members if members.count(name) > 1}):
         raise ValueError(f"`groups` must hold a reward once. Found {', '.join(twice)} twice.")
     if empty := [name for name, group in groups.items() if not group]:
@@ -55,7 +55,12 @@ def group_rows(groups: Mapping[str, Sequence[str]] | None, reward_names: Sequenc
     return torch.tensor([[float(name in group) for name in reward_names] for group in rows], dtype=torch.float64)
 
 
-def _check_known(names: Iterable[str], reward_names: Sequence[str], option: str) -> None:
+def check_known(names: Iterable[str], reward_names: Sequence[str], option: str) -> None:
+    """Check the names that an option uses.
+
+    Raises:
+        ValueError: A name is not one of `reward_names`.
+    """
     if unknown := [name for name in names if name not in reward_names]:
         raise ValueError(
             f"`{option}` must use the names of the rewards: {', '.join(reward_names)}. Found {', '.join(unknown)}."

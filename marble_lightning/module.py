@@ -27,7 +27,7 @@ from marble_lightning.evaluation.settings import Evaluation
 from marble_lightning.nft.divergence import Finite
 from marble_lightning.nft.loss import Coefficients, Objective
 from marble_lightning.nft.optimizer import adamw, clip_unscaled, with_schedule
-from marble_lightning.nft.rollout import MicroBatch, MicroBatches, Rollout, compute_coefficients, micro_batches
+from marble_lightning.nft.rollout import MicroBatch, MicroBatches, Rollout, begin_round, compute_coefficients, micro_batches
 from marble_lightning.nft.sampling import Sampling, ScoredRollout, sample_round, seed_key
 from marble_lightning.nft.step import TrainingStep
 from marble_lightning.policies.averaging import Averaging
@@ -172,6 +172,7 @@ class DiffusionNFT(LightningModule):
         self.rollout, self.scores = sampled.rollout, sampled.scores
         self.image_statistics = image_statistics(sampled.images, self.rollout.groups)
         self.round_metrics = sampled.metrics(self.trainer, self._trained_rewards, self.scorer)
+        self.round_metrics |= begin_round(self.balancer, self.scores, self.rollout.groups, self.trainer)
         del sampled  # its images take gigabytes that training needs
         self.coefficients = self.compute_coefficients(self.rollout, self.scores, self.seed, self.balancer)
         self.trained_since = time.perf_counter()
@@ -180,8 +181,7 @@ class DiffusionNFT(LightningModule):
 
     def sample_round(self, seed: int) -> ScoredRollout:
         """Sample and score a round with a seed of prompts and noise, see `nft.sampling.sample_round`."""
-        names = list(self.rewards)
-        return sample_round(self.trainer, self.policy, self.scorer, names, self.sampling, self.finite, seed)
+        return sample_round(self.trainer, self.policy, self.scorer, list(self.rewards), self.sampling, self.finite, seed)
 
     def compute_coefficients(
         self, rollout: Rollout, scores: Tensor, seed: int, balancer: Balancer | None

@@ -116,8 +116,7 @@ def compute_coefficients(
         RewardError: A merged value is infinite, and `scoring` does not allow it; raised on all ranks.
     """
     strategy, rank = trainer.strategy, trainer.global_rank
-    groups = groups + rank * (int(groups.max()) + 1)
-    all_scores, all_groups = (strategy.all_gather(part).reshape(-1, *part.shape[1:]) for part in (scores, groups))
+    all_scores, all_groups = gather_round(scores, groups, trainer)
     merged = all_scores
     if balancer:
         merged = balancer.merge_rewards(all_scores, ~all_scores.isnan())
@@ -137,6 +136,22 @@ def compute_coefficients(
             plus[step], minus[step] = coefficients(advantages[step], counts, objective.beta, objective.max_advantage)
         per_inner_epoch.append(Coefficients(plus, minus))
     return per_inner_epoch
+
+
+def gather_round(
+    scores: Float[Tensor, "image reward"], groups: Int[Tensor, " image"], trainer: Trainer
+) -> tuple[Float[Tensor, "sample reward"], Int[Tensor, " sample"]]:
+    """The scores and prompts of the images of all ranks; ranks share no prompt."""
+    groups = groups + trainer.global_rank * (int(groups.max()) + 1)
+    gather = trainer.strategy.all_gather
+    return gather(scores).reshape(-1, *scores.shape[1:]), gather(groups).reshape(-1)
+
+
+def begin_round(
+    balancer: Balancer, scores: Float[Tensor, "image reward"], groups: Int[Tensor, " image"], trainer: Trainer
+) -> dict[str, float]:
+    """Give a balancer the scores of all ranks, see `Balancer.begin_round`."""
+    return balancer.begin_round(*gather_round(scores, groups, trainer))
 
 
 def micro_batches(

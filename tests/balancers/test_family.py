@@ -1,25 +1,18 @@
-"""PCGrad, CAGrad, MGDA, TorchJD and AdvantageSum: agreement with the TorchJD library, and properties of all methods."""
+"""PCGrad, CAGrad, MGDA and AdvantageSum: agreement with the TorchJD library, and properties of all methods."""
+
+from functools import partial
 
 import pytest
 import torch
 from torchjd import aggregation
 
-from balancers import MARBLE, MGDA, AdvantageSum, Balancer, CAGrad, FixedWeights, PCGrad, TorchJD, min_norm_weights
+from balancers import GEM, MARBLE, MGDA, AdvantageSum, CAGrad, FixedWeights, OutcomeGuard, PCGrad, TorchJD, min_norm_weights
 from balancers.cagrad import conflict_averse
 from balancers.pcgrad import projection_weights
-from balancers.torchjd import root
+from tests.helpers.small_balancers import gram_of
 
 NAMES = ("a", "b", "c", "d", "e")
-METHODS = [MARBLE, MGDA, PCGrad, CAGrad, FixedWeights, TorchJD]
-
-
-def gram_of(seed: int, k: int = 5, p: int = 8, push: float = 0.0) -> torch.Tensor:
-    """Inner products of random gradients; `push` > 0 makes them conflict more."""
-    generator = torch.Generator().manual_seed(seed)
-    gradients = torch.randn(k, p, generator=generator, dtype=torch.float64)
-    gradients = gradients - push * gradients.mean(0)
-    gradients = gradients * torch.rand(k, 1, generator=generator, dtype=torch.float64).add(0.1)
-    return gradients @ gradients.T
+METHODS = [MARBLE, MGDA, PCGrad, CAGrad, FixedWeights, TorchJD, OutcomeGuard, partial(GEM, primary="a")]
 
 
 def bound(balancer, names=NAMES):
@@ -101,30 +94,6 @@ def test_mgda_equals_torchjd(seed):
     weights = bound(MGDA()).weights(gram)
     assert weights @ gram @ weights <= expected @ gram @ expected + 1e-9
     assert weights @ gram @ weights == pytest.approx(float(expected @ gram @ expected), rel=1e-2, abs=1e-6)
-
-
-@pytest.mark.parametrize("name", ["UPGrad", "DualProj", "AlignedMTL", "IMTLG", "Mean", "PCGrad"])
-def test_aggregators_of_torchjd(name):
-    balancer = bound(TorchJD(aggregator=name))
-    gradients = torch.randn(5, 30, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    gram = gradients @ gradients.T
-    torch.manual_seed(0)
-    expected = getattr(aggregation, name)()(gradients)
-    torch.testing.assert_close(balancer.weights(gram) @ gradients, expected, rtol=1e-4, atol=1e-5)
-
-
-def test_torchjd_refuses_unknown_and_stateful_aggregators():
-    with pytest.raises(ValueError, match=r"`aggregator` must be one of .*UPGrad.*Found 'Typo'"):
-        TorchJD(aggregator="Typo")
-    with pytest.raises(ValueError, match=r"Found 'GradVac'"):  # its state changes its result
-        TorchJD(aggregator="GradVac")
-    with pytest.raises(TypeError):
-        TorchJD(aggregator="UPGrad", arguments={"typo": 1})
-
-
-def test_root_keeps_the_inner_products():
-    gram = gram_of(2, k=5, p=3)  # of rank 3
-    torch.testing.assert_close(root(gram) @ root(gram).T, gram)
 
 
 @pytest.mark.parametrize("method", [MARBLE, MGDA, CAGrad, FixedWeights, TorchJD])
@@ -286,15 +255,3 @@ def test_sensitivity_is_in_the_diagnostics():
             rows[:, i, j] = (min_norm_weights(gram + moved) - min_norm_weights(gram - moved)) / (2 * step)
     expected = ((rows + rows.mT) / 2).flatten(1).norm(dim=1)
     torch.testing.assert_close(sensitivity, expected, rtol=1e-4, atol=1e-7)
-
-
-class OfTorchJD(Balancer):
-    """A weighting of the TorchJD library as a balancer."""
-
-    def weights(self, gram):
-        return aggregation.UPGradWeighting()(gram)
-
-
-def test_a_weighting_of_torchjd_is_a_balancer_in_one_line():
-    gram = gram_of(0, push=1.0)
-    torch.testing.assert_close(bound(OfTorchJD()).weights(gram), bound(TorchJD()).weights(gram), rtol=1e-4, atol=1e-6)

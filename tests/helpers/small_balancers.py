@@ -31,6 +31,15 @@ def gradients_of(seed, k=3, p=7):
     return torch.randn(k, p, generator=torch.Generator().manual_seed(seed))
 
 
+def gram_of(seed: int, k: int = 5, p: int = 8, push: float = 0.0) -> torch.Tensor:
+    """Inner products of random gradients; `push` > 0 makes them conflict more."""
+    generator = torch.Generator().manual_seed(seed)
+    gradients = torch.randn(k, p, generator=generator, dtype=torch.float64)
+    gradients = gradients - push * gradients.mean(0)
+    gradients = gradients * torch.rand(k, 1, generator=generator, dtype=torch.float64).add(0.1)
+    return gradients @ gradients.T
+
+
 class Scripted(Balancer):
     """Returns prepared weights, so that tests can compute the results by hand."""
 

@@ -1,0 +1,64 @@
+"""Training on one reward after another."""
+
+from collections.abc import Sequence
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from balancers.base import Balancer
+from balancers.per_reward_options import check_known
+
+
+class Sequential(Balancer):
+    r"""Train on a single reward for some rounds, then on the next one, in the same run.
+
+    In round $t = 0, 1, \dots$ with stages of $T$ rounds, the only reward is $R_{i, o(t)}$ with
+    $o(t) = \text{order}[\lfloor t / T \rfloor \bmod \text{length}]$. Samples that it does not apply to are not trained on. A
+    run of $T$ times the length of `order` rounds trains each stage once; a longer run starts again with the first.
+
+    Args:
+        rounds: Rounds of a stage, >= 1.
+        order: Reward of each stage, by name; a reward may have several stages. Null: each once, in the order of the rewards.
+
+    Raises:
+        ValueError: `rounds` is below 1, `order` is empty, or it has an unknown name.
+
+    Source: the sequential baseline of MARBLE, arXiv 2605.06507.
+    """
+
+    merged_name = "stage"
+
+    def __init__(self, rounds: int = 100, order: list[str] | None = None) -> None:
+        super().__init__()
+        if rounds < 1:
+            raise ValueError(f"`rounds` must be >= 1. Found {rounds}.")
+        if order == []:
+            raise ValueError("`order` must name the reward of at least one stage. Found none; use null for all rewards.")
+        self.rounds, self.order = rounds, order
+
+    def bind(self, reward_names: Sequence[str]) -> None:
+        check_known(self.order or [], reward_names, "order")
+        super().bind(reward_names)
+
+    @property
+    def current(self) -> str:
+        """Name of the reward of this round."""
+        order, finished = self.order or self.reward_names, max(self.memory.get("begun", 0) - 1, 0)
+        return order[finished // self.rounds % len(order)]
+
+    def begin_round(self, scores: Float[Tensor, "sample reward"], prompts: Int[Tensor, " sample"]) -> dict[str, float]:
+        """Count the round. Returns 1 for its reward and 0 for the others."""
+        self.memory["begun"] = self.memory.get("begun", 0) + 1
+        return {f"stage/{name}": float(name == self.current) for name in self.reward_names}
+
+    def merge_rewards(
+        self, rewards: Float[Tensor, "sample reward"], applies: Bool[Tensor, "sample reward"]
+    ) -> Float[Tensor, "sample 1"]:
+        """The column of the round's reward; NaN where it does not apply.
+
+        Shape:
+            rewards (N, K), applies (N, K) -> (N, 1).
+        """
+        column = self.reward_names.index(self.current)
+        return torch.where(applies, rewards, torch.nan)[:, [column]]
