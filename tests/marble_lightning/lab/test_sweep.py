@@ -14,6 +14,7 @@ import pytest
 import yaml
 
 from marble_lightning.cli import main
+from marble_lightning.command_line import check_fit
 from marble_lightning.lab.jobs import Job
 from marble_lightning.lab.launchers import Local, in_use
 from marble_lightning.lab.sweep import Variant, merged, plan, sweep
@@ -120,6 +121,23 @@ def test_wrong_sweeps_are_refused_before_the_first_run(tmp_path, monkeypatch, ch
     options = {"folder": tmp_path, "configs": ["tiny"], "variants": {"a": Variant()}, "seeds": [0]} | change
     with pytest.raises(ValueError, match=message):
         sweep(**options)
+
+
+def test_a_variant_is_checked_as_fit_checks_it(tmp_path, monkeypatch, capsys):
+    """The same message, in this process, without weights; classes of the working folder are found, as by `python -m`."""
+    monkeypatch.setattr("marble_lightning.policies.sd3.load_pipeline", lambda *_: pytest.fail("weights were loaded"))
+    wrong = ["-c", "tiny", "--model.sampling.steps", "few"]
+    with pytest.raises(SystemExit):
+        main(["fit", *wrong])
+    expected = capsys.readouterr().err.removeprefix("error: ").strip()
+    with pytest.raises(ValueError) as refused:
+        check_fit(wrong)
+    assert str(refused.value) == expected and "sampling.steps" in expected
+    (tmp_path / "own_balancer.py").write_text("from balancers import MARBLE\n\n\nclass Own(MARBLE):\n    pass\n")
+    monkeypatch.chdir(tmp_path)
+    before = list(sys.path)
+    check_fit(["-c", "tiny", "--balancer", "own_balancer.Own"])
+    assert sys.path == before and capsys.readouterr() == ("", "")
 
 
 def test_the_command_reads_a_file(tmp_path, monkeypatch):
