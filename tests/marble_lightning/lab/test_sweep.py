@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
 import sys
 import threading
 import time
@@ -19,7 +18,6 @@ from marble_lightning.lab.jobs import Job
 from marble_lightning.lab.launchers import Local, in_use
 from marble_lightning.lab.sweep import Variant, merged, plan, sweep
 from marble_lightning.lab.sweep_table import follow
-from tests.helpers import ROOT
 
 
 def job(folder: Path, name: str, script: str) -> Job:
@@ -159,37 +157,3 @@ def test_the_command_reads_a_file(tmp_path, monkeypatch):
 def test_later_settings_decide():
     assert merged({"a": {"b": 1}, "c": 1}, {"a": None}) == {"a": None, "c": 1}
     assert merged({"a": 1}, {"a": {"b": 2}}) == {"a": {"b": 2}}
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(1200)
-def test_killed_twice_and_finished(tmp_path):
-    """Three variants, of which one cannot work, with two seeds, two at a time."""
-    file = tmp_path / "sweep.yaml"
-    content = {
-        "folder": str(tmp_path / "runs"),
-        "configs": ["tiny"],
-        "settings": {"trainer": {"max_epochs": 4, "check_val_every_n_epoch": 4}, "data": {"held_out_per_source": 4}},
-        "seeds": [0, 1],
-        "variants": {
-            "marble": {},
-            "sum": {"configs": ["balancers/weighted_sum"]},
-            "broken": {"settings": {"model": {"rewards": {"pickscore": {"init_args": {"path": str(tmp_path)}}}}}},
-        },
-        "jobs": 2,
-        "threads": 1,
-    }
-    file.write_text(yaml.safe_dump(content))
-    command = [sys.executable, "-m", "marble_lightning", "sweep", str(file)]
-    for _ in range(2):
-        process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
-        time.sleep(45)
-        process.send_signal(signal.SIGINT)
-        process.communicate()
-        assert process.returncode == 128 + signal.SIGINT
-    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    assert ended.returncode == 1
-    assert "4 finished, 2 failed" in ended.stdout
-    for name in ("marble", "sum"):
-        for seed in (0, 1):
-            assert len(list((tmp_path / "runs" / name / f"seed_{seed}").glob("version_*/results.json"))) == 1
