@@ -18,12 +18,14 @@ from marble_lightning.evaluation.results import HeldOutScores, document, read, w
 from marble_lightning.evaluation.tables import comparison_table, held_out_table, tags_table
 from marble_lightning.module import DiffusionNFT
 from marble_lightning.run_folder import CONFIG, RESULTS, run_folder
+from marble_lightning.utils.peak_memory import peak_memory
 
 
 class Results(Callback):
     """Prints tables of held-out scores by prompt set, and writes results.json and results.csv to the run's folder.
 
-    After `fit` they include the base, and commands for the next steps are printed.
+    After `fit` they include the base, and commands for the next steps are printed. results.json also has the peak memory of
+    the first process.
 
     Args:
         compare_with: Other runs, each given by its results.json or its folder. The composite score of each run, the
@@ -110,7 +112,10 @@ class Results(Callback):
         prompts = dict(enumerate(data.held_out[:: data.held_out_images]))
         held_out = HeldOutScores(module.reward_models, prompts, module.evaluator.trained_scores, base).with_scores()
         results = document(
-            held_out, judged=self._evaluated_policy(trainer, module), settings=self._settings(trainer, module)
+            held_out,
+            judged=self._evaluated_policy(trainer, module),
+            settings=self._settings(trainer, module),
+            peak_memory=peak_memory(module.device),
         )
         for facts in (results["judged"], results["settings"]):
             console.print(", ".join(f"{name} {value}" for name, value in facts.items() if value is not None), soft_wrap=True)

@@ -69,6 +69,28 @@ def check_comparable(this: Results, other: Results, name: str, columns: Sequence
     Raises:
         ValueError: The runs differ; the message names the differences.
     """
+    differences = evaluation_differences(this, other, columns)
+    if differences:
+        raise ValueError(
+            f"`results.compare_with` must name runs evaluated like this one. Found {name} with {', '.join(differences)}; "
+            "evaluate both with the same `evaluation` settings and held-out prompts."
+        )
+    missing = [column for column in columns if other[ALL].get(column, {"mean": None})["mean"] is None]
+    if missing:
+        raise ValueError(
+            f"`results.compare_with` must name runs with a score of every reward compared. Found none of "
+            f"{', '.join(missing)} in {name}; name others under `results.columns`, or evaluate it with this run's rewards."
+        )
+
+
+def evaluation_differences(this: Results, other: Results, columns: Sequence[str]) -> list[str]:
+    """What prevents a comparison of two runs: other settings of sampling, classes of reward models, or prompts.
+
+    Args:
+        this: Settings and prompts of this run.
+        other: Results of the other run.
+        columns: Rewards and metrics.
+    """
     keys = dict.fromkeys([*this["settings"], *other["settings"]])
     pairs = {key: (other["settings"].get(key), this["settings"].get(key)) for key in keys}
     differences = [
@@ -89,17 +111,7 @@ def check_comparable(this: Results, other: Results, name: str, columns: Sequence
             f"prompt {actual[0]} {actual[2]!r} of {actual[1]!r} "
             f"instead of prompt {expected[0]} {expected[2]!r} of {expected[1]!r}"
         )
-    if differences:
-        raise ValueError(
-            f"`results.compare_with` must name runs evaluated like this one. Found {name} with {', '.join(differences)}; "
-            "evaluate both with the same `evaluation` settings and held-out prompts."
-        )
-    missing = [column for column in columns if other[ALL].get(column, {"mean": None})["mean"] is None]
-    if missing:
-        raise ValueError(
-            f"`results.compare_with` must name runs with a score of every reward compared. Found none of "
-            f"{', '.join(missing)} in {name}; name others under `results.columns`, or evaluate it with this run's rewards."
-        )
+    return differences
 
 
 def scorer_differences(this: Results, other: Results, columns: Sequence[str]) -> list[str]:

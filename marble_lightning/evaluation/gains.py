@@ -61,6 +61,9 @@ def least_gain_difference(
     methods together (they share the training prompts and the noise), and the specialists' seeds on their own. Each draw
     has its own least gain. Rewards whose specialists gain less than 3 standard errors are left out.
 
+    In simulations (1000 runs of each case in the tests) 95 % intervals of 5 and 10 seeds cover the difference in 94 to 95 %.
+    Where several gains of a method are equal and least, the least has a kink and they cover less, at worst 92 %.
+
     Args:
         one: Changes by the first method, NaN where the reward does not apply to the prompt.
         other: Changes by the second method, of the same seeds and prompts.

@@ -114,8 +114,9 @@ def crossed_interval(
 ) -> Interval:
     """Confidence interval of the mean by a studentised crossed bootstrap: seeds and prompts are resampled independently.
 
-    Each draw is divided by its own standard error, which makes intervals of few seeds wide enough; tests simulate the
-    coverage with five.
+    Each draw is divided by its own standard error, which makes intervals of few seeds wide enough: in simulations (1000 runs
+    of each case in the tests) 95 % intervals of 5 and 10 seeds cover in 94 to 96 %, whether seeds or prompts vary most. With
+    two seeds that vary most it is only 87 %.
 
     Args:
         changes: Change of a score by seed and prompt. Prompts with a NaN are left out.

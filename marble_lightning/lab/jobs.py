@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from marble_lightning.command_line import check_fit
 from marble_lightning.run_folder import RESULTS
 
 SETTINGS, OUTPUT = "sweep.yaml", "output.txt"
@@ -71,13 +71,12 @@ class Job:
         file.write_text(text, encoding="utf-8")
 
     def check(self) -> None:
-        """Parse its configuration.
+        """Parse its configuration in this process.
 
         Raises:
             ValueError: `fit` would refuse it.
         """
-        command = [sys.executable, "-m", "marble_lightning", "fit", *self.arguments, "--print_config"]
-        parsed = subprocess.run(command, capture_output=True, text=True, check=False)
-        if parsed.returncode:
-            message = parsed.stderr.partition("error: ")[2] or parsed.stderr
-            raise ValueError(f"`fit` must accept the settings of {self.variant}. Found {message.strip()}")
+        try:
+            check_fit(self.arguments)
+        except ValueError as error:
+            raise ValueError(f"`fit` must accept the settings of {self.variant}. Found {error}") from error

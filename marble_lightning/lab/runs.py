@@ -55,6 +55,10 @@ class Run:
             folders.insert(0, earlier)
         return [*map(events_of, folders[:-1]), self._events]
 
+    def load(self) -> None:
+        """Read all curves now; otherwise they are read when the first one is needed."""
+        _ = self._all_events
+
     def curve(self, name: str) -> Curve:
         """All values of one TensorBoard curve, from the first round on if the run was resumed; empty if not logged."""
         values: dict[int, float] = {}
@@ -103,6 +107,11 @@ class Run:
         """The balancer and the cadence of the run, such as `MARBLE, refresh_every 5, ema_decay 0.7, ...`."""
         cadence = [f"{name} {self.evaluated[name]}" for name in CADENCE if self.evaluated.get(name) is not None]
         return ", ".join([self.evaluated.get("balancer", "not named in its results.json"), *cadence])
+
+    @property
+    def peak_memory(self) -> Mapping[str, Any] | None:
+        """`gib` and `of`, GPU or process, of the last part of a resumed run; None in results of earlier versions."""
+        return self.results.get("peak_memory")
 
     @property
     def reward_models(self) -> list[str]:

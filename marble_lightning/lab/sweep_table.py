@@ -84,7 +84,8 @@ def follow(jobs: Sequence[Job], launcher: Launcher) -> int:
                     del running[job]
             live.update(states.table())
     for job in states.having("failed"):
-        console.print(f"{job.name} failed: {last_line(job.output)}\n  All messages: {job.output}", markup=False)
+        message = f"{job.name} failed: {last_line(job.output)}\n  All messages: {job.output}"
+        console.print(message, markup=False, soft_wrap=True)  # paths stay whole
     if caught:
         return STOPPED + caught[0]
     return int(bool(states.having("failed")))

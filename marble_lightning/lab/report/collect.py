@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from marble_lightning.evaluation.comparison import check_comparable
+from marble_lightning.evaluation.comparison import evaluation_differences, scorer_differences
+from marble_lightning.lab.jobs import SETTINGS
+from marble_lightning.lab.report.progress import progress
 from marble_lightning.lab.runs import Run
 from marble_lightning.run_folder import CONFIG, RESULTS
 from marble_lightning.utils.validation import require
@@ -28,16 +30,23 @@ class Collection:
         methods: Runs on several rewards, by method and seed.
         specialists: Runs on a single reward, by reward and seed.
         unfinished: Folders of runs without results, which are left out.
+        notes: What a reader must know before comparing: other rewards, other settings of reward models.
     """
 
     methods: dict[str, dict[int, Run]] = field(default_factory=dict)
     specialists: dict[str, dict[int, Run]] = field(default_factory=dict)
     unfinished: list[Path] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
 
     @property
     def runs(self) -> list[Run]:
         """All runs on several rewards."""
         return [run for seeds in self.methods.values() for run in seeds.values()]
+
+    @property
+    def everything(self) -> list[Run]:
+        """All runs, on several rewards and on single ones."""
+        return [*self.runs, *(run for seeds in self.specialists.values() for run in seeds.values())]
 
     @property
     def rewards(self) -> list[str]:
@@ -86,19 +95,91 @@ def collect(places: Sequence[Path]) -> Collection:
     for place in places:
         require(place.is_dir(), "A report needs folders of runs", f"{place}, which is no folder")
         finished = sorted(file.parent for file in place.rglob(RESULTS))
-        begun = sorted(file.parent for file in place.rglob(CONFIG))
+        begun = sorted(begun_in(place))
         require(bool(finished), "A report needs finished runs", f"none in {place}, and {len(begun)} that have not finished")
         superseded = {folder.parent for folder in finished}
         found.unfinished += [folder for folder in begun if folder not in finished and folder.parent not in superseded]
-        for folder in finished:
+        for folder in progress(finished, f"Reading {place}", "run"):
             add(found, Run(folder), method_of(folder, place))
     require(bool(found.methods), "A report needs a run on several rewards", "only runs on single rewards")
-    first = found.runs[0]
-    everything = [*found.runs, *(run for seeds in found.specialists.values() for run in seeds.values())]
-    for run in everything:
-        check_comparable(without_seed(first.results), without_seed(run.results), str(run.folder), [])
+    for seeds in found.methods.values():
+        check_same(list(seeds.values()))
+    for run in found.everything[1:]:
+        check_evaluation(found.runs[0], run)
     require(bool(found.rewards), "The runs of a report must have a reward in common", "none")
+    found.notes = [*notes_on_rewards(found), *notes_on_scorers(found)]
     return found
+
+
+def begun_in(place: Path) -> Iterator[Path]:
+    """Folders of all runs, and those of a sweep's runs that have failed before they had one."""
+    folders = [file.parent for file in place.rglob(CONFIG)]
+    yield from folders
+    parents = {parent for folder in folders for parent in folder.parents}
+    yield from (file.parent for file in place.rglob(SETTINGS) if file.parent not in parents)
+
+
+def check_same(runs: Sequence[Run]) -> None:
+    """Check that the runs of a method differ only in their seed.
+
+    Raises:
+        ValueError: Rewards, balancer, cadence or number of optimizer steps differ.
+    """
+    facts = [
+        {"rewards": ", ".join(run.rewards), "balancer": run.balancer, "optimizer steps": run.evaluated.get("optimizer_step")}
+        for run in runs
+    ]
+    for run, of_run in zip(runs, facts, strict=True):
+        differences = [
+            f"{name} {value} instead of {facts[0][name]}" for name, value in of_run.items() if value != facts[0][name]
+        ]
+        require(
+            not differences,
+            "Runs of one method must differ only in their seed",
+            f"{run.folder} beside {runs[0].folder}, with {'; '.join(differences)}; put methods into folders of their own",
+        )
+
+
+def check_evaluation(first: Run, run: Run) -> None:
+    """Check that two runs were evaluated on the same prompts, with the same settings and classes of reward models.
+
+    Raises:
+        ValueError: They were not.
+    """
+    common = [name for name in first.reward_models if name in run.reward_models]
+    differences = evaluation_differences(without_seed(first.results), without_seed(run.results), common)
+    require(
+        not differences,
+        "The runs of a report must be evaluated alike",
+        f"{run.folder} beside {first.folder}, with {', '.join(differences)}; evaluate both with the same `evaluation` "
+        "settings, held-out prompts and rewards, or write a report of each",
+    )
+
+
+def notes_on_rewards(found: Collection) -> list[str]:
+    """Methods that were trained on other rewards than the first one, and rewards that not all runs have scores of."""
+    (first, seeds), *others = found.methods.items()
+    trained = next(iter(seeds.values())).rewards
+    notes = []
+    for name, runs in others:
+        rewards = next(iter(runs.values())).rewards
+        if set(rewards) != set(trained):
+            notes.append(f"{name} was trained on other rewards than {first}: {', '.join(rewards)}.")
+    known = dict.fromkeys(name for run in found.runs for name in run.rewards)
+    if missing := [name for name in known if name not in found.rewards]:
+        notes.append(f"Not compared, since not all runs have scores of it: {', '.join(missing)}.")
+    return notes
+
+
+def notes_on_scorers(found: Collection) -> list[str]:
+    """Reward models whose settings differ between runs, such as the path of their weights."""
+    first = found.runs[0]
+    differences = {
+        difference: run.folder
+        for run in found.everything[1:]
+        for difference in scorer_differences(first.results, run.results, first.reward_models)
+    }
+    return [f"Scored with other settings, in {folder}: {difference}." for difference, folder in differences.items()]
 
 
 def without_seed(results: Mapping[str, Any]) -> dict[str, Any]:

@@ -79,8 +79,12 @@ def learning_curves(found: Collection) -> Figure:
 
 def weights(found: Collection) -> Figure | None:
     """Smoothed merging coefficients over time, a panel for each method that has them."""
-    name = f"alpha_smoothed/{found.rewards[0]}"
-    having = [method for method, runs in found.methods.items() if next(iter(runs.values())).curve(name).values]
+    names = [f"alpha_smoothed/{reward}" for reward in found.rewards]
+    having = [
+        method
+        for method, runs in found.methods.items()
+        if any(next(iter(runs.values())).curve(name).values for name in names)
+    ]
     if not having:
         return None
     figure, axes = panels(len(having))

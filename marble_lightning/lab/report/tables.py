@@ -41,15 +41,17 @@ def scores(found: Collection) -> pandas.DataFrame:
 
 
 def methods(found: Collection) -> pandas.DataFrame:
-    """What ran: seeds, balancer with its cadence, optimizer steps, seconds of a round."""
+    """What ran: seeds, rewards, balancer with its cadence, optimizer steps, seconds of a round, peak memory of a run."""
     rows = {}
     for method, seeds in found.methods.items():
         run = next(iter(seeds.values()))
         rows[method] = {
             "seeds": ", ".join(map(str, seeds)),
+            "rewards": ", ".join(run.rewards),
             "balancer": run.balancer,
             "optimizer steps": run.evaluated.get("optimizer_step"),
             "seconds a round": round(median(seconds_of_round(run) for run in seeds.values()), 1),
+            "peak memory": memory(list(seeds.values())),
         }
     return pandas.DataFrame.from_dict(rows, orient="index")
 
@@ -57,6 +59,13 @@ def methods(found: Collection) -> pandas.DataFrame:
 def seconds_of_round(run: Run) -> float:
     """Median time of a round."""
     return sum(median(values) for phase in PHASES if (values := run.curve(f"time/{phase}").values))
+
+
+def memory(runs: list[Run]) -> str:
+    """Median peak memory of runs, of the GPU or of the process; empty if none has recorded it."""
+    recorded = [run.peak_memory for run in runs if run.peak_memory is not None]
+    by_kind = {kind: [peak["gib"] for peak in recorded if peak["of"] == kind] for kind in ("GPU", "process")}
+    return ", ".join(f"{median(peaks):.2f} GiB ({kind})" for kind, peaks in by_kind.items() if peaks)
 
 
 def changes(found: Collection) -> pandas.DataFrame:
@@ -149,48 +158,6 @@ def verdicts(found: Collection, reference: str) -> pandas.DataFrame:
     return frame.drop(columns="sign").round({"p": 4, "p (Holm)": 4})
 
 
-def harmony(found: Collection) -> pandas.DataFrame:
-    """Mean cosines of the update with each reward's gradient, on its own images and by products of halves.
-
-    `conflicts` is how often the least of a step is negative, `by chance` what a direction without any signal would have.
-    """
-    rows = []
-    for method, seeds in found.methods.items():
-        for place in ("own", "split"):
-            kind = next(
-                (kind for kind in ("reused", "update") if logged(seeds, f"cosine/{kind}/{place}/{found.rewards[0]}")), None
-            )
-            if kind is None:
-                continue
-            cosines = {name: logged(seeds, f"cosine/{kind}/{place}/{name}") for name in found.rewards}
-            prefix = "harmony" if place == "own" else "harmony/split"
-            least = torch.tensor(logged(seeds, f"{prefix}/{kind}/cos_min"))
-            chance = logged(seeds, "harmony/split/chance")
-            means = {name: summarise(torch.tensor(values)) for name, values in cosines.items()}
-            rows.append(
-                {
-                    "method": method,
-                    "products": place,
-                    "steps": len(least),
-                    **{name: f"{mean.mean:+.3f} ± {mean.error:.3f}" for name, mean in means.items()},
-                    "conflicts": f"{float((least < 0).double().mean()):.0%}" if len(least) else "",
-                    "by chance": f"{sum(chance) / len(chance):.0%}" if chance else "",
-                }
-            )
-    return pandas.DataFrame(rows)
-
-
-def noise(found: Collection) -> pandas.DataFrame:
-    """Signal-to-noise ratio of each reward's gradient in one step, at the end of the runs."""
-    rows = {}
-    for method, seeds in found.methods.items():
-        last = {name: [run.curve(f"signal_to_noise/{name}").values[-1:] for run in seeds.values()] for name in found.rewards}
-        known = {name: [value for values in some for value in values] for name, some in last.items()}
-        if all(known.values()):
-            rows[method] = {name: f"{median(values):.2f}" for name, values in known.items()}
-    return pandas.DataFrame.from_dict(rows, orient="index")
-
-
 def images(found: Collection) -> pandas.DataFrame:
     """Image statistics of the last tenth of the rounds, divided by those of the first round."""
     rows = {}
@@ -203,8 +170,3 @@ def images(found: Collection) -> pandas.DataFrame:
                 row[name] = f"x {sum(ratios) / len(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
         rows[method] = row
     return pandas.DataFrame.from_dict(rows, orient="index")
-
-
-def logged(seeds: dict[int, Run], name: str) -> list[float]:
-    """All values that the runs logged under a name."""
-    return [value for run in seeds.values() for value in run.curve(name).values]

@@ -140,6 +140,7 @@ def test_the_ema_adapter_the_trained_one_or_the_base(small, fitted, trained, tmp
     assert of_fit["judged"] == {**facts, **cadence, "command": "fit", "adapter": "ema", "optimizer_step": 2}
     assert trained_adapter["judged"] == {**facts, "command": "validate", "adapter": "trained", "optimizer_step": 2}
     assert base["judged"] == {**facts, "command": "test", "adapter": "none", "checkpoint": None, "optimizer_step": None}
+    assert of_fit["peak_memory"]["of"] == "process" and 0.1 < of_fit["peak_memory"]["gib"] < 100
     assert of_fit["settings"] == base["settings"] == {
         "steps": 2, "solver": "euler", "guidance": 1.0, "resolution": 16, "seed": 0, "images_per_prompt": 1
     }  # fmt: skip

@@ -18,9 +18,9 @@ def test_normalised_gains_are_shares_of_the_specialists():
     assert normalised_gains(changes, specialists[:1]).isfinite().tolist() == [True, True, False]  # errors over prompts
 
 
-def draw_changes(generator, means, seeds=5, prompts=60, applies=60):
-    """Changes with effects of seeds and prompts, by reward; the last reward applies to the first prompts only."""
-    effects = ((0.1, (seeds, 1, 1)), (0.3, (1, prompts, 1)), (0.3, (seeds, prompts, 1)))
+def draw_changes(generator, means, seeds=5, prompts=60, applies=60, sizes=(0.1, 0.3, 0.3)):
+    """Changes with effects of seeds and prompts, and noise, by reward; the last reward applies to the first prompts only."""
+    effects = list(zip(sizes, ((seeds, 1, 1), (1, prompts, 1), (seeds, prompts, 1)), strict=True))
     columns = [mean + sum(size * torch.randn(shape, generator=generator) for size, shape in effects) for mean in means]
     found = torch.cat(columns, 2)
     found[:, applies:, -1] = torch.nan
@@ -37,16 +37,27 @@ def test_one_reward_and_certain_specialists_give_the_crossed_interval():
 
 
 @pytest.mark.slow
-def test_the_interval_covers_the_true_difference():
-    """Two rewards, one of which applies to a third of the prompts: 95 % intervals cover in 91 to 99 % of 200 simulations."""
-    covered = 0
-    for seed in range(200):
-        generator = torch.Generator().manual_seed(seed)
-        one, other = (draw_changes(generator, means, applies=20) for means in ([0.5, 1.0], [0.9, 0.3]))
-        specialists = draw_changes(generator, [1.0, 1.0], applies=20)
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize("seeds", [5, 10])
+@pytest.mark.parametrize("sizes", [(0.2, 0.05, 0.1), (0.0, 0.3, 0.3)], ids=["seeds_dominate", "seeds_negligible"])
+@pytest.mark.parametrize(
+    ("means", "of_other", "expected"), [([0.5, 1.0], [0.9, 0.3], 0.93), ([0.5, 0.5], [0.3, 0.3], 0.9)], ids=["apart", "tied"]
+)
+def test_the_interval_covers_the_true_difference(means, of_other, expected, sizes, seeds):
+    """Two rewards, one of which applies to a third of the prompts, in 1000 simulations.
+
+    At a tie the least gain has a kink, where no bootstrap is exact; intervals cover a little less. 500 resamples in place of
+    4000, which only makes the ends less certain.
+    """
+    covered, more = 0, {"seeds": seeds, "applies": 20, "sizes": sizes}
+    for trial in range(1000):
+        generator = torch.Generator().manual_seed(trial)
+        one, other = (draw_changes(generator, gains, **more) for gains in (means, of_other))
+        specialists = draw_changes(generator, [1.0, 1.0], **more)
         interval = least_gain_difference(one, other, specialists, level=0.95, resamples=500)
         covered += interval.low <= 0.2 <= interval.high
-    assert 0.91 <= covered / 200 <= 0.99
+    print(f"{seeds} seeds, effects {sizes}, gains {means}: {covered / 10:.1f} % of 1000 intervals cover")
+    assert covered / 1000 >= expected
 
 
 def test_an_interval_needs_seeds_and_specialists():

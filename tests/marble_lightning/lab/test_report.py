@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import json
 from pathlib import Path
 
 import pandas
@@ -16,10 +18,11 @@ from marble_lightning.evaluation.gains import normalised_gains
 from marble_lightning.evaluation.results import HeldOutScores, document, write
 from marble_lightning.evaluation.statistics import crossed_interval
 from marble_lightning.lab.report.collect import collect
+from marble_lightning.lab.report.harmony import cosines, signal_to_noise
 from marble_lightning.lab.report.page import write_report
 from marble_lightning.lab.runs import Run, resumed
 from rewards import Prompt
-from tests.helpers.small_rewards import Brightness
+from tests.helpers.small_rewards import Brightness, Redness
 
 REWARDS = ("ocr", "geneval")
 PROMPTS = 12
@@ -32,7 +35,9 @@ def begin(folder: Path, seed: int, rewards=REWARDS, ckpt_path: str | None = None
     (folder / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
 
 
-def finish(folder: Path, seed: int, gains=(0.2, 0.1), rewards=REWARDS, prompts=PROMPTS, steps=8) -> None:
+def finish(
+    folder: Path, seed: int, gains=(0.2, 0.1), rewards=REWARDS, prompts=PROMPTS, steps=8, scorer=Brightness, **facts
+) -> None:
     """A finished run with curves, images and held-out scores that change by `gains`, and noise."""
     begin(folder, seed, rewards)
     draw = torch.Generator().manual_seed(seed)
@@ -41,9 +46,10 @@ def finish(folder: Path, seed: int, gains=(0.2, 0.1), rewards=REWARDS, prompts=P
             for name in rewards:
                 writer.add_scalar(f"train/{name}", 0.1 * step, step)
                 writer.add_scalar(f"alpha_smoothed/{name}", 1 / len(rewards), step)
-                writer.add_scalar(f"cosine/update/own/{name}", 0.3, step)
-                writer.add_scalar(f"signal_to_noise/{name}", 0.2, step)
-            writer.add_scalar("harmony/update/cos_min", -0.1 if step % 4 == 0 else 0.1, step)
+                writer.add_scalar(f"cosine/update/own/{name}", -0.1 if step % 4 == 0 else 0.3, step)
+                writer.add_scalar(f"cosine/update/split/{name}", 0.1 if step % 4 == 0 else -0.05, step)
+                writer.add_scalar(f"signal_to_noise/{name}", 0.1 * seed, step)
+            writer.add_scalar("harmony/split/chance", 0.7, step)
             writer.add_scalar("images/brightness", 1 - 0.05 * step, step)
             writer.add_scalar("time/training", 2.0, step)
     for step in (0, steps):
@@ -51,9 +57,10 @@ def finish(folder: Path, seed: int, gains=(0.2, 0.1), rewards=REWARDS, prompts=P
     base = torch.rand(prompts, 2, generator=draw)
     trained = base + torch.tensor(gains) + 0.05 * torch.randn(prompts, 2, generator=draw)
     named = {index: Prompt(f"prompt {index}", "x") for index in range(prompts)}
-    held_out = HeldOutScores({name: Brightness() for name in REWARDS}, named, trained, base)
+    held_out = HeldOutScores({name: scorer() for name in REWARDS}, named, trained, base)
     evaluated = {"balancer": "MARBLE", "optimizer_step": steps, "refresh_every": 5}
-    write(folder, document(held_out, judged=evaluated, settings={"steps": 24, "seed": seed}))
+    peak = {"of": "process", "gib": 1.5 + seed / 4}
+    write(folder, document(held_out, judged=evaluated, settings={"steps": 24, "seed": seed}, peak_memory=peak, **facts))
 
 
 @pytest.fixture
@@ -96,10 +103,63 @@ def test_the_page_and_its_files(folder, capsys):
     verdicts = pandas.read_csv(folder / "report/verdicts.csv")
     assert dict(zip(verdicts.reward, verdicts.verdict, strict=True)) == {"ocr": "worse", "geneval": "better"}
     assert len(pandas.read_csv(folder / "report/scores.csv")) == 10 * PROMPTS * 2
-    harmony = pandas.read_csv(folder / "report/harmony.csv")
-    assert harmony.conflicts.tolist() == ["25%", "25%"]
+    costs = pandas.read_csv(folder / "report/methods.csv", index_col=0)
+    assert costs.loc["fair", ["seconds a round", "peak memory"]].tolist() == [2.0, "1.75 GiB (process)"]
     statistics = pandas.read_csv(folder / "report/image_statistics.csv", index_col=0)
     assert statistics.loc["fair", "brightness"].startswith("x 0.65")
+
+
+def test_honest_cosines_stand_beside_those_of_own_images(folder):
+    """Of each method and of each run, with what chance gives and the signal-to-noise ratio."""
+    write_report([folder], folder / "report", None)
+    page = (folder / "report/report.html").read_text()
+    assert "by chance" in page and "Signal and noise" in page and "No cosines were logged" not in page
+    harmony = pandas.read_csv(folder / "report/harmony.csv")
+    assert harmony["method"].tolist() == ["fair", "fair", "greedy", "greedy"]
+    assert harmony["products"].tolist() == ["own", "split"] * 2
+    assert harmony["steps"].tolist() == [24] * 4  # eight of each of three seeds
+    assert harmony["conflicts"].tolist() == ["25%", "75%"] * 2
+    assert harmony["by chance"].tolist() == ["70%"] * 4
+    assert harmony["ocr"][0].startswith("+0.200 ± ")
+    assert pandas.read_csv(folder / "report/noise.csv", index_col=0).loc["fair"].tolist() == [0.1, 0.1]
+    runs = pandas.read_csv(folder / "report/harmony_runs.csv")
+    assert len(runs) == 2 * 3 * 3
+    third = runs[(runs["method"] == "fair") & (runs["seed"] == 2)].set_index("products")
+    assert third["steps"].tolist()[:2] == [8, 8] and third.loc["signal / noise", "geneval"] == "0.20"
+
+
+def test_cosines_of_probes_have_the_chance_of_probes(tmp_path):
+    """Methods without refreshes log cosines at probes; those without probes are named."""
+    for name in ("plain", "probed"):
+        begin(tmp_path / name, 0)
+        (tmp_path / name / "results.json").write_text("{}")
+    with SummaryWriter(str(tmp_path / "probed")) as writer:
+        for name in REWARDS:
+            writer.add_scalar(f"cosine/update/split/{name}", 0.2, 3)
+        writer.add_scalar("probe/reused/split/chance", 0.9, 3)
+    plain, probed = (Run(tmp_path / name) for name in ("plain", "probed"))
+    assert cosines(REWARDS, [plain]) == [] and signal_to_noise(REWARDS, [plain]) == {}
+    (row,) = cosines(REWARDS, [probed])
+    assert (row["products"], row["conflicts"], row["by chance"]) == ("split", "0%", "90%")
+
+
+def test_methods_without_cosines_are_named(folder):
+    for file in folder.glob("greedy/*/*/events*"):
+        file.unlink()
+    write_report([folder], folder / "report", None)
+    text = (folder / "report/report.md").read_text()
+    assert "No cosines were logged by greedy; `gradient_alignment.probe_every` logs them." in text
+
+
+def test_a_bar_on_a_terminal_shows_the_runs(folder, monkeypatch):
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+
+    monkeypatch.setattr("sys.stderr", terminal := Terminal())
+    write_report([folder / "fair"], folder / "report", None)
+    for title, total in ((f"Reading {folder / 'fair'}", "0/3 "), ("Reading curves", "0/3 "), ("Drawing", "0/11 ")):
+        assert f"{title}:   0%|          | {total}" in terminal.getvalue()
 
 
 def test_one_seed_and_no_specialists(tmp_path):
@@ -115,6 +175,14 @@ def test_killed_runs_are_named(folder):
     begin(folder / "fair" / "seed_9" / "version_0", 9)
     write_report([folder], folder / "report", None)
     assert f"no results: {folder / 'fair/seed_9/version_0'}." in (folder / "report/report.md").read_text()
+
+
+def test_a_run_of_a_sweep_that_never_began_is_named(folder):
+    """It failed before it had a folder of its own."""
+    (folder / "fair" / "seed_9").mkdir()
+    (folder / "fair" / "seed_9" / "sweep.yaml").touch()
+    (folder / "fair" / "seed_0" / "sweep.yaml").touch()
+    assert collect([folder]).unfinished == [folder / "fair" / "seed_9"]
 
 
 def test_a_killed_run_that_was_resumed_is_not_missing(folder):
@@ -154,6 +222,47 @@ def test_what_cannot_be_compared_is_refused(folder):
     finish(folder / "fair" / "seed_0" / "version_1", 0)
     with pytest.raises(ValueError, match="(?s)one run of each method and seed. Found two of fair, seed 0"):
         collect([folder])
+
+
+def test_runs_with_other_evaluations_are_refused(folder):
     finish(folder / "other" / "seed_0", 0, prompts=5)
-    with pytest.raises(ValueError, match="5 prompts instead of 12"):
+    with pytest.raises(
+        ValueError, match="must be evaluated alike. Found .*other/seed_0 beside .*5 prompts instead of 12; ev"
+    ):
         collect([folder / "greedy", folder / "other"])
+    finish(folder / "class" / "seed_0", 0, scorer=Redness)
+    with pytest.raises(ValueError, match="ocr by tests.helpers.small_rewards.Redness instead of .*Brightness"):
+        collect([folder / "greedy", folder / "class"])
+
+
+def test_seeds_of_a_method_differ_in_nothing_else(folder):
+    finish(folder / "fair" / "seed_5" / "version_0", 5, steps=9)
+    with pytest.raises(ValueError, match="differ only in their seed. Found .*seed_5.*optimizer steps 9 instead of 8; put"):
+        collect([folder])
+
+
+def test_other_rewards_are_said(folder):
+    """A reward of one method only is compared if all runs have scores of it, otherwise it is named."""
+    finish(folder / "third" / "seed_0", 0, rewards=("geneval", "ocr", "beauty"))
+    found = collect([folder])
+    assert found.rewards == ["ocr", "geneval"]
+    assert found.notes == [
+        "third was trained on other rewards than fair: geneval, ocr, beauty.",
+        "Not compared, since not all runs have scores of it: beauty.",
+    ]
+    write_report([folder], folder / "report", None)
+    assert " ".join(found.notes) in (folder / "report/report.md").read_text()
+    for seed in range(2):
+        finish(folder / "apart" / f"seed_{seed}", seed, rewards=("beauty", "grace"))
+    with pytest.raises(ValueError, match="must have a reward in common. Found none"):
+        collect([folder / "apart"])
+
+
+def test_other_settings_of_a_scorer_are_said(folder):
+    finish(folder / "third" / "seed_0", 0)
+    file = folder / "third" / "seed_0" / "results.json"
+    results = json.loads(file.read_text())
+    results["judges"]["ocr"]["path"] = "elsewhere"
+    file.write_text(json.dumps(results))
+    (note,) = collect([folder]).notes
+    assert note == f"Scored with other settings, in {file.parent}: ocr.path elsewhere instead of None."

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
 import sys
 import threading
 import time
@@ -14,11 +13,11 @@ import pytest
 import yaml
 
 from marble_lightning.cli import main
+from marble_lightning.command_line import check_fit
 from marble_lightning.lab.jobs import Job
 from marble_lightning.lab.launchers import Local, in_use
 from marble_lightning.lab.sweep import Variant, merged, plan, sweep
 from marble_lightning.lab.sweep_table import follow
-from tests.helpers import ROOT
 
 
 def job(folder: Path, name: str, script: str) -> Job:
@@ -59,7 +58,7 @@ def test_a_failure_does_not_stop_the_others(tmp_path, capsys):
     assert follow(jobs, Local(2, None)) == 1
     printed = capsys.readouterr().out
     assert "2 finished, 2 failed" in printed
-    assert "bad, seed 0 failed: ValueError: no such reward" in printed
+    assert f"bad, seed 0 failed: ValueError: no such reward\n  All messages: {tmp_path / 'bad/output.txt'}\n" in printed
     assert not jobs[1].output.exists()
     assert jobs[1].folder.stat().st_mtime_ns == before
     assert follow(jobs[:2], Local(2, None)) == 0
@@ -122,6 +121,23 @@ def test_wrong_sweeps_are_refused_before_the_first_run(tmp_path, monkeypatch, ch
         sweep(**options)
 
 
+def test_a_variant_is_checked_as_fit_checks_it(tmp_path, monkeypatch, capsys):
+    """The same message, in this process, without weights; classes of the working folder are found, as by `python -m`."""
+    monkeypatch.setattr("marble_lightning.policies.sd3.load_pipeline", lambda *_: pytest.fail("weights were loaded"))
+    wrong = ["-c", "tiny", "--model.sampling.steps", "few"]
+    with pytest.raises(SystemExit):
+        main(["fit", *wrong])
+    expected = capsys.readouterr().err.removeprefix("error: ").strip()
+    with pytest.raises(ValueError) as refused:
+        check_fit(wrong)
+    assert str(refused.value) == expected and "sampling.steps" in expected
+    (tmp_path / "own_balancer.py").write_text("from balancers import MARBLE\n\n\nclass Own(MARBLE):\n    pass\n")
+    monkeypatch.chdir(tmp_path)
+    before = list(sys.path)
+    check_fit(["-c", "tiny", "--balancer", "own_balancer.Own"])
+    assert sys.path == before and capsys.readouterr() == ("", "")
+
+
 def test_the_command_reads_a_file(tmp_path, monkeypatch):
     seen = []
     monkeypatch.setattr(
@@ -141,37 +157,3 @@ def test_the_command_reads_a_file(tmp_path, monkeypatch):
 def test_later_settings_decide():
     assert merged({"a": {"b": 1}, "c": 1}, {"a": None}) == {"a": None, "c": 1}
     assert merged({"a": 1}, {"a": {"b": 2}}) == {"a": {"b": 2}}
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(1200)
-def test_killed_twice_and_finished(tmp_path):
-    """Three variants, of which one cannot work, with two seeds, two at a time."""
-    file = tmp_path / "sweep.yaml"
-    content = {
-        "folder": str(tmp_path / "runs"),
-        "configs": ["tiny"],
-        "settings": {"trainer": {"max_epochs": 4, "check_val_every_n_epoch": 4}, "data": {"held_out_per_source": 4}},
-        "seeds": [0, 1],
-        "variants": {
-            "marble": {},
-            "sum": {"configs": ["balancers/weighted_sum"]},
-            "broken": {"settings": {"model": {"rewards": {"pickscore": {"init_args": {"path": str(tmp_path)}}}}}},
-        },
-        "jobs": 2,
-        "threads": 1,
-    }
-    file.write_text(yaml.safe_dump(content))
-    command = [sys.executable, "-m", "marble_lightning", "sweep", str(file)]
-    for _ in range(2):
-        process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
-        time.sleep(45)
-        process.send_signal(signal.SIGINT)
-        process.communicate()
-        assert process.returncode == 128 + signal.SIGINT
-    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    assert ended.returncode == 1
-    assert "4 finished, 2 failed" in ended.stdout
-    for name in ("marble", "sum"):
-        for seed in (0, 1):
-            assert len(list((tmp_path / "runs" / name / f"seed_{seed}").glob("version_*/results.json"))) == 1

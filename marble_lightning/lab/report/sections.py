@@ -1,0 +1,130 @@
+"""The sections of a report: a table or figures, and how to read them."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable
+from typing import NamedTuple
+
+import pandas
+from PIL import Image
+
+from marble_lightning.lab.report import plots, tables
+from marble_lightning.lab.report.collect import Collection
+from marble_lightning.lab.report.harmony import harmony_of_methods, noise
+
+
+class Section(NamedTuple):
+    """A part of the page: a title, what to read from it, and a table or images."""
+
+    name: str
+    title: str
+    text: str
+    table: pandas.DataFrame | None = None
+    images: dict[str, Image.Image] | None = None
+
+
+def runs(found: Collection, reference: str) -> Section:
+    """What ran, what a round cost, and what sets runs apart besides their method."""
+    left_out = "".join(f" Left out, since it has no results: {folder}." for folder in found.unfinished)
+    notes = "".join(f" {note}" for note in found.notes)
+    text = f"What ran, and what a round and a run cost: medians over seeds.{notes}{left_out}"
+    return Section("methods", "Runs", text, tables.methods(found))
+
+
+def gains(found: Collection, reference: str) -> Section:
+    """Normalised gains, or why there are none."""
+    table = tables.gains(found, reference)
+    if table is None:
+        missing = [name for name in found.rewards if name not in found.specialists]
+        text = f"Normalised gains need a run on each reward alone. There is none on {', '.join(missing)}."
+        return Section("gains", "Normalised gains", text)
+    text = (
+        "A reward's gain as a share of the gain by a run on it alone (dashed line). The least decides: it is that of "
+        "the reward that a method neglects. The difference has a 99 % interval."
+    )
+    return Section("gains", "Normalised gains", text, table, drawn("gains_figure", plots.gains(found)))
+
+
+def changes(found: Collection, reference: str) -> Section:
+    """Held-out changes."""
+    text = "Held-out change with its 95 % interval by a crossed bootstrap over seeds and prompts; ± is a standard error."
+    return Section("changes", "Change of each reward", text, tables.changes(found))
+
+
+def verdicts(found: Collection, reference: str) -> Section | None:
+    """Differences to the reference; None if no other method shares two seeds with it."""
+    text = (
+        f"Differences to {reference}, paired by seed, prompt and noise, with 95 % intervals. P-values are corrected for the "
+        "number of rows by Holm's method; a verdict needs 0.05."
+    )
+    table = tables.verdicts(found, reference)
+    return Section("verdicts", f"Beside {reference}", text, table) if len(table) else None
+
+
+def curves(found: Collection, reference: str) -> Section:
+    """Learning curves."""
+    text = "Mean reward of the images of a round: each run thin, the mean over seeds thick."
+    return Section("curves", "Learning curves", text, None, drawn("curves", plots.learning_curves(found)))
+
+
+def trade_offs(found: Collection, reference: str) -> Section:
+    """Changes of each pair of rewards."""
+    text = "Each dot is a run, each large one the mean of a method; the base is at the crossing of the lines."
+    return Section("trade_offs", "Trade-offs", text, None, drawn("trade_offs", plots.trade_offs(found)))
+
+
+def weights(found: Collection, reference: str) -> Section:
+    """Merging coefficients over time."""
+    text = "The smoothed weights of the rewards' gradients."
+    return Section("weights", "Weights over time", text, None, drawn("weights", plots.weights(found)))
+
+
+def harmony(found: Collection, reference: str) -> Section:
+    """Cosines of the update with each reward's gradient."""
+    table = harmony_of_methods(found)
+    missing = [name for name in found.methods if table.empty or name not in set(table["method"])]
+    without = (
+        f" No cosines were logged by {', '.join(missing)}; `gradient_alignment.probe_every` logs them." if missing else ""
+    )
+    text = (
+        "Cosines of the update with each reward's gradient. On its own images a solved direction looks good by "
+        "construction; products of halves do not share the noise. Compare conflicts with `by chance`, of no signal. "
+        f"harmony_runs.csv has the same for each run.{without}"
+    )
+    return Section("harmony", "Does an update serve every reward?", text, table)
+
+
+def signal(found: Collection, reference: str) -> Section:
+    """Signal-to-noise ratios."""
+    text = "Norm of a reward's gradient over the error of its estimate in one step: below 1 a step is mostly noise."
+    return Section("noise", "Signal and noise", text, noise(found))
+
+
+def image_statistics(found: Collection, reference: str) -> Section:
+    """Whether images have left the range of the base."""
+    text = "Statistics of the last tenth of the rounds, divided by those of the first; far from 1, look for reward hacking."
+    return Section("image_statistics", "Image statistics", text, tables.images(found))
+
+
+def images(found: Collection, reference: str) -> Section:
+    """Held-out images."""
+    text = "Held-out images of the run with the lowest seed; the same prompts and noise."
+    sheets = {f"images_{name.replace('/', '_')}": sheet for name, sheet in plots.sheets(found).items()}
+    return Section("images", "Images", text, None, sheets)
+
+
+SECTIONS: tuple[Callable[[Collection, str], Section | None], ...] = (
+    runs, gains, changes, verdicts, curves, trade_offs, weights, harmony, signal, image_statistics, images,
+)  # fmt: skip
+"""In the order of the page; each takes the runs and the reference, and is None where it has nothing to say."""
+
+
+def drawn(name: str, figure: plots.Figure | None) -> dict[str, Image.Image]:
+    """A figure as an image."""
+    if figure is None:
+        return {}
+    buffer = io.BytesIO()
+    figure.savefig(buffer, dpi=150)
+    plots.pyplot.close(figure)
+    return {name: Image.open(buffer).convert("RGB")}
