@@ -2,8 +2,8 @@
 
 Scenes are coloured shapes, or a sign with a word, drawn in code at 64 x 64 pixels (`scenes`), with captions in the style
 of the published prompt sets (`captions`) and ten kinds of faults (`degradations`). `train` makes the bundled weights from
-them: an SD3 pipeline in diffusers format, three CLIP reward models in transformers format and an aesthetic head. `ColourBlobs` is GenEval's
-object detector here. The rest of the project handles this model exactly like the large one.
+them: an SD3 pipeline in diffusers format, three CLIP reward models in transformers format and an aesthetic head.
+`ColourBlobs` is GenEval's object detector here. The rest of the project handles this model exactly like the large one.
 """
 
 from pathlib import Path

@@ -48,7 +48,7 @@ class RewardModelStage(Stage):
     def __init__(
         self, model: CLIPModel, pairs: Pairs, tokens: Tensor, taste: Taste, steps: int, contrastive: float = 0.0
     ) -> None:
-        super().__init__(model, len(tokens), steps, batch_size=96, lr=1e-3, decay=0.99)
+        super().__init__(model, len(tokens), steps, batch_size=96, lr=1e-3, decay=0.998)
         self.pairs, self.tokens, self.contrastive = pairs, tokens, contrastive
         self.people = pairs.log_odds(taste).sigmoid()
 
