@@ -24,7 +24,7 @@ from benchmarks.stage_tables import table
 from marble_lightning.evaluation.image_statistics import NAMES, image_statistics
 from marble_lightning.run_folder import CONFIG
 from marble_lightning.tinyworld import ColourBlobs
-from marble_lightning.tinyworld.scenes import COLOURS
+from marble_lightning.tinyworld.scenes import PAINTS
 
 RANGE = 1.5
 """A factor beyond this, or below its inverse, is marked."""
@@ -32,16 +32,18 @@ FLAT = 8 / 255
 """Standard deviation of the pixels below which an image counts as flat."""
 NO_COLOUR = "other colours"
 """Pixels that are near no colour of the palette, such as backgrounds."""
-PALETTE = (*COLOURS, NO_COLOUR)
+PALETTE = {name: colour for name, colour in PAINTS.items() if name != "white"}
+"""Colours to look for; some backgrounds are nearly white."""
+CATEGORIES = (*PALETTE, NO_COLOUR)
 
 
 def nearest_colours(images: Float[Tensor, "image 3 height width"]) -> Int[Tensor, "image height width"]:
-    """Index in `PALETTE` of the colour nearest to each pixel, by the rule of the detector `ColourBlobs`."""
-    colours = torch.tensor(list(COLOURS.values()), dtype=torch.float32) / 255
+    """Index in `CATEGORIES` of the colour nearest to each pixel, by the rule of the detector `ColourBlobs`."""
+    colours = torch.tensor(list(PALETTE.values()), dtype=torch.float32) / 255
     pixels = images.float().permute(0, 2, 3, 1)
     distances = torch.stack([(pixels - colour).norm(dim=3) for colour in colours])
     least, nearest = distances.min(0)
-    return torch.where(least < ColourBlobs().reach / 255, nearest, len(COLOURS))
+    return torch.where(least < ColourBlobs().reach / 255, nearest, len(PALETTE))
 
 
 def is_flat(images: Float[Tensor, "image 3 height width"]) -> Bool[Tensor, " image"]:
@@ -58,7 +60,7 @@ def names_a_colour(prompt: str) -> bool:
     >>> names_a_colour("a photo of a Red circle"), names_a_colour("a photo of a circle, coloured")
     (True, False)
     """
-    return not set(COLOURS).isdisjoint(re.findall("[a-z]+", prompt.lower()))
+    return not set(PAINTS).isdisjoint(re.findall("[a-z]+", prompt.lower()))
 
 
 def appearance(images: Float[Tensor, "image 3 height width"], prompts: Sequence[str], count: int) -> dict[str, float]:
@@ -75,13 +77,13 @@ def appearance(images: Float[Tensor, "image 3 height width"], prompts: Sequence[
     groups = torch.arange(len(images)) // count
     figures = dict(zip(NAMES, image_statistics(images, groups).mean(0).tolist(), strict=True))
     nearest = nearest_colours(images)
-    figures["black pixels"] = float((nearest == PALETTE.index("black")).double().mean())
+    figures["black pixels"] = float((nearest == CATEGORIES.index("black")).double().mean())
     figures["flat images"] = float(is_flat(images).double().mean())
     free = torch.tensor([not names_a_colour(prompt) for prompt in prompts])
     if not free.any():
         raise ComparisonError("Some prompts must name no colour. Found none; use more `--prompts`.")
-    shares = nearest[free].flatten().bincount(minlength=len(PALETTE)) / nearest[free].numel()
-    return figures | {f"no colour named: {name}": share for name, share in zip(PALETTE, shares.tolist(), strict=True)}
+    shares = nearest[free].flatten().bincount(minlength=len(CATEGORIES)) / nearest[free].numel()
+    return figures | {f"no colour named: {name}": share for name, share in zip(CATEGORIES, shares.tolist(), strict=True)}
 
 
 def factor(base: float, trained: float) -> float:

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from benchmarks.appearance import (
+    CATEGORIES,
     PALETTE,
     appearance,
     appearance_table,
@@ -16,7 +17,7 @@ from benchmarks.appearance import (
     sample,
 )
 from benchmarks.fits import ComparisonError
-from marble_lightning.tinyworld.scenes import BACKGROUNDS, COLOURS
+from marble_lightning.tinyworld.scenes import BACKGROUNDS, PAINTS
 
 
 def plain(*colour):
@@ -25,9 +26,9 @@ def plain(*colour):
 
 
 def test_pixels_have_the_colours_of_the_palette():
-    images = torch.stack([plain(*colour) for colour in [*COLOURS.values(), *BACKGROUNDS.values()]])
-    found = nearest_colours(images)
-    assert found[:, 0, 0].tolist() == [*range(len(COLOURS)), *[len(COLOURS)] * len(BACKGROUNDS)]
+    backgrounds = [colour for ends in BACKGROUNDS.values() for colour in ends]
+    found = nearest_colours(torch.stack([plain(*colour) for colour in [*PALETTE.values(), *backgrounds]]))
+    assert found[:, 0, 0].tolist() == [*range(len(PALETTE)), *[len(PALETTE)] * len(backgrounds)]
     assert (found == found[:, :1, :1]).all()
 
 
@@ -38,7 +39,7 @@ def test_an_image_of_one_colour_is_flat():
 
 
 def test_figures_of_known_images():
-    red, black = plain(*COLOURS["red"]), plain(*COLOURS["black"])
+    red, black = plain(*PAINTS["red"]), plain(*PAINTS["black"])
     half = red.clone()
     half[:, :16] = black[:, :16]
     prompts = ["a circle", "a circle", "a red circle", "a red circle"]
@@ -47,7 +48,7 @@ def test_figures_of_known_images():
     assert figures["flat images"] == 0.75
     assert figures["no colour named: black"] == pytest.approx(0.75)
     assert figures["no colour named: red"] == pytest.approx(0.25)
-    assert sum(figures[f"no colour named: {name}"] for name in PALETTE) == pytest.approx(1)
+    assert sum(figures[f"no colour named: {name}"] for name in CATEGORIES) == pytest.approx(1)
     assert {"brightness", "diversity"} < figures.keys()
     with pytest.raises(ComparisonError, match="Some prompts must name no colour"):
         appearance(torch.stack([red, red]), ["a red circle"] * 2, 2)
