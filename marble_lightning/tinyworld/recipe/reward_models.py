@@ -21,6 +21,8 @@ MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.2757
 """CLIP's normalisation of pixels."""
 LOGIT_SCALE = 64.0
 """Log-odds per unit of cosine. It sets the spreads of the scores: the cosine of two images differs by log-odds over this."""
+RIDGE = 1e-6
+"""Penalty of the head's squared weights, beside the mean square error."""
 CONTRASTIVE_SCALE = 20.0
 """Factor of the cosines in the contrastive loss. Images share captions' meanings, so it is smaller than CLIP's 100."""
 
@@ -125,15 +127,20 @@ def save_reward_model(model: CLIPModel, tokenizer: CLIPTokenizer, folder: Path) 
 
 @torch.no_grad()
 def save_ornament_head(model: CLIPModel, pairs: Pairs, folder: Path) -> None:
-    """Fit the amount of confetti by least squares on image embeddings, and save it in the format of LAION's linear head."""
+    """Fit ten times the amount of confetti by ridge regression on image embeddings, in the format of LAION's linear head.
+
+    Without the penalty, differences of nearly equal embeddings get weights that half precision cannot hold.
+    """
     images = torch.cat([pairs.first[:8000], pairs.second[:8000]])
-    ornament = torch.cat([pairs.first_traits[:8000, -1], pairs.second_traits[:8000, -1]])
+    target = 10 * torch.cat([pairs.first_traits[:8000, -1], pairs.second_traits[:8000, -1]]).double()
     chunks = [model.get_image_features(pixel_values=normalise(chunk)).pooler_output for chunk in images.split(500)]
-    embeddings = F.normalize(torch.cat(chunks), dim=-1)
-    inputs = torch.cat([embeddings, torch.ones(len(embeddings), 1)], dim=1)
-    solution = torch.linalg.lstsq(inputs.double(), 10 * ornament.double()[:, None]).solution.float()
+    embeddings = F.normalize(torch.cat(chunks), dim=-1).double()
+    centred, mean = embeddings - embeddings.mean(0), target.mean()
+    moments = centred.T @ centred / len(centred) + RIDGE * torch.eye(centred.shape[1], dtype=torch.float64)
+    weight = torch.linalg.solve(moments, centred.T @ (target - mean) / len(centred))
+    bias = mean - weight @ embeddings.mean(0)
     folder.mkdir(parents=True, exist_ok=True)
-    save_file({"weight": solution[:-1].T.contiguous(), "bias": solution[-1].contiguous()}, folder / "head.safetensors")
+    save_file({"weight": weight[None].half().contiguous(), "bias": bias[None].half()}, folder / "head.safetensors")
 
 
 @torch.no_grad()
