@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from pathlib import Path
 
 import torch
@@ -112,11 +113,10 @@ def train_reward_models(tokenizer: CLIPTokenizer, work: Path, out: Path, steps: 
 def save_reward_model(model: CLIPModel, tokenizer: CLIPTokenizer, folder: Path) -> None:
     """Save the model in half precision, with its tokenizer and preprocessing.
 
-    The stored logit scale is CLIP's 100, as in the published models; CLIPScore and HPSv2 are cosines, and do not use it.
+    The stored logit scale is the one of the training; PickScore multiplies by it, CLIPScore and HPSv2 are cosines.
     """
     model = copy.deepcopy(model).half()
-    if folder.name != "pickscore":
-        model.logit_scale.data.fill_(torch.tensor(100.0).log())
+    model.logit_scale.data.fill_(math.log(LOGIT_SCALE))
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     square = {"height": SIZE, "width": SIZE}

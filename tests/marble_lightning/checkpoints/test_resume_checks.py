@@ -100,7 +100,7 @@ def test_another_balancer_warns(checkpoints, first, tmp_path):
 def test_the_optimizer_keeps_its_options_with_a_warning(checkpoints, first, tmp_path, caplog):
     other = {"model.optimizer.lr": 1e-9, "model.optimizer.weight_decay": 0.5}
     main(["fit", *options(checkpoints, tmp_path, **TWO | other), "--ckpt_path", str(first)])
-    warning = f"keeps the options of {first}: lr 0.003 instead of 1e-09, weight_decay 0.0001 instead of 0.5"
+    warning = f"keeps the options of {first}: lr 0.0015 instead of 1e-09, weight_decay 0.0001 instead of 0.5"
     assert warning in caplog.text
     caplog.clear()
     main(["fit", *options(checkpoints, tmp_path, **TWO), "--ckpt_path", str(first)])

@@ -134,7 +134,7 @@ def test_the_ema_adapter_the_trained_one_or_the_base(small, fitted, trained, tmp
 
     checkpoint = str(Path(trained).resolve())
     facts = {"model": str(small[small.index("--model.policy.path") + 1]), "revision": None, "checkpoint": checkpoint}
-    facts |= {"text_length": 4, "text_encoder_3": "checkpoint", "dtype": "float32", "vae_tiling": False}
+    facts |= {"text_length": 1, "text_encoder_3": "checkpoint", "dtype": "float32", "vae_tiling": False}
     cadence = {"balancer": "MARBLE", "refresh_every": 5, "ema_decay": 0.7, "estimate_share": 1.0, "normalize": True}
     cadence |= {"refresh_alpha": "smoothed", "uniform_after_step": None, "gram": "own", "gram_decay": 0.0}
     assert of_fit["judged"] == {**facts, **cadence, "command": "fit", "adapter": "ema", "optimizer_step": 2}
@@ -199,7 +199,7 @@ def test_predict_samples_a_prompt_file_and_records_the_settings(small, tmp_path)
     assert (pixels(tmp_path / "out/00000.png") != pixels(tmp_path / "out/00001.png")).any()
     path = str(small[small.index("--model.policy.path") + 1])
     sampled = ("ein Kreis, größer als 5 €", "3", "2", "euler", "3.0", "32", "7", "none")
-    facts = (*sampled, path, "None", "4", "checkpoint", "float32", "False", "none")
+    facts = (*sampled, path, "None", "1", "checkpoint", "float32", "False", "none")
     assert facts_of(tmp_path / "out/00003.png") == dict(zip(FACTS, facts, strict=True))
 
 

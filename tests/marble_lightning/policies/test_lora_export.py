@@ -224,7 +224,7 @@ def test_fit_export_load_and_fit_from_the_lora(small, checkpoints, tmp_path, cap
     assert yaml.safe_load(about.pop("config")) == yaml.safe_load(config)
     assert about == {
         "version": version("marble-lightning"), "adapter": "ema", "alpha": "32.0", "round": "1", "optimizer_step": "2",
-        "base_model": str(checkpoints / "sd3"), "base_text_length": "4", "base_text_encoder_3": "checkpoint",
+        "base_model": str(checkpoints / "sd3"), "base_text_length": "1", "base_text_encoder_3": "checkpoint",
         "base_dtype": "float32", "base_vae_tiling": "False",
         "rewards": '["pickscore", "hpsv2", "clipscore", "ocr", "geneval"]',
     }  # fmt: skip
