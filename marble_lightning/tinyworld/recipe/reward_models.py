@@ -113,10 +113,11 @@ def train_reward_models(tokenizer: CLIPTokenizer, work: Path, out: Path, steps: 
 def save_reward_model(model: CLIPModel, tokenizer: CLIPTokenizer, folder: Path) -> None:
     """Save the model in half precision, with its tokenizer and preprocessing.
 
-    The stored logit scale is the one of the training; PickScore multiplies by it, CLIPScore and HPSv2 are cosines.
+    PickScore multiplies the cosine by the logit scale, and gets that of the training. CLIPScore divides by 100 again, and gets
+    CLIP's 100, so that it is the cosine.
     """
     model = copy.deepcopy(model).half()
-    model.logit_scale.data.fill_(math.log(LOGIT_SCALE))
+    model.logit_scale.data.fill_(math.log(100.0 if folder.name == "clipscore" else LOGIT_SCALE))
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     square = {"height": SIZE, "width": SIZE}
