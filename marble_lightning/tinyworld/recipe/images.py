@@ -36,6 +36,7 @@ def tensor(image: np.ndarray) -> Tensor:
 def load_or_make(file: Path, make: Callable[[], Any]) -> Any:
     """Return the result of `make`, which is computed once and cached in a file."""
     if not file.exists():
+        file.parent.mkdir(parents=True, exist_ok=True)
         torch.save(make(), file)
     return torch.load(file, weights_only=True)
 

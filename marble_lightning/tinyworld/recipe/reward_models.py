@@ -113,8 +113,8 @@ def train_reward_models(tokenizer: CLIPTokenizer, work: Path, out: Path, steps: 
 def save_reward_model(model: CLIPModel, tokenizer: CLIPTokenizer, folder: Path) -> None:
     """Save the model in half precision, with its tokenizer and preprocessing.
 
-    PickScore multiplies the cosine by the logit scale, and gets that of the training. CLIPScore divides by 100 again, and gets
-    CLIP's 100, so that it is the cosine.
+    PickScore multiplies the cosine by the logit scale, and gets that of the training. CLIPScore also divides by 100, and
+    gets CLIP's 100, so that it is the cosine.
     """
     model = copy.deepcopy(model).half()
     model.logit_scale.data.fill_(math.log(100.0 if folder.name == "clipscore" else LOGIT_SCALE))
