@@ -31,9 +31,9 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=80_000, help="number of training scenes")
     parser.add_argument("--spoiled", type=float, default=0.25, help="share of the base model's scenes with a fault")
     parser.add_argument("--autoencoder-steps", type=int, default=3500, help="optimizer steps of the autoencoder")
-    parser.add_argument("--base-steps", type=int, default=14_000, help="optimizer steps of the base model")
-    parser.add_argument("--reward-steps", type=int, default=4000, help="steps of the first reward model; others take half")
-    parser.add_argument("--pairs", type=int, default=50_000, help="preference pairs of the reward models")
+    parser.add_argument("--base-steps", type=int, default=9_400, help="optimizer steps of the base model")
+    parser.add_argument("--reward-steps", type=int, default=6000, help="steps of the first reward model; others take half")
+    parser.add_argument("--pairs", type=int, default=90_000, help="preference pairs of the reward models")
     options = parser.parse_args()
     options.work.mkdir(parents=True, exist_ok=True)
 
