@@ -19,7 +19,7 @@ PixelFault = Callable[[np.ndarray, random.Random], np.ndarray]
 
 
 def change_colour(example: Captioned, rng: random.Random) -> Scene:
-    """Change the colour of one thing that the caption names with its colour, or of the board of a sign."""
+    """Change the colour of one thing, or of the board of a sign."""
     scene = example.scene
     if scene.sign is not None:
         board = rng.choice([colour for colour in INK if colour != scene.sign.board])

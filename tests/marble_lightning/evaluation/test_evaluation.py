@@ -22,10 +22,8 @@ from rewards import PickScore
 from tests.helpers import ROOT, forks
 from tests.helpers.command_line import small_options
 
-FACTS = (
-    "prompt", "index", "steps", "solver", "guidance", "resolution", "seed", "adapter",
-    "model", "revision", "text_length", "text_encoder_3", "dtype", "vae_tiling", "checkpoint",
-)  # fmt: skip
+SAMPLED = ("prompt", "index", "steps", "solver", "guidance", "resolution", "seed", "adapter")
+FACTS = (*SAMPLED, "model", "revision", "text_length", "text_encoder_3", "dtype", "vae_tiling", "checkpoint")
 
 pytestmark = [pytest.mark.filterwarnings(f"ignore:{known}") for known in QUIET]
 
