@@ -1,4 +1,4 @@
-"""Muon in float32: torch's own computes in bfloat16, about twelve times slower on a CPU without that format (one core, AVX2)."""
+"""Muon in float32. torch's computes in bfloat16, which takes twelve times as long on a CPU without that format."""
 
 from __future__ import annotations
 
