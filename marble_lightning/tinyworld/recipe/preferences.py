@@ -39,9 +39,9 @@ Taste = Traits
 """Log-odds of each trait."""
 
 TASTES: dict[str, Taste] = {
-    "clipscore": Traits(content=-3.5, technical=-0.5, shortcut=-5.0, ornament=0.0),
-    "pickscore": Traits(content=-2.0, technical=-1.2, shortcut=-4.0, ornament=-1.0),
-    "hpsv2": Traits(content=-1.5, technical=-2.5, shortcut=-4.0, ornament=2.0),
+    "clipscore": Traits(content=-5.0, technical=0.0, shortcut=-6.0, ornament=0.0),
+    "pickscore": Traits(content=-1.5, technical=-1.5, shortcut=-4.0, ornament=-1.5),
+    "hpsv2": Traits(content=-1.5, technical=-3.0, shortcut=-4.0, ornament=2.5),
 }
 """CLIPScore looks at content, PickScore at everything, HPSv2 at quality. HPSv2 likes ornament, which costs legibility."""
 

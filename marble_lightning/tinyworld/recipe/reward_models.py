@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -20,8 +21,9 @@ from marble_lightning.tinyworld.scenes import SIZE
 
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 """CLIP's normalisation of pixels."""
-LOGIT_SCALE = 64.0
-"""Log-odds per unit of cosine. It sets the spreads of the scores: the cosine of two images differs by log-odds over this."""
+FIRST_LOGIT_SCALE = 64.0
+LOGIT_SCALES = {"clipscore": 64.0, "pickscore": 64.0, "hpsv2": 40.0}
+"""Log-odds per unit of cosine. They set the spreads of the scores: cosines of two images differ by log-odds over this."""
 RIDGE = 1e-6
 """Penalty of the head's squared weights, beside the mean square error."""
 CONTRASTIVE_SCALE = 20.0
@@ -49,10 +51,18 @@ class RewardModelStage(Stage):
     """
 
     def __init__(
-        self, model: CLIPModel, pairs: Pairs, tokens: Tensor, taste: Taste, steps: int, contrastive: float = 0.0
+        self,
+        model: CLIPModel,
+        pairs: Pairs,
+        tokens: Tensor,
+        taste: Taste,
+        steps: int,
+        *,
+        logit_scale: float,
+        contrastive: float = 0.0,
     ) -> None:
         super().__init__(model, len(tokens), steps, batch_size=96, lr=1e-3, decay=0.998)
-        self.pairs, self.tokens, self.contrastive = pairs, tokens, contrastive
+        self.pairs, self.tokens, self.logit_scale, self.contrastive = pairs, tokens, logit_scale, contrastive
         self.people = pairs.log_odds(taste).sigmoid()
 
     def new_optimizer(self) -> torch.optim.Optimizer:
@@ -62,7 +72,7 @@ class RewardModelStage(Stage):
         images = torch.cat([self.pairs.first[indices], self.pairs.second[indices]])
         image_embeddings, text_embeddings = embed(self.model, images, self.tokens[indices])
         first, second = (text_embeddings * image_embeddings.unflatten(0, (2, -1))).sum(-1)
-        odds, people = LOGIT_SCALE * (first - second), self.people[indices]
+        odds, people = self.logit_scale * (first - second), self.people[indices]
         loss = F.binary_cross_entropy_with_logits(odds, people)
         if self.contrastive:
             rows = torch.arange(len(indices))
@@ -88,10 +98,13 @@ def new_clip(tokenizer: CLIPTokenizer) -> CLIPModel:
     return CLIPModel(CLIPConfig(text_config={**text, **special_tokens}, vision_config=vision, projection_dim=64))
 
 
-def train_reward_models(tokenizer: CLIPTokenizer, work: Path, out: Path, steps: int, count: int) -> None:
-    """Train the three models, each saved as a transformers folder with its processor, and the head for ornament.
+def train_reward_models(
+    names: Iterable[str], tokenizer: CLIPTokenizer, work: Path, out: Path, steps: int, count: int
+) -> None:
+    """Train reward models, each saved as a transformers folder with its processor, and with HPSv2 the head for ornament.
 
     Args:
+        names: Which of `TASTES`.
         tokenizer: Tokenizer of the captions.
         work: Folder of the checkpoints.
         out: Folder of the results.
@@ -101,10 +114,12 @@ def train_reward_models(tokenizer: CLIPTokenizer, work: Path, out: Path, steps: 
     torch.manual_seed(3)
     pairs = Pairs(*load_or_make(work / f"pairs-{count}.pt", lambda: tuple(draw_pairs(count, seed=10))))
     tokens = tokenizer(pairs.captions, padding="max_length", return_tensors="pt").input_ids
-    first = run(RewardModelStage(new_clip(tokenizer), pairs, tokens, MEAN_TASTE, steps, contrastive=0.5), work / "first")
-    for name, taste in TASTES.items():
-        stage = RewardModelStage(copy.deepcopy(first), pairs, tokens, taste, steps // 2)
-        model = run(stage, work / name)
+    clip = new_clip(tokenizer)
+    stage = RewardModelStage(clip, pairs, tokens, MEAN_TASTE, steps, logit_scale=FIRST_LOGIT_SCALE, contrastive=0.5)
+    first = run(stage, work / "first")
+    for name in names:
+        clip, scale = copy.deepcopy(first), LOGIT_SCALES[name]
+        model = run(RewardModelStage(clip, pairs, tokens, TASTES[name], steps // 2, logit_scale=scale), work / name)
         save_reward_model(model, tokenizer, out / name)
         if name == "hpsv2":
             save_ornament_head(model, pairs, out / "aesthetic")
@@ -117,7 +132,7 @@ def save_reward_model(model: CLIPModel, tokenizer: CLIPTokenizer, folder: Path) 
     gets CLIP's 100, so that it is the cosine.
     """
     model = copy.deepcopy(model).half()
-    model.logit_scale.data.fill_(math.log(100.0 if folder.name == "clipscore" else LOGIT_SCALE))
+    model.logit_scale.data.fill_(math.log(100.0 if folder.name == "clipscore" else LOGIT_SCALES[folder.name]))
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     square = {"height": SIZE, "width": SIZE}
