@@ -1,5 +1,5 @@
 # Two commands: `make fit` trains the bundled tiny model, `make test` checks everything. Both install what they need.
-# `make docs` builds the documentation into docs/_build/html. `make notebooks` executes the notebooks and stores their outputs.
+# `make docs` builds the documentation into docs/_build/html. `make notebooks` executes the notebooks, into runs/notebooks.
 # `make quick` runs the tests of one package, for example `make quick PACKAGE=marble_lightning/nft`.
 
 PYTHON ?= python3

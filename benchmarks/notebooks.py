@@ -1,50 +1,81 @@
-"""Executes the notebooks of this repository and stores their outputs in them: `python -m benchmarks.notebooks`.
+"""Executes the notebooks: `python -m benchmarks.notebooks`, or with `--fast` in small runs that only show that they work.
 
-The documentation shows the stored outputs. Each notebook keeps a digest of the code that made them, so that a test finds
-outputs that are out of date. Text may be edited without executing again. Finished fits in `runs/` are not repeated.
+Executed copies and the same as HTML go to `runs/notebooks/executed` (`runs/notebooks/fast/executed`); the notebooks
+themselves keep no outputs. Finished runs are not repeated, so that an interrupted command continues where it was.
 """
 
 from __future__ import annotations
 
 import argparse
-import hashlib
+import os
+import re
 from pathlib import Path
 
 import nbformat
 from nbclient import NotebookClient
 from nbformat import NotebookNode
 
-FOLDER = Path(__file__).parents[1] / "notebooks"
+ROOT = Path(__file__).parents[1]
+FOLDER = ROOT / "notebooks"
+RUNS = ROOT / "runs/notebooks"
 
 
-def digest(notebook: NotebookNode) -> str:
-    """SHA-256 of the source of all code cells."""
-    sources = [cell.source for cell in notebook.cells if cell.cell_type == "code"]
-    return hashlib.sha256("\n\n".join(sources).encode()).hexdigest()
+def parameters_cell(notebook: NotebookNode) -> NotebookNode:
+    """The cell with the tag `parameters`."""
+    (cell,) = [cell for cell in notebook.cells if "parameters" in cell.metadata.get("tags", [])]
+    return cell
 
 
-def execute(file: Path) -> None:
-    """Execute one notebook from top to bottom and store its outputs and its digest in the same file."""
+def set_parameters(notebook: NotebookNode, **values: object) -> None:
+    """Replace the values of assignments in the cell of parameters.
+
+    Raises:
+        ValueError: There is no such assignment, or there are several.
+    """
+    cell = parameters_cell(notebook)
+    for name, value in values.items():
+        assignment = f"{name} = {value!r}"
+        cell.source, count = re.subn(rf"^{name} = .*$", lambda _, line=assignment: line, cell.source, flags=re.MULTILINE)
+        if count != 1:
+            raise ValueError(f"The cell of parameters must have one line `{name} = ...`. Found {count}.")
+
+
+def execute(file: Path, **parameters: object) -> NotebookNode:
+    """Execute a notebook from top to bottom in its folder, and return it with its outputs.
+
+    Args:
+        file: The notebook, which stays as it is.
+        parameters: Values to set in its cell of parameters.
+    """
     notebook = nbformat.read(file, as_version=4)
+    set_parameters(notebook, **parameters)
     place = {"metadata": {"path": str(file.parent)}}
-    NotebookClient(notebook, timeout=None, record_timing=False, resources=place).execute()
-    for cell in notebook.cells:
-        if cell.cell_type == "code":  # warnings of libraries are about this machine
-            cell.outputs = [output for output in cell.outputs if output.get("name") != "stderr"]
-    notebook.metadata["executed"] = digest(notebook)
-    notebook.metadata.language_info = {"name": "python"}  # its version and editor modes say nothing about the outputs
+    code = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])  # of this checkout, wherever another is installed
+    NotebookClient(notebook, timeout=None, resources=place).execute(env={**os.environ, "PYTHONPATH": code})
+    return notebook
+
+
+def write(notebook: NotebookNode, file: Path) -> None:
+    """Write an executed notebook, and the same as HTML beside it."""
+    from nbconvert import HTMLExporter  # the tests execute notebooks without it
+
+    file.parent.mkdir(parents=True, exist_ok=True)
     nbformat.write(notebook, file)
-    print(f"{file}, {file.stat().st_size // 1000} kB")
+    page, _ = HTMLExporter().from_notebook_node(notebook)
+    file.with_suffix(".html").write_text(page, encoding="utf-8")
 
 
 def main() -> None:
     """Execute the given notebooks, or all."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument(
-        "files", nargs="*", type=Path, default=sorted(FOLDER.glob("*.ipynb")), help="notebooks; default: all"
-    )
-    for file in parser.parse_args().files:
-        execute(file)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("files", nargs="*", type=Path, default=sorted(FOLDER.glob("*.ipynb")), help="default: all")
+    parser.add_argument("--fast", action="store_true", help="small runs, in a folder of their own")
+    options = parser.parse_args()
+    runs = RUNS / "fast" if options.fast else RUNS
+    for file in map(Path.resolve, options.files):
+        notebook = execute(file, FAST=options.fast, FOLDER=os.path.relpath(runs / file.stem, file.parent))
+        write(notebook, runs / "executed" / file.name)
+        print(runs / "executed" / f"{file.stem}.html")
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ smartquotes = False  # two hyphens begin an option of the command line and are n
 
 myst_enable_extensions = ["amsmath", "colon_fence", "deflist", "dollarmath"]
 myst_heading_anchors = 3  # [text](page.md#heading) finds headings down to this level
-nb_execution_mode = "off"  # pages show the outputs that `make notebooks` stored
+nb_execution_mode = "off"  # notebooks are shown without outputs
 
 autodoc_inherit_docstrings = False  # those of Lightning are not about this project
 autodoc_member_order = "bysource"
@@ -38,11 +38,12 @@ add_module_names = False
 
 
 def place_notebooks() -> None:
-    """Copy the notebooks beside the pages, with the outputs that are stored in them."""
+    """Copy the notebooks and their table beside the pages."""
     place = HERE / "notebooks"
-    place.mkdir(exist_ok=True)
-    for notebook in (ROOT / "notebooks").glob("*.ipynb"):
-        shutil.copyfile(notebook, place / notebook.name)
+    shutil.rmtree(place, ignore_errors=True)  # Sphinx would warn about a notebook that no longer exists
+    place.mkdir()
+    for file in [*(ROOT / "notebooks").glob("*.ipynb"), ROOT / "notebooks/README.md"]:
+        shutil.copyfile(file, place / file.name)
 
 
 place_notebooks()

@@ -1,49 +1,52 @@
-"""The notebooks hold the outputs of their code, and run from top to bottom with a random model and few rounds."""
+"""The notebooks are stored without outputs, and run from top to bottom in their fast mode."""
 
 from __future__ import annotations
 
 import nbformat
 import pytest
-from nbclient import NotebookClient
 
-from benchmarks.notebooks import digest
+from benchmarks.notebooks import FOLDER, execute, parameters_cell, set_parameters
 from tests.helpers import ROOT
 
-NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
+each = pytest.mark.parametrize("file", NOTEBOOKS, ids=lambda file: file.stem)
 
 
-@pytest.mark.parametrize("file", NOTEBOOKS, ids=lambda file: file.stem)
-def test_outputs_belong_to_the_code(file):
+@each
+def test_outputs_are_stripped(file):
+    code = [cell for cell in nbformat.read(file, as_version=4).cells if cell.cell_type == "code"]
+    kept = [cell for cell in code if cell.outputs or cell.execution_count is not None]
+    assert not kept, f"remove outputs: nbstripout {file.relative_to(ROOT)}"
+
+
+@each
+def test_the_first_code_cell_has_the_parameters(file):
     notebook = nbformat.read(file, as_version=4)
-    assert notebook.metadata.get("executed") == digest(notebook), "the code has changed: `make notebooks` executes it again"
-    code = [cell for cell in notebook.cells if cell.cell_type == "code"]
-    assert [cell.execution_count for cell in code] == list(range(1, len(code) + 1))
-    outputs = [output for cell in code for output in cell.outputs]
-    assert outputs and not any(output.output_type == "error" or output.get("name") == "stderr" for output in outputs)
-    assert file.stat().st_size < 700_000
+    first = next(cell for cell in notebook.cells if cell.cell_type == "code")
+    values: dict[str, object] = {}
+    exec(first.source, values)
+    assert first is parameters_cell(notebook)
+    assert values["FAST"] is False and values["FOLDER"] == f"../runs/notebooks/{file.stem}"
+
+
+def test_parameters_are_replaced():
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell("FAST = False  # or True\nFOLDER = 'a'")])
+    notebook.cells[0].metadata["tags"] = ["parameters"]
+    set_parameters(notebook, FAST=True, FOLDER="b\\c")
+    assert notebook.cells[0].source == "FAST = True\nFOLDER = 'b\\\\c'"
+    with pytest.raises(ValueError, match=r"one line `SEEDS = ...`. Found 0"):
+        set_parameters(notebook, SEEDS=[0])
+
+
+@each
+def test_the_table_has_its_purpose(file):
+    assert f"| [`{file.stem}`]({file.name}) |" in (FOLDER / "README.md").read_text()
 
 
 @pytest.mark.integration
-def test_compare_balancers(small, tmp_path):
-    notebook = nbformat.read(ROOT / "notebooks/compare_balancers.ipynb", as_version=4)
-    (parameters,) = [cell for cell in notebook.cells if "parameters" in cell.metadata.get("tags", [])]
-    options = list(small[2:])  # without `-c ...tiny.yaml`, which the notebook adds itself
-    folder = options.index("--trainer.logger.save_dir")
-    del options[folder : folder + 2]
-    parameters.source = "\n".join(
-        [
-            'METHODS = {"marble": [], "weighted_sum": ["balancers/weighted_sum"]}',
-            "ROUNDS = 2",
-            "SEEDS = [0]",
-            f"FOLDER = {str(tmp_path)!r}",
-            f"OPTIONS = {options!r}",
-        ]
-    )
-    executed = NotebookClient(notebook, timeout=280, resources={"metadata": {"path": str(ROOT / "notebooks")}}).execute()
-    outputs = [output for cell in executed.cells if cell.cell_type == "code" for output in cell.outputs]
-    data = [output.data for output in outputs if "data" in output]
-    assert sum("image/png" in item for item in data) == 6  # three figures, and images of the base and of each method
-    table = next(item["text/markdown"] for item in data if "| weighted_sum |" in item.get("text/markdown", ""))
-    assert "| base |" in table and "| marble |" in table
-    printed = "".join(output.text for output in outputs if output.get("name") == "stdout")
-    assert "marble/seed_0: MARBLE, refresh_every 5, ema_decay 0.7" in printed
+@each
+def test_it_runs_in_fast_mode(file, tmp_path):
+    notebook = execute(file, FAST=True, FOLDER=str(tmp_path))
+    outputs = [output for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs]
+    assert any("image/png" in output.get("data", {}) for output in outputs)
+    assert list(tmp_path.rglob("results.json"))
