@@ -50,8 +50,9 @@ def execute(file: Path, **parameters: object) -> NotebookNode:
     notebook = nbformat.read(file, as_version=4)
     set_parameters(notebook, **parameters)
     place = {"metadata": {"path": str(file.parent)}}
-    code = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])  # of this checkout, wherever another is installed
-    NotebookClient(notebook, timeout=None, resources=place).execute(env={**os.environ, "PYTHONPATH": code})
+    code = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))  # of this checkout, before others
+    client = NotebookClient(notebook, timeout=None, startup_timeout=600, coalesce_streams=True, resources=place)
+    client.execute(env={**os.environ, "PYTHONPATH": code})
     return notebook
 
 
