@@ -26,7 +26,7 @@ class Variant:
     """
 
     configs: list[str] = field(default_factory=list)
-    settings: dict[str, Any] = field(default_factory=dict)
+    settings: dict = field(default_factory=dict)  # not dict[str, Any], in which the parser builds classes
 
 
 def sweep(
@@ -34,7 +34,7 @@ def sweep(
     configs: list[str],
     variants: dict[str, Variant],
     seeds: list[int],
-    settings: dict[str, Any] | None = None,
+    settings: dict | None = None,  # see Variant.settings
     jobs: int = 1,
     threads: int | None = None,
     slurm: dict[str, Any] | None = None,

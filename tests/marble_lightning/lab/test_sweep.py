@@ -154,6 +154,20 @@ def test_the_command_reads_a_file(tmp_path, monkeypatch):
     assert seen[1] == 2
 
 
+def test_classes_in_settings_stay_settings(tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr("marble_lightning.lab.sweep.follow", lambda jobs, launcher: seen.extend(jobs) or 0)
+    reward = {"class_path": "rewards.CLIPScore", "init_args": {"path": "package:tinyworld/weights/clipscore"}}
+    balancer = {"class_path": "balancers.MGDA", "init_args": {"refresh_every": 3}}
+    content = {"configs": ["tiny"], "seeds": [0], "variants": {"a": {"settings": {"balancer": balancer}}}}
+    content |= {"folder": str(tmp_path / "runs"), "settings": {"model": {"rewards": {"clipscore": reward}}}}
+    (tmp_path / "sweep.yaml").write_text(yaml.safe_dump(content))
+    with pytest.raises(SystemExit):
+        main(["sweep", str(tmp_path / "sweep.yaml")])
+    settings = yaml.safe_load(seen[0].settings)
+    assert settings["balancer"] == balancer and settings["model"]["rewards"] == {"clipscore": reward}
+
+
 def test_later_settings_decide():
     assert merged({"a": {"b": 1}, "c": 1}, {"a": None}) == {"a": None, "c": 1}
     assert merged({"a": 1}, {"a": {"b": 2}}) == {"a": {"b": 2}}
