@@ -45,9 +45,11 @@ ABLATIONS = [
 METHODS: dict[str, tuple[str, ...]] = {
     "plain_sum": ("-c", "balancers/weighted_sum", "--balancer.reduction", "sum", *PROBES),
     "weighted_sum": ("-c", "balancers/weighted_sum", *PROBES),
+    "std_sum": ("-c", "balancers/weighted_sum_std", *PROBES),
     "advantage_sum": ("-c", "balancers/advantage_sum", *PROBES),
     "fixed_weights": ("-c", "balancers/fixed_weights", *PROBES),
     "fixed_weights_normalised": ("-c", "balancers/fixed_weights_normalized"),
+    "outcome_guard": ("-c", "balancers/outcome_guard", *PROBES),
     "marble": (),
     "marble_every_10": ("--balancer.refresh_every", "10"),
     "marble_floor": ("--balancer.floor", "0.05"),
@@ -57,6 +59,11 @@ METHODS: dict[str, tuple[str, ...]] = {
     "cagrad": ("-c", "balancers/cagrad"),
     "mgda": ("-c", "balancers/mgda"),
     "upgrad": ("-c", "balancers/torchjd"),
+    **{
+        name: ("-c", "balancers/torchjd", "--balancer.aggregator", aggregator)
+        for name, aggregator in (("aligned_mtl", "AlignedMTL"), ("nash_mtl", "NashMTL"), ("imtl_g", "IMTLG"))
+    },
+    "fairgrad": ("-c", "balancers/torchjd", "--balancer.aggregator", "FairGrad", "--balancer.arguments", "{alpha: 1.0}"),
 }
 """Options of `fit -c tiny` for each method; `marble` is the default of configs/tiny.yaml."""
 COMPARED = tuple(METHODS)
@@ -64,7 +71,7 @@ COMPARED = tuple(METHODS)
 
 METHODS |= {
     f"{name}_cadence_marble": (*METHODS[name], "-c", "balancers/cadence_marble")
-    for name in ("pcgrad", "cagrad", "mgda", "upgrad")
+    for name in ("pcgrad", "cagrad", "mgda", "upgrad", "aligned_mtl", "nash_mtl", "imtl_g", "fairgrad")
 }
 
 METHODS["split_decay_0"] = (

@@ -106,7 +106,7 @@ def test_variants_are_not_run_by_default():
         "split_every_10", "split_shrinkage_false",
     }  # fmt: skip
     assert {name.removesuffix("_cadence_marble") for name in variants if not name.startswith("split")} == {
-        "pcgrad", "cagrad", "mgda", "upgrad",
+        "pcgrad", "cagrad", "mgda", "upgrad", "aligned_mtl", "nash_mtl", "imtl_g", "fairgrad",
     }  # fmt: skip
 
 
