@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks.fits import ComparisonError, Fit, Folders, fit_all, load_all
+from benchmarks.method_figure import write_gains_figure
 from benchmarks.method_tables import (
     Results,
     Specialists,
@@ -128,6 +129,9 @@ def report(results: Results, stages: Stages, found: Specialists | str, options: 
         parts += ["Normalised gains, 1 is that of a run on this reward alone:", gains_table(results, names, found)]
         if options.against:
             parts.append(difference_table(results, options.against, names, found))
+        if options.figure:
+            write_gains_figure(results, names, found, options.figure)
+            parts.append(f"Figure: {options.figure}")
     return "\n\n".join([*parts, "Cosines of the updates with each reward's gradient:", cosines_table(results, names)])
 
 
@@ -140,6 +144,7 @@ def parse() -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--against", choices=list(METHODS), metavar="METHOD", help="compare least gains with this method")
     parser.add_argument("--rounds", type=int, help="of a run; otherwise those of configs/tiny.yaml")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
+    parser.add_argument("--figure", type=Path, help="figure of the normalised gains, such as docs/conflict.png")
     parser.add_argument("--folder", type=Path, default=Path("runs/methods"), help="of the runs")
     parser.add_argument("--results", type=Path, default=Path("benchmarks/results/methods"), help="of their figures")
     parser.add_argument("--specialists", type=Path, default=Path("benchmarks/results/stage"), help="results of `stage`")
