@@ -60,7 +60,7 @@ def finish(
     held_out = HeldOutScores({name: scorer() for name in REWARDS}, named, trained, base)
     evaluated = {"balancer": "MARBLE", "optimizer_step": steps, "refresh_every": 5}
     peak = {"of": "process", "gib": 1.5 + seed / 4}
-    write(folder, document(held_out, judged=evaluated, settings={"steps": 24, "seed": seed}, peak_memory=peak, **facts))
+    write(folder, document(held_out, evaluated=evaluated, settings={"steps": 24, "seed": seed}, peak_memory=peak, **facts))
 
 
 @pytest.fixture
@@ -262,7 +262,7 @@ def test_other_settings_of_a_scorer_are_said(folder):
     finish(folder / "third" / "seed_0", 0)
     file = folder / "third" / "seed_0" / "results.json"
     results = json.loads(file.read_text())
-    results["judges"]["ocr"]["path"] = "elsewhere"
+    results["reward_models"]["ocr"]["path"] = "elsewhere"
     file.write_text(json.dumps(results))
     (note,) = collect([folder]).notes
     assert note == f"Scored with other settings, in {file.parent}: ocr.path elsewhere instead of None."
