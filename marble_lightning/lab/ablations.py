@@ -49,7 +49,8 @@ def interval(changes: Float[Tensor, "seed prompt"]) -> Interval:
 def beside_paper(found: Collection, variants: Sequence[str], reference: str = REFERENCE) -> pandas.DataFrame:
     """Differences of variants to a reference beside the published ones, a row for each variant and published reward.
 
-    Differences are paired by seed, prompt and noise. Variants that have not run, or are not in the paper, have no row.
+    Differences are paired by seed, prompt and noise. A variant has no row if it has not run, shares no seed with the
+    reference, or is not in the paper.
 
     Args:
         found: The runs; methods have the names of `paper.ABLATIONS`.
@@ -61,9 +62,11 @@ def beside_paper(found: Collection, variants: Sequence[str], reference: str = RE
         if variant == reference or variant not in found.methods or variant not in ABLATIONS:
             continue
         common = [seed for seed in found.methods[variant] if seed in found.methods[reference]]
+        if not common:
+            continue
         differences = found.changes(variant, common) - found.changes(reference, common)
         for name, score in ABLATIONS[variant].items():
-            if name not in found.columns or not common:
+            if name not in found.columns:
                 continue
             published = ABLATIONS[reference][name]
             difference = interval(differences[:, :, found.columns.index(name)])
@@ -101,7 +104,7 @@ def harmony_beside_paper(run: Run) -> pandas.DataFrame:
     """The paper's statistics of cosines with each reward's gradient: means over steps, beside the published ones.
 
     MARBLE's update is taken at its refreshes, on the images that it was solved on. The other directions come from probes
-    (`gradient_alignment.probe_every`), on the images of the probed step. All other rows are left out if there was none.
+    (`gradient_alignment.probe_every`), on the images of the probed step. A direction that was not logged has no row.
     """
     probes = [f"probe/{kind}/own" for kind in ("solved", "reused")]
     directions = {

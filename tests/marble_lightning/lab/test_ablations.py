@@ -12,7 +12,7 @@ from marble_lightning.lab.ablations import beside_paper, change_figure, harmony_
 from marble_lightning.lab.paper import ABLATIONS, HARMONY, REFERENCE
 from marble_lightning.lab.report.collect import collect
 from marble_lightning.lab.runs import Run
-from tests.marble_lightning.lab.test_report import finish
+from tests.helpers.finished_runs import finish
 
 
 @pytest.mark.parametrize(
