@@ -70,14 +70,14 @@ def test_figure_has_a_panel_for_each_reward_and_a_dot_for_each_variant(found):
 
 
 def test_harmony_beside_the_paper(tmp_path):
-    finish(tmp_path, 0)
-    with SummaryWriter(str(tmp_path)) as writer:
+    finish(tmp_path / "run", 0)
+    with SummaryWriter(str(tmp_path / "run")) as writer:
         for step, worst in enumerate((0.1, 0.3)):
             for place in ("harmony/update", f"probe/{('solved', 'reused')[step]}/own/weighted_sum"):
                 sign = 1 if place == "harmony/update" else -1
                 for name, value in (("cos_min", sign * worst), ("cos_mean", 0.4), ("cos_var", 0.01)):
                     writer.add_scalar(f"{place}/{name}", value, step)
-    table = harmony_beside_paper(Run(tmp_path))
+    table = harmony_beside_paper(Run(tmp_path / "run"))
     assert table.index.tolist() == ["MARBLE", "weighted sum"]
     assert table["worst"].tolist() == pytest.approx([0.2, -0.2])
     assert table["conflicts"].tolist() == [0.0, 1.0]
