@@ -14,7 +14,6 @@ from marble_lightning.evaluation.statistics import Interval, crossed_interval, s
 from marble_lightning.lab.paper import ABLATIONS, FAILS, HARMONY, REFERENCE
 from marble_lightning.lab.report.collect import Collection
 from marble_lightning.lab.report.plots import panels
-from marble_lightning.lab.report.tables import of_interval
 from marble_lightning.lab.runs import Run
 
 
@@ -74,7 +73,7 @@ def beside_paper(found: Collection, variants: Sequence[str], reference: str = RE
                 {
                     "variant": variant,
                     "reward": name,
-                    f"difference to {reference}": of_interval(difference),
+                    f"difference to {reference}": "{:+.4f} [{:+.4f}, {:+.4f}]".format(*difference),
                     f"paper: {reference}": f"{published:g}",
                     "paper: variant": "fails" if score == FAILS else f"{score:g}",
                     "same order?": same_order(difference, score - published),
@@ -96,6 +95,7 @@ def change_figure(found: Collection, variants: Sequence[str]) -> Figure:
         axis.axvline(means[0], color="tab:blue", linewidth=0.6, linestyle="--")
         axis.set_yticks(range(len(shown)), shown if axis is axes[0] else [""] * len(shown))
         axis.invert_yaxis()
+        axis.locator_params(axis="x", nbins=4)
         axis.set_title(name)
     return figure
 

@@ -54,7 +54,7 @@ def test_variants_beside_the_paper(found):
     assert table["reward"].tolist() == ["geneval", "ocr"] * 2
     assert table["same order?"].tolist() == ["yes"] * 2 + ["within noise"] * 2
     assert table["paper: variant"].tolist() == ["fails", "fails", "0.86", "0.8"]
-    assert table[f"difference to {REFERENCE}"][0].startswith("-0.700 [")
+    assert table[f"difference to {REFERENCE}"][0].startswith("-0.7000 [")
 
 
 def test_no_table_without_published_variants(found):
