@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks.fits import ComparisonError, Fit, Folders, fit_all, load_all
+from benchmarks.method_figure import write_gains_figure
 from benchmarks.method_tables import (
     Results,
     Specialists,
@@ -45,9 +46,11 @@ ABLATIONS = [
 METHODS: dict[str, tuple[str, ...]] = {
     "plain_sum": ("-c", "balancers/weighted_sum", "--balancer.reduction", "sum", *PROBES),
     "weighted_sum": ("-c", "balancers/weighted_sum", *PROBES),
+    "std_sum": ("-c", "balancers/weighted_sum_std", *PROBES),
     "advantage_sum": ("-c", "balancers/advantage_sum", *PROBES),
     "fixed_weights": ("-c", "balancers/fixed_weights", *PROBES),
     "fixed_weights_normalised": ("-c", "balancers/fixed_weights_normalized"),
+    "outcome_guard": ("-c", "balancers/outcome_guard", *PROBES),
     "marble": (),
     "marble_every_10": ("--balancer.refresh_every", "10"),
     "marble_floor": ("--balancer.floor", "0.05"),
@@ -57,6 +60,11 @@ METHODS: dict[str, tuple[str, ...]] = {
     "cagrad": ("-c", "balancers/cagrad"),
     "mgda": ("-c", "balancers/mgda"),
     "upgrad": ("-c", "balancers/torchjd"),
+    **{
+        name: ("-c", "balancers/torchjd", "--balancer.aggregator", aggregator)
+        for name, aggregator in (("aligned_mtl", "AlignedMTL"), ("nash_mtl", "NashMTL"), ("imtl_g", "IMTLG"))
+    },
+    "fairgrad": ("-c", "balancers/torchjd", "--balancer.aggregator", "FairGrad", "--balancer.arguments", "{alpha: 1.0}"),
 }
 """Options of `fit -c tiny` for each method; `marble` is the default of configs/tiny.yaml."""
 COMPARED = tuple(METHODS)
@@ -64,7 +72,7 @@ COMPARED = tuple(METHODS)
 
 METHODS |= {
     f"{name}_cadence_marble": (*METHODS[name], "-c", "balancers/cadence_marble")
-    for name in ("pcgrad", "cagrad", "mgda", "upgrad")
+    for name in ("pcgrad", "cagrad", "mgda", "upgrad", "aligned_mtl", "nash_mtl", "imtl_g", "fairgrad")
 }
 
 METHODS["split_decay_0"] = (
@@ -121,6 +129,9 @@ def report(results: Results, stages: Stages, found: Specialists | str, options: 
         parts += ["Normalised gains, 1 is that of a run on this reward alone:", gains_table(results, names, found)]
         if options.against:
             parts.append(difference_table(results, options.against, names, found))
+        if options.figure:
+            write_gains_figure(results, names, found, options.figure)
+            parts.append(f"Figure: {options.figure}")
     return "\n\n".join([*parts, "Cosines of the updates with each reward's gradient:", cosines_table(results, names)])
 
 
@@ -133,6 +144,7 @@ def parse() -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--against", choices=list(METHODS), metavar="METHOD", help="compare least gains with this method")
     parser.add_argument("--rounds", type=int, help="of a run; otherwise those of configs/tiny.yaml")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
+    parser.add_argument("--figure", type=Path, help="figure of the normalised gains, such as docs/conflict.png")
     parser.add_argument("--folder", type=Path, default=Path("runs/methods"), help="of the runs")
     parser.add_argument("--results", type=Path, default=Path("benchmarks/results/methods"), help="of their figures")
     parser.add_argument("--specialists", type=Path, default=Path("benchmarks/results/stage"), help="results of `stage`")

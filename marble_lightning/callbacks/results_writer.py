@@ -64,7 +64,7 @@ class Results(Callback):
         prompts = dict(enumerate(get_datamodule(trainer).held_out[:: get_datamodule(trainer).held_out_images]))
         planned = {
             "settings": self._settings(trainer, pl_module),
-            "judges": {name: reward_model.identity for name, reward_model in pl_module.reward_models.items()},
+            "reward_models": {name: reward_model.identity for name, reward_model in pl_module.reward_models.items()},
             "prompts": [{"index": index, "set": prompt.source, "prompt": prompt.text} for index, prompt in prompts.items()],
         }
         for path, other in self.others.items():
@@ -113,11 +113,11 @@ class Results(Callback):
         held_out = HeldOutScores(module.reward_models, prompts, module.evaluator.trained_scores, base).with_scores()
         results = document(
             held_out,
-            judged=self._evaluated_policy(trainer, module),
+            evaluated=self._evaluated_policy(trainer, module),
             settings=self._settings(trainer, module),
             peak_memory=peak_memory(module.device),
         )
-        for facts in (results["judged"], results["settings"]):
+        for facts in (results["evaluated"], results["settings"]):
             console.print(", ".join(f"{name} {value}" for name, value in facts.items() if value is not None), soft_wrap=True)
         for name, of_set in held_out.sets().items():
             title = f"{name}, {len(of_set.prompts)} prompts"

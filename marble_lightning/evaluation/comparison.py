@@ -132,5 +132,5 @@ def scorer_differences(this: Results, other: Results, columns: Sequence[str]) ->
 
 def _common_reward_models(this: Results, other: Results, columns: Sequence[str]) -> dict[str, tuple[Any, Any]]:
     """Reward models of the columns that both runs have: the other run's, then this run's."""
-    actual, expected = (run.get("judges", {}) for run in (other, this))
+    actual, expected = (run.get("reward_models", {}) for run in (other, this))
     return {column: (actual[column], expected[column]) for column in columns if column in actual and column in expected}

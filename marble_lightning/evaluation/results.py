@@ -66,7 +66,7 @@ def document(held_out: HeldOutScores, **facts: Any) -> dict[str, Any]:
     return {
         **facts,
         "rewards": list(held_out.reward_models),
-        "judges": {name: reward_model.identity for name, reward_model in held_out.reward_models.items()},
+        "reward_models": {name: reward_model.identity for name, reward_model in held_out.reward_models.items()},
         "sets": {name: _means(of_set) for name, of_set in held_out.sets().items() if name != ALL},
         ALL: _means(held_out),
         "tags": _tags(held_out),
@@ -113,8 +113,11 @@ def read(path: str | Path, setting: str = "`path`") -> dict[str, Any]:
         raise ValueError(f"{setting} must be a {RESULTS}. Found {file.resolve()}: {error}.") from error
     if not isinstance(results, dict) or not {"settings", "rewards", ALL, "prompts"} <= results.keys():
         raise ValueError(f"{setting} must be a {RESULTS} written by fit, validate or test. Found {file.resolve()}.")
-    if "judges" in results:  # earlier results name the modules of rewards, which have moved
-        results["judges"] = json.loads(with_public_names(json.dumps(results["judges"])))
+    for earlier, name in (("judged", "evaluated"), ("judges", "reward_models")):
+        if earlier in results:
+            results[name] = results.pop(earlier)
+    if "reward_models" in results:  # earlier results name the modules of rewards, which have moved
+        results["reward_models"] = json.loads(with_public_names(json.dumps(results["reward_models"])))
     return results
 
 

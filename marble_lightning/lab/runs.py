@@ -99,7 +99,7 @@ class Run:
     @property
     def evaluated(self) -> Mapping[str, Any]:
         """Facts of the evaluated policy: model, adapter, checkpoint, and after `fit` the balancer and its cadence."""
-        facts: Mapping[str, Any] = self.results["judged"]
+        facts: Mapping[str, Any] = self.results["evaluated"]
         return facts
 
     @property

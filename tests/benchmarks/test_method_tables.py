@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from benchmarks.fingerprint import resolve
+from benchmarks.method_figure import write_gains_figure
 from benchmarks.method_tables import (
     cadences,
     changes_table,
@@ -106,10 +107,18 @@ def test_variants_are_not_run_by_default():
         "split_every_10", "split_shrinkage_false",
     }  # fmt: skip
     assert {name.removesuffix("_cadence_marble") for name in variants if not name.startswith("split")} == {
-        "pcgrad", "cagrad", "mgda", "upgrad",
+        "pcgrad", "cagrad", "mgda", "upgrad", "aligned_mtl", "nash_mtl", "imtl_g", "fairgrad",
     }  # fmt: skip
 
 
 def test_every_method_is_a_configuration_of_its_own():
     resolved = [json.dumps(resolve("-c", "tiny", *arguments), sort_keys=True) for arguments in METHODS.values()]
     assert len(set(resolved)) == len(METHODS)
+
+
+def test_the_figure_needs_a_specialist_that_gains(specialists, tmp_path):
+    compared = results(one=[0.5, 0.25], two=[0.2, 0.4])
+    write_gains_figure(compared, NAMES, specialists, tmp_path / "gains.png")
+    assert (tmp_path / "gains.png").stat().st_size > 5000
+    with pytest.raises(ValueError, match="needs a specialist that gains"):
+        write_gains_figure(compared, NAMES, -specialists, tmp_path / "none.png")

@@ -49,4 +49,4 @@ def finish(
     held_out = HeldOutScores({name: scorer() for name in REWARDS}, named, trained, base)
     evaluated = {"balancer": "MARBLE", "optimizer_step": steps, "refresh_every": 5}
     peak = {"of": "process", "gib": 1.5 + seed / 4}
-    write(folder, document(held_out, judged=evaluated, settings={"steps": 24, "seed": seed}, peak_memory=peak, **facts))
+    write(folder, document(held_out, evaluated=evaluated, settings={"steps": 24, "seed": seed}, peak_memory=peak, **facts))

@@ -118,7 +118,7 @@ def test_a_run_is_resumed_and_evaluated_with_any_logger(checkpoints, tmp_path, m
     main(["fit", *run_options, "--trainer.max_epochs", "2", "--ckpt_path", "last"])
     main(["validate", *run_options, "--ckpt_path", "last"])
     names = [f"csv/version_{index}" if loggers == SEVERAL else f"version_{index}" for index in range(3)]
-    evaluated = [read(tmp_path / name)["judged"] for name in names]
+    evaluated = [read(tmp_path / name)["evaluated"] for name in names]
     assert [(facts["command"], facts["optimizer_step"]) for facts in evaluated] == [("fit", 2), ("fit", 4), ("validate", 4)]
     assert evaluated[2]["checkpoint"] == str((tmp_path / names[1] / "checkpoints/last.ckpt").resolve())
     assert all(list((tmp_path / name).glob("held_out*.png")) for name in names)

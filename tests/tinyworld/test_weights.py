@@ -43,13 +43,11 @@ def test_the_pipeline_is_a_stable_diffusion_3():
 
 @pytest.mark.parametrize("name", TASTES)
 def test_reward_models_learned_their_preferences(name):
-    """On held-out captions, model and most people agree on 90 % of the pairs on which three of four people agree."""
-    model, tokenizer = load(name)
+    """On held-out captions, model and most people agree on 90 % of the pairs on which people are not nearly tied."""
     pairs = draw_pairs(1000, seed=99, test=True)
-    accuracy = {least: pairwise_accuracy(model, tokenizer, pairs, TASTES[name], least) for least in (0.5, 1.1)}
-    print(f"{name}: accuracy at log-odds of at least {accuracy}")
-    assert accuracy[1.1] >= 0.9
-    assert accuracy[0.5] >= 0.87
+    accuracy = pairwise_accuracy(*load(name), pairs, TASTES[name])
+    print(f"{name}: {accuracy:.3f}")
+    assert accuracy >= 0.9
 
 
 @pytest.mark.parametrize("shortcut", SHORTCUTS, ids=lambda shortcut: shortcut.__name__)

@@ -40,7 +40,7 @@ Taste = Traits
 
 TASTES: dict[str, Taste] = {
     "clipscore": Traits(content=-5.0, technical=0.0, shortcut=-6.0, ornament=0.0),
-    "pickscore": Traits(content=-1.5, technical=-1.5, shortcut=-4.0, ornament=-1.5),
+    "pickscore": Traits(content=-1.0, technical=-2.0, shortcut=-4.0, ornament=-2.0),
     "hpsv2": Traits(content=-1.5, technical=-3.0, shortcut=-4.0, ornament=2.5),
 }
 """CLIPScore looks at content, PickScore at everything, HPSv2 at quality. HPSv2 likes ornament, which costs legibility."""

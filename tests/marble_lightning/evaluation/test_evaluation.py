@@ -135,9 +135,9 @@ def test_the_ema_adapter_the_trained_one_or_the_base(small, fitted, trained, tmp
     facts |= {"text_length": 1, "text_encoder_3": "checkpoint", "dtype": "float32", "vae_tiling": False}
     cadence = {"balancer": "MARBLE", "refresh_every": 5, "ema_decay": 0.7, "estimate_share": 1.0, "normalize": True}
     cadence |= {"refresh_alpha": "smoothed", "uniform_after_step": None, "gram": "own", "gram_decay": 0.0}
-    assert of_fit["judged"] == {**facts, **cadence, "command": "fit", "adapter": "ema", "optimizer_step": 2}
-    assert trained_adapter["judged"] == {**facts, "command": "validate", "adapter": "trained", "optimizer_step": 2}
-    assert base["judged"] == {**facts, "command": "test", "adapter": "none", "checkpoint": None, "optimizer_step": None}
+    assert of_fit["evaluated"] == {**facts, **cadence, "command": "fit", "adapter": "ema", "optimizer_step": 2}
+    assert trained_adapter["evaluated"] == {**facts, "command": "validate", "adapter": "trained", "optimizer_step": 2}
+    assert base["evaluated"] == {**facts, "command": "test", "adapter": "none", "checkpoint": None, "optimizer_step": None}
     assert of_fit["peak_memory"]["of"] == "process" and 0.1 < of_fit["peak_memory"]["gib"] < 100
     assert of_fit["settings"] == base["settings"] == {
         "steps": 2, "solver": "euler", "guidance": 1.0, "resolution": 16, "seed": 0, "images_per_prompt": 1
@@ -229,7 +229,7 @@ def test_a_base_with_another_text_length_is_not_compared(small, trained, tmp_pat
     assert "evaluate it with the same settings and `--model.policy.adapter none`" in " ".join(
         capsys.readouterr().out.split()
     )
-    assert read(tmp_path / "tiny/longer")["judged"]["text_length"] == 8
+    assert read(tmp_path / "tiny/longer")["evaluated"]["text_length"] == 8
 
 
 @pytest.mark.integration

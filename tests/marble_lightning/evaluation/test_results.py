@@ -37,7 +37,7 @@ SETTINGS = {"steps": 24, "seed": 0}
 
 def results(scores: torch.Tensor = SCORES, base: torch.Tensor | None = None, **settings: Any) -> dict[str, Any]:
     return document(
-        HeldOutScores(REWARD_MODELS, PROMPTS, scores, base).with_scores(), judged={}, settings={**SETTINGS, **settings}
+        HeldOutScores(REWARD_MODELS, PROMPTS, scores, base).with_scores(), evaluated={}, settings={**SETTINGS, **settings}
     )
 
 
@@ -89,12 +89,14 @@ def test_other_files_are_refused(tmp_path, content):
 
 def test_earlier_results_with_module_names_are_comparable(tmp_path):
     reward_models: dict[str, Reward] = {"ocr": JPEGCompressibility(), "geneval": Tagged()}
-    this = document(HeldOutScores(reward_models, PROMPTS, SCORES, None).with_scores(), judged={}, settings=SETTINGS)
-    assert this["judges"]["ocr"]["class"] == "rewards.JPEGCompressibility"
-    this["judges"]["ocr"]["detector class"] = "rewards.JPEGCompressibility"  # as GenEval names its detector
+    this = document(HeldOutScores(reward_models, PROMPTS, SCORES, None).with_scores(), evaluated={}, settings=SETTINGS)
+    assert this["reward_models"]["ocr"]["class"] == "rewards.JPEGCompressibility"
+    this["reward_models"]["ocr"]["detector class"] = "rewards.JPEGCompressibility"  # as GenEval names its detector
     write(tmp_path, this)
     file = tmp_path / "results.json"
-    file.write_text(file.read_text().replace("rewards.JPEGCompressibility", "rewards.jpeg.JPEGCompressibility"))
+    earlier = file.read_text().replace("rewards.JPEGCompressibility", "rewards.jpeg.JPEGCompressibility")
+    file.write_text(earlier.replace('"reward_models"', '"judges"').replace('"evaluated"', '"judged"'))
+    assert read(file)["evaluated"] == {}
     check_comparable(this, read(file), "earlier", ["ocr"])
     assert scorer_differences(this, read(file), ["ocr"]) == []
 
@@ -158,10 +160,10 @@ def test_runs_with_the_same_settings_are_comparable():
 def test_another_reward_model_under_the_same_name():
     """Another class is refused. Other settings are reported, since only the path of the weights may differ."""
     this, other, name = results(), results(), next(iter(REWARD_MODELS))
-    other["judges"] = {**this["judges"], name: {**this["judges"][name], "class": "mine.Another"}}
+    other["reward_models"] = {**this["reward_models"], name: {**this["reward_models"][name], "class": "mine.Another"}}
     with pytest.raises(ValueError, match=rf"with {name} by mine\.Another instead of tests"):
         check_comparable(this, other, "that one", list(REWARD_MODELS))
-    other["judges"][name] = {**this["judges"][name], "path": "elsewhere"}
+    other["reward_models"][name] = {**this["reward_models"][name], "path": "elsewhere"}
     check_comparable(this, other, "that one", list(REWARD_MODELS))
     assert scorer_differences(this, other, list(REWARD_MODELS)) == [f"{name}.path elsewhere instead of None"]
     assert scorer_differences(this, other, list(REWARD_MODELS)[1:]) == []

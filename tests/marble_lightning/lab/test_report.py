@@ -219,7 +219,7 @@ def test_other_settings_of_a_scorer_are_said(folder):
     finish(folder / "third" / "seed_0", 0)
     file = folder / "third" / "seed_0" / "results.json"
     results = json.loads(file.read_text())
-    results["judges"]["ocr"]["path"] = "elsewhere"
+    results["reward_models"]["ocr"]["path"] = "elsewhere"
     file.write_text(json.dumps(results))
     (note,) = collect([folder]).notes
     assert note == f"Scored with other settings, in {file.parent}: ocr.path elsewhere instead of None."

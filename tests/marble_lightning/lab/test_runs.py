@@ -28,7 +28,7 @@ def finished(
     base_scores = None if base is None else torch.tensor(base)
     prompts = {index: Prompt(f"prompt {index}", "x") for index in range(len(trained))}
     held_out = HeldOutScores({"ocr": Brightness(), "geneval": Brightness()}, prompts, torch.tensor(trained), base_scores)
-    write(folder, document(held_out, judged=evaluated or {}, settings={}))
+    write(folder, document(held_out, evaluated=evaluated or {}, settings={}))
     return Run(folder)
 
 
