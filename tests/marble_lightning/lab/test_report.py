@@ -4,63 +4,20 @@ from __future__ import annotations
 
 import io
 import json
-from pathlib import Path
 
 import pandas
 import pytest
-import torch
-import yaml
-from PIL import Image
 from torch.utils.tensorboard import SummaryWriter
 
 from marble_lightning.cli import main
 from marble_lightning.evaluation.gains import normalised_gains
-from marble_lightning.evaluation.results import HeldOutScores, document, write
 from marble_lightning.evaluation.statistics import crossed_interval
 from marble_lightning.lab.report.collect import collect
 from marble_lightning.lab.report.harmony import cosines, signal_to_noise
 from marble_lightning.lab.report.page import write_report
 from marble_lightning.lab.runs import Run, resumed
-from rewards import Prompt
-from tests.helpers.small_rewards import Brightness, Redness
-
-REWARDS = ("ocr", "geneval")
-PROMPTS = 12
-
-
-def begin(folder: Path, seed: int, rewards=REWARDS, ckpt_path: str | None = None) -> None:
-    """A run with its configuration."""
-    folder.mkdir(parents=True)
-    config = {"seed_everything": seed, "ckpt_path": ckpt_path, "model": {"rewards": {name: {} for name in rewards}}}
-    (folder / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
-
-
-def finish(
-    folder: Path, seed: int, gains=(0.2, 0.1), rewards=REWARDS, prompts=PROMPTS, steps=8, scorer=Brightness, **facts
-) -> None:
-    """A finished run with curves, images and held-out scores that change by `gains`, and noise."""
-    begin(folder, seed, rewards)
-    draw = torch.Generator().manual_seed(seed)
-    with SummaryWriter(str(folder)) as writer:
-        for step in range(steps):
-            for name in rewards:
-                writer.add_scalar(f"train/{name}", 0.1 * step, step)
-                writer.add_scalar(f"alpha_smoothed/{name}", 1 / len(rewards), step)
-                writer.add_scalar(f"cosine/update/own/{name}", -0.1 if step % 4 == 0 else 0.3, step)
-                writer.add_scalar(f"cosine/update/split/{name}", 0.1 if step % 4 == 0 else -0.05, step)
-                writer.add_scalar(f"signal_to_noise/{name}", 0.1 * seed, step)
-            writer.add_scalar("harmony/split/chance", 0.7, step)
-            writer.add_scalar("images/brightness", 1 - 0.05 * step, step)
-            writer.add_scalar("time/training", 2.0, step)
-    for step in (0, steps):
-        Image.new("RGB", (40, 20)).save(folder / f"held_out_{step:06d}.png")
-    base = torch.rand(prompts, 2, generator=draw)
-    trained = base + torch.tensor(gains) + 0.05 * torch.randn(prompts, 2, generator=draw)
-    named = {index: Prompt(f"prompt {index}", "x") for index in range(prompts)}
-    held_out = HeldOutScores({name: scorer() for name in REWARDS}, named, trained, base)
-    evaluated = {"balancer": "MARBLE", "optimizer_step": steps, "refresh_every": 5}
-    peak = {"of": "process", "gib": 1.5 + seed / 4}
-    write(folder, document(held_out, evaluated=evaluated, settings={"steps": 24, "seed": seed}, peak_memory=peak, **facts))
+from tests.helpers.finished_runs import PROMPTS, REWARDS, begin, finish
+from tests.helpers.small_rewards import Redness
 
 
 @pytest.fixture

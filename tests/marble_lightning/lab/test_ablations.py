@@ -1,0 +1,88 @@
+"""Ablations beside the published ones."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from matplotlib import pyplot
+from torch.utils.tensorboard import SummaryWriter
+
+from marble_lightning.evaluation.statistics import Interval
+from marble_lightning.lab.ablations import beside_paper, change_figure, harmony_beside_paper, interval, same_order
+from marble_lightning.lab.paper import ABLATIONS, HARMONY, REFERENCE
+from marble_lightning.lab.report.collect import collect
+from marble_lightning.lab.runs import Run
+from tests.helpers.finished_runs import finish
+
+
+@pytest.mark.parametrize(
+    ("measured", "published", "expected"),
+    [
+        (Interval(0.2, 0.1, 0.3), 0.05, "yes"),
+        (Interval(0.2, 0.1, 0.3), -0.05, "no"),
+        (Interval(-0.2, -0.3, -0.1), float("-inf"), "yes"),
+        (Interval(0.2, -0.1, 0.3), 0.05, "within noise"),
+        (Interval(0.2, float("nan"), float("nan")), 0.05, "within noise"),
+        (Interval(0.2, 0.1, 0.3), 0.0, "tied in the paper"),
+        (Interval(0.0, 0.0, 0.0), 0.05, "within noise"),
+    ],
+)
+def test_same_order(measured, published, expected):
+    assert same_order(measured, published) == expected
+
+
+def test_interval_of_one_seed_is_over_prompts():
+    changes = torch.tensor([[0.1, 0.3, float("nan")]])
+    found = interval(changes)
+    assert found.mean == pytest.approx(0.2)
+    assert found.high - found.mean == pytest.approx(1.96 * 0.1)
+
+
+@pytest.fixture
+def found(tmp_path):
+    """The published settings; a variant that loses both rewards; one that is not in the paper."""
+    gains = {REFERENCE: (0.2, 0.2), "no_normalisation": (-0.5, -0.5), "rho_0.1": (0.2, 0.2), "other": (0.1, 0.1)}
+    for method, of_method in gains.items():
+        for seed in range(3):
+            finish(tmp_path / method / f"seed_{seed}" / "version_0", seed, of_method)
+    return collect([tmp_path])
+
+
+def test_variants_beside_the_paper(found):
+    table = beside_paper(found, [REFERENCE, "no_normalisation", "rho_0.1", "other", "dropout"])
+    assert table["variant"].tolist() == ["no_normalisation"] * 2 + ["rho_0.1"] * 2
+    assert table["reward"].tolist() == ["geneval", "ocr"] * 2
+    assert table["same order?"].tolist() == ["yes"] * 2 + ["within noise"] * 2
+    assert table["paper: variant"].tolist() == ["fails", "fails", "0.86", "0.8"]
+    assert table[f"difference to {REFERENCE}"][0].startswith("-0.7000 [")
+
+
+def test_no_table_without_published_variants(found):
+    assert beside_paper(found, ["other", "dropout"]).empty
+
+
+def test_figure_has_a_panel_for_each_reward_and_a_dot_for_each_variant(found):
+    figure = change_figure(found, [REFERENCE, "other", "not run"])
+    shown = [axis for axis in figure.axes if axis.get_visible()]
+    assert [axis.get_title() for axis in shown] == ["ocr", "geneval"]
+    assert [label.get_text() for label in shown[0].get_yticklabels()] == [REFERENCE, "other"]
+    pyplot.close(figure)
+
+
+def test_harmony_beside_the_paper(tmp_path):
+    finish(tmp_path / "run", 0)
+    with SummaryWriter(str(tmp_path / "run")) as writer:
+        for step, worst in enumerate((0.1, 0.3)):
+            for place in ("harmony/update", f"probe/{('solved', 'reused')[step]}/own/weighted_sum"):
+                sign = 1 if place == "harmony/update" else -1
+                for name, value in (("cos_min", sign * worst), ("cos_mean", 0.4), ("cos_var", 0.01)):
+                    writer.add_scalar(f"{place}/{name}", value, step)
+    table = harmony_beside_paper(Run(tmp_path / "run"))
+    assert table.index.tolist() == ["MARBLE", "weighted sum"]
+    assert table["worst"].tolist() == pytest.approx([0.2, -0.2])
+    assert table["conflicts"].tolist() == [0.0, 1.0]
+    assert table["paper: worst"].tolist() == [HARMONY[name]["worst"] for name in table.index]
+
+
+def test_published_variants_have_scores_of_the_same_rewards():
+    assert all(set(scores) <= set(ABLATIONS[REFERENCE]) for scores in ABLATIONS.values())
