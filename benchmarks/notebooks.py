@@ -34,8 +34,8 @@ def set_parameters(notebook: NotebookNode, **values: object) -> None:
     """
     cell = parameters_cell(notebook)
     for name, value in values.items():
-        assignment = f"{name} = {value!r}"
-        cell.source, count = re.subn(rf"^{name} = .*$", lambda _, line=assignment: line, cell.source, flags=re.MULTILINE)
+        assignment = f"{name} = {value!r}".replace("\\", r"\\")  # a template of `re` reads backslashes twice
+        cell.source, count = re.subn(rf"^{name} = .*$", assignment, cell.source, flags=re.MULTILINE)
         if count != 1:
             raise ValueError(f"The cell of parameters must have one line `{name} = ...`. Found {count}.")
 
