@@ -5,9 +5,11 @@ from __future__ import annotations
 import base64
 import html
 import io
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
+import pandas
 from PIL import Image
 
 from marble_lightning.lab.report import tables
@@ -20,8 +22,10 @@ from marble_lightning.utils.validation import require
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 1150px; margin: 2em auto; padding: 0 1em; color: #222; }
 table { border-collapse: collapse; font-size: 12.5px; margin: 1em 0; display: block; overflow-x: auto; }
-td, th { padding: 3px 9px; border-bottom: 1px solid #ddd; text-align: right; white-space: nowrap; }
+td, th { padding: 3px 9px; border-bottom: 1px solid #ddd; text-align: right; }
+td span, th:first-child { white-space: nowrap; }
 th:first-child, td:first-child { text-align: left; }
+figure { margin: 1em 0; }
 img { max-width: 100%; } h2 { margin-top: 2em; border-bottom: 2px solid #ddd; }
 @media print { body { max-width: none; margin: 0; font-size: 11px; } table { display: table; font-size: 8px; }
   section { break-inside: avoid-page; } }
@@ -52,28 +56,39 @@ def write_report(runs: Sequence[Path], to: Path, reference: str | None) -> Path:
 
 def markdown(section: Section) -> str:
     """A section in Markdown."""
-    table = "" if section.table is None or section.table.empty else section.table.to_markdown()
+    rows = "" if section.table is None or section.table.empty else section.table.to_markdown()
     images = "\n".join(f"![{name}]({name}.png)" for name in section.images or {})
-    return "\n".join([f"## {section.title}\n", section.text, "", table, "", images, ""])
+    return "\n".join([f"## {section.title}\n", section.text, "", rows, "", images, ""])
 
 
 def page(sections: list[Section]) -> str:
     """The page, with everything in it."""
     parts = []
     for section in sections:
-        table = "" if section.table is None or section.table.empty else section.table.to_html(border=0)
-        images = "".join(f"<figure>{tag(name, image)}</figure>" for name, image in (section.images or {}).items())
+        images = "".join(figure(section, name, image) for name, image in (section.images or {}).items())
         parts.append(
-            f"<section><h2>{html.escape(section.title)}</h2><p>{html.escape(section.text)}</p>{table}{images}</section>"
+            f"<section><h2>{html.escape(section.title)}</h2><p>{html.escape(section.text)}</p>"
+            f"{table(section)}{images}</section>"
         )
     head = f"<meta charset='utf-8'><title>Comparison of runs</title><style>{STYLE}</style>"
     body = f"<h1>Comparison of runs</h1>{''.join(parts)}"
     return f"<!DOCTYPE html><html lang='en'><head>{head}</head><body>{body}</body></html>"
 
 
-def tag(name: str, image: Image.Image) -> str:
-    """An image inside the page."""
+def table(section: Section) -> str:
+    """The section's table; a cell may break before an interval but not within it."""
+    if section.table is None or section.table.empty:
+        return ""
+    numbered = isinstance(section.table.index, pandas.RangeIndex)
+    return re.sub(r"\[[^\]]*\]", r"<span>\g<0></span>", section.table.to_html(border=0, index=not numbered))
+
+
+def figure(section: Section, name: str, image: Image.Image) -> str:
+    """An image inside the page; one of several has its name below."""
     buffer = io.BytesIO()
     image.save(buffer, "PNG", optimize=True)
     data = base64.b64encode(buffer.getvalue()).decode()
-    return f"<img alt='{html.escape(name)}' src='data:image/png;base64,{data}'><figcaption>{html.escape(name)}</figcaption>"
+    caption = html.escape(name.removeprefix(f"{section.name}_"))
+    below = f"<figcaption>{caption}</figcaption>" if len(section.images or {}) > 1 else ""
+    width = round(image.width * 96 / image.info.get("dpi", (96, 96))[0])  # a browser has 96 pixels an inch
+    return f"<figure><img alt='{caption}' width='{width}' src='data:image/png;base64,{data}'>{below}</figure>"

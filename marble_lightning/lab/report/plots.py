@@ -20,15 +20,16 @@ from matplotlib.figure import Figure
 WIDTH, HEIGHT = 3.1, 2.4
 """Size of one panel in inches."""
 COLUMNS = 4
+LEAST_WIDTH = 7.0
+"""Width of a figure in inches that has room for the legend."""
 
 
 def panels(count: int, columns: int = COLUMNS) -> tuple[Figure, list[Any]]:
     """A figure with that many panels."""
     columns = min(count, columns)
     rows = -(-count // columns)
-    figure, axes = pyplot.subplots(
-        rows, columns, figsize=(WIDTH * columns, HEIGHT * rows + 0.4), squeeze=False, layout="constrained"
-    )
+    size = max(WIDTH * columns, LEAST_WIDTH), HEIGHT * rows + 0.4
+    figure, axes = pyplot.subplots(rows, columns, figsize=size, squeeze=False, layout="constrained")
     flat = list(axes.flat)
     for axis in flat[count:]:
         axis.set_visible(False)

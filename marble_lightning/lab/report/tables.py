@@ -70,7 +70,7 @@ def memory(runs: list[Run]) -> str:
 
 def changes(found: Collection) -> pandas.DataFrame:
     """Held-out change of each reward and metric, with its 95 % interval over seeds and prompts."""
-    rows = {"base": {name: f"{float(base):.3f}" for name, base in zip(found.columns, base_means(found), strict=True)}}
+    rows = {"base": {name: f"{float(base):.4f}" for name, base in zip(found.columns, base_means(found), strict=True)}}
     for method in found.methods:
         columns = found.changes(method).unbind(2)
         rows[method] = {name: written(column) for name, column in zip(found.columns, columns, strict=True)}
@@ -91,13 +91,13 @@ def written(changes: Tensor) -> str:
     """A mean with its interval; with one seed, with its standard error over prompts."""
     if len(changes) == 1:
         single = summarise(changes[0])
-        return f"{single.mean:+.3f} ± {single.error:.3f}"
+        return f"{single.mean:+.4f} ± {single.error:.4f}"
     return of_interval(crossed_interval(changes))
 
 
 def of_interval(interval: Interval) -> str:
     """A mean with the ends of its interval."""
-    return f"{interval.mean:+.3f} [{interval.low:+.3f}, {interval.high:+.3f}]"
+    return f"{interval.mean:+.4f} [{interval.low:+.4f}, {interval.high:+.4f}]"
 
 
 def gains(found: Collection, reference: str) -> pandas.DataFrame | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 
 import pandas
 import pytest
@@ -52,7 +53,7 @@ def test_the_page_and_its_files(folder, capsys):
     found = collect([folder])
     changes = pandas.read_csv(folder / "report/changes.csv", index_col=0)
     interval = crossed_interval(found.changes("fair")[:, :, 0])
-    assert changes.loc["fair", "ocr"] == f"{interval.mean:+.3f} [{interval.low:+.3f}, {interval.high:+.3f}]"
+    assert changes.loc["fair", "ocr"] == f"{interval.mean:+.4f} [{interval.low:+.4f}, {interval.high:+.4f}]"
     gains = pandas.read_csv(folder / "report/gains.csv", index_col=0)
     expected = normalised_gains(found.changes("greedy"), found.changes_of_specialists())
     assert gains.loc["greedy", "least"] == pytest.approx(float(expected.min()), abs=0.006)
@@ -70,6 +71,9 @@ def test_honest_cosines_stand_beside_those_of_own_images(folder):
     """Of each method and of each run, with what chance gives and the signal-to-noise ratio."""
     write_report([folder], folder / "report", None)
     page = (folder / "report/report.html").read_text()
+    assert re.search(r"<span>\[[-+\d., ]*\]</span>", page), "an interval may not break"
+    assert "<th>0</th>" not in page, "rows without names have no numbers"
+    assert page.count("<figcaption>") == 3, "the base and two methods"
     assert "by chance" in page and "Signal and noise" in page and "No cosines were logged" not in page
     harmony = pandas.read_csv(folder / "report/harmony.csv")
     assert harmony["method"].tolist() == ["fair", "fair", "greedy", "greedy"]
