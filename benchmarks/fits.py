@@ -187,7 +187,8 @@ def figures_of(run: Run) -> Result:
 
     The cosines are those of the weights that most steps use: the reused ones, if not all steps solve.
 
-    Scores have four digits, cosines three. They are null where a reward does not apply or has no estimate.
+    Scores have four digits, cosines three. They are null where a reward does not apply or has no estimate. `kl` is the mean
+    squared distance to the base's velocity in the last tenth of the steps, which a run's gains are to be seen beside.
 
     Raises:
         ComparisonError: The run did not evaluate the base.
@@ -210,7 +211,10 @@ def figures_of(run: Run) -> Result:
         steps = sorted({step for curve in curves for step in curve})
         cosines[place] = [[round(curve[step], 3) if step in curve else None for curve in curves] for step in steps]
     scores = {"rewards": names, "base": rows("base"), "trained": rows("scores")}
-    return scores | {"balancer": run.balancer, "trained_rewards": trained, "cosines": cosines}
+    distances = run.curve("kl").values
+    last = distances[-max(1, len(distances) // 10) :]
+    kl = round(sum(last) / len(last), 5) if last else None
+    return scores | {"balancer": run.balancer, "kl": kl, "trained_rewards": trained, "cosines": cosines}
 
 
 def as_tensor(rows: Sequence[Sequence[float | None]]) -> Float[Tensor, "row column"]:

@@ -21,7 +21,7 @@ Specialists = Float[Tensor, "seed prompt reward"]
 
 
 def changes_table(results: Results, names: Sequence[str]) -> str:
-    """Held-out change of each reward by method, and the minutes of a run.
+    """Held-out change of each reward by method, the distance to the base at the end (`kl`), and the minutes of a run.
 
     The change is a mean with its 95 % interval over seeds and prompts, or for a single seed with its standard error.
 
@@ -33,8 +33,10 @@ def changes_table(results: Results, names: Sequence[str]) -> str:
     for method, runs in results.items():
         cells = map(change_cell, changes_of(list(runs.values()), names).unbind(2))
         minutes = sum(run["seconds"] for run in runs.values()) / len(runs) / 60
-        rows.append([method, str(len(runs)), *cells, f"{minutes:.1f}"])
-    return table(["method", "seeds", *names, "minutes"], rows)
+        distances = [run["kl"] for run in runs.values() if run["kl"] is not None]
+        kl = sum(distances) / len(distances) if distances else None
+        rows.append([method, str(len(runs)), *cells, number(kl, ".3f"), f"{minutes:.1f}"])
+    return table(["method", "seeds", *names, "kl", "minutes"], rows)
 
 
 def change_cell(changes: Float[Tensor, "seed prompt"]) -> str:

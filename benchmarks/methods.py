@@ -75,6 +75,17 @@ METHODS |= {
     for name in ("pcgrad", "cagrad", "mgda", "upgrad", "aligned_mtl", "nash_mtl", "imtl_g", "fairgrad")
 }
 
+METHODS |= {
+    "marble_std_group": ("--model.objective.advantage_std", "group"),
+    "advantage_sum_std_round": (*METHODS["advantage_sum"], "--model.objective.advantage_std", "round"),
+}
+METHODS |= {
+    f"{name}_kl_{weight}": (*METHODS[name], "--model.objective.kl_weight", weight)
+    for name, weight in (("marble", "0.01"), ("marble", "0.1"), ("advantage_sum", "0.01"), ("advantage_sum", "0.1"))
+}
+"""A gain is to be seen beside the distance to the base, so MARBLE and the sum of advantages also run with other weights of
+the KL term, and each with the other's standard deviation."""
+
 METHODS["split_decay_0"] = (
     *("--balancer.gram", "split", "--balancer.ema_decay", "0", "--balancer.gram_decay", "0"),
     *("--balancer.gram_shrinkage", "false"),  # which needs an average

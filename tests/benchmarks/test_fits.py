@@ -107,6 +107,7 @@ class FakeRun:
 
     def curve(self, name):
         curves = {
+            "kl": (list(range(20)), [0.0] * 18 + [0.01, 0.03]),
             "cosine/update/own/a": ([5], [0.1]),
             "cosine/reused/own/a": ([0, 5], [0.98765, 0.5]),
             "cosine/reused/split/a": ([5], [-0.5]),
@@ -117,7 +118,7 @@ class FakeRun:
 def test_figures_have_scores_and_the_cosines_of_reused_weights():
     figures = fits.figures_of(FakeRun())
     assert figures["base"] == figures["trained"] == [[0.1235, None], [1.0, 2.0]]
-    assert figures["trained_rewards"] == ["a"]
+    assert figures["trained_rewards"] == ["a"] and figures["kl"] == 0.02
     assert figures["cosines"] == {"own": [[0.988], [0.5]], "split": [[-0.5]]}
     assert json.loads(json.dumps(figures)) == figures
     with pytest.raises(ComparisonError, match="num_sanity_val_steps"):

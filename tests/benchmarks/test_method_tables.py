@@ -34,6 +34,7 @@ def result(gain, seed=0, cosines=None, names=("a", "b")):
         "trained": trained,
         "seconds": 90,
         "balancer": "MARBLE, refresh_every 5",
+        "kl": 0.04,
         "trained_rewards": list(names) if cosines else [],
         "cosines": cosines or {"own": [], "split": []},
     }
@@ -56,7 +57,7 @@ def test_specialists_are_columns_with_the_fewest_seeds(specialists):
 
 def test_changes_have_intervals_or_errors():
     text = changes_table(results(one=[0.5, 0.25]), NAMES)
-    assert re.search(r"\| one \| 3 \| \+0\.49\d\d \[\+0\.49\d\d, \+0\.50\d\d\] \| \+0\.2.* \| 1\.5 \|$", text)
+    assert re.search(r"\| one \| 3 \| \+0\.49\d\d \[\+0\.49\d\d, \+0\.50\d\d\] \| \+0\.2.* \| 0\.040 \| 1\.5 \|$", text)
     assert " ± 0.00" in changes_table({"one": {0: result([0.5, 0.25])}}, NAMES)
     assert cadences(results(one=[0.5, 0.25])) == "- one: MARBLE, refresh_every 5"
 
@@ -108,6 +109,8 @@ def test_variants_are_not_run_by_default():
     }  # fmt: skip
     assert {name.removesuffix("_cadence_marble") for name in variants if not name.startswith("split")} == {
         "pcgrad", "cagrad", "mgda", "upgrad", "aligned_mtl", "nash_mtl", "imtl_g", "fairgrad",
+        "marble_std_group", "advantage_sum_std_round",
+        "marble_kl_0.01", "marble_kl_0.1", "advantage_sum_kl_0.01", "advantage_sum_kl_0.1",
     }  # fmt: skip
 
 
