@@ -122,7 +122,7 @@ def run_step(step: Step, run: Run, log: Path) -> None:
     Args:
         step: The step.
         run: What it needs.
-        log: File for its output, and, with the suffix `.error`, for its exception.
+        log: File for its output; its exception goes to `error.txt` in the folder of the run.
     """
     os.setsid()  # its children are killed with it
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped"))
@@ -133,7 +133,7 @@ def run_step(step: Step, run: Run, log: Path) -> None:
     try:
         getattr(import_module(step.module), step.function)(run, **step.options)
     except BaseException as error:
-        log.with_suffix(".error").write_text(f"{type(error).__name__}: {error}")
+        (run.folder / "error.txt").write_text(f"{type(error).__name__}: {error}")
         raise
 
 
@@ -153,7 +153,7 @@ def attempt(step: Step, run: Run, log: Path, deadline: float) -> dict[str, Any]:
     start = time.monotonic()
     if (left := deadline - start) < step.least:
         return record | {"state": "no time left", "error": f"it needs {step.least:.0f} s, and {max(left, 0):.0f} s are left"}
-    values, failure = run.record.file, log.with_suffix(".error")
+    values, failure = run.record.file, run.folder / "error.txt"
     for file in (values, failure):
         file.unlink(missing_ok=True)
     # a fork saves the time of imports; CUDA needs a new process

@@ -149,7 +149,9 @@ class Kinds(Turns):
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         module = cast(DiffusionNFT, pl_module)
-        for index, (name, turn) in enumerate(zip(self.names, self.turns, strict=True) if self.estimate else ()):
+        if not self.estimate:
+            return
+        for index, (name, turn) in enumerate(zip(self.names, self.turns, strict=True)):
             self.use(module, index)
             estimated = estimate_memory(module, cuda=on_gpu(trainer)).total("training") / 2**20
             self.record[f"{name}, estimated memory of training, MiB"] = estimated

@@ -54,7 +54,8 @@ def output_of(*command: str) -> str:
 def gpu_tests(run: Run) -> None:
     """The tests marked `gpu` but those at full size; without a GPU the others of one short file."""
     if run.device == "cpu":
-        return pytest(run, "tests/marble_lightning/utils/test_peak_memory.py", "not gpu")
+        pytest(run, "tests/marble_lightning/utils/test_peak_memory.py", "not gpu")
+        return
     for file in sorted(ROOT.glob("tests/**/test_*.py")):
         name = str(file.relative_to(ROOT))
         if "pytest.mark.gpu" in file.read_text() and name != FULL_SIZE:
