@@ -16,6 +16,7 @@ import shutil
 import signal
 import sys
 import time
+import traceback
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -113,6 +114,8 @@ def _fit_here(arguments: list[str], output: Path, imported: bool) -> NoReturn:
         sys.argv = ["marble-lightning"]
         marble_lightning(arguments)
         status = 0
+    except BaseException:  # noqa: BLE001 - the process ends here after any exception
+        traceback.print_exc()
     finally:
         sys.stdout.flush()
         sys.stderr.flush()
