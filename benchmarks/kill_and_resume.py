@@ -16,9 +16,10 @@ import shutil
 import signal
 import sys
 import time
+import traceback
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -56,45 +57,69 @@ def options(folder: Path, extra: Sequence[str]) -> list[str]:
     ]
 
 
-def fit(arguments: list[str], output: Path, folder: Path, kill_after: float | None = None) -> tuple[int, float]:
-    """Fit in a child process, forked so that imports run only once, and kill it if wanted.
+def fit(
+    arguments: list[str],
+    output: Path,
+    folder: Path,
+    kill_after: float | None = None,
+    since: str = "config.yaml",
+    imported: bool = True,
+) -> tuple[int, float]:
+    """Fit in a child process, and kill it if wanted. An exception in this process kills it too.
 
     Args:
         arguments: Arguments of the command line.
         output: File for its output.
         folder: Folder that the run writes to.
-        kill_after: Seconds from the writing of the run's configuration to the kill; None does not kill it.
+        kill_after: Seconds from the writing of the file `since` to the kill; None does not kill it.
+        since: Name of a file of the run: its configuration, or `last.ckpt`.
+        imported: Whether the child keeps this process's imports, which saves their time. False starts Python again, as
+            CUDA needs if this process may have used it.
 
     Returns:
-        Exit status, or minus the signal that ended it, and seconds from the configuration to the end.
+        Exit status, or minus the signal that ended it, and seconds from that file to the end.
     """
-    before = set(folder.rglob("config.yaml"))
+    before = set(folder.rglob(since))
     if not (process := os.fork()):
+        _fit_here(arguments, output, imported)
+    start: float | None = None
+    ended = 0
+    try:
+        while True:
+            ended, status = os.waitpid(process, os.WNOHANG)
+            now = time.monotonic()
+            if start is None and set(folder.rglob(since)) - before:
+                start = now
+            if ended:
+                return os.waitstatus_to_exitcode(status), now - (start or now)
+            if kill_after is not None and start is not None and now - start >= kill_after:
+                os.killpg(process, signal.SIGKILL)
+                kill_after = None
+            time.sleep(0.005)
+    finally:
+        if not ended:
+            os.killpg(process, signal.SIGKILL)
+
+
+def _fit_here(arguments: list[str], output: Path, imported: bool) -> NoReturn:
+    """Fit in this process, a new child, and end it."""
+    status: Any = 1
+    try:
         os.setsid()  # its children are killed with it
         with output.open("a") as file:
             os.dup2(file.fileno(), 1)
             os.dup2(file.fileno(), 2)
-        status: Any = 1
-        try:
-            sys.argv = ["marble-lightning"]
-            marble_lightning(arguments)
-            status = 0
-        finally:
-            sys.stdout.flush()
-            sys.stderr.flush()
-            os._exit(status)
-    start = None
-    while True:
-        ended, status = os.waitpid(process, os.WNOHANG)
-        now = time.monotonic()
-        if start is None and set(folder.rglob("config.yaml")) - before:
-            start = now
-        if ended:
-            return os.waitstatus_to_exitcode(status), now - (start or now)
-        if kill_after is not None and start is not None and now - start >= kill_after:
-            os.killpg(process, signal.SIGKILL)
-            kill_after = None
-        time.sleep(0.005)
+        if not imported:
+            os.execv(sys.executable, [sys.executable, "-m", "marble_lightning", *arguments])
+        sys.argv = ["marble-lightning"]
+        marble_lightning(arguments)
+        status = 0
+    except BaseException:  # noqa: BLE001 - the process ends here after any exception
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
 
 
 def last(folder: Path) -> Path | None:

@@ -14,26 +14,14 @@ import time
 import warnings
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 from unittest.mock import patch
 
 import torch
 from lightning.pytorch.plugins import MixedPrecision
-from torch import nn
-from transformers import (
-    BlipTextConfig,
-    BlipTextModel,
-    BlipVisionConfig,
-    BlipVisionModel,
-    CLIPConfig,
-    CLIPModel,
-    Mask2FormerConfig,
-    Mask2FormerForUniversalSegmentation,
-    SwinConfig,
-)
 
 import rewards
 from balancers import MARBLE
+from benchmarks.random_rewards import build_rewards
 from benchmarks.random_sd35m import WHOLE, random_sd35m
 from marble_lightning.data.datamodule import PromptDataModule
 from marble_lightning.memory import estimate_memory
@@ -45,52 +33,6 @@ from marble_lightning.policies.sd3 import SD3Policy
 from marble_lightning.policies.sd3_checks import PARTS
 from marble_lightning.scoring.settings import Scoring
 from marble_lightning.tinyworld.recipe.vocabulary import train_tokenizer
-from rewards.clip.loading import convert_precision
-from rewards.clip.open_clip import VIT_H_14, architecture
-from rewards.clip.tower import CLIPTower, Preprocess
-from rewards.geneval.instances import DetectorPreprocess
-from rewards.imagereward.blip import BLIPTower
-
-CLIP_L: dict[str, Any] = {
-    "text_config": {"hidden_size": 768, "intermediate_size": 3072, "num_attention_heads": 12, "num_hidden_layers": 12},
-    "vision_config": {
-        "hidden_size": 1024, "intermediate_size": 4096, "num_attention_heads": 16, "num_hidden_layers": 24, "patch_size": 14,
-    },
-    "projection_dim": 768,
-}  # fmt: skip
-"""openai/clip-vit-large-patch14."""
-
-
-def build_rewards(tokenizer: Any, dtype: str) -> tuple[dict[str, rewards.Reward], dict[str, rewards.Reward]]:
-    """Build the rewards and metrics of configs/sd35m.yaml on the `meta` device."""
-    mean_and_std, precision = ((0.48, 0.46, 0.41), (0.27, 0.26, 0.28)), getattr(torch, dtype)
-
-    def tower(config: Any) -> CLIPTower:
-        return CLIPTower(convert_precision(CLIPModel(config), precision), tokenizer, Preprocess(224, 224, *mean_and_std))
-
-    swin = SwinConfig(
-        depths=[2, 2, 18, 2], num_heads=[3, 6, 12, 24], embed_dim=96, out_features=["stage1", "stage2", "stage3", "stage4"]
-    )
-    reward_models = {"pickscore": rewards.PickScore(), "hpsv2": rewards.HPSv2(), "clipscore": rewards.CLIPScore()}
-    detector = rewards.Mask2Former()
-    with torch.device("meta"):
-        for name in ("pickscore", "hpsv2"):
-            reward_models[name].tower = tower(architecture(VIT_H_14))
-        reward_models["clipscore"].tower = detector.classifier.tower = tower(CLIPConfig(**CLIP_L))
-        detector.model = Mask2FormerForUniversalSegmentation(Mask2FormerConfig(backbone_config=swin, num_labels=80)).eval()
-    detector.preprocess = DetectorPreprocess(800, 1333, 32, 1.0, *mean_and_std)
-    detector.model.to(precision)
-    aesthetic, imagereward = rewards.Aesthetic(), rewards.ImageReward()
-    aesthetic.tower = reward_models["clipscore"].tower
-    with torch.device("meta"):
-        aesthetic.head, imagereward.head = nn.Sequential(nn.Linear(768, 1)), nn.Sequential(nn.Linear(768, 1))
-        vision = BlipVisionModel(BlipVisionConfig(**CLIP_L["vision_config"] | {"image_size": 224, "patch_size": 16}))
-        text = BlipTextModel(BlipTextConfig(encoder_hidden_size=1024, num_attention_heads=12), add_pooling_layer=False)
-    preprocess = Preprocess(224, 224, *mean_and_std)
-    imagereward.tower = BLIPTower(vision.to(precision), text.to(precision), tokenizer, preprocess)
-    accuracy = rewards.GenEval(detector, "accuracy", batch_size=8)
-    metrics = {"geneval_accuracy": accuracy, "aesthetic": aesthetic, "imagereward": imagereward}
-    return {**reward_models, "ocr": rewards.OCR(), "geneval": rewards.GenEval(detector, batch_size=8)}, metrics
 
 
 def write_prompts(folder: Path) -> None:
@@ -122,7 +64,8 @@ def module_on_a_gpu(folder: Path, options: argparse.Namespace) -> DiffusionNFT:
     loaded = patch("marble_lightning.policies.sd3.load_pipeline", return_value=pipeline)
     with loaded, torch.device("meta"):
         policy.setup(seed=0)
-    reward_models, metrics = build_rewards(tokenizer, options.reward_dtype)
+    reward_models, metrics = build_rewards(tokenizer, options.reward_dtype, "meta")
+    reward_models["ocr"] = rewards.OCR()
     devices = dict.fromkeys(reward_models | metrics, "cpu") if options.rewards_on_cpu else {}
     scoring = Scoring(devices=devices, offload=options.frugal, overlap=not options.no_overlap)
     module = DiffusionNFT(policy, reward_models, metrics, Sampling(batch_size=options.sampling), scoring)

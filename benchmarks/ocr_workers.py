@@ -9,24 +9,10 @@ import argparse
 import statistics
 import time
 
-import numpy as np
-import torch
-from PIL import Image, ImageDraw, ImageFont
-from torch import Tensor
 from tqdm import tqdm
 
+from benchmarks.random_rewards import rendered
 from rewards import OCR
-
-
-def rendered(count: int, size: int) -> Tensor:
-    """Images with the text "Word N", (count, 3, size, size) in [0, 1]."""
-    images = []
-    for index in range(count):
-        image = Image.new("RGB", (size, size), "white")
-        font = ImageFont.load_default(size // 6)
-        ImageDraw.Draw(image).text((size / 2, size / 2), f"Word {index}", fill="black", font=font, anchor="mm")
-        images.append(torch.from_numpy(np.array(image)))
-    return torch.stack(images).permute(0, 3, 1, 2).float() / 255
 
 
 def main() -> None:

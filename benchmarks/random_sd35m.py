@@ -9,6 +9,7 @@ vocabulary is the tiny world's.
 from __future__ import annotations
 
 import argparse
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +17,34 @@ import torch
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection, T5Config, T5EncoderModel
 
+from marble_lightning.tinyworld import PROMPTS
 from marble_lightning.tinyworld.recipe.vocabulary import train_tokenizer
 
 WHOLE: dict[str, Any] = {"clip_layers": (12, 32), "t5_layers": 24}
 """Layers of the text encoders in the original model."""
+
+TWO_ROUNDS: dict[str, object] = {
+    "trainer.devices": 1, "trainer.num_nodes": 1, "trainer.strategy": "auto", "trainer.max_epochs": 2,
+    "trainer.limit_val_batches": 0, "trainer.num_sanity_val_steps": 0, "trainer.enable_progress_bar": False,
+    "data.folder": PROMPTS, "data.prompts_per_round": 3, "model.rewards": "{jpeg: JPEGCompressibility}",
+    "model.metrics": "{}", "balancer.refresh_every": 2, "memory.check": "off",
+}  # fmt: skip
+"""Options of `fit`, after configs/sd35m.yaml: two rounds of three prompts on one device, a refresh in one of them."""
+
+
+def two_rounds(configs: Sequence[str], path: Path, folder: Path, more: Mapping[str, object]) -> list[str]:
+    """Options of `fit` for `TWO_ROUNDS` that writes to a folder.
+
+    Args:
+        configs: Names of files in configs/.
+        path: Folder of the pipeline.
+        folder: Folder of the run.
+        more: Further options, which replace those of `TWO_ROUNDS`.
+    """
+    files = [part for name in configs for part in ("-c", str(Path(__file__).parents[1] / f"configs/{name}.yaml"))]
+    places = {"model.policy.path": path, "trainer.logger.save_dir": folder, "trainer.default_root_dir": folder}
+    options = TWO_ROUNDS | dict(more) | places
+    return [*files, *(part for name, value in options.items() for part in (f"--{name}", str(value)))]
 
 
 def networks(layers: int = 24) -> dict[str, Any]:

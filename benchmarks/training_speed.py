@@ -13,170 +13,16 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import time
 import warnings
-from collections import defaultdict
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, cast
 
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
-from torch import Tensor, nn
 from tqdm import tqdm
 
-from balancers import MARBLE, Balancer, WeightedSum
 from benchmarks.random_sd35m import save_random_sd35m
+from benchmarks.timed_rounds import EVERY_STEP, METHODS, SIZES, SPLIT, SUM, WHOLE, Method, Turns, run
 from marble_lightning.cli import QUIET
-from marble_lightning.data.datamodule import PromptDataModule
-from marble_lightning.module import DiffusionNFT
-from marble_lightning.nft.sampling import Sampling
-from marble_lightning.policies.sd3 import SD3Policy
-from marble_lightning.tinyworld import PROMPTS, WEIGHTS
-from rewards import Reward
-
-STEPS = 10
-"""Optimizer steps of a round."""
-
-
-@dataclass(frozen=True)
-class Method:
-    """A row of the table."""
-
-    title: str
-    paper: str
-    every: int | None = None
-    """Optimizer steps between two solutions; None for the weighted sum."""
-    passes: Literal["two", "per_reward"] = "two"
-    share: float = 1.0
-    """Share of a step's two micro-batches whose gradients the solution uses; it applies to both."""
-    gram: Literal["own", "split"] | None = "own"
-    """Products to solve on; None: of whole gradients, without the parts from halves of the prompts."""
-
-    def balancer(self) -> Balancer:
-        """A new balancer."""
-        if self.every is None:
-            return WeightedSum()
-        options: dict[str, Any] = {"measure_signal": False} if self.gram is None else {"gram": self.gram, "gram_decay": 0.9}
-        return MARBLE(refresh_every=self.every, estimate_share=self.share, **options)
-
-
-EVERY_STEP = Method("MARBLE, every step", "", every=1)
-WHOLE = Method("MARBLE, every step, whole gradients", "", every=1, gram=None)
-SPLIT = Method("MARBLE, every step, gram: split", "", every=1, gram="split")
-METHODS = (
-    Method("weighted sum", "1.00"),
-    Method("MARBLE, every 10th step", "", every=10),
-    Method("MARBLE, every 10th step, half its images", "0.97 (one micro-batch)", every=10, share=0.5),
-    EVERY_STEP,
-    SPLIT,
-    WHOLE,
-    Method("MARBLE, every step, half its images", "", every=1, share=0.5),
-    Method("MARBLE, every step, K passes", "0.56 (K = 5)", every=1, passes="per_reward", gram=None),
-)
-"""Two backward passes, and gradients in two parts (`measure_signal`), unless the title says otherwise."""
-
-
-class Projection(Reward):
-    """A reward with negligible cost: the projection of the image's pixels on a random direction."""
-
-    def __init__(self, seed: int) -> None:
-        super().__init__()
-        self.seed = seed
-
-    def score(self, *, images: Tensor, prompts: Any) -> Tensor:
-        draw = torch.Generator().manual_seed(self.seed)
-        return images.flatten(1) @ torch.randn(images[0].numel(), generator=draw).to(images.device)
-
-
-class Turns(Callback):
-    """Uses the next (method, number of rewards) in every round, and records its times.
-
-    Args:
-        turns: Methods and numbers of rewards that alternate.
-        cycles: Full cycles to run, after a warm-up cycle.
-    """
-
-    def __init__(self, turns: list[tuple[Method, int]], cycles: int) -> None:
-        self.turns, self.rounds = turns, (cycles + 1) * len(turns)
-        self.balancers = [method.balancer() for method, _ in turns]
-        self.training: dict[tuple[Method, int], list[float]] = defaultdict(list)
-        self.whole: dict[tuple[Method, int], list[float]] = defaultdict(list)
-        self.peak: dict[tuple[Method, int], float] = {}
-
-    def complete(self) -> int:
-        """Number of measured cycles in which every turn has a time; those of an unfinished cycle are dropped."""
-        cycles = min(len(self.training[turn]) for turn in self.turns)
-        for times in (self.training, self.whole):
-            for turn in self.turns:
-                del times[turn][cycles:]
-        return cycles
-
-    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        module = cast(DiffusionNFT, pl_module)
-        self.taps, self.rewards = module.step.per_reward.taps, dict(module.rewards.items())
-        self.bar = tqdm(total=self.rounds, desc="Rounds, the first of each a warm-up", dynamic_ncols=True)
-
-    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        module, index = cast(DiffusionNFT, pl_module), trainer.current_epoch % len(self.turns)
-        method, k = self.turns[index]
-        module.rewards = nn.ModuleDict(dict(list(self.rewards.items())[:k]))
-        module.balancer = self.balancers[index]
-        module.step.per_reward.taps = self.taps if method.passes == "two" else None
-        module.balancer.bind(list(module.rewards))
-        if on_gpu(trainer):
-            torch.cuda.reset_peak_memory_stats()
-        self.start = now(trainer)
-
-    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        if batch_idx == 0:
-            self.sampled = now(trainer)
-
-    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        end, turn = now(trainer), self.turns[trainer.current_epoch % len(self.turns)]
-        if trainer.current_epoch >= len(self.turns):
-            self.training[turn].append(end - self.sampled)
-            self.whole[turn].append(end - self.start)
-        if on_gpu(trainer):
-            self.peak[turn] = torch.cuda.max_memory_allocated() / 2**20
-        self.bar.set_postfix_str(f"{turn[0].title}, K = {turn[1]}: {end - self.sampled:.1f} s")
-        self.bar.update()
-
-
-def on_gpu(trainer: Trainer) -> bool:
-    """Whether the run's model is on a CUDA device."""
-    return trainer.strategy.root_device.type == "cuda"
-
-
-def now(trainer: Trainer) -> float:
-    """Time in seconds, after synchronising the device."""
-    if on_gpu(trainer):
-        torch.cuda.synchronize()
-    return time.perf_counter()
-
-
-def run(turns: Turns, model: str, path: Path, device: str, rollout_steps: int) -> None:
-    """Fit `turns.rounds` rounds."""
-    tiny = model == "tiny"
-    resolution, rank, batch = (64, 16, 24) if tiny else (512, 32, 9)
-    module = DiffusionNFT(
-        SD3Policy(
-            str(path), resolution=resolution, rank=rank, alpha=2 * rank, text_length=1 if tiny else 128,
-            dtype="float32" if tiny else "bfloat16",
-        ),
-        rewards={f"reward_{index}": Projection(index) for index in range(max(k for _, k in turns.turns))},
-        sampling=Sampling(steps=rollout_steps, batch_size=batch, times_per_image=2),
-        micro_batch_size=batch,
-        optimizer_steps_per_round=STEPS,
-    )  # fmt: skip
-    prompts = batch * STEPS // 6
-    data = PromptDataModule(str(PROMPTS), ["pickscore"], prompts_per_round=prompts, images_per_prompt=6)
-    trainer = Trainer(
-        accelerator=device, devices=1, max_epochs=turns.rounds, callbacks=[WeightedSum(), turns], limit_val_batches=0,
-        logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
-        gradient_clip_val=1.0, precision="32-true" if tiny else "bf16-mixed",
-    )  # fmt: skip
-    trainer.fit(module, datamodule=data)
+from marble_lightning.tinyworld import WEIGHTS
 
 
 def peak_of_a_process(method: Method, k: int, arguments: list[str]) -> float:
@@ -193,7 +39,7 @@ def table(turns: Turns) -> str:
     ]
     for turn in turns.turns:
         method, k = turn
-        plain = (METHODS[0], k)
+        plain = (SUM, k)
         training, whole = (statistics.median(times[turn]) for times in (turns.training, turns.whole))
         ratios = [a / b for a, b in zip(turns.training[plain], turns.training[turn], strict=True)]
         speed = statistics.median(turns.training[plain]) / training
@@ -236,7 +82,7 @@ def main() -> None:
         if options.alone:
             run(
                 Turns([(METHODS[options.alone[0]], options.alone[1])], cycles=0),
-                options.model,
+                SIZES[options.model],
                 path,
                 options.device,
                 rollout_steps,
@@ -252,7 +98,7 @@ def main() -> None:
             for turn in tqdm([turn for turn in turns.turns if turn[1] in measured], desc="Memory"):
                 turns.peak[turn] = peak_of_a_process(turn[0], turn[1], arguments)
         try:
-            run(turns, options.model, path, options.device, rollout_steps)
+            run(turns, SIZES[options.model], path, options.device, rollout_steps)
         finally:  # an interrupted run has measured something, too
             cycles, where = turns.complete(), f"{torch.get_num_threads()} threads, {gpu_name()}"
             if cycles:

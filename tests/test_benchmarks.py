@@ -8,7 +8,8 @@ import sys
 
 import pytest
 
-from benchmarks.training_speed import EVERY_STEP, METHODS, Turns, table
+from benchmarks.timed_rounds import EVERY_STEP, METHODS, Turns
+from benchmarks.training_speed import table
 from tests.helpers import ROOT
 
 SMALL = {

@@ -5,7 +5,6 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-import ftfy
 from torch import Tensor
 
 VIT_H_14: dict[str, Any] = {
@@ -94,5 +93,7 @@ def clean_text(text: str) -> str:
 
     Source: open_clip's tokenizer, `basic_clean` and `whitespace_clean`.
     """
+    import ftfy
+
     text = html.unescape(html.unescape(ftfy.fix_text(text)))
     return " ".join(text.split()).lower()

@@ -1,7 +1,8 @@
 """Stable Diffusion 3.5 Medium at full size, with random weights, through two rounds of `fit` as its configs say.
 
 On a GPU (`pytest -m gpu -s` with this file): 16 GB of disk, and the memory that each config is for. On a CPU
-(`-m "slow and not gpu"`) the same with two blocks, two solver steps and 256 pixels.
+(`-m "slow and not gpu"`) the same with two blocks, two solver steps and 256 pixels. The reward has no weights, as
+those of the 1-GPU run leave.
 """
 
 from __future__ import annotations
@@ -12,24 +13,15 @@ import pytest
 import torch
 from lightning.pytorch import Callback
 
-from benchmarks.random_sd35m import WHOLE, save_random_sd35m
+from benchmarks.random_sd35m import WHOLE, save_random_sd35m, two_rounds
 from marble_lightning.cli import QUIET
 from marble_lightning.memory.report import GIB
-from tests.helpers import ROOT
 from tests.helpers.command_line import fit_with, last, state
 from tests.helpers.measured_memory import Estimated
 
 CONFIGS = {"sd35m": ["sd35m"], "sd35m_1gpu": ["sd35m", "sd35m_1gpu"]}
 LIMITS = {"sd35m": 80, "sd35m_1gpu": 22}
 """GiB that a run may take."""
-ROUND: dict[str, object] = {
-    "trainer.devices": 1, "trainer.num_nodes": 1, "trainer.strategy": "auto", "trainer.max_epochs": 2,
-    "trainer.limit_val_batches": 0, "trainer.num_sanity_val_steps": 0, "trainer.enable_progress_bar": False,
-    "data.folder": ROOT / "marble_lightning/tinyworld/prompts", "data.prompts_per_round": 3,
-    "model.rewards": "{jpeg: JPEGCompressibility}", "model.metrics": "{}", "balancer.refresh_every": 2,
-    "memory.check": "off",
-}  # fmt: skip
-"""Two rounds of three prompts, a refresh in one of them; the reward has no weights, as those of the 1-GPU run leave."""
 GPU: dict[str, object] = {"data.images_per_prompt": 24, "model.sampling.times_per_image": 2}
 CPU: dict[str, object] = {
     "trainer.accelerator": "cpu", "model.policy.resolution": 256, "data.images_per_prompt": 2, "model.sampling.steps": 2,
@@ -53,12 +45,8 @@ class Peaks(Callback):
 
 
 def options(name: str, path: Path, folder: Path, more: dict[str, object]) -> list[str]:
-    files = [part for file in CONFIGS[name] for part in ("-c", str(ROOT / f"configs/{file}.yaml"))]
-    every = ROUND | more | {
-        "model.policy.path": path, "model.policy.prompt_cache": folder / "cache", "trainer.logger.save_dir": folder,
-        "trainer.logger.name": "tiny", "trainer.default_root_dir": folder,
-    }  # fmt: skip
-    return [*files, *(part for option, value in every.items() for part in (f"--{option}", str(value)))]
+    more = more | {"model.policy.prompt_cache": folder / "cache", "trainer.logger.name": "tiny"}
+    return two_rounds(CONFIGS[name], path, folder, more)
 
 
 def trained(folder: Path) -> float:
@@ -77,13 +65,16 @@ def test_two_blocks_train_on_a_cpu(tmp_path, name):
 @pytest.mark.gpu
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize("name", CONFIGS)
-def test_two_rounds_take_what_was_estimated(tmp_path, name):
+def test_two_rounds_take_what_was_estimated(tmp_path, name, record_property):
     path = save_random_sd35m(tmp_path / "sd35m", **WHOLE)
     peaks, estimated = Peaks(), Estimated()
     torch.cuda.reset_peak_memory_stats()
     fit_with(options(name, path, tmp_path, GPU), estimated, peaks)
     assert 0 < trained(tmp_path) < torch.inf
     most = torch.cuda.max_memory_reserved()
+    record_property("training, GiB", f"{peaks.training / GIB:.2f}")
+    record_property("estimate of the training, GiB", f"{estimated.estimate.total('training') / GIB:.2f}")
+    record_property("reserved at most, GiB", f"{most / GIB:.2f}")
     print(f"{name}: training {peaks.training / GIB:.2f} GiB, reserved at most {most / GIB:.2f} GiB")
     assert most <= LIMITS[name] * GIB
     assert estimated.estimate.total("training") == pytest.approx(peaks.training, rel=0.15)
