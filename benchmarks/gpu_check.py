@@ -129,6 +129,7 @@ def run_step(step: Step, run: Run, log: Path) -> None:
     with open(log, "a") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
+    sys.stdout = sys.stderr = os.fdopen(1, "w", buffering=1, closefd=False)  # a caller may have replaced them
     print(f"--- {step.name}", flush=True)
     try:
         getattr(import_module(step.module), step.function)(run, **step.options)

@@ -74,7 +74,7 @@ def test_values_in_the_table():
     assert (readable(12345.678), readable(False), escape("a|b")) == ("1.235e+04", "NO", r"a\|b")
 
 
-@pytest.mark.integration
+@pytest.mark.slow
 @pytest.mark.timeout(3600)
 def test_small_steps_run_on_a_cpu(tmp_path):
     command = [sys.executable, "-m", "benchmarks.gpu_check", "--device", "cpu", "--small", "--minutes", "50"]

@@ -118,7 +118,10 @@ def gains(found: Collection, reference: str) -> pandas.DataFrame | None:
             "least": f"{float(of_rewards[of_rewards.isfinite()].min()):+.2f}" if len(known) else "",
             "mean": f"{float(of_rewards.nanmean()):+.2f}",
             "interquartile mean": f"{interquartile_mean(known):+.2f}" if len(known) else "",
-            **{name: f"{float(gain):+.2f}" for name, gain in zip(found.rewards, of_rewards, strict=True)},
+            **{
+                name: f"{gain:+.2f}" if gain == gain else "-"
+                for name, gain in zip(found.rewards, of_rewards.tolist(), strict=True)
+            },
         }
         common = [seed for seed in seeds if seed in found.methods[reference]]
         if method != reference and len(common) > 1 and len(specialists) > 1 and len(known):
