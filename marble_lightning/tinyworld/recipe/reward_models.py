@@ -22,6 +22,7 @@ from marble_lightning.tinyworld.scenes import SIZE
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 """CLIP's normalisation of pixels."""
 FIRST_LOGIT_SCALE = 64.0
+"""That of the first stage."""
 LOGIT_SCALES = {"clipscore": 64.0, "pickscore": 64.0, "hpsv2": 40.0}
 """Log-odds per unit of cosine. They set the spreads of the scores: cosines of two images differ by log-odds over this."""
 RIDGE = 1e-6
