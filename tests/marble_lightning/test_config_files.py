@@ -74,7 +74,7 @@ def test_a_copy_is_a_configuration(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--copy", "tinny"], "`copy` must be the name of a configuration: sd35l, .* Found 'tinny'"),
+        (["--copy", "tinny"], "`copy` must be the name of a configuration: fast, sd35l, .* Found 'tinny'"),
         (["--copy", "tiny", "--to", "there.yaml"], "`to` must be a file that does not exist yet. Found .*there.yaml"),
         (["--to", "my.yaml"], "`to` must be null if nothing is copied. Found my.yaml"),
     ],
