@@ -12,7 +12,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,12 +43,14 @@ class Fit:
         configs: Arguments of `fit` that all runs of a comparison share.
         options: Further arguments, recorded in the result.
         seed: Seed of the run.
+        environment: Environment variables of its process, and their values.
     """
 
     name: str
     configs: tuple[str, ...]
     options: tuple[str, ...]
     seed: int
+    environment: tuple[tuple[str, str], ...] = ()
 
     @property
     def arguments(self) -> list[str]:
@@ -58,7 +60,8 @@ class Fit:
     @property
     def identity(self) -> Result:
         """The part of its result that says what was run."""
-        return {"options": list(self.options), "fingerprint": fingerprint(self.arguments)}
+        environment = {"environment": dict(self.environment)} if self.environment else {}
+        return {"options": list(self.options), "fingerprint": fingerprint(self.arguments), **environment}
 
 
 @dataclass(frozen=True)
@@ -87,7 +90,7 @@ def read(file: Path, identity: Result) -> Result | None:
 
     Args:
         file: A result.
-        identity: `options` and `fingerprint` that it must have.
+        identity: `options`, `fingerprint` and, where the run had one, `environment` that it must have.
 
     Raises:
         ComparisonError: The figures are those of other options, of another configuration or of other weights.
@@ -97,6 +100,8 @@ def read(file: Path, identity: Result) -> Result | None:
     result: Result = json.loads(file.read_text(encoding="utf-8"))
     kept, expected = result.get("fingerprint", {}), identity["fingerprint"]
     differences = [f"another {name}" for name in expected if kept.get(name) != expected[name]]
+    if result.get("environment") != identity.get("environment"):
+        differences.insert(0, f"the environment {result.get('environment')} instead of {identity.get('environment')}")
     if result.get("options") != identity["options"]:
         differences.insert(0, f"the options {result.get('options')} instead of {identity['options']}")
     if differences:
@@ -153,18 +158,19 @@ def fit_once(fit: Fit, folders: Folders) -> None:
     folder = ["--trainer.logger.save_dir", str(folders.runs), "--trainer.logger.name", run.parent.name]
     folder += ["--trainer.logger.version", run.name, "--seed_everything", str(fit.seed)]
     identity, start = fit.identity, time.monotonic()
-    call_marble(["fit", *fit.arguments, *folder], run / "output.txt", fit.name)
+    call_marble(["fit", *fit.arguments, *folder], run / "output.txt", fit.name, dict(fit.environment))
     seconds = round(time.monotonic() - start)
     write(folders.result(fit), {**identity, "seconds": seconds, **figures_of(Run(run))})
 
 
-def call_marble(arguments: Sequence[str], output: Path, title: str) -> None:
-    """Run a command of `marble-lightning` in a process with one thread.
+def call_marble(arguments: Sequence[str], output: Path, title: str, environment: Mapping[str, str] | None = None) -> None:
+    """Run a command of `marble-lightning` in a process with one thread, unless `environment` says otherwise.
 
     Args:
         arguments: The command and its arguments.
         output: File of its messages.
         title: Its name, for the error message.
+        environment: Environment variables to set.
 
     Raises:
         ComparisonError: It failed.
@@ -172,8 +178,8 @@ def call_marble(arguments: Sequence[str], output: Path, title: str) -> None:
     command = [sys.executable, "-m", "marble_lightning", *arguments]
     output.parent.mkdir(parents=True, exist_ok=True)
     with output.open("w") as messages:
-        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        ended = subprocess.run(command, check=False, stdout=messages, stderr=subprocess.STDOUT, env=environment)
+        variables = {**os.environ, "OMP_NUM_THREADS": "1", **(environment or {})}
+        ended = subprocess.run(command, check=False, stdout=messages, stderr=subprocess.STDOUT, env=variables)
     if ended.returncode:
         last = next((line for line in reversed(output.read_text().splitlines()) if line.strip()), "nothing")
         raise ComparisonError(

@@ -20,18 +20,19 @@ Specialists = Float[Tensor, "seed prompt reward"]
 """Changes of reward k, in column k, by runs trained on reward k alone."""
 
 
-def changes_table(results: Results, names: Sequence[str]) -> str:
+def changes_table(results: Results, names: Sequence[str], level: float = 0.95) -> str:
     """Held-out change of each reward by method, the distance to the base at the end (`kl`), and the minutes of a run.
 
-    The change is a mean with its 95 % interval over seeds and prompts, or for a single seed with its standard error.
+    The change is a mean with its interval over seeds and prompts, or for a single seed with its standard error.
 
     Args:
         results: Figures of runs.
         names: Rewards and metrics of the columns.
+        level: Confidence of the intervals, in (0, 1).
     """
     rows = []
     for method, runs in results.items():
-        cells = map(change_cell, changes_of(list(runs.values()), names).unbind(2))
+        cells = [change_cell(column, level) for column in changes_of(list(runs.values()), names).unbind(2)]
         minutes = sum(run["seconds"] for run in runs.values()) / len(runs) / 60
         distances = [run["kl"] for run in runs.values() if run["kl"] is not None]
         kl = sum(distances) / len(distances) if distances else None
@@ -39,11 +40,11 @@ def changes_table(results: Results, names: Sequence[str]) -> str:
     return table(["method", "seeds", *names, "kl", "minutes"], rows)
 
 
-def change_cell(changes: Float[Tensor, "seed prompt"]) -> str:
+def change_cell(changes: Float[Tensor, "seed prompt"], level: float) -> str:
     """A mean change with its interval, or for a single seed with its standard error."""
     if len(changes) == 1:
         return with_error(changes[0], 4)
-    interval = crossed_interval(changes)
+    interval = crossed_interval(changes, level)
     return f"{interval.mean:+.4f} [{interval.low:+.4f}, {interval.high:+.4f}]"
 
 

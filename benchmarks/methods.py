@@ -1,6 +1,6 @@
 """Methods that merge rewards, on one stage: `python -m benchmarks.methods --stage published --seeds 0 1 2 --jobs 2`.
 
-Prints the held-out change of each reward with 95 % intervals, the normalised gains with the least first, the difference of
+Prints the held-out change of each reward with intervals, the normalised gains with the least first, the difference of
 the least gains to `--against` with a 99 % interval, and the cosines of the updates with each reward's gradient. Gains are
 shares of what the runs on a single reward gain, which `python -m benchmarks.stage` trains.
 
@@ -93,22 +93,29 @@ METHODS["split_decay_0"] = (
 METHODS |= {f"split_{name}_{value}": (*SPLIT, f"--balancer.{option}", value) for name, option, value in ABLATIONS}
 
 
+def run_of(stages: Stages, stage: str, method: str, seed: int, rounds: int, extra: Sequence[str]) -> Fit:
+    """The run of a method on a stage.
+
+    Args:
+        stages: All stages.
+        stage: Name of the one to train on.
+        method: A key of `METHODS`.
+        seed: Seed of the run.
+        rounds: Its rounds.
+        extra: Further arguments of `fit`.
+    """
+    configs = stages.training_on(stages.members[stage], stage)
+    return Fit(f"{stage}_{method}_{rounds}", configs, (*METHODS[method], *options_of(rounds, extra)), seed)
+
+
 def compare(stages: Stages, options: argparse.Namespace, extra: Sequence[str]) -> Results:
     """Figures of all runs by method and seed; those that have no result yet are run first."""
     rounds = options.rounds or stages.rounds
-    configs = stages.training_on(stages.members[options.stage], options.stage)
-    further = options_of(rounds, extra)
-    fits = [
-        Fit(f"{options.stage}_{method}_{rounds}", configs, (*METHODS[method], *further), seed)
-        for seed in options.seeds
-        for method in options.methods
-    ]
+    keys = [(method, seed) for seed in options.seeds for method in options.methods]
+    fits = [run_of(stages, options.stage, method, seed, rounds, extra) for method, seed in keys]
     results = fit_all(fits, Folders(options.folder, options.results), options.jobs)
-    by_run = dict(zip([(fit.seed, fit.name) for fit in fits], results, strict=True))
-    return {
-        method: {seed: by_run[seed, f"{options.stage}_{method}_{rounds}"] for seed in options.seeds}
-        for method in options.methods
-    }
+    by_run = dict(zip(keys, results, strict=True))
+    return {method: {seed: by_run[method, seed] for seed in options.seeds} for method in options.methods}
 
 
 def find_specialists(stages: Stages, options: argparse.Namespace, extra: Sequence[str]) -> Specialists | str:
@@ -132,7 +139,8 @@ def report(results: Results, stages: Stages, found: Specialists | str, options: 
     """All tables."""
     names = list(stages.members[options.stage])
     others = [name for name in [*stages.rewards, *stages.metrics] if name not in names]
-    parts = ["Held-out changes, 95 % intervals over seeds and prompts:", changes_table(results, [*names, *others])]
+    title = f"Held-out changes, {options.level:.0%} intervals over seeds and prompts:"
+    parts = [title, changes_table(results, [*names, *others], options.level)]
     parts.append(cadences(results))
     if isinstance(found, str):
         parts.append(found)
@@ -153,6 +161,7 @@ def parse() -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--methods", nargs="+", default=list(COMPARED), choices=list(METHODS), metavar="METHOD")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2, 3, 4])
     parser.add_argument("--against", choices=list(METHODS), metavar="METHOD", help="compare least gains with this method")
+    parser.add_argument("--level", type=float, default=0.95, help="confidence of the intervals of the changes")
     parser.add_argument("--rounds", type=int, help="of a run; otherwise those of configs/tiny.yaml")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
     parser.add_argument("--figure", type=Path, help="figure of the normalised gains, such as docs/conflict.png")
@@ -160,6 +169,8 @@ def parse() -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--results", type=Path, default=Path("benchmarks/results/methods"), help="of their figures")
     parser.add_argument("--specialists", type=Path, default=Path("benchmarks/results/stage"), help="results of `stage`")
     options, extra = parser.parse_known_args()
+    if not 0 < options.level < 1:
+        parser.error(f"`--level` must be between 0 and 1, such as 0.95. Found {options.level}.")
     if options.against and options.against not in options.methods:
         parser.error(f"`--against` must be one of `--methods`. Found {options.against}; add it there.")
     return options, extra

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -47,6 +48,18 @@ def test_a_result_of_another_run_is_refused(tmp_path, key, other, message):
     write(tmp_path / "result.json", {**IDENTITY, key: other})
     with pytest.raises(ComparisonError, match=message):
         read(tmp_path / "result.json", IDENTITY)
+
+
+def test_a_result_of_another_environment_is_refused(tmp_path):
+    write(tmp_path / "result.json", {**IDENTITY, "environment": {"OMP_NUM_THREADS": "2"}})
+    with pytest.raises(ComparisonError, match="a run with the environment {'OMP_NUM_THREADS': '2'} instead of None"):
+        read(tmp_path / "result.json", IDENTITY)
+
+
+def test_the_environment_is_part_of_what_ran(fits_of_two):
+    assert "environment" not in fits_of_two[0].identity
+    two = replace(fits_of_two[0], environment=(("OMP_NUM_THREADS", "2"),))
+    assert two.identity == {**fits_of_two[0].identity, "environment": {"OMP_NUM_THREADS": "2"}}
 
 
 def test_only_missing_runs_are_run(fits_of_two, folders, monkeypatch):
