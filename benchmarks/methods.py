@@ -139,7 +139,7 @@ def report(results: Results, stages: Stages, found: Specialists | str, options: 
     """All tables."""
     names = list(stages.members[options.stage])
     others = [name for name in [*stages.rewards, *stages.metrics] if name not in names]
-    title = f"Held-out changes, {options.level:.0%} intervals over seeds and prompts:"
+    title = f"Held-out changes, {100 * options.level:g} % intervals over seeds and prompts:"
     parts = [title, changes_table(results, [*names, *others], options.level)]
     parts.append(cadences(results))
     if isinstance(found, str):

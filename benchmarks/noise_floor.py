@@ -24,7 +24,7 @@ ROUNDINGS: dict[str, dict[str, str]] = {
     "mkl_compatible": {"MKL_CBWR": "COMPATIBLE"},
 }
 """Environments in which a run rounds differently: on two threads, and with the matrix products that every x86 processor can
-compute, instead of those for this processor."""
+compute, instead of those for this processor; builds of torch without MKL ignore the second."""
 
 
 def noise_table(results: Sequence[Result], roundings: Mapping[str, Result], names: Sequence[str]) -> str:
