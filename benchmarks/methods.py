@@ -75,8 +75,12 @@ METHODS |= {
     for name in ("pcgrad", "cagrad", "mgda", "upgrad", "aligned_mtl", "nash_mtl", "imtl_g", "fairgrad")
 }
 
+STD_GROUP = ("--model.objective.advantage_std", "group")
+
 METHODS |= {
-    "marble_std_group": ("--model.objective.advantage_std", "group"),
+    "marble_every_1": ("--balancer.refresh_every", "1"),
+    "marble_std_group": STD_GROUP,
+    **{f"{name}_std_group": (*METHODS[name], *STD_GROUP) for name in ("marble_floor", "averaged", "split")},
     "advantage_sum_std_round": (*METHODS["advantage_sum"], "--model.objective.advantage_std", "round"),
 }
 METHODS |= {
