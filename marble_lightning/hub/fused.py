@@ -11,7 +11,6 @@ from diffusers import SD3Transformer2DModel
 from diffusers.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from peft import LoraConfig
 from peft.tuners.lora import LoraLayer
-from torch import nn
 
 from marble_lightning.policies.lora import Lora
 from marble_lightning.policies.sd3_loading import load_part
@@ -42,7 +41,7 @@ def write_fused(lora: Lora, base: str, identity: dict[str, Any], folder: Path) -
     """
     dtype, revision = getattr(torch, identity.get("dtype", "float32")), identity.get("revision")
     path = resolve_path(base)
-    transformer = load_part(SD3Transformer2DModel, "transformer", path, dtype, revision, setting="base")
+    transformer: Any = load_part(SD3Transformer2DModel, "transformer", path, dtype, revision, setting="base")
     lost = merge(lora, transformer, base)
     print(f"Merged in {str(dtype)[6:]}: {lost:.1%} of the update's norm is lost by rounding.")
     with scratch_for(folder / "transformer") as scratch:
@@ -56,7 +55,7 @@ def write_fused(lora: Lora, base: str, identity: dict[str, Any], folder: Path) -
 
 
 @torch.no_grad()
-def merge(lora: Lora, transformer: nn.Module, origin: str) -> float:
+def merge(lora: Lora, transformer: Any, origin: str) -> float:
     """Merge a LoRA into a transformer's weights.
 
     Args:

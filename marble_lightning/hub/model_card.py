@@ -101,12 +101,12 @@ def card_data(facts: Facts) -> ModelCardData:
         for row in held_out
     ]  # fmt: skip
     community = (facts.hub_id or "").startswith("stabilityai/stable-diffusion-3")
-    licence = {
+    licence: dict[str, Any] = {
         "license": "other", "license_name": "stabilityai-ai-community",
         "license_link": f"https://huggingface.co/{facts.hub_id}/blob/main/LICENSE.md",
     } if community else {"license": "apache-2.0"} if facts.base.startswith(BUNDLED) else {}  # fmt: skip
-    relation = {"base_model_relation": "finetune" if facts.fused else "adapter"} if facts.hub_id else {}
-    widget = {"widget": prompts} if (prompts := widget_of(facts)) else {}
+    relation: dict[str, Any] = {"base_model_relation": "finetune" if facts.fused else "adapter"} if facts.hub_id else {}
+    widget: dict[str, Any] = {"widget": prompts} if (prompts := widget_of(facts)) else {}
     return ModelCardData(
         base_model=facts.hub_id, library_name="diffusers", pipeline_tag="text-to-image",
         tags=[*TAGS, *(() if facts.fused else LORA_TAGS)], eval_results=evaluations or None,

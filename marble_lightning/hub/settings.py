@@ -114,7 +114,7 @@ def code_of(repository: str, base: str, fused: bool, identity: Mapping[str, Any]
     location = (
         f'resolve_path("{base}")' if bundled else f'"{base}"' if "/" in base and base[0] not in "/.~" else '"PATH/TO/BASE"'
     )
-    dtype = f"torch_dtype=torch.{identity.get('dtype', 'float32')}"
+    dtype = f"dtype=torch.{identity.get('dtype', 'float32')}"
     options = [location, *(["transformer=transformer"] if fused else []), dtype]
     if identity.get("text_encoder_3", "checkpoint") is None:
         options += ["text_encoder_3=None", "tokenizer_3=None"]

@@ -30,6 +30,7 @@ def test_each_weight_is_the_rounded_sum(checkpoints, tmp_path, dtype, capsys):
     assert ("Merged in float32: 0.0%" in capsys.readouterr().out) == (dtype == torch.float32)
 
 
+@pytest.mark.filterwarnings("ignore:The `local_dir_use_symlinks` argument")
 def test_errors_name_the_base(checkpoints, tmp_path, monkeypatch):
     policy: SD3Policy = make_three_adapters(checkpoints)
     file = finished_run(policy, tmp_path / "run", "owner/gated")

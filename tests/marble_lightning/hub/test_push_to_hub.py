@@ -19,7 +19,6 @@ from marble_lightning.hub import upload as upload_module
 from marble_lightning.policies.sd3 import SD3Policy
 from tests.helpers.exported_runs import finished_run
 from tests.helpers.stock_pipeline import (
-    adapter,
     differ,
     generate_by_pipeline,
     make_three_adapters,
@@ -210,7 +209,6 @@ def test_a_fused_transformer_and_its_card(checkpoints, policy, tmp_path, capsys)
     assert card.data.base_model is None and "lora" not in card.data.tags
     assert "SD3Transformer2DModel.from_pretrained(" in card.text and str(checkpoints) not in card.text
     assert not any("lora" in file.name for file in (tmp_path / "fused").iterdir())
-    assert {name for name in adapter(policy, "ema")}  # the policy has adapters that the folder does not
     pipeline = stock(checkpoints, None)
     pipeline.transformer = type(pipeline.transformer).from_pretrained(tmp_path / "fused", dtype=torch.float32)
     assert differ(generate_by_pipeline(pipeline, "latent"), sample_by_policy(policy, "ema")) < 1e-5
