@@ -116,7 +116,7 @@ def code_of(repository: str, base: str, fused: bool, identity: Mapping[str, Any]
     )
     dtype = f"dtype=torch.{identity.get('dtype', 'float32')}"
     options = [location, *(["transformer=transformer"] if fused else []), dtype]
-    if identity.get("text_encoder_3", "checkpoint") is None:
+    if bundled or identity.get("text_encoder_3", "checkpoint") is None:  # the bundled model has no third encoder
         options += ["text_encoder_3=None", "tokenizer_3=None"]
     size = {"height": "resolution", "width": "resolution", "num_inference_steps": "steps", "guidance_scale": "guidance"}
     call = ['"a prompt"', *(f"{name}={evaluation[key]}" for name, key in size.items() if key in evaluation)]

@@ -108,7 +108,7 @@ def test_the_code_of_the_card_runs(checkpoints, checkpoint, tmp_path, monkeypatc
     """With the repository and the base as folders, as if they had been downloaded."""
     push(checkpoint, tmp_path / "me/mine", "--dry-run")
     code = (tmp_path / "me/mine/README.md").read_text().partition("```python\n")[2].partition("```")[0]
-    shutil.copytree(checkpoints / "sd3", tmp_path / MEDIUM)
+    shutil.copytree(checkpoints / "sd3_t5", tmp_path / MEDIUM)
     monkeypatch.chdir(tmp_path)
     names: dict = {}
     exec(code, names)
