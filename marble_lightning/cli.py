@@ -14,12 +14,12 @@ from marble_lightning.checkpoints.signals import status
 from marble_lightning.checks import check_prompts_per_process, get_balancer
 from marble_lightning.command_line import CKPT_PATH, QUIET, MarbleCLI, command_line
 from marble_lightning.config_files import configs
+from marble_lightning.hub import export
 from marble_lightning.lab.report import report
 from marble_lightning.lab.sweep import sweep
 from marble_lightning.memory import estimate_memory
 from marble_lightning.memory.report import print_estimate
 from marble_lightning.parsers import ExportParser, Parser, name_arguments
-from marble_lightning.policies.lora_export import export
 
 __all__ = ["CKPT_PATH", "QUIET", "MarbleCLI", "MemoryCLI", "command_line", "main", "number_of"]
 

@@ -100,9 +100,13 @@ class TrainingParser(Parser, LightningArgumentParser):
 
 
 class ExportParser(Parser):
-    """The parser of `export`."""
+    """The parser of `export`, which takes `--dry-run` for `--dry_run true`."""
 
     new_names: ClassVar = {"which": "adapter"}
+    switches = ("dry_run", "fuse", "overwrite")
+
+    def parse_args(self, args: Sequence[str] | None = None, *others: Any, **options: Any) -> Any:  # type: ignore[override]
+        return super().parse_args(plain_options(args or [], self.switches), *others, **options)
 
 
 def name_arguments(words: Sequence[str]) -> list[str]:
@@ -121,6 +125,21 @@ def name_arguments(words: Sequence[str]) -> list[str]:
     if command == "sweep":
         return ["--config", *unnamed, *named]
     return ["--runs", json.dumps(unnamed), *named] if command == "report" else rest
+
+
+def plain_options(words: Sequence[str], switches: Sequence[str]) -> list[str]:
+    """Replace hyphens in names of options by underscores, and give switches without a value theirs, `true`.
+
+    >>> plain_options(["--push-to-hub", "me/a-b", "--dry-run", "--fuse", "false"], ["dry_run", "fuse"])
+    ['--push_to_hub', 'me/a-b', '--dry_run', 'true', '--fuse', 'false']
+    """
+    plain = list[str]()
+    for word, following in zip(words, [*words[1:], "--"], strict=True):
+        name, equals, value = word.partition("=")
+        plain.append(name.replace("-", "_").replace("__", "--", 1) + equals + value if word.startswith("--") else word)
+        if plain[-1].removeprefix("--") in switches and following.startswith("--"):
+            plain.append("true")
+    return plain
 
 
 def rename_options(words: Sequence[str], new_names: Mapping[str, str]) -> list[str]:

@@ -1,62 +1,46 @@
-"""Export of a checkpoint's adapter as a LoRA file that diffusers and ComfyUI load."""
+"""A checkpoint's adapter as a LoRA, with the facts that a file's header has about it."""
 
 from __future__ import annotations
 
 import json
 import re
-import warnings
+from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import yaml
 
 from marble_lightning.checkpoints.content import TO_EXPORT, load_checked
 from marble_lightning.policies.lora import Lora
 from marble_lightning.policies.lora_average import average, truncate
-from marble_lightning.policies.lora_files import FILE, write_lora
-from marble_lightning.utils.atomic_files import check_folder, local_path, remove_unfinished
+from marble_lightning.utils.atomic_files import local_path
 from marble_lightning.utils.validation import require
 from rewards.redaction import redact
 
 Adapter = Literal["ema", "trained"]
 
 
-def export(
-    ckpt_path: str | Path,
-    to: str | Path,
-    adapter: Adapter | Literal["policy"] = "ema",
-    overwrite: bool = False,
-    average_with: list[str] | None = None,
-    rank: int | None = None,
-) -> Path:
-    """Write a checkpoint's adapter as a LoRA that diffusers and ComfyUI load; neither base model nor GPU is needed.
+class Loaded(NamedTuple):
+    """An adapter of a checkpoint: its LoRA, the content of the checkpoint, and entries for a file's header."""
 
-    The header of the file also names the base model, the rewards, the run's config and the round.
+    lora: Lora
+    checkpoint: dict[str, Any]
+    entries: dict[str, str]
+
+
+def load_adapter(file: Path, adapter: Adapter, average_with: Sequence[str] = (), rank: int | None = None) -> Loaded:
+    """Read an adapter of a checkpoint, as it is, averaged with those of other checkpoints, or at a lower rank.
 
     Args:
-        ckpt_path: Checkpoint that `fit` wrote, e.g. checkpoints/last.ckpt in a run's folder.
-        to: Folder for pytorch_lora_weights.safetensors; created if it does not exist.
-        adapter: `ema`, the averaged adapter, which is evaluated on held-out prompts, or `trained`, its source
-            (`policy`, its old name, is accepted for one release).
-        overwrite: Whether an existing file of that name in `to` is replaced.
-        average_with: Further checkpoints; the LoRA is the exact mean of the updates of all, with the sum of their ranks.
-        rank: Rank of the LoRA, if it is to be lower: the nearest update of this rank. Null keeps it.
+        file: Checkpoint of `fit`.
+        adapter: `ema` or `trained`.
+        average_with: Further checkpoints.
+        rank: Rank of the nearest update that replaces the exact one; None keeps the rank.
 
     Raises:
-        ValueError: A checkpoint is damaged, not from `fit` or of another model, the rank is out of range, or the file exists
-            already.
+        ValueError: A checkpoint is damaged, not from `fit` or of another model, or the rank is out of range.
     """
-    if adapter == "policy":
-        warnings.warn("The adapter `policy` is now `trained`. Use that name.", FutureWarning, stacklevel=2)
-        adapter = "trained"
-    file, folder = local_path("ckpt_path", ckpt_path), Path(to).expanduser()
-    check_folder("to", folder)
-    remove_unfinished([folder])
-    if (folder / FILE).exists() and not overwrite:
-        raise ValueError(
-            f"`to` must be a folder without {FILE}. Found one in {folder}; choose another, or add --overwrite true."
-        )
     checkpoint = load_checked(file, TO_EXPORT, map_location="cpu", weights_only=True)
     lora, entries = adapter_of(checkpoint, adapter, file), about(checkpoint, adapter)
     if average_with:
@@ -72,15 +56,7 @@ def export(
     if rank is not None:
         lora, lost = truncate(lora, rank)
         print(f"Rank {rank}: {lost:.1%} of the update's norm is lost.")
-    written = write_lora(lora, folder, checkpoint["lora"]["targets"], entries)
-    print(
-        f"{written}\n"
-        f"diffusers:  pipeline.load_lora_weights({str(folder)!r})\n"
-        "ComfyUI:    copy it to models/loras under a unique name, for the node LoraLoaderModelOnly\n"
-        f"start here: marble-lightning fit ... --model.policy.init_lora {folder} "
-        f"--model.policy.rank {lora.rank} --model.policy.alpha {lora.alpha:g}"
-    )
-    return written
+    return Loaded(lora, checkpoint, entries)
 
 
 def adapter_of(checkpoint: dict[str, Any], adapter: Adapter, file: Path) -> Lora:

@@ -6,28 +6,33 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from diffusers import StableDiffusion3Pipeline
 from diffusers.loaders.lora_base import LORA_WEIGHT_NAME, LORA_WEIGHT_NAME_SAFE
-from diffusers.utils import convert_unet_state_dict_to_peft
 from peft import LoraConfig
+from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 from torch import Tensor
 
 from marble_lightning.policies.lora import Lora
+from marble_lightning.policies.lora_formats import PREFIX, UNSUPPORTED, some, to_diffusers
 from marble_lightning.utils.atomic_files import atomic_write, local_path
 
 FILE = LORA_WEIGHT_NAME_SAFE
 """File name of a LoRA that diffusers looks for in a folder."""
+
+FILES = (FILE, LORA_WEIGHT_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME)
+"""File names of diffusers and PEFT, in the order in which a folder is searched for them."""
 
 HEADER_PREFIX = "marble_lightning."
 """Prefix of this package's entries in a file's header."""
 
 ALPHA = f"{HEADER_PREFIX}alpha"
 
-UNSUPPORTED = ("rank_pattern", "alpha_pattern", "use_rslora", "use_dora", "lora_bias")
-"""Fields of a LoraConfig that make the update differ from alpha / rank * B A."""
+LORA_TENSOR = re.compile(r"transformer\..+\.lora_[AB]\.weight")
+"""Names of the tensors of the transformer's LoRA."""
 
 
 def write_lora(lora: Lora, folder: Path, targets: Sequence[str], about: Mapping[str, str]) -> Path:
@@ -62,10 +67,11 @@ def write_lora(lora: Lora, folder: Path, targets: Sequence[str], about: Mapping[
 
 
 def read_lora(path: str, *, rank: int, alpha: float) -> Lora:
-    """Read a LoRA for a transformer of the given rank and alpha, in any format that StableDiffusion3Pipeline loads.
+    """Read a LoRA for a transformer of the given rank and alpha.
 
     Args:
-        path: A LoRA file, or a folder with one, as `marble-lightning export` writes it.
+        path: A LoRA file, or a folder with one: of `marble-lightning export`, in any format that StableDiffusion3Pipeline
+            loads, of PEFT, or in kohya's format where diffusers converts its names.
         rank: Rank that it must have, >= 1.
         alpha: Alpha that it must have; if a file has none, its alpha is its rank, as in diffusers.
 
@@ -82,17 +88,16 @@ def read_lora(path: str, *, rank: int, alpha: float) -> Lora:
         raise ValueError(
             f"`policy.init_lora` must be a LoRA file. Found a damaged or another file, {file}: {error}."
         ) from error
-    if state and not any("lora_A" in name for name in state):
-        state = convert_unet_state_dict_to_peft(state)
-    for name, tensor in state.items():
-        if not re.fullmatch(r"transformer\..+\.lora_[AB]\.weight", name) or tensor.ndim != 2:
-            raise ValueError(
-                f"`policy.init_lora` must hold a LoRA of the transformer's linear layers only. Found {name!r} in {file}."
-            )
-        if not tensor.isfinite().all():
-            raise ValueError(f"`policy.init_lora` must hold finite numbers. Found others in {name!r} of {file}.")
-    tensors = {name.removeprefix("transformer."): tensor.float() for name, tensor in state.items()}
-    config = _config(tensors, metadata or {}, file)
+    state, config_fields = to_diffusers(_whole(state, file), file)
+    if odd := [name for name, tensor in state.items() if not LORA_TENSOR.fullmatch(name) or tensor.ndim != 2]:
+        raise ValueError(
+            f"`policy.init_lora` must hold a LoRA of the transformer's linear layers only. Found {some(odd)} in {file}."
+        )
+    if broken := [name for name, tensor in state.items() if not tensor.isfinite().all()]:
+        raise ValueError(f"`policy.init_lora` must hold finite numbers. Found others in {some(broken)} of {file}.")
+    tensors = {name.removeprefix(PREFIX): tensor.float() for name, tensor in state.items()}
+    fields = {name.removeprefix(PREFIX): value for name, value in (metadata or {}).items() if name.startswith(PREFIX)}
+    config = _config(tensors, config_fields or fields, file)
     file_alpha = float(header.get(ALPHA, config.lora_alpha))
     if (config.r, file_alpha) != (rank, alpha):
         raise ValueError(
@@ -103,11 +108,17 @@ def read_lora(path: str, *, rank: int, alpha: float) -> Lora:
     return replace(lora, tensors=lora.scaled(config.lora_alpha / file_alpha))  # `write_lora` multiplied B
 
 
-def _config(tensors: Mapping[str, Tensor], metadata: Mapping[str, object], file: Path) -> LoraConfig:
-    """The LoraConfig in a file's header; without one, the LoraConfig that diffusers derives from the tensors."""
-    fields = {
-        name.removeprefix("transformer."): value for name, value in metadata.items() if name.startswith("transformer.")
-    }
+def _whole(state: dict[str, Tensor], file: Path) -> dict[str, Tensor]:
+    """The tensors of a file, checked to be all: diffusers leaves those of DoRA out, which change the update."""
+    if file.suffix == ".safetensors":
+        with safe_open(file, "pt") as opened:
+            if dropped := sorted(set(opened.keys()) - state.keys()):
+                raise ValueError(f"`policy.init_lora` must be a plain LoRA. Found {some(dropped)} in {file}.")
+    return state
+
+
+def _config(tensors: Mapping[str, Tensor], fields: dict[str, Any], file: Path) -> LoraConfig:
+    """The LoraConfig of a file; without one, the LoraConfig that diffusers derives from the tensors."""
     if not fields:
         ranks = sorted({tensor.shape[0] for name, tensor in tensors.items() if ".lora_A." in name})
         if len(ranks) != 1:
@@ -116,7 +127,7 @@ def _config(tensors: Mapping[str, Tensor], metadata: Mapping[str, object], file:
     try:
         config = LoraConfig(**fields)
     except TypeError as error:
-        raise ValueError(f"`policy.init_lora` must have a LoraConfig in its header. Found {fields} in {file}.") from error
+        raise ValueError(f"`policy.init_lora` must have a LoraConfig. Found {fields} in {file}.") from error
     if unsupported := {name: getattr(config, name) for name in UNSUPPORTED if getattr(config, name)}:
         raise ValueError(f"`policy.init_lora` must be a plain LoRA of one rank and alpha. Found {unsupported} in {file}.")
     return config
@@ -136,7 +147,7 @@ def _file(path: Path) -> Path:
         )
     if path.is_file():
         return path
-    standard = [path / name for name in (FILE, LORA_WEIGHT_NAME) if (path / name).is_file()]
+    standard = [path / name for name in FILES if (path / name).is_file()]
     files = standard[:1] or sorted(path.glob("*.safetensors"))
     if len(files) != 1:
         raise ValueError(

@@ -45,7 +45,7 @@ def load_pipeline(
     names = [name for name, (library, _) in _parts(index) if name not in parts and library == "transformers"]
     for name in (*DIFFUSERS, *(name for name in names if name.startswith("text_encoder"))):
         model_class = DIFFUSERS.get(name) or getattr(transformers, index[name][1])
-        parts[name] = _load(model_class, name, path, (dtypes or {}).get(name, dtype), revision)
+        parts[name] = load_part(model_class, name, path, (dtypes or {}).get(name, dtype), revision)
     try:
         pipeline = StableDiffusion3Pipeline.from_pretrained(path, dtype=dtype, revision=revision, **parts)
     except (OSError, ValueError) as error:
@@ -60,30 +60,44 @@ def _parts(index: dict[str, Any]) -> list[tuple[str, list[Any]]]:
     return [(name, value) for name, value in index.items() if isinstance(value, list) and len(value) == 2 and value[0]]
 
 
-def _load(model_class: Any, name: str, path: str, dtype: torch.dtype, revision: str | None) -> nn.Module:
+def load_part(
+    model_class: Any, name: str, path: str, dtype: torch.dtype, revision: str | None, setting: str = "policy.path"
+) -> nn.Module:
+    """Load one part of a pipeline on the CPU.
+
+    Args:
+        model_class: Its class.
+        name: Its name, which is that of its folder too.
+        path: Folder in diffusers format, or hub id.
+        dtype: Precision of the weights.
+        revision: Revision of a hub id.
+        setting: Name of the setting with the path, for error messages.
+
+    Raises:
+        ValueError: A file is missing or damaged, or a tensor is missing or not finite.
+    """
     options = {"subfolder": name, "dtype": dtype, "revision": revision, "output_loading_info": True}
     try:
         model, report = model_class.from_pretrained(path, **options)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise _unreadable(name, path, error) from error
+        raise _unreadable(name, path, error, setting) from error
     # the libraries initialise missing tensors at random
     if missing := sorted({*report["missing_keys"], *(key[0] for key in report["mismatched_keys"])}):
         raise ValueError(
-            f"`policy.path` must hold every tensor of its {name}. Found {len(missing)} missing or of another shape in "
+            f"`{setting}` must hold every tensor of its {name}. Found {len(missing)} missing or of another shape in "
             f"{path!r}, such as {missing[0]}. Download it again."
         )
     if broken := non_finite_weights(model):
         raise ValueError(
-            f"`policy.path` must hold finite numbers. Found others in {len(broken)} tensors of the {name} in {path!r}, such "
+            f"`{setting}` must hold finite numbers. Found others in {len(broken)} tensors of the {name} in {path!r}, such "
             f"as {broken[0]}, read as {str(dtype)[6:]}. Download it again, or choose `policy.dtype` bfloat16 or float32."
         )
     return model
 
 
-def _unreadable(name: str, path: str, error: Exception) -> ValueError:
+def _unreadable(name: str, path: str, error: Exception, setting: str = "policy.path") -> ValueError:
     return ValueError(
-        f"`policy.path` must hold a whole pipeline. Found {path!r}, whose {name} cannot be loaded: "
-        f"{hub_reason(error, path)}."
+        f"`{setting}` must hold a whole pipeline. Found {path!r}, whose {name} cannot be loaded: {hub_reason(error, path)}."
     )
 
 

@@ -14,7 +14,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 
 from marble_lightning.cli import QUIET, command_line, main
 from marble_lightning.evaluation.results import read
-from marble_lightning.policies.lora_export import export
+from marble_lightning.hub import export
 from marble_lightning.policies.sd3 import TARGETS
 from marble_lightning.tinyworld import ColourBlobs
 from rewards import GenEval

@@ -17,7 +17,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from marble_lightning.cli import main
-from marble_lightning.policies.lora_export import about, export
+from marble_lightning.hub import export
+from marble_lightning.policies.lora_export import about
 from marble_lightning.policies.lora_files import FILE
 from marble_lightning.policies.sd3 import TARGETS, SD3Policy
 from marble_lightning.utils.seeds import generator

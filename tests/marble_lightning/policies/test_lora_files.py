@@ -11,8 +11,8 @@ from peft import LoraConfig
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from marble_lightning.hub import export
 from marble_lightning.policies.base import ADAPTERS
-from marble_lightning.policies.lora_export import export
 from marble_lightning.policies.lora_files import FILE, read_lora
 from marble_lightning.policies.sd3 import TARGETS, SD3Policy
 from tests.helpers.small_policies import outputs, shake
