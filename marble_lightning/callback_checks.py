@@ -81,9 +81,11 @@ def metric_names(module: Any) -> set[str]:
 
 
 def check_monitors(callbacks: Iterable[Callback], module: LightningModule, names: Iterable[str]) -> None:
-    """Refuse an EarlyStopping or ModelCheckpoint that monitors an unknown metric; it would end the run after one round.
+    """Refuse an EarlyStopping or ModelCheckpoint that monitors an unknown metric, or a score with `mode: min`.
 
-    Custom callbacks and modules may log other metrics. If the run has one, this only warns.
+    The first would end the run after one round. The second, Lightning's default, would stop because a score rises, and keep
+    the checkpoint with the lowest score. Custom callbacks and modules may log other metrics. If the run has one, an unknown
+    metric is only warned of.
 
     Args:
         callbacks: All callbacks of the run.
@@ -91,22 +93,29 @@ def check_monitors(callbacks: Iterable[Callback], module: LightningModule, names
         names: The metrics that the run logs.
 
     Raises:
-        ValueError: The metric is unknown, and the run has no custom callback or module.
+        ValueError: The metric is unknown, and the run has no custom callback or module; or the mode is wrong.
     """
     known: set[str] = {*names, "epoch", "step"}
     custom = [type(part).__name__ for part in (*callbacks, module) if _may_log(part)]
     for callback in callbacks:
-        if (
-            not isinstance(callback, EarlyStopping | ModelCheckpoint)
-            or callback.monitor is None
-            or callback.monitor in known
-        ):
+        if not isinstance(callback, EarlyStopping | ModelCheckpoint) or callback.monitor is None:
+            continue
+        if callback.monitor in known:
+            _check_mode(callback)
             continue
         close = get_close_matches(callback.monitor, known, n=3) or sorted(known)
         text = f"one of the metrics that the run logs. Found {callback.monitor!r}; use e.g. {', '.join(close)}."
         if not custom:
             raise ValueError(f"`monitor` of {type(callback).__name__} must be {text}")
         warn(f"Unless {' or '.join(custom)} logs it, `monitor` of {type(callback).__name__} must be {text}")
+
+
+def _check_mode(callback: EarlyStopping | ModelCheckpoint) -> None:
+    if str(callback.monitor).startswith(("held_out/", "train/")) and callback.mode == "min":
+        raise ValueError(
+            f"`mode` of {type(callback).__name__} must be max where it monitors a score, since higher is better. Found min, "
+            f"the default, for {callback.monitor!r}; use `mode: max`."
+        )
 
 
 def _may_log(part: object) -> bool:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lightning.pytorch.loggers import TensorBoardLogger
 from rich.console import Console
 
@@ -14,18 +15,21 @@ from marble_lightning.checkpoints.content import LAST
 from marble_lightning.checkpoints.files import warn
 from marble_lightning.data.datamodule import get_datamodule
 from marble_lightning.evaluation.comparison import check_comparable, compare_runs, scorer_differences
-from marble_lightning.evaluation.results import HeldOutScores, document, read, write
+from marble_lightning.evaluation.fallen_metrics import fallen_metrics
+from marble_lightning.evaluation.results import COLUMNS, HeldOutScores, document, mean_rows, read, write
 from marble_lightning.evaluation.tables import comparison_table, held_out_table, tags_table
 from marble_lightning.module import DiffusionNFT
 from marble_lightning.run_folder import CONFIG, RESULTS, run_folder
+from marble_lightning.utils.loggers import log_table
 from marble_lightning.utils.peak_memory import peak_memory
 
 
 class Results(Callback):
     """Prints tables of held-out scores by prompt set, and writes results.json and results.csv to the run's folder.
 
-    After `fit` they include the base, and commands for the next steps are printed. results.json also has the peak memory of
-    the first process.
+    The means also go to loggers that show tables. After `fit` they include the base, and commands for the next steps are
+    printed. results.json also has the peak memory of the first process. During `fit`, an evaluation in which a metric has
+    fallen below the base's scores although a reward rose is reported by a warning.
 
     Args:
         compare_with: Other runs, each given by its results.json or its folder. The composite score of each run, the
@@ -39,6 +43,8 @@ class Results(Callback):
         self.others: dict[str, dict[str, Any]] = {}
         self.loaded_step: int | None = None
         """Optimizer step of the evaluated checkpoint."""
+        self.evaluated_step = 0
+        """Optimizer step of the last evaluation in `fit`."""
         self.trained = False
         """Whether the run has trained at least one round."""
 
@@ -86,10 +92,18 @@ class Results(Callback):
             reason = f"{trainer.ckpt_path} is after {trainer.current_epoch}" if trainer.ckpt_path else "`max_epochs` is 0"
             print(f"\nNothing was left to train: {reason} rounds.")
             return
+        if 0 < self.evaluated_step < trainer.global_step:
+            warn(
+                f"The results are those of the last evaluation, after optimizer step {self.evaluated_step}. The run stopped "
+                f"after step {trainer.global_step}; `validate` evaluates its last checkpoint."
+            )
         curves = [logger.root_dir for logger in trainer.loggers if isinstance(logger, TensorBoardLogger)]
+        validate = f"marble-lightning validate -c {config} --ckpt_path"
         print(
-            f"\nThis run:       {folder}\n"
-            f"Evaluate again: marble-lightning validate -c {config} --ckpt_path {checkpoint}\n"
+            f"\n{''.join(f'Stopped:        {reason}{chr(10)}' for reason in reasons_to_stop(trainer))}"
+            f"This run:       {folder}\n"
+            f"Evaluate again: {validate} {checkpoint}\n"
+            + "".join(f"Best {name}: {validate} {path}\n" for name, path in best_checkpoints(trainer).items())
             + "".join(f"Curves:         tensorboard --logdir {Path(root)}\n" for root in curves)
             + f"Baseline:       marble-lightning fit -c {config} -c balancers/weighted_sum --ckpt_path null"
         )
@@ -99,6 +113,12 @@ class Results(Callback):
             folder = run_folder(trainer)
             if trainer.is_global_zero:
                 self._show(trainer, pl_module, folder)
+        elif not trainer.sanity_checking and isinstance(pl_module, DiffusionNFT):
+            self.evaluated_step, evaluator = trainer.global_step, pl_module.evaluator
+            trained_on = {name: name in pl_module.rewards for name in pl_module.reward_models}
+            if evaluator.base_scores is not None and evaluator.trained_scores is not None:
+                for sentence in fallen_metrics(trained_on, evaluator.base_scores, evaluator.trained_scores):
+                    warn(f"Round {trainer.current_epoch}: {sentence}")
 
     on_test_end = on_validation_end
 
@@ -141,6 +161,7 @@ class Results(Callback):
             results["comparison"] = compare_runs({"this run": results, **self.others}, self._columns(module))
             write(folder, results)
             console.print(comparison_table(results["comparison"]))
+        log_table(trainer, "results", COLUMNS, mean_rows(results), trainer.global_step)
         console.print(f"All results: {folder / RESULTS}", soft_wrap=True)
 
     def _columns(self, module: DiffusionNFT) -> list[str]:
@@ -152,15 +173,40 @@ class Results(Callback):
 
     def _evaluated_policy(self, trainer: Trainer, module: DiffusionNFT) -> dict[str, Any]:
         """Facts of the evaluated policy: model, adapter and checkpoint, and after `fit` the balancer and its cadence."""
-        fitted = trainer.state.fn == "fit"
+        fitted, at_end = trainer.state.fn == "fit", self.evaluated_step == trainer.global_step
         callbacks = [callback for callback in trainer.checkpoint_callbacks if isinstance(callback, RoundCheckpoint)]
-        path = next((callback.best_model_path for callback in callbacks), None) if fitted else trainer.ckpt_path
-        path = path or module.policy.init_lora
+        if fitted:
+            files = (callback.best_model_path if at_end else callback.file_at(self.evaluated_step) for callback in callbacks)
+            path = next(files, None)  # None if it has been removed
+        else:
+            path = trainer.ckpt_path
+        path = path or (module.policy.init_lora if at_end or not fitted else None)
         return {
             "command": trainer.state.fn.value if trainer.state.fn else None,
             **module.policy.identity,
             "adapter": module.evaluator.adapter(trainer),
             "checkpoint": str(Path(path).resolve()) if path else None,
-            "optimizer_step": trainer.global_step if fitted else self.loaded_step,
+            "optimizer_step": self.evaluated_step if fitted else self.loaded_step,
             **({"balancer": type(module.balancer).__name__, **module.balancer.cadence} if fitted else {}),
         }
+
+
+def reasons_to_stop(trainer: Trainer) -> list[str]:
+    """Why an EarlyStopping ended this run."""
+    return [
+        callback.stopping_reason_message
+        for callback in trainer.early_stopping_callbacks
+        if isinstance(callback, EarlyStopping)
+        and callback.stopping_reason_message
+        and callback.stopped_epoch == trainer.current_epoch - 1  # not in the run that this one resumes
+    ]
+
+
+def best_checkpoints(trainer: Trainer) -> dict[str, str]:
+    """Path of the best checkpoint by monitored metric, for the checkpoint callbacks that a user has added."""
+    return {
+        callback.monitor: callback.best_model_path
+        for callback in trainer.checkpoint_callbacks
+        if isinstance(callback, ModelCheckpoint) and not isinstance(callback, RoundCheckpoint)
+        if callback.monitor and callback.best_model_path
+    }

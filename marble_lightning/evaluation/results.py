@@ -19,6 +19,8 @@ from rewards import Prompt, Reward
 from rewards.base import with_public_names
 
 CSV = "results.csv"
+COLUMNS = ("set", "reward", *Summary._fields)
+"""Headings of results.csv."""
 
 
 class HeldOutScores(NamedTuple):
@@ -86,12 +88,18 @@ def write(folder: Path, results: Mapping[str, Any]) -> None:
     """
     with atomic_write(folder / RESULTS) as scratch:
         scratch.write_text(json.dumps(results, indent=1, ensure_ascii=False, allow_nan=False), encoding="utf-8")
-    sets = {**results["sets"], **({ALL: results[ALL]} if len(results["sets"]) > 1 else {})}
     with atomic_write(folder / CSV) as scratch, scratch.open("w", newline="", encoding="utf-8") as file:
-        lines = csv.writer(file)
-        lines.writerow(["set", "reward", *Summary._fields])
-        for name, means in sets.items():
-            lines.writerows([name, reward, *(row[field] for field in Summary._fields)] for reward, row in means.items())
+        csv.writer(file).writerows([COLUMNS, *mean_rows(results)])
+
+
+def mean_rows(results: Mapping[str, Any]) -> list[list[Any]]:
+    """The means of all sets and rewards, a row each, in the order of `COLUMNS`; None where there is no value."""
+    sets = {**results["sets"], **({ALL: results[ALL]} if len(results["sets"]) > 1 else {})}
+    return [
+        [name, reward, *(row[field] for field in Summary._fields)]
+        for name, means in sets.items()
+        for reward, row in means.items()
+    ]
 
 
 def read(path: str | Path, setting: str = "`path`") -> dict[str, Any]:

@@ -1,8 +1,10 @@
-"""Logging of metrics and images to every logger of a run."""
+"""Logging of metrics, images and tables to every logger of a run."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import csv
+import io
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from jaxtyping import Float
@@ -37,3 +39,29 @@ def log_image(trainer: Trainer, name: str, image: Float[Tensor, "3 height width"
             experiment.add_image(name, image, step)
         elif hasattr(logger, "run_id") and hasattr(experiment, "log_image"):  # MLflow; its client needs the run's id
             experiment.log_image(logger.run_id, to_image(image), key=name, step=step)
+
+
+def log_table(trainer: Trainer, name: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], step: int) -> None:
+    """Log a table to every logger that shows tables: W&B, TensorBoard as text, MLflow as a CSV file `{name}.csv`.
+
+    Call it on the first process only.
+
+    Args:
+        trainer: The trainer with the loggers.
+        name: Name of the table in the logger.
+        columns: Headings.
+        rows: Rows with an entry for each column; None for no entry.
+        step: Optimizer step.
+    """
+    for logger in trainer.loggers:
+        experiment: Any = getattr(logger, "experiment", None)
+        if hasattr(logger, "log_table"):  # W&B
+            logger.log_table(key=name, columns=list(columns), data=[list(row) for row in rows], step=step)
+        elif hasattr(experiment, "add_text"):  # TensorBoard, which shows Markdown
+            lines = [columns, ["---"] * len(columns), *rows]
+            text = "\n".join("| " + " | ".join("" if cell is None else str(cell) for cell in line) + " |" for line in lines)
+            experiment.add_text(name, text, step)
+        elif hasattr(logger, "run_id") and hasattr(experiment, "log_text"):  # MLflow; its tables would need pandas
+            file = io.StringIO(newline="")
+            csv.writer(file).writerows([columns, *rows])
+            experiment.log_text(logger.run_id, file.getvalue(), f"{name}.csv")

@@ -76,8 +76,18 @@ def test_unknown_metrics_cannot_be_monitored(callback, caplog):
 
 
 def test_known_metrics_can_be_monitored():
-    known = [EarlyStopping(name) for name in NAMES] + [ModelCheckpoint(monitor=name) for name in (*NAMES, "step", None)]
-    check_monitors(known, MODULE, NAMES)
+    known = [EarlyStopping(name, mode="max") for name in NAMES]
+    best = [ModelCheckpoint(monitor=name, mode="max") for name in (*NAMES, "step", None)]
+    check_monitors([*known, *best, EarlyStopping("kl", mode="min"), ModelCheckpoint(monitor="step")], MODULE, NAMES)
+
+
+@pytest.mark.parametrize("name", ["held_out/ocr", "train/ocr"])
+@pytest.mark.parametrize("kind", [EarlyStopping, ModelCheckpoint])
+def test_the_lowest_score_is_not_the_best(kind, name):
+    with pytest.raises(
+        ValueError, match=rf"`mode` of {kind.__name__} must be max .* Found min, .* '{name}'; use `mode: max`"
+    ):
+        check_monitors([kind(monitor=name)], MODULE, NAMES)
 
 
 def test_one_micro_batch_is_not_a_whole_round():

@@ -194,7 +194,7 @@ def user_callbacks(folder: Path) -> list[Callback]:
     """Callbacks that write checkpoints in the middle of a round, and after a validation."""
     steps = ModelCheckpoint(folder / "steps", "{step}", every_n_train_steps=1, save_top_k=-1)
     validated = ModelCheckpoint(
-        folder / "validated", "{epoch}", monitor="held_out/jpeg", save_top_k=-1, save_on_train_epoch_end=False
+        folder / "validated", "{epoch}", monitor="held_out/jpeg", mode="max", save_top_k=-1, save_on_train_epoch_end=False
     )
     return [steps, validated]
 

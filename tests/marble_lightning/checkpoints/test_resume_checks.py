@@ -159,6 +159,6 @@ def test_nothing_left_to_train(checkpoints, first, tmp_path, capsys):
 
 
 def test_results_name_the_rounds_checkpoint_despite_another_callback(checkpoints, tmp_path):
-    best = ModelCheckpoint(tmp_path / "best", monitor="held_out/jpeg", save_on_train_epoch_end=False)
+    best = ModelCheckpoint(tmp_path / "best", monitor="held_out/jpeg", mode="max", save_on_train_epoch_end=False)
     fit_with(options(checkpoints, tmp_path, **ONE), best)
     assert read(tmp_path / "tiny/version_0")["evaluated"]["checkpoint"] == str(last(tmp_path).resolve())
