@@ -22,9 +22,9 @@ from benchmarks.before_after import read_image, records
 from benchmarks.fits import ComparisonError, call_marble
 from benchmarks.stage_tables import table
 from marble_lightning.evaluation.image_statistics import NAMES, image_statistics
-from marble_lightning.run_folder import CONFIG
 from marble_lightning.tinyworld import ColourBlobs
 from marble_lightning.tinyworld.scenes import PAINTS
+from marble_lightning.utils.run_files import CONFIG
 
 RANGE = 1.5
 """A factor beyond this, or below its inverse, is marked."""

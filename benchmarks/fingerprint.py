@@ -11,7 +11,7 @@ from typing import Any
 
 import yaml
 
-from marble_lightning.cli import MarbleCLI, command_line
+from marble_lightning.command_line import MarbleCLI, command_line
 from marble_lightning.tinyworld import PROMPTS, WEIGHTS
 
 NOT_COMPARED = ("seed_everything",)

@@ -20,7 +20,7 @@ from tqdm import tqdm
 from balancers import Balancer
 from benchmarks.diffusion_nft_loop import DiffusionNFTLoop
 from benchmarks.phases import PHASES, Phases, now
-from marble_lightning.cli import command_line
+from marble_lightning.command_line import command_line
 from marble_lightning.data.datamodule import get_datamodule
 from marble_lightning.module import DiffusionNFT
 from marble_lightning.policies.sd3 import SD3Policy

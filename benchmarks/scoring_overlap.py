@@ -19,7 +19,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from balancers import WeightedSum
-from marble_lightning.cli import QUIET
+from marble_lightning.command_line import QUIET
 from marble_lightning.data.datamodule import PromptDataModule
 from marble_lightning.module import DiffusionNFT
 from marble_lightning.nft.sampling import Sampling

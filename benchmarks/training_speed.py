@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from benchmarks.random_sd35m import save_random_sd35m
 from benchmarks.timed_rounds import EVERY_STEP, METHODS, SIZES, SPLIT, SUM, WHOLE, Method, Turns, run
-from marble_lightning.cli import QUIET
+from marble_lightning.command_line import QUIET
 from marble_lightning.tinyworld import WEIGHTS
 
 

@@ -1,77 +1,34 @@
-"""The command line: `marble-lightning fit|validate|test|predict|export|configs|memory|sweep|report`."""
+"""The command line: `marble-lightning fit|validate|test|predict|export|configs|memory|sweep|report`.
+
+A command is imported when it is asked for, since most of them need only a part of what training needs.
+"""
 
 from __future__ import annotations
 
-import signal
 import sys
 from collections.abc import Sequence
-from typing import Any, cast
+from importlib import import_module
 
 from jsonargparse import auto_cli
-from lightning.pytorch.utilities.exceptions import SIGTERMException
 
-from marble_lightning.checkpoints.signals import status
-from marble_lightning.checks import check_prompts_per_process, get_balancer
-from marble_lightning.command_line import CKPT_PATH, QUIET, MarbleCLI, command_line
-from marble_lightning.config_files import configs
-from marble_lightning.hub import export
-from marble_lightning.lab.report import report
-from marble_lightning.lab.sweep import sweep
-from marble_lightning.memory import estimate_memory
-from marble_lightning.memory.report import print_estimate
 from marble_lightning.parsers import ExportParser, Parser, name_arguments
 
-__all__ = ["CKPT_PATH", "QUIET", "MarbleCLI", "MemoryCLI", "command_line", "main", "number_of"]
-
-
-def number_of(devices: Any) -> int:
-    """Number of devices that a setting of the trainer stands for; 1 where it depends on the machine.
-
-    >>> number_of(8), number_of("2"), number_of("0,3"), number_of([0, 1, 2]), number_of("auto"), number_of(-1)
-    (8, 2, 2, 3, 1, 1)
-    """
-    if isinstance(devices, str):
-        devices = devices.split(",") if "," in devices else int(devices) if devices.isdigit() else 1
-    return max(len(devices) if isinstance(devices, list) else devices, 1)
-
-
-class MemoryCLI(MarbleCLI):
-    """Estimates the memory of a run on the CPU of this machine. It has the options of `fit`."""
-
-    def before_instantiate_classes(self) -> None:
-        """Replace the run's GPUs by this machine's CPU, and write no files."""
-        trainer = self.config.trainer
-        self.gpus = number_of(trainer.devices) * trainer.num_nodes
-        trainer.accelerator, trainer.devices, trainer.num_nodes = "cpu", 1, 1
-        trainer.strategy, trainer.logger = "auto", False
-        super().before_instantiate_classes()
-
-    def print_memory(self) -> None:
-        """Load the weights, and print the memory that each process of the run needs."""
-        self._check_settings("fit")
-        check_prompts_per_process(self.datamodule, self.gpus)
-        get_balancer(self.trainer).setup(self.trainer, self.model, "fit")
-        self.model.setup("fit")
-        print_estimate(estimate_memory(self.model, self.gpus), self.gpus)
+WITHOUT_TRAINER = {
+    "configs": ("marble_lightning.config_files", Parser),
+    "export": ("marble_lightning.hub", ExportParser),
+    "report": ("marble_lightning.lab.report", Parser),
+    "sweep": ("marble_lightning.lab.sweep", Parser),
+}
+"""Module and parser of the commands that need no trainer; those of LightningCLI are methods of the trainer."""
 
 
 def main(args: Sequence[str] | None = None) -> None:
     """Run the command line; `args` replaces `sys.argv` where given."""
     words = list(sys.argv[1:] if args is None else args)
-    # Subcommands of LightningCLI are methods of the trainer; these need no trainer
-    for command, parser in ((export, ExportParser), (configs, Parser), (sweep, Parser), (report, Parser)):
-        if words[:1] == [name := command.__name__]:
-            named = name_arguments(words)
-            auto_cli(command, args=named, as_positional=False, prog=f"marble-lightning {name}", parser_class=parser)
-            return
-    try:
-        if words[:1] == ["memory"]:
-            cast(MemoryCLI, command_line(words[1:], run=False, kind=MemoryCLI)).print_memory()
-            return
-        command_line(args)
-    except SIGTERMException as end:
-        sys.exit(status(end))
-    except SystemExit as end:
-        if isinstance(end.__context__, KeyboardInterrupt):  # raised outside `Stops`; Lightning would exit with status 1
-            end.code = 128 + signal.SIGINT
-        raise
+    name = words[0] if words else ""
+    if name in WITHOUT_TRAINER:
+        module, parser = WITHOUT_TRAINER[name]
+        command, named = getattr(import_module(module), name), name_arguments(words)
+        auto_cli(command, args=named, as_positional=False, prog=f"marble-lightning {name}", parser_class=parser)
+    else:
+        import_module("marble_lightning.trainer_commands").run(args)

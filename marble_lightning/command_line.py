@@ -33,10 +33,11 @@ from marble_lightning.checkpoints.signals import Stops, checkpoint_of_job
 from marble_lightning.data.datamodule import PromptDataModule
 from marble_lightning.memory import Memory
 from marble_lightning.module import DiffusionNFT
-from marble_lightning.parsers import TrainingParser, import_classes
+from marble_lightning.parsers import import_classes
 from marble_lightning.policies.averaging import Averaging
 from marble_lightning.policies.lora_export import redact_yaml
 from marble_lightning.run_folder import RunFolder, folder_of_runs
+from marble_lightning.training_parser import TrainingParser
 from marble_lightning.utils.atomic_files import local_path
 
 ABOUT = "Fine-tune Stable Diffusion 3 by reinforcement learning on several rewards at once."

@@ -10,15 +10,11 @@ import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, NoReturn
 
-from jsonargparse import ActionConfigFile, ArgumentParser
-from lightning.pytorch.cli import LightningArgumentParser
+from jsonargparse import ArgumentParser
 
 import balancers
 import rewards
-from marble_lightning.config_files import locate
 
-NULLABLE = ("model.rewards", "model.metrics")
-"""Mappings that a later configuration replaces as a whole."""
 SUBCOMMANDS = {"fit", "validate", "test", "predict"}
 """Sections of a configuration for several subcommands."""
 
@@ -64,41 +60,6 @@ class Parser(ArgumentParser):
         self.exit(2, f"error: {message}\n{self.hint.format(prog=parser.prog.replace(' [options]', ''))}\n")
 
 
-class ConfigByName(ActionConfigFile):
-    """The option `-c`, which takes a file or a name.
-
-    If all rewards of a later configuration are null, it only removes these rewards from the earlier ones.
-    """
-
-    def __call__(self, parser: Any, cfg: Any, values: Any, option_string: str | None = None) -> None:
-        try:
-            file = locate(values)
-        except ValueError as error:
-            raise TypeError(str(error)) from error  # the parser reports a TypeError as a wrong argument
-        before = {name: cfg.get(name) for name in NULLABLE}
-        super().__call__(parser, cfg, file, option_string)
-        for name, earlier in before.items():
-            later = cfg.get(name)
-            if earlier and later and not any(later.values()):
-                cfg[name] = earlier | later
-
-
-class TrainingParser(Parser, LightningArgumentParser):
-    """LightningCLI's parser, with configurations by name."""
-
-    new_names: ClassVar = {"alarms": "image_drift", "pictures": "held_out_images", "harmony": "gradient_alignment"}
-    hint = f"{Parser.hint}. Configurations for -c: marble-lightning configs"
-
-    def add_argument(self, *args: Any, **options: Any) -> Any:
-        if options.get("action") is ActionConfigFile:
-            options |= {
-                "action": ConfigByName,
-                "help": "A YAML file, or the name of a configuration (`marble-lightning configs` lists them); "
-                "a later one overrides an earlier one.",
-            }
-        return super().add_argument(*args, **options)
-
-
 class ExportParser(Parser):
     """The parser of `export`, which takes `--dry-run` for `--dry_run true`."""
 
@@ -134,7 +95,7 @@ def plain_options(words: Sequence[str], switches: Sequence[str]) -> list[str]:
     ['--push_to_hub', 'me/a-b', '--dry_run', 'true', '--fuse', 'false']
     """
     plain = list[str]()
-    for word, following in zip(words, [*words[1:], "--"], strict=True):
+    for word, following in zip(words, [*words, "--"][1:], strict=True):
         name, equals, value = word.partition("=")
         plain.append(name.replace("-", "_").replace("__", "--", 1) + equals + value if word.startswith("--") else word)
         if plain[-1].removeprefix("--") in switches and following.startswith("--"):

@@ -12,8 +12,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 
-RESULTS = "results.json"
-CONFIG = "config.yaml"
+from marble_lightning.utils.run_files import CONFIG, RESULTS
 
 
 def folder_of_runs(trainer: Trainer) -> Path:

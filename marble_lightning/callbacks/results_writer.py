@@ -19,9 +19,10 @@ from marble_lightning.evaluation.fallen_metrics import fallen_metrics
 from marble_lightning.evaluation.results import COLUMNS, HeldOutScores, document, mean_rows, read, write
 from marble_lightning.evaluation.tables import comparison_table, held_out_table, tags_table
 from marble_lightning.module import DiffusionNFT
-from marble_lightning.run_folder import CONFIG, RESULTS, run_folder
+from marble_lightning.run_folder import run_folder
 from marble_lightning.utils.loggers import log_table
 from marble_lightning.utils.peak_memory import peak_memory
+from marble_lightning.utils.run_files import CONFIG, RESULTS
 
 
 class Results(Callback):

@@ -14,14 +14,12 @@ from lightning.pytorch.utilities import rank_zero_only
 from torch.utils.data import DataLoader
 
 from marble_lightning.data.prompt_files import distinct, prompt_file, read_prompt_file, read_prompts
+from marble_lightning.utils.run_files import ALL
 from marble_lightning.utils.seeds import generator
 from rewards import Prompt
 from rewards.files import resolve_path
 
 log = logging.getLogger(__name__)
-
-ALL = "all"
-"""Name of all sources together in results."""
 
 
 def draw_round(

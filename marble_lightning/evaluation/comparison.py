@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from marble_lightning.data.datamodule import ALL
+from marble_lightning.utils.run_files import ALL
 
 Results = Mapping[str, Any]
 """The content of results.json."""

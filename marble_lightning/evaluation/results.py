@@ -11,10 +11,9 @@ from typing import Any, NamedTuple
 from jaxtyping import Float
 from torch import Tensor
 
-from marble_lightning.data.datamodule import ALL
 from marble_lightning.evaluation.statistics import MEAN_OF_TAGS, Summary, by_tag, summaries, summarise
-from marble_lightning.run_folder import RESULTS
 from marble_lightning.utils.atomic_files import atomic_write
+from marble_lightning.utils.run_files import ALL, RESULTS
 from rewards import Prompt, Reward
 from rewards.base import with_public_names
 

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from PIL import Image
 
 from marble_lightning.evaluation.results import read
-from marble_lightning.run_folder import RESULTS
+from marble_lightning.utils.run_files import RESULTS
 
 SAMPLES = 6
 """Largest number of sample images in a card."""

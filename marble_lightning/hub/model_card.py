@@ -15,7 +15,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from marble_lightning.hub.finished_run import Sample
 from marble_lightning.hub.settings import balancer_of, code_of, rewards_of, settings_of
 from marble_lightning.policies.lora import Lora
-from marble_lightning.run_folder import RESULTS
+from marble_lightning.utils.run_files import RESULTS
 from rewards.files import BUNDLED
 
 TEMPLATE = Path(__file__).with_name("model_card.jinja")

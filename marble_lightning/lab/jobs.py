@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from marble_lightning.command_line import check_fit
-from marble_lightning.run_folder import RESULTS
+from marble_lightning.utils.run_files import RESULTS, SWEEP
 
-SETTINGS, OUTPUT = "sweep.yaml", "output.txt"
+OUTPUT = "output.txt"
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,7 +47,7 @@ class Job:
     @property
     def arguments(self) -> list[str]:
         """The arguments of `marble-lightning fit`, without those for resuming."""
-        files = [*self.configs, str(self.folder / SETTINGS)]
+        files = [*self.configs, str(self.folder / SWEEP)]
         return [part for file in files for part in ("-c", file)]
 
     @property
@@ -61,7 +61,7 @@ class Job:
         Raises:
             ValueError: The folder has runs with other settings.
         """
-        file, text = self.folder / SETTINGS, f"# after {' '.join(self.configs)}\n{self.settings}"
+        file, text = self.folder / SWEEP, f"# after {' '.join(self.configs)}\n{self.settings}"
         if file.exists() and file.read_text(encoding="utf-8") != text:
             raise ValueError(
                 f"The settings of {self.name} must be those of its earlier runs. Found others in {file}; "

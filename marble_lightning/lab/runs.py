@@ -18,7 +18,7 @@ from torch import Tensor
 from balancers import CADENCE
 from marble_lightning.evaluation.results import read
 from marble_lightning.evaluation.statistics import Summary, changes, summarise
-from marble_lightning.run_folder import CONFIG, RESULTS
+from marble_lightning.utils.run_files import CONFIG, RESULTS
 
 
 class Curve(NamedTuple):

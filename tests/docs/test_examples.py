@@ -100,7 +100,8 @@ def test_options_of_other_commands_exist(arguments, capsys):
     with pytest.raises(SystemExit):
         main([arguments[0], "--help"])
     shown = capsys.readouterr().out
-    assert all(argument in shown for argument in arguments if argument.startswith("--"))
+    options = [f"--{argument[2:].replace('-', '_')}" for argument in arguments if argument.startswith("--")]
+    assert all(option in shown for option in options)
 
 
 def exists(path: str) -> bool:

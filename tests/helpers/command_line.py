@@ -9,7 +9,7 @@ import torch
 from lightning.pytorch import Callback
 from torch import Tensor
 
-from marble_lightning.cli import MarbleCLI
+from marble_lightning.command_line import MarbleCLI
 from marble_lightning.data.datamodule import PromptDataModule
 from marble_lightning.module import DiffusionNFT
 from tests.helpers import ROOT

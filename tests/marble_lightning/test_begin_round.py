@@ -9,7 +9,7 @@ from lightning.pytorch import Callback
 from balancers import OutcomeGuard, Sequential, WeightedSum
 from balancers.spread import squared_deviations
 from marble_lightning.callbacks.alignment_probe import probe
-from marble_lightning.cli import QUIET
+from marble_lightning.command_line import QUIET
 from tests.helpers.small_runs import run
 
 pytestmark = [pytest.mark.filterwarnings(f"ignore:{known}") for known in QUIET]

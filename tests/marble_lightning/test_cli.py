@@ -10,7 +10,8 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from marble_lightning.cli import command_line, main
+from marble_lightning.cli import main
+from marble_lightning.command_line import command_line
 from tests.helpers import ROOT
 from tests.helpers.command_line import column, small_options
 

@@ -13,7 +13,8 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
-from marble_lightning.cli import QUIET, main
+from marble_lightning.cli import main
+from marble_lightning.command_line import QUIET
 from marble_lightning.module import DiffusionNFT
 from marble_lightning.policies import SD3Policy
 from tests.helpers.small_rewards import Brightness

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from balancers import MARBLE
-from marble_lightning.cli import QUIET
+from marble_lightning.command_line import QUIET
 from tests.helpers.small_runs import run
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import yaml
 
-from marble_lightning.cli import command_line, main
+from marble_lightning.cli import main
+from marble_lightning.command_line import command_line
 from marble_lightning.config_files import configurations, locate
 from tests.helpers import ROOT
 

@@ -9,7 +9,8 @@ import pytest
 import torch
 import yaml
 
-from marble_lightning.cli import command_line, main
+from marble_lightning.cli import main
+from marble_lightning.command_line import command_line
 from tests.helpers import ROOT
 
 pytestmark = pytest.mark.integration

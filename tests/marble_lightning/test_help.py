@@ -11,7 +11,7 @@ from jsonargparse import ArgumentParser
 import balancers
 import marble_lightning
 import rewards
-from marble_lightning.cli import CKPT_PATH, MarbleCLI, command_line
+from marble_lightning.command_line import CKPT_PATH, MarbleCLI, command_line
 
 CLASSES = [
     member

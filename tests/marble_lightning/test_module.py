@@ -14,7 +14,7 @@ from lightning.pytorch.plugins import MixedPrecision
 from torch import Tensor
 
 from balancers import MARBLE, FixedWeights, WeightedSum, min_norm_weights
-from marble_lightning.cli import QUIET
+from marble_lightning.command_line import QUIET
 from marble_lightning.module import DiffusionNFT
 from marble_lightning.nft.loss import Coefficients, coefficients
 from marble_lightning.nft.reward_gradients import flat

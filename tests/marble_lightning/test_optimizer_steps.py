@@ -7,7 +7,7 @@ import torch
 from lightning.pytorch.plugins import MixedPrecision
 
 from balancers import FixedWeights, WeightedSum
-from marble_lightning.cli import QUIET
+from marble_lightning.command_line import QUIET
 from marble_lightning.nft.reward_gradients import flat
 from tests.helpers.small_runs import reference, run
 

@@ -6,7 +6,8 @@ import pytest
 import yaml
 from lightning.pytorch.cli import LightningArgumentParser
 
-from marble_lightning.cli import command_line, main
+from marble_lightning.cli import main
+from marble_lightning.command_line import command_line
 from marble_lightning.parsers import without_amortize
 from marble_lightning.serve import main as serve
 

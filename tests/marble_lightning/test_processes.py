@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from marble_lightning.callbacks.image_drift import reference_of
-from marble_lightning.cli import QUIET
+from marble_lightning.command_line import QUIET
 from marble_lightning.evaluation.results import read
 from marble_lightning.policies.sd3 import SD3Policy
 from tests.helpers import ROOT, stopped, two_processes

@@ -15,7 +15,8 @@ from lightning.pytorch.loggers.logger import Logger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from marble_lightning.checkpoints.files import last_of
-from marble_lightning.cli import QUIET, main
+from marble_lightning.cli import main
+from marble_lightning.command_line import QUIET
 from marble_lightning.evaluation.results import read
 from marble_lightning.module import DiffusionNFT
 from marble_lightning.run_folder import RunFolder, folder_of_runs, run_folder

@@ -17,7 +17,7 @@ from balancers.signal_gram import SignalGram
 from marble_lightning.callbacks.alignment_probe import probe
 from marble_lightning.callbacks.alignment_summary import AlignmentSummary
 from marble_lightning.callbacks.gradient_alignment import GradientAlignment
-from marble_lightning.cli import QUIET
+from marble_lightning.command_line import QUIET
 from marble_lightning.nft.loss import Coefficients
 from marble_lightning.nft.rollout import first_half
 from tests.helpers.small_runs import reference, run

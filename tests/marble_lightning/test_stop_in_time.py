@@ -7,7 +7,8 @@ import json
 import pytest
 from lightning.pytorch import Callback
 
-from marble_lightning.cli import QUIET, main
+from marble_lightning.cli import main
+from marble_lightning.command_line import QUIET
 from marble_lightning.evaluation.evaluator import Evaluator
 from marble_lightning.evaluation.results import read
 from tests.helpers.command_line import fit_with, options, state

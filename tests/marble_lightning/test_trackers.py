@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from marble_lightning.cli import QUIET, main
+from marble_lightning.cli import main
+from marble_lightning.command_line import QUIET
 from marble_lightning.evaluation.results import read
 from tests.helpers.command_line import options
 

@@ -13,10 +13,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from marble_lightning.evaluation.comparison import evaluation_differences, scorer_differences
-from marble_lightning.lab.jobs import SETTINGS
 from marble_lightning.lab.report.progress import progress
 from marble_lightning.lab.runs import Run
-from marble_lightning.run_folder import CONFIG, RESULTS
+from marble_lightning.utils.run_files import CONFIG, RESULTS, SWEEP
 from marble_lightning.utils.validation import require
 
 NUMBERED = re.compile(r"(version|seed)_\d+(_\d+)?")
@@ -116,7 +115,7 @@ def begun_in(place: Path) -> Iterator[Path]:
     folders = [file.parent for file in place.rglob(CONFIG)]
     yield from folders
     parents = {parent for folder in folders for parent in folder.parents}
-    yield from (file.parent for file in place.rglob(SETTINGS) if file.parent not in parents)
+    yield from (file.parent for file in place.rglob(SWEEP) if file.parent not in parents)
 
 
 def check_same(runs: Sequence[Run]) -> None:

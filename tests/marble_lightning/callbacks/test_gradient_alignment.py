@@ -12,7 +12,7 @@ from balancers import MARBLE, FixedWeights, PCGrad, WeightedSum
 from balancers.gramian import agreement, conflict_by_chance, gram_matrix
 from marble_lightning.callbacks.alignment_probe import probe, update_of
 from marble_lightning.callbacks.gradient_alignment import GradientAlignment, refresh_figures
-from marble_lightning.cli import QUIET
+from marble_lightning.command_line import QUIET
 from marble_lightning.nft.reward_gradients import flat
 from marble_lightning.utils.images import cosine_heatmap
 from tests.helpers.small_runs import reference, run

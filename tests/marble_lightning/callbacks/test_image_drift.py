@@ -12,7 +12,8 @@ from lightning.pytorch import Callback
 
 from balancers import MARBLE, WeightedSum
 from marble_lightning.callbacks.image_drift import MIN_STD, ImageDriftMonitor, expected_range, reference_of
-from marble_lightning.cli import QUIET, main
+from marble_lightning.cli import main
+from marble_lightning.command_line import QUIET
 from marble_lightning.data.datamodule import PromptDataModule
 from marble_lightning.evaluation.image_statistics import NAMES
 from marble_lightning.module import DiffusionNFT

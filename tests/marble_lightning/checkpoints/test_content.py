@@ -10,7 +10,8 @@ from lightning.pytorch import Trainer
 
 from marble_lightning.checkpoints.content import TO_EVALUATE, TO_EXPORT, TO_FIT, find_corruption, load_checked, newest_usable
 from marble_lightning.checkpoints.files import WholeCheckpointIO, point
-from marble_lightning.cli import QUIET, command_line, main
+from marble_lightning.cli import main
+from marble_lightning.command_line import QUIET, command_line
 from marble_lightning.policies.sd3 import SD3Policy
 from tests.helpers.checkpoint_files import STATE, WEIGHTS, flip_bits, remove, truncate, write_checkpoint
 from tests.helpers.command_line import differences

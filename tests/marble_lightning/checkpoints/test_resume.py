@@ -15,7 +15,8 @@ import pytest
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-from marble_lightning.cli import QUIET, main
+from marble_lightning.cli import main
+from marble_lightning.command_line import QUIET
 from marble_lightning.scoring.failures import RewardError
 from tests.helpers import ROOT, stopped
 from tests.helpers.command_line import differences, fit_with, last, options, state

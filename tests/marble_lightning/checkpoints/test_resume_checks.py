@@ -12,7 +12,8 @@ import yaml
 from diffusers import SD3Transformer2DModel
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-from marble_lightning.cli import QUIET, command_line, main
+from marble_lightning.cli import main
+from marble_lightning.command_line import QUIET, command_line
 from marble_lightning.evaluation.results import read
 from marble_lightning.hub import export
 from marble_lightning.policies.sd3 import TARGETS

@@ -12,7 +12,8 @@ from lightning.pytorch import Trainer
 
 from balancers import WeightedSum
 from marble_lightning.checks import check_prompts
-from marble_lightning.cli import QUIET, main
+from marble_lightning.cli import main
+from marble_lightning.command_line import QUIET
 from marble_lightning.data.datamodule import PromptDataModule, draw_round, read_prompts
 from marble_lightning.tinyworld import PROMPTS, ColourBlobs
 from rewards import GenEval, Prompt

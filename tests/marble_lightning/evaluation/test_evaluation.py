@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from marble_lightning.cli import QUIET, main
+from marble_lightning.cli import main
+from marble_lightning.command_line import QUIET
 from marble_lightning.evaluation.results import read
 from marble_lightning.policies.sd3 import SD3Policy
 from marble_lightning.scoring.scorer import Scorer

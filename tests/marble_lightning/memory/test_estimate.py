@@ -12,7 +12,7 @@ import torch
 from lightning.pytorch import Callback, Trainer
 
 from balancers import MARBLE, WeightedSum
-from marble_lightning.cli import QUIET
+from marble_lightning.command_line import QUIET
 from marble_lightning.data.datamodule import PromptDataModule
 from marble_lightning.memory import estimate_memory
 from marble_lightning.memory.ledger import bytes_of, tensors_of

@@ -14,7 +14,7 @@ import torch
 from lightning.pytorch import Callback
 
 from benchmarks.random_sd35m import WHOLE, save_random_sd35m, two_rounds
-from marble_lightning.cli import QUIET
+from marble_lightning.command_line import QUIET
 from marble_lightning.memory.report import GIB
 from tests.helpers.command_line import fit_with, last, state
 from tests.helpers.measured_memory import Estimated

@@ -7,7 +7,8 @@ import torch
 from lightning.pytorch import Callback
 
 from balancers import MARBLE, WeightedSum
-from marble_lightning.cli import QUIET, main
+from marble_lightning.cli import main
+from marble_lightning.command_line import QUIET
 from marble_lightning.memory.estimate import Estimate, Phase
 from marble_lightning.memory.report import CUDA_CONTEXT, GIB, Memory, memory_table, print_estimate
 from marble_lightning.module import DiffusionNFT

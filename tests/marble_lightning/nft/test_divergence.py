@@ -8,7 +8,8 @@ from torch.amp import GradScaler
 
 from balancers import WeightedSum
 from marble_lightning.checkpoints.content import is_usable
-from marble_lightning.cli import QUIET, main
+from marble_lightning.cli import main
+from marble_lightning.command_line import QUIET
 from marble_lightning.nft.divergence import Diverged, Finite
 from marble_lightning.policies.sd3 import SD3Policy
 from tests.helpers.command_line import fit_with, last, options, state

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from balancers import MARBLE
-from marble_lightning.cli import QUIET
+from marble_lightning.command_line import QUIET
 from marble_lightning.module import DiffusionNFT
 from tests.helpers.small_runs import run
 

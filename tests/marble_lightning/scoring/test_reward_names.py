@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from torch import nn
 
-from marble_lightning.cli import command_line
+from marble_lightning.command_line import command_line
 from marble_lightning.scoring.reward_names import named_rewards
 from rewards import JPEGCompressibility
 

@@ -1,0 +1,4 @@
+from .evaluator import Evaluator as Evaluator
+from .settings import Evaluation as Evaluation
+
+__all__ = ["Evaluation", "Evaluator"]
