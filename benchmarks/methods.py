@@ -75,26 +75,24 @@ METHODS |= {
     for name in ("pcgrad", "cagrad", "mgda", "upgrad", "aligned_mtl", "nash_mtl", "imtl_g", "fairgrad")
 }
 
-STD_GROUP = ("--model.objective.advantage_std", "group")
-
-METHODS |= {
-    "marble_every_1": ("--balancer.refresh_every", "1"),
-    "marble_std_group": STD_GROUP,
-    **{f"{name}_std_group": (*METHODS[name], *STD_GROUP) for name in ("marble_floor", "averaged", "split")},
-    "advantage_sum_std_round": (*METHODS["advantage_sum"], "--model.objective.advantage_std", "round"),
-}
+METHODS["marble_every_1"] = ("--balancer.refresh_every", "1")
 METHODS |= {
     f"{name}_kl_{weight}": (*METHODS[name], "--model.objective.kl_weight", weight)
     for name, weight in (("marble", "0.01"), ("marble", "0.1"), ("advantage_sum", "0.01"), ("advantage_sum", "0.1"))
 }
 """A gain is to be seen beside the distance to the base, so MARBLE and the sum of advantages also run with other weights of
-the KL term, and each with the other's standard deviation."""
+the KL term."""
 
 METHODS["split_decay_0"] = (
     *("--balancer.gram", "split", "--balancer.ema_decay", "0", "--balancer.gram_decay", "0"),
     *("--balancer.gram_shrinkage", "false"),  # which needs an average
 )
 METHODS |= {f"split_{name}_{value}": (*SPLIT, f"--balancer.{option}", value) for name, option, value in ABLATIONS}
+
+METHODS |= {
+    f"{name}_std_round": (*options, "--model.objective.advantage_std", "round") for name, options in METHODS.items()
+}
+"""Each method once more with advantages divided by the standard deviation of the whole round, as published."""
 
 
 def run_of(stages: Stages, stage: str, method: str, seed: int, rounds: int, extra: Sequence[str]) -> Fit:

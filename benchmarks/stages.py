@@ -97,7 +97,8 @@ def specialists(
         options: Arguments of `fit`.
         rounds: Rounds, for the names of the results.
     """
-    method = ("-c", "balancers/weighted_sum")  # with one reward all methods agree, and this one is the cheapest
+    # with one reward all methods agree, and the sum is the cheapest; the unit of gains keeps the published advantages
+    method = ("-c", "balancers/weighted_sum", "--model.objective.advantage_std", "round")
     return [
         Fit(f"specialist_{name}_{rounds}", (*stages.training_on([name]), *method), tuple(options), seed)
         for seed in seeds
