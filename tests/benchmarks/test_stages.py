@@ -44,7 +44,7 @@ def test_a_specialist_has_the_same_name_on_all_stages():
         (f"specialist_{name}_3", seed) for seed in (0, 1) for name in ("a", "b")
     ]
     assert fits[0].options == ("--trainer.max_epochs", "3", "--trainer.check_val_every_n_epoch", "3", "--x", "1")
-    assert fits[0].configs[-2:] == ("-c", "balancers/weighted_sum")
+    assert fits[0].configs[-4:] == ("-c", "balancers/weighted_sum", "--model.objective.advantage_std", "round")
 
 
 def test_the_stages_of_the_configurations():
