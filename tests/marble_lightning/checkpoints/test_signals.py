@@ -14,8 +14,10 @@ import torch
 from lightning.pytorch import Callback
 
 from balancers import WeightedSum
-from marble_lightning import cli
+from marble_lightning import trainer_commands
 from marble_lightning.checkpoints.signals import MICRO_BATCHES, Stopped, Stops, status
+from marble_lightning.cli import main
+from marble_lightning.command_line import QUIET
 from marble_lightning.scoring.settings import Scoring
 from tests.helpers.small_rewards import Brightness
 from tests.helpers.small_runs import run
@@ -123,13 +125,13 @@ def test_the_exit_status_of_ctrl_c_before_a_run_begins(monkeypatch):
         except KeyboardInterrupt:
             sys.exit(1)
 
-    monkeypatch.setattr(cli, "command_line", interrupted)
+    monkeypatch.setattr(trainer_commands, "command_line", interrupted)
     with pytest.raises(SystemExit) as end:
-        cli.main(["fit"])
+        main(["fit"])
     assert end.value.code == 130
 
 
-@pytest.mark.filterwarnings(*(f"ignore:{known}" for known in cli.QUIET))
+@pytest.mark.filterwarnings(*(f"ignore:{known}" for known in QUIET))
 @pytest.mark.parametrize("overlap", [True, False])
 def test_a_hanging_reward_does_not_delay_a_stop(checkpoints, tmp_path, monkeypatch, handlers, overlap):
     def hang(self, *, images, prompts):
