@@ -89,9 +89,7 @@ METHODS["split_decay_0"] = (
 )
 METHODS |= {f"split_{name}_{value}": (*SPLIT, f"--balancer.{option}", value) for name, option, value in ABLATIONS}
 
-METHODS |= {
-    f"{name}_std_round": (*options, "--model.objective.advantage_std", "round") for name, options in METHODS.items()
-}
+METHODS |= {f"{name}_std_round": (*options, "--model.objective.advantage_std", "round") for name, options in METHODS.items()}
 """Each method once more with advantages divided by the standard deviation of the whole round, as published."""
 
 
