@@ -31,7 +31,7 @@ def write_fused(lora: Lora, base: str, identity: dict[str, Any], folder: Path) -
         lora: The LoRA.
         base: Folder or hub id of the base.
         identity: The run's facts of the base, of which `dtype`, `revision` and `pipeline` are used.
-        folder: Folder that `from_pretrained` of the transformer's class then loads. Files of an earlier transformer are replaced.
+        folder: Folder that `from_pretrained` of the transformer's class then loads. Earlier ones are replaced.
 
     Returns:
         The files.
