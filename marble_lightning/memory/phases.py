@@ -58,7 +58,7 @@ class Phases:
         """The conditions of a round's prompts, and the bytes that encoding them takes."""
         prompts = self.images // get_datamodule(self.trainer).images_per_prompt
         with self.fakes.counting() as ledger:
-            conditions = self.policy.encode(["a"] * prompts)
+            conditions = self.policy.encode_longest(prompts)
         return conditions, ledger.peak
 
     def _conditions(self, images: int) -> Conditions:

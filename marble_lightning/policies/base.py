@@ -144,6 +144,10 @@ class FlowPolicy(nn.Module, ABC):
     def encode(self, texts: Sequence[str]) -> Conditions:
         """Encode prompts on the transformer's device, without a graph. Other prompts do not affect an encoding."""
 
+    def encode_longest(self, prompts: int) -> Conditions:
+        """Encode so many of the longest prompts; the memory estimate runs it on tensors without data."""
+        return self.encode(["a"] * prompts)  # a subclass whose encodings have different lengths overrides it
+
     @abstractmethod
     def sample(
         self,

@@ -137,6 +137,19 @@ class ZImagePolicy(PipelinePolicy):
         lengths = torch.tensor([len(prompt) for prompt in embeds], device=self.device)
         return Conditions(torch.nn.utils.rnn.pad_sequence(embeds, batch_first=True), lengths=lengths)
 
+    @torch.no_grad()
+    def encode_longest(self, prompts: int) -> Conditions:
+        """Encode so many prompts of `text_length` tokens, without reading numbers from tensors."""
+        encoder, tokens = self.text_encoders["text_encoder"], torch.zeros(prompts, self.text_length, dtype=torch.long)
+        with self._text_encoders_on_device():
+            batches = [
+                {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+                for ids in tokens.to(self.device).split(self.encode_batch_size)
+            ]
+            return Conditions(
+                torch.cat([encoder(**batch, output_hidden_states=True).hidden_states[-2] for batch in batches])
+            )
+
     # Images ---------------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
