@@ -17,6 +17,7 @@ from marble_lightning.policies.base import ADAPTERS
 from marble_lightning.policies.lora_files import FILE
 from marble_lightning.policies.z_image import ZImagePolicy
 from tests.helpers.command_line import differences, fit_with, last, options, state
+from tests.helpers.measured_memory import Estimated
 from tests.helpers.small_policies import shake
 from tests.helpers.small_runs import reference, run
 from tests.helpers.small_z_image import generate, make_z_image, new_z_image, sample, stock_z_image
@@ -48,6 +49,18 @@ def test_gradient_checkpointing_changes_nothing(checkpoints, z_image, tmp_path):
     saving, _ = run(checkpoints, tmp_path, MARBLE(), policy=new_z_image(z_image, gradient_checkpointing=True))
     for ours, theirs in zip(plain.trainable, saving.trainable, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-7)
+
+
+def test_the_memory_estimate_counts_the_longest_prompts(checkpoints, z_image, tmp_path):
+    estimates = []
+    for length in (32, 96):
+        estimated = Estimated()
+        run(checkpoints, tmp_path, MARBLE(), callbacks=[estimated], policy=new_z_image(z_image, text_length=length))
+        estimates.append(estimated.estimate)
+    shorter, longer = estimates
+    assert longer.total("training") > shorter.total("training")
+    assert longer.parts["latents and prompts"] - shorter.parts["latents and prompts"] == 4 * 64 * 16 * 4  # of 4 prompts
+    assert longer.parts["transformer"] == shorter.parts["transformer"]
 
 
 def z_image_options(checkpoints: Path, z_image: Path, folder: Path) -> list[str]:
