@@ -29,8 +29,8 @@ from marble_lightning.memory.report import print_estimate
 from marble_lightning.module import DiffusionNFT
 from marble_lightning.nft.rollout import Plan
 from marble_lightning.nft.sampling import Sampling
+from marble_lightning.policies.pipeline_kinds import SD3
 from marble_lightning.policies.sd3 import SD3Policy
-from marble_lightning.policies.sd3_checks import PARTS
 from marble_lightning.scoring.settings import Scoring
 from marble_lightning.tinyworld.recipe.vocabulary import train_tokenizer
 
@@ -53,7 +53,7 @@ def module_on_a_gpu(folder: Path, options: argparse.Namespace) -> DiffusionNFT:
     tokenizer.model_max_length = 77
     third = ["transformers", "T5EncoderModel"] if t5 else [None, None]
     index = {"_class_name": "StableDiffusion3Pipeline", "text_encoder_3": third}
-    index |= {part: ["diffusers", name] for part, name in PARTS.items()}
+    index |= {part: ["diffusers", name] for part, name in SD3.parts.items()}
     (folder / "model_index.json").write_text(json.dumps(index))
     policy = SD3Policy(
         str(folder), resolution=512, rank=32, alpha=64, text_length=128, dtype="bfloat16", vae_slicing=options.frugal,

@@ -56,7 +56,7 @@ def main() -> None:
     for size in options.sizes:
         conditions = policy.encode(["a red circle"] * size)
         noisy, t = torch.randn(size, 16, 8, 8), torch.rand(size) * 0.9 + 0.05
-        twice = Conditions(conditions.embeds.repeat(2, 1, 1), conditions.pooled.repeat(2, 1))
+        twice = conditions[torch.arange(size).repeat(2)]
 
         def one(noisy: Tensor = noisy, t: Tensor = t, twice: Conditions = twice, size: int = size) -> Tensor:
             with mixed(policy, ["old"] * size + [BASE] * size):

@@ -6,6 +6,7 @@ from .nft import Sampling as Sampling
 from .policies import Averaging as Averaging
 from .policies import FlowPolicy as FlowPolicy
 from .policies import SD3Policy as SD3Policy
+from .policies import ZImagePolicy as ZImagePolicy
 from .scoring import Scoring as Scoring
 
 __all__ = [
@@ -18,4 +19,5 @@ __all__ = [
     "SD3Policy",
     "Sampling",
     "Scoring",
+    "ZImagePolicy",
 ]

@@ -40,6 +40,16 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="session")
+def z_image(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a random ZImagePipeline for 16 x 16 pixels."""
+    from tests.helpers.small_z_image import small_z_image
+
+    folder = tmp_path_factory.mktemp("checkpoints") / "z_image"
+    small_z_image().save_pretrained(folder)
+    return folder
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _no_arguments() -> Iterator[None]:
     """LightningCLI warns when it is given arguments in Python while the program has some of its own."""

@@ -161,9 +161,7 @@ class Evaluator:
             of_rank = get_datamodule(trainer).held_out[batch[0][0] :: trainer.world_size]  # in the order of its loader
             to_encode = list(dict.fromkeys(empty + texts + [prompt.text for prompt in of_rank]))
             to_encode = to_encode[: max(ENCODE_AHEAD, len(empty + texts))]
-            encoded = self.policy.encode(to_encode)
-            parts = zip(encoded.embeds.cpu().split(1), encoded.pooled.cpu().split(1), strict=True)
-            self.encoded = dict(zip(to_encode, map(Conditions, *zip(*parts, strict=True)), strict=True))
+            self.encoded = dict(zip(to_encode, self.policy.encode(to_encode).split(), strict=True))
         conditions = concat_conditions([self.encoded[text] for text in texts], self.policy.device)
         return conditions, concat_conditions([self.encoded[text] for text in empty], self.policy.device) if empty else None
 

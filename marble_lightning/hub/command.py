@@ -16,6 +16,7 @@ from marble_lightning.hub.upload import check_access, check_repository, upload
 from marble_lightning.policies.lora import Lora
 from marble_lightning.policies.lora_export import Adapter, Loaded, load_adapter
 from marble_lightning.policies.lora_files import FILE, write_lora
+from marble_lightning.policies.pipeline_kinds import kind_of
 from marble_lightning.utils.atomic_files import atomic_write, check_folder, local_path, remove_unfinished
 from marble_lightning.utils.validation import require
 
@@ -70,9 +71,10 @@ def export(
         )
     if fuse:
         files = write_fused(loaded.lora, str(base), identity, folder)
-        print(f"{folder}\ndiffusers:  SD3Transformer2DModel.from_pretrained({str(folder)!r})")
+        print(f"{folder}\ndiffusers:  {kind_of(identity).transformer}.from_pretrained({str(folder)!r})")
     else:
-        files = [write_lora(loaded.lora, folder, loaded.checkpoint["lora"]["targets"], loaded.entries)]
+        targets = loaded.checkpoint["lora"]["targets"]
+        files = [write_lora(loaded.lora, folder, targets, loaded.entries, kind_of(identity))]
         _print_use(files[0], folder, loaded.lora)
     if push_to_hub:
         evaluated = not average_with and rank is None

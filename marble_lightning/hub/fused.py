@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import SD3Transformer2DModel
 from diffusers.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from peft import LoraConfig
 from peft.tuners.lora import LoraLayer
 
 from marble_lightning.policies.lora import Lora
-from marble_lightning.policies.sd3_loading import load_part
+from marble_lightning.policies.pipeline_kinds import kind_of
+from marble_lightning.policies.pipeline_loading import load_part
 from marble_lightning.utils.atomic_files import scratch_for
 from rewards.files import resolve_path
 
@@ -30,8 +30,8 @@ def write_fused(lora: Lora, base: str, identity: dict[str, Any], folder: Path) -
     Args:
         lora: The LoRA.
         base: Folder or hub id of the base.
-        identity: The run's facts of the base, of which `dtype` and `revision` are used.
-        folder: Folder that `SD3Transformer2DModel.from_pretrained` then loads. Files of an earlier transformer are replaced.
+        identity: The run's facts of the base, of which `dtype`, `revision` and `pipeline` are used.
+        folder: Folder that `from_pretrained` of the transformer's class then loads. Earlier ones are replaced.
 
     Returns:
         The files.
@@ -41,7 +41,7 @@ def write_fused(lora: Lora, base: str, identity: dict[str, Any], folder: Path) -
     """
     dtype, revision = getattr(torch, identity.get("dtype", "float32")), identity.get("revision")
     path = resolve_path(base)
-    transformer: Any = load_part(SD3Transformer2DModel, "transformer", path, dtype, revision, setting="base")
+    transformer: Any = load_part(kind_of(identity).transformer_class, "transformer", path, dtype, revision, setting="base")
     lost = merge(lora, transformer, base)
     print(f"Merged in {str(dtype)[6:]}: {lost:.1%} of the update's norm is lost by rounding.")
     with scratch_for(folder / "transformer") as scratch:

@@ -15,6 +15,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from marble_lightning.hub.finished_run import Sample
 from marble_lightning.hub.settings import balancer_of, code_of, rewards_of, settings_of
 from marble_lightning.policies.lora import Lora
+from marble_lightning.policies.pipeline_kinds import kind_of
 from marble_lightning.utils.run_files import RESULTS
 from rewards.files import BUNDLED
 
@@ -68,7 +69,7 @@ def model_card(facts: Facts) -> ModelCard:
     """
     rewards = rewards_of(facts.config, facts.results, facts.checkpoint["rewards"])
     data = card_data(facts)
-    base = f"[{facts.hub_id}](https://huggingface.co/{facts.hub_id})" if facts.hub_id else _base_name(facts.base)
+    base = f"[{facts.hub_id}](https://huggingface.co/{facts.hub_id})" if facts.hub_id else _base_name(facts)
     return ModelCard.from_template(
         data,
         template_path=str(TEMPLATE),
@@ -148,11 +149,11 @@ def _cell(summary: Mapping[str, Any] | None, sign: str = "") -> str:
     return f"{summary['mean']:{sign}.4f}{error}"
 
 
-def _base_name(base: str) -> str:
+def _base_name(facts: Facts) -> str:
     """A base that is no hub id; the path of a local folder may be private."""
-    return (
-        "the tiny Stable Diffusion 3 of MARBLE Lightning" if base.startswith(BUNDLED) else "a Stable Diffusion 3 checkpoint"
-    )
+    if facts.base.startswith(BUNDLED):
+        return "the tiny Stable Diffusion 3 of MARBLE Lightning"
+    return f"a {kind_of(facts.checkpoint['base_model']).name} checkpoint"
 
 
 def _licence(facts: Facts) -> str:

@@ -7,6 +7,7 @@ from typing import Any
 
 from balancers import CADENCE
 from marble_lightning.policies.lora import Lora
+from marble_lightning.policies.pipeline_kinds import kind_of
 from rewards.files import BUNDLED
 from rewards.licences import weights_of
 
@@ -118,18 +119,21 @@ def code_of(repository: str, base: str, fused: bool, identity: Mapping[str, Any]
     options = [location, *(["transformer=transformer"] if fused else []), dtype]
     if bundled or identity.get("text_encoder_3", "checkpoint") is None:  # the bundled model has no third encoder
         options += ["text_encoder_3=None", "tokenizer_3=None"]
+    kind = kind_of(identity)
+    if "guidance" in evaluation:
+        evaluation = {**evaluation, "guidance": evaluation["guidance"] - kind.guidance_offset}
     size = {"height": "resolution", "width": "resolution", "num_inference_steps": "steps", "guidance_scale": "guidance"}
     call = ['"a prompt"', *(f"{name}={evaluation[key]}" for name, key in size.items() if key in evaluation)]
     if "text_length" in identity:
         call.append(f"max_sequence_length={identity['text_length']}")
-    transformer = f'transformer = SD3Transformer2DModel.from_pretrained("{repository}", {dtype})'
+    transformer = f'transformer = {kind.transformer}.from_pretrained("{repository}", {dtype})'
     lines = [
         "import torch",
-        f"from diffusers import {'SD3Transformer2DModel, ' if fused else ''}StableDiffusion3Pipeline",
+        f"from diffusers import {f'{kind.pipeline}, {kind.transformer}' if fused else kind.pipeline}",
         *(["from rewards.files import resolve_path  # pip install marble-lightning"] if bundled else []),
         "",
         *([transformer] if fused else []),
-        f"pipeline = StableDiffusion3Pipeline.from_pretrained({', '.join(options)})",
+        f"pipeline = {kind.pipeline}.from_pretrained({', '.join(options)})",
         *([] if fused else [f'pipeline.load_lora_weights("{repository}")']),
         f"image = pipeline({', '.join(call)}).images[0]",
     ]

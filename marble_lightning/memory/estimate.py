@@ -110,7 +110,7 @@ def parts_of(count: Phases, gpus: int) -> dict[str, int]:
         "text encoders": bytes_of(tensors_of(*encoders)),
         "rewards": bytes_of(here),
         "rewards elsewhere": bytes_of(elsewhere),
-        "latents and prompts": bytes_of([count.latents(count.images), conditions.embeds, conditions.pooled]),
+        "latents and prompts": bytes_of([count.latents(count.images), *conditions.tensors.values()]),
         "images": bytes_of([count.pixels(count.images)]),
     }
 

@@ -58,7 +58,7 @@ class Phases:
         """The conditions of a round's prompts, and the bytes that encoding them takes."""
         prompts = self.images // get_datamodule(self.trainer).images_per_prompt
         with self.fakes.counting() as ledger:
-            conditions = self.policy.encode(["a"] * prompts)
+            conditions = self.policy.encode_longest(prompts)
         return conditions, ledger.peak
 
     def _conditions(self, images: int) -> Conditions:
@@ -72,7 +72,7 @@ class Phases:
             guided: Whether the empty prompt is beside each.
             resolution: Side of the images in pixels; None for the policy's.
         """
-        with self.fakes.counting(*vars(self.encoding[0]).values()) as ledger, torch.no_grad(), self._precision():
+        with self.fakes.counting(*self.encoding[0].tensors.values()) as ledger, torch.no_grad(), self._precision():
             own = self._conditions(images)
             kept = [torch.empty_like(self.latents(images, resolution), dtype=torch.float32) for _ in range(3)]
             conditions = self._conditions(2 * images) if guided else own
@@ -137,7 +137,7 @@ class Phases:
             self.policy.transformer.enable_gradient_checkpointing(self.fakes.checkpoint)
         step = TrainingStep(self.policy, self.module.objective, self.trained, self.module.gradient_passes)
         refresh = self.module.balancer.needs_gradients
-        with self.fakes.counting(*vars(self.encoding[0]).values(), *gradients) as ledger:
+        with self.fakes.counting(*self.encoding[0].tensors.values(), *gradients) as ledger:
             batch = self._micro_batch(images, len(self.module.balancer.names))
             with step.per_reward.capture() if refresh else nullcontext():
                 self._forward(step, batch, refresh).backward()

@@ -6,7 +6,7 @@ import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import inf
 from typing import Any, Literal
 
@@ -15,6 +15,7 @@ from jaxtyping import Float, Int
 from peft import LoraConfig
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
+from torch.nn.functional import pad
 
 from marble_lightning.policies.lora import Lora
 from marble_lightning.policies.samplers import Solver
@@ -32,19 +33,40 @@ def is_adapter(name: str) -> bool:
 
 @dataclass(frozen=True)
 class Conditions:
-    """Encoded prompts: `embeds` (B, tokens, width) and `pooled` (B, pooled width)."""
+    """Encoded prompts, one in each row.
+
+    Args:
+        embeds: A vector of each token, (B, tokens, width); rows of shorter prompts end with zeros.
+        pooled: A vector of each prompt, (B, pooled width); None if the model uses none.
+        lengths: Number of tokens of each prompt, (B,), int64; None if all tokens count.
+    """
 
     embeds: Float[Tensor, "batch token width"]
-    pooled: Float[Tensor, "batch pooled"]
+    pooled: Float[Tensor, "batch pooled"] | None = None
+    lengths: Int[Tensor, " batch"] | None = None
 
-    def __getitem__(self, index: Int[Tensor, " chosen"]) -> Conditions:
-        return Conditions(self.embeds[index], self.pooled[index])
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """The tensors that there are, by name."""
+        return {name: tensor for name, tensor in vars(self).items() if tensor is not None}
+
+    def __getitem__(self, index: Int[Tensor, " chosen"] | slice) -> Conditions:
+        return Conditions(**{name: tensor[index] for name, tensor in self.tensors.items()})
+
+    def split(self) -> list[Conditions]:
+        """The prompts one by one, as batches of one without zeros at the end, on the CPU."""
+        on_cpu = Conditions(**{name: tensor.cpu() for name, tensor in self.tensors.items()})
+        rows = [on_cpu[index : index + 1] for index in range(len(self.embeds))]
+        return [row if row.lengths is None else replace(row, embeds=row.embeds[:, : int(row.lengths)]) for row in rows]
 
 
 def concat_conditions(rows: Sequence[Conditions], device: torch.device) -> Conditions:
-    """Batches of encoded prompts joined into one batch on a device."""
-    embeds, pooled = (torch.cat([getattr(row, part).to(device) for row in rows]) for part in ("embeds", "pooled"))
-    return Conditions(embeds, pooled)
+    """Batches of encoded prompts joined into one batch on a device; shorter ones are filled up with zeros."""
+    parts = {name: [row.tensors[name].to(device) for row in rows] for name in rows[0].tensors}
+    longest = max(embeds.shape[1] for embeds in parts["embeds"])
+    if any(embeds.shape[1] < longest for embeds in parts["embeds"]):
+        parts["embeds"] = [pad(embeds, (0, 0, 0, longest - embeds.shape[1])) for embeds in parts["embeds"]]
+    return Conditions(**{name: torch.cat(tensors) for name, tensors in parts.items()})
 
 
 class FlowPolicy(nn.Module, ABC):
@@ -121,6 +143,10 @@ class FlowPolicy(nn.Module, ABC):
     @abstractmethod
     def encode(self, texts: Sequence[str]) -> Conditions:
         """Encode prompts on the transformer's device, without a graph. Other prompts do not affect an encoding."""
+
+    def encode_longest(self, prompts: int) -> Conditions:
+        """Encode so many of the longest prompts; the memory estimate runs it on tensors without data."""
+        return self.encode(["a"] * prompts)  # a subclass whose encodings have different lengths overrides it
 
     @abstractmethod
     def sample(

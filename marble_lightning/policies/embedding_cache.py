@@ -7,10 +7,9 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from jaxtyping import Float
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import nn
 
 from marble_lightning.policies.base import Conditions
 from marble_lightning.utils.atomic_files import atomic_write
@@ -60,9 +59,8 @@ class PromptCache:
         if not file.exists():
             return None
         try:
-            tensors = load_file(file)
-            return Conditions(tensors["embeds"], tensors["pooled"])
-        except (SafetensorError, KeyError) as error:
+            return Conditions(**load_file(file))
+        except (SafetensorError, TypeError) as error:
             raise ValueError(
                 f"`prompt_cache` must hold whole files. Found a damaged one, {file}, for {excerpt(text)}: {error}; "
                 "delete it."
@@ -71,9 +69,9 @@ class PromptCache:
     def put(self, text: str, encoded: Conditions) -> None:
         """Store a prompt's encoding, a batch of one."""
         file = self._file(text)
-        tensors: dict[str, Float[Tensor, "1 ..."]] = {"embeds": encoded.embeds, "pooled": encoded.pooled}
+        tensors = {name: tensor.contiguous().cpu() for name, tensor in encoded.tensors.items()}
         with atomic_write(file) as temporary:
-            save_file({name: tensor.contiguous().cpu() for name, tensor in tensors.items()}, temporary, {"prompt": text})
+            save_file(tensors, temporary, {"prompt": text})
 
     def _file(self, text: str) -> Path:
         return self.folder / f"{hashlib.blake2b(text.encode(), digest_size=16).hexdigest()}.safetensors"

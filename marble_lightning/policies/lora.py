@@ -89,5 +89,7 @@ def target_of(name: str) -> str:
 
     >>> target_of("transformer_blocks.3.attn2.to_out.0.lora_A.weight")
     'attn2.to_out.0'
+    >>> target_of("layers.3.attention.to_q.lora_B.weight")
+    'attention.to_q'
     """
-    return re.sub(r"^transformer_blocks\.\d+\.", "", layer_of(name))
+    return re.sub(r"^\w+\.\d+\.", "", layer_of(name))

@@ -8,7 +8,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from diffusers import StableDiffusion3Pipeline
 from diffusers.loaders.lora_base import LORA_WEIGHT_NAME, LORA_WEIGHT_NAME_SAFE
 from peft import LoraConfig
 from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
@@ -18,6 +17,7 @@ from torch import Tensor
 
 from marble_lightning.policies.lora import Lora
 from marble_lightning.policies.lora_formats import PREFIX, UNSUPPORTED, some, to_diffusers
+from marble_lightning.policies.pipeline_kinds import SD3, PipelineKind
 from marble_lightning.utils.atomic_files import atomic_write, local_path
 
 FILE = LORA_WEIGHT_NAME_SAFE
@@ -35,7 +35,7 @@ LORA_TENSOR = re.compile(r"transformer\..+\.lora_[AB]\.weight")
 """Names of the tensors of the transformer's LoRA."""
 
 
-def write_lora(lora: Lora, folder: Path, targets: Sequence[str], about: Mapping[str, str]) -> Path:
+def write_lora(lora: Lora, folder: Path, targets: Sequence[str], about: Mapping[str, str], kind: PipelineKind = SD3) -> Path:
     """Write a LoRA that has the right scale for every reader.
 
     Diffusers reads alpha from the LoraConfig in the header. Its older versions assume that alpha equals the rank. ComfyUI
@@ -47,6 +47,7 @@ def write_lora(lora: Lora, folder: Path, targets: Sequence[str], about: Mapping[
         folder: Folder for `pytorch_lora_weights.safetensors`, which is written atomically; created if it does not exist.
         targets: The policy's `targets`.
         about: Further entries of the header; their names are prefixed with `marble_lightning.`.
+        kind: The pipeline that loads it.
 
     Returns:
         Path of the file.
@@ -55,7 +56,7 @@ def write_lora(lora: Lora, folder: Path, targets: Sequence[str], about: Mapping[
     # Only values that differ from peft's defaults: an older peft refuses fields that it does not know.
     config = {"r": lora.rank, "lora_alpha": lora.rank, "target_modules": list(targets)}
     with atomic_write(folder / FILE) as file:
-        StableDiffusion3Pipeline.save_lora_weights(
+        kind.pipeline_class.save_lora_weights(
             file.parent, transformer_lora_layers=layers, transformer_lora_adapter_metadata=config
         )
         entries = {f"{HEADER_PREFIX}{name}": text for name, text in about.items()}
@@ -66,27 +67,29 @@ def write_lora(lora: Lora, folder: Path, targets: Sequence[str], about: Mapping[
     return folder / FILE
 
 
-def read_lora(path: str, *, rank: int, alpha: float) -> Lora:
+def read_lora(path: str, *, rank: int, alpha: float, kind: PipelineKind = SD3) -> Lora:
     """Read a LoRA for a transformer of the given rank and alpha.
 
     Args:
-        path: A LoRA file, or a folder with one: of `marble-lightning export`, in any format that StableDiffusion3Pipeline
-            loads, of PEFT, or in kohya's format where diffusers converts its names.
+        path: A LoRA file, or a folder with one: of `marble-lightning export`, in any format that the pipeline loads, of
+            PEFT, or in kohya's format where diffusers converts its names.
         rank: Rank that it must have, >= 1.
         alpha: Alpha that it must have; if a file has none, its alpha is its rank, as in diffusers.
+        kind: The pipeline of the transformer.
 
     Raises:
         ValueError: There is no such file, it is damaged or not a plain LoRA, or its rank or alpha differs.
     """
     file = _file(local_path("policy.init_lora", path))
     try:
-        state, metadata = StableDiffusion3Pipeline.lora_state_dict(
+        state, metadata = kind.pipeline_class.lora_state_dict(
             str(file), return_lora_metadata=True, use_safetensors=True if file.suffix == ".safetensors" else None
         )
         header = _header(file) if file.suffix == ".safetensors" else {}
-    except (OSError, SafetensorError) as error:
+    except (OSError, SafetensorError, KeyError, ValueError) as error:  # the last two from a conversion of names
         raise ValueError(
-            f"`policy.init_lora` must be a LoRA file. Found a damaged or another file, {file}: {error}."
+            f"`policy.init_lora` must be a LoRA file for a {kind.pipeline}. Found a damaged or another file, "
+            f"{file}: {error}."
         ) from error
     state, config_fields = to_diffusers(_whole(state, file), file)
     if odd := [name for name, tensor in state.items() if not LORA_TENSOR.fullmatch(name) or tensor.ndim != 2]:
@@ -112,7 +115,9 @@ def _whole(state: dict[str, Tensor], file: Path) -> dict[str, Tensor]:
     """The tensors of a file, checked to be all: diffusers leaves those of DoRA out, which change the update."""
     if file.suffix == ".safetensors":
         with safe_open(file, "pt") as opened:
-            if dropped := sorted(set(opened.keys()) - state.keys()):
+            names = sorted(opened.keys())
+            converted = state.keys().isdisjoint(names)  # all have other names then
+            if dropped := [name for name in names if ("dora_scale" in name if converted else name not in state)]:
                 raise ValueError(f"`policy.init_lora` must be a plain LoRA. Found {some(dropped)} in {file}.")
     return state
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
@@ -31,17 +32,39 @@ class FlowDPMSolver(DPMSolverMultistepScheduler):
         )
         self.euler = euler
 
-    def set_timesteps(self, num_inference_steps: int, device: Any = None, **options: Any) -> None:  # type: ignore[override]
-        """Set the grid of `num_inference_steps` steps, with one network evaluation each."""
-        super().set_timesteps(num_inference_steps, device=device, **options)
-        self.sigmas = flow_sigmas(self.euler, num_inference_steps)
+    def set_timesteps(  # type: ignore[override]
+        self,
+        num_inference_steps: int | None = None,
+        device: Any = None,
+        sigmas: Sequence[float] | None = None,
+        mu: float | None = None,
+    ) -> None:
+        """Set the grid, with one network evaluation each step.
+
+        Args:
+            num_inference_steps: Number of steps; None if `sigmas` are given.
+            device: Device of the timesteps.
+            sigmas: Noise levels before the checkpoint's shift, in descending order; None for the Euler scheduler's own.
+            mu: Without effect, as in the Euler scheduler: it is for a shift that depends on the size of the images.
+        """
+        steps = len(sigmas) if sigmas is not None else num_inference_steps
+        super().set_timesteps(steps, device=device)
+        self.sigmas = flow_sigmas(self.euler, steps, sigmas)
         self.timesteps = (1000 * self.sigmas[:-1]).to(device)
 
 
-def flow_sigmas(euler: FlowMatchEulerDiscreteScheduler, steps: int) -> torch.Tensor:
-    """Noise levels of the flow grid from 1 to 0, (steps + 1,)."""
+def flow_sigmas(
+    euler: FlowMatchEulerDiscreteScheduler, steps: int | None, sigmas: Sequence[float] | None = None
+) -> torch.Tensor:
+    """Noise levels of the flow grid from 1 to 0, (steps + 1,).
+
+    Args:
+        euler: The checkpoint's scheduler.
+        steps: Number of steps; None if `sigmas` are given.
+        sigmas: Noise levels before the checkpoint's shift, in descending order; None for the scheduler's own.
+    """
     scheduler = FlowMatchEulerDiscreteScheduler.from_config(euler.config)
-    scheduler.set_timesteps(steps)
+    scheduler.set_timesteps(steps, sigmas=sigmas)
     return scheduler.sigmas.cpu()
 
 

@@ -4,22 +4,20 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
-from pathlib import Path
-from typing import Literal
+from contextlib import contextmanager
+from typing import Any, Literal
 
 import torch
 from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 
-from marble_lightning.policies.base import Adapter, Conditions, FlowPolicy, concat_conditions
-from marble_lightning.policies.embedding_cache import PromptCache, fingerprint
-from marble_lightning.policies.lora_files import read_lora
-from marble_lightning.policies.samplers import Solver, flow_sigmas, scheduler_for
-from marble_lightning.policies.sd3_checks import check_resolution_fits, pipeline_index
-from marble_lightning.policies.sd3_loading import compile_blocks, load_pipeline
-from marble_lightning.utils.atomic_files import check_folder, local_path
+from marble_lightning.policies.base import Adapter, Conditions
+from marble_lightning.policies.pipeline_checks import pipeline_index
+from marble_lightning.policies.pipeline_kinds import SD3
+from marble_lightning.policies.pipeline_loading import load_pipeline
+from marble_lightning.policies.pipeline_policy import PipelinePolicy
+from marble_lightning.policies.samplers import Solver, scheduler_for
 from rewards.files import resolve_path
 from rewards.texts import truncate
 
@@ -28,12 +26,8 @@ TARGETS = tuple(
 )
 """Linear layers of a block's joint attention that get a LoRA, as in the published runs: 191 layers of SD3.5 Medium."""
 
-ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
-ENCODE_BATCH_SIZE = 32
-"""Prompts that the text encoders encode at once."""
 
-
-class SD3Policy(FlowPolicy):
+class SD3Policy(PipelinePolicy):
     """Stable Diffusion 3 with a frozen base and the LoRA adapters `trained`, `old` and `ema`.
 
     Args:
@@ -70,6 +64,7 @@ class SD3Policy(FlowPolicy):
     Source: MARBLE, arXiv 2605.06507, settings of the SD3.5-Medium run.
     """
 
+    kind = SD3
     transformer: SD3Transformer2DModel
 
     def __init__(
@@ -93,80 +88,33 @@ class SD3Policy(FlowPolicy):
         adapter: Literal["ema", "trained", "none"] = "ema",
         vae_dtype: Literal["float32", "bfloat16", "float16"] | None = None,
     ) -> None:
-        super().__init__(path, revision, rank, alpha, targets)
-        if resolution < 16 or resolution % 16:
-            raise ValueError(f"`policy.resolution` must be a positive multiple of 16. Found {resolution}.")
-        if text_length < 1:
-            raise ValueError(f"`policy.text_length` must be >= 1. Found {text_length}.")
-        if adapter not in ("ema", "trained", "none"):
-            raise ValueError(f"`policy.adapter` must be ema, trained or none. Found {adapter!r}.")
-        if adapter == "none" and init_lora is not None:
-            raise ValueError(f"`policy.init_lora` must be null where `policy.adapter` is none. Found {init_lora!r}.")
-        self.adapter = None if adapter == "none" else adapter
-        self.resolution, self.text_length = resolution, text_length
+        super().__init__(
+            path, resolution, rank, alpha, targets, text_length, dtype, revision, gradient_checkpointing,
+            offload_text_encoders, prompt_cache, vae_slicing, vae_tiling, compile, init_lora, adapter, vae_dtype,
+        )  # fmt: skip
         self.text_encoder_3_from = text_encoder_3
-        self.gradient_checkpointing, self.compiled = gradient_checkpointing, compile
-        self.init_lora = None if init_lora is None else str(local_path("policy.init_lora", init_lora))
-        self.offload_text_encoders, self.prompt_cache = offload_text_encoders, prompt_cache
-        self.vae_slicing, self.vae_tiling = vae_slicing, vae_tiling
-        self.dtype: torch.dtype = getattr(torch, dtype)
-        self.vae_dtype: torch.dtype | None = None if vae_dtype is None else getattr(torch, vae_dtype)
 
     @property
-    def identity(self) -> dict[str, str | int | None]:
-        """Model, revision, settings of text encoders and precision, and whether images are decoded in tiles."""
-        text = {"text_length": self.text_length, "text_encoder_3": self.text_encoder_3_from}
-        vae_dtype = {"vae_dtype": str(self.vae_dtype)[6:]} if self.vae_dtype else {}
-        return super().identity | text | {"dtype": str(self.dtype)[6:], "vae_tiling": self.vae_tiling} | vae_dtype
+    def text_identity(self) -> dict[str, str | int | None]:
+        """Length of T5's part, and whether there is one."""
+        return super().text_identity | {"text_encoder_3": self.text_encoder_3_from}
 
-    def check_resolution(self, name: str, resolution: int) -> None:
-        """Check that images consist of whole patches that the transformer has positions for; reads configurations only."""
-        check_resolution_fits(self.path, self.revision, name, resolution)
+    @property
+    def encoding_settings(self) -> tuple[object, ...]:
+        """Tokens of T5 and of the other text encoders."""
+        return self.text_length, self.pipeline.tokenizer_max_length
 
-    # Setup ----------------------------------------------------------------------------------------------------------
+    def patches(self, transformer: dict[str, Any]) -> tuple[int, int, str]:
+        """Side of a patch in latents, and the maximum number of patches a side, with the name of its field."""
+        return transformer["patch_size"], transformer["pos_embed_max_size"], "pos_embed_max_size"
 
-    def check(self) -> None:
-        """Check that `prompt_cache` can be a folder, and that the adapters can start from `init_lora`."""
-        if self.prompt_cache is not None:
-            check_folder("policy.prompt_cache", Path(self.prompt_cache).expanduser())
-        if self.init_lora is not None:
-            read_lora(self.init_lora, rank=self.rank, alpha=self.alpha)
-
-    def setup(self, seed: int) -> None:
-        """Load the pipeline, freeze it and add the adapters; the same seed gives the same initial adapters."""
-        if hasattr(self, "pipeline"):
-            return
-        self.check()
-        index = pipeline_index(self.path, self.revision)
-        start = read_lora(self.init_lora, rank=self.rank, alpha=self.alpha) if self.init_lora is not None else None
+    def load(self) -> StableDiffusion3Pipeline:
+        """Load the pipeline on the CPU, without T5 if it is absent or left out."""
+        index = pipeline_index(self.kind, self.path, self.revision)
         without_t5 = self.text_encoder_3_from is None or index.get("text_encoder_3", [None])[0] is None
         absent = ("text_encoder_3", "tokenizer_3") if without_t5 else ()
         path, dtypes = resolve_path(self.path), {"vae": self.vae_dtype} if self.vae_dtype else {}
-        pipeline = load_pipeline(path, index, self.dtype, self.revision, without=absent, dtypes=dtypes)
-        self.pipeline, self.flow_scheduler = pipeline, pipeline.scheduler
-        for module in pipeline.components.values():
-            if isinstance(module, nn.Module):
-                module.requires_grad_(False).eval()
-        self.transformer, self.vae = pipeline.transformer, pipeline.vae
-        self.text_encoders = {name: module for name in ENCODERS if (module := getattr(pipeline, name)) is not None}
-        if not self.offload_text_encoders:  # as submodules they move with this module
-            for name, module in self.text_encoders.items():
-                setattr(self, name, module)
-        # without text encoders, which may be on the CPU, the pipeline runs on the device of transformer and autoencoder
-        self.sampler = StableDiffusion3Pipeline(**{**pipeline.components, **dict.fromkeys(ENCODERS)})
-        self.sampler.set_progress_bar_config(disable=True)
-        if self.prompt_cache is not None:
-            encoders = fingerprint(self.text_encoders, self.text_length, pipeline.tokenizer_max_length)
-            self.cache = PromptCache(self.prompt_cache, encoders)
-        if self.vae_slicing:
-            self.vae.enable_slicing()
-        if self.vae_tiling:
-            self.vae.enable_tiling()
-        if self.gradient_checkpointing:
-            self.transformer.enable_gradient_checkpointing()
-        self.add_adapters(seed, start)
-        if self.compiled:
-            compile_blocks(self.transformer)
+        return load_pipeline(path, index, self.dtype, self.revision, without=absent, dtypes=dtypes)
 
     # Prompts --------------------------------------------------------------------------------------------------------
 
@@ -183,23 +131,8 @@ class SD3Policy(FlowPolicy):
         tokens = [tokenizer(beginnings, verbose=False).input_ids if texts else [] for tokenizer in tokenizers]
         return [text for text, *ids in zip(texts, *tokens, strict=True) if max(map(len, ids)) > self.max_prompt_tokens]
 
-    @torch.no_grad()
-    def encode(self, texts: Sequence[str]) -> Conditions:
-        """Encode prompts with the pipeline's text encoders, or read them from the cache."""
-        if self.prompt_cache is None:
-            with self._text_encoders_on_device():
-                batches = range(0, len(texts), ENCODE_BATCH_SIZE)
-                return concat_conditions([self._encode(texts[i : i + ENCODE_BATCH_SIZE]) for i in batches], self.device)
-        distinct = dict.fromkeys(texts)
-        encoded = {text: cached for text in distinct if (cached := self.cache.get(text)) is not None}
-        if missing := [text for text in distinct if text not in encoded]:
-            with self._text_encoders_on_device():
-                for text in missing:  # one by one, since rounding depends on the other prompts of a batch
-                    encoded[text] = self._encode([text])
-                    self.cache.put(text, encoded[text])
-        return concat_conditions([encoded[text] for text in texts], self.device)
-
-    def _encode(self, texts: Sequence[str]) -> Conditions:
+    def encode_batch(self, texts: Sequence[str]) -> Conditions:
+        """Encode prompts with the pipeline's text encoders, which are on the device."""
         max_tokens = max(self.max_prompt_tokens, self.text_length)
         with _without_truncation_warnings(type(self.pipeline).__module__):
             embeds, _, pooled, _ = self.pipeline.encode_prompt(
@@ -211,17 +144,6 @@ class SD3Policy(FlowPolicy):
                 max_sequence_length=self.text_length,
             )
         return Conditions(embeds, pooled)
-
-    @contextmanager
-    def _text_encoders_on_device(self) -> Iterator[None]:
-        visiting = [encoder for encoder in self.text_encoders.values() if encoder.device != self.device]
-        for encoder in visiting:
-            encoder.to(self.device)
-        try:
-            yield
-        finally:
-            for encoder in visiting if self.offload_text_encoders else []:
-                encoder.to("cpu")
 
     # Images -------------------------------------------------------------------------------------------------------
 
@@ -256,16 +178,6 @@ class SD3Policy(FlowPolicy):
             )
         return output.images
 
-    @torch.no_grad()
-    def decode(self, latents: Float[Tensor, "batch channel height width"]) -> Float[Tensor, "batch 3 pixel pixel"]:
-        """Decode latents to images in [0, 1], float32."""
-        config = self.vae.config
-        latents = latents.to(self.vae.dtype) / config.scaling_factor + config.shift_factor
-        # autocast would override `vae_dtype`
-        with torch.autocast(latents.device.type, enabled=False) if self.vae_dtype else nullcontext():
-            pixels = self.vae.decode(latents).sample
-        return self.sampler.image_processor.postprocess(pixels.float(), output_type="pt")
-
     def velocity(
         self, noisy: Tensor, t: Float[Tensor, " batch"], conditions: Conditions
     ) -> Float[Tensor, "batch channel height width"]:
@@ -278,10 +190,6 @@ class SD3Policy(FlowPolicy):
             return_dict=False,
         )[0]
         return prediction.float()
-
-    def sigmas(self, steps: int) -> Float[Tensor, " step"]:
-        """Flow times of a rollout with `steps` steps, in descending order from 1, without the final 0."""
-        return flow_sigmas(self.flow_scheduler, steps)[:-1]
 
 
 @contextmanager

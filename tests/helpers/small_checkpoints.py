@@ -36,11 +36,7 @@ def small_pipeline(tokenizer: Any, with_t5: bool = False) -> StableDiffusion3Pip
             pos_embed_max_size=8, qk_norm="rms_norm", dual_attention_layers=(0,),
         ),
         "scheduler": FlowMatchEulerDiscreteScheduler(shift=3.0),
-        "vae": AutoencoderKL(
-            down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
-            block_out_channels=(8, 8), layers_per_block=1, latent_channels=4, norm_num_groups=4, sample_size=16,
-            use_quant_conv=False, use_post_quant_conv=False, mid_block_add_attention=False, shift_factor=0.1,
-        ),
+        "vae": small_vae(),
         "text_encoder": CLIPTextModelWithProjection(CLIPTextConfig(**text)),
         "text_encoder_2": CLIPTextModelWithProjection(CLIPTextConfig(**text)),
     }  # fmt: skip
@@ -51,6 +47,15 @@ def small_pipeline(tokenizer: Any, with_t5: bool = False) -> StableDiffusion3Pip
         shape = T5Config(vocab_size=len(t5_tokenizer), d_model=32, d_kv=8, d_ff=32, num_layers=2, num_heads=2)
         third = {"text_encoder_3": T5EncoderModel(shape), "tokenizer_3": t5_tokenizer}
     return StableDiffusion3Pipeline(**parts, tokenizer=tokenizer, tokenizer_2=tokenizer, **third)
+
+
+def small_vae() -> AutoencoderKL:
+    """An autoencoder that halves the side of an image, with four channels."""
+    return AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
+        block_out_channels=(8, 8), layers_per_block=1, latent_channels=4, norm_num_groups=4, sample_size=16,
+        use_quant_conv=False, use_post_quant_conv=False, mid_block_add_attention=False, shift_factor=0.1,
+    )  # fmt: skip
 
 
 def save_small_clip(folder: Path, tokenizer: Any) -> None:

@@ -19,6 +19,7 @@ from marble_lightning.nft.loss import Objective, add_noise, nft_losses
 from marble_lightning.nft.reward_gradients import flat, gradients_by_passes
 from marble_lightning.nft.sampling import Sampling
 from marble_lightning.policies.averaging import Averaging
+from marble_lightning.policies.base import FlowPolicy
 from marble_lightning.policies.sd3 import SD3Policy
 from marble_lightning.tinyworld import PROMPTS
 from tests.helpers.small_rewards import Brightness, Contrast, Redness
@@ -63,11 +64,13 @@ def run(
     inner_epochs: int = 1,
     clip: float | None = None,
     ema_warmup: bool = False,
+    policy: FlowPolicy | None = None,
     optimizer: Any = lambda parameters: torch.optim.SGD(parameters, lr=0.1),
     **objective: Any,
 ):
     module = kind(
-        SD3Policy(
+        policy
+        or SD3Policy(
             str(checkpoints / "sd3"),
             resolution=16,
             rank=2,

@@ -40,7 +40,7 @@ def test_the_error_for_an_unknown_name_lists_the_names(tmp_path, capsys):
     with pytest.raises(SystemExit):
         main(["fit", "-c", "tinny"])
     shown = capsys.readouterr().err
-    assert "tiny, balancers/advantage_sum, " in shown
+    assert "tiny, z_image, balancers/advantage_sum, " in shown
     assert f"Found 'tinny', and no such file from {tmp_path}." in shown
 
 

@@ -81,6 +81,20 @@ def test_large_runs_keep_the_published_settings(name, capsys):
     assert set(model["metrics"]) == {"geneval_accuracy", "aesthetic", "imagereward"}
 
 
+@pytest.mark.slow
+def test_the_run_of_z_image_trains_a_small_model(checkpoints, z_image, tmp_path, capsys):
+    """Same file and code, with bfloat16 weights and mixed precision; only sizes and paths differ."""
+    small = small_settings(checkpoints, tmp_path) | {"model.policy.path": z_image, "model.policy.text_length": 96}
+    main(
+        [
+            "fit",
+            *launched(CONFIGS / "z_image.yaml"),
+            *(part for pair in small.items() for part in (f"--{pair[0]}", str(pair[1]))),
+        ]
+    )
+    assert "trained" in capsys.readouterr().out
+
+
 def small_settings(checkpoints: Path, folder: Path) -> dict[str, object]:
     """Settings that make a run of a large configuration small."""
     clip = str(checkpoints / "clip")

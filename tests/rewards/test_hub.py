@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 
-from marble_lightning.policies.sd3_checks import pipeline_index
+from marble_lightning.policies.pipeline_checks import pipeline_index
+from marble_lightning.policies.pipeline_kinds import SD3
 from rewards import Aesthetic, CLIPScore, ImageReward
 from rewards.geneval.mask2former import _describe
 from rewards.hub import hub_reason
@@ -62,7 +63,7 @@ def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Callable[..
 
 
 LOADERS = {
-    "policy": lambda: pipeline_index("owner/name"),
+    "policy": lambda: pipeline_index(SD3, "owner/name"),
     "CLIPScore": CLIPScore("owner/name").setup,
     "Aesthetic": Aesthetic(head_path="owner/name").setup,
     "ImageReward": ImageReward("owner/name").setup,

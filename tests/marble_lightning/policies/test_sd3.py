@@ -13,8 +13,9 @@ from diffusers import StableDiffusion3Pipeline
 from benchmarks.random_sd35m import networks
 from marble_lightning.checks import warn_about_prompts
 from marble_lightning.policies.base import ADAPTERS
+from marble_lightning.policies.pipeline_checks import pipeline_index
+from marble_lightning.policies.pipeline_kinds import SD3
 from marble_lightning.policies.sd3 import TARGETS, SD3Policy
-from marble_lightning.policies.sd3_checks import pipeline_index
 from marble_lightning.utils.seeds import generator
 from rewards import Prompt
 from tests.helpers.small_policies import outputs, shake
@@ -204,22 +205,22 @@ def test_images_can_have_another_resolution(policy):
 
 def test_a_folder_without_sd3_raises_before_loading(tmp_path):
     with pytest.raises(ValueError, match="must be a folder in diffusers format or a hub id"):
-        pipeline_index(str(tmp_path / "nowhere"))
+        pipeline_index(SD3, str(tmp_path / "nowhere"))
     with pytest.raises(ValueError, match=r"with a model_index\.json"):
-        pipeline_index(str(tmp_path))
+        pipeline_index(SD3, str(tmp_path))
     (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": "FluxPipeline"}))
     with pytest.raises(ValueError, match="Found FluxPipeline"):
-        pipeline_index(str(tmp_path))
+        pipeline_index(SD3, str(tmp_path))
 
 
 def test_a_model_with_other_velocities_raises(checkpoints, tmp_path):
-    index = pipeline_index(str(checkpoints / "sd3"))
+    index = pipeline_index(SD3, str(checkpoints / "sd3"))
 
     def error_of(folder, **parts):
         folder.mkdir(exist_ok=True)
         (folder / "model_index.json").write_text(json.dumps(index | parts))
         with pytest.raises(ValueError) as error:
-            pipeline_index(str(folder))
+            pipeline_index(SD3, str(folder))
         return str(error.value)
 
     assert "whose scheduler is a FlowMatchEulerDiscreteScheduler. Found EulerDiscreteScheduler" in error_of(
@@ -236,7 +237,7 @@ def test_an_unreachable_hub_id_raises(monkeypatch):
 
     monkeypatch.setattr(StableDiffusion3Pipeline, "load_config", unreachable)
     with pytest.raises(ValueError, match=r"Found 'owner/name': no such folder from .*; of the hub: offline"):
-        pipeline_index("owner/name")
+        pipeline_index(SD3, "owner/name")
 
 
 def test_invalid_options():

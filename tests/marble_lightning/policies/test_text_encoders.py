@@ -54,7 +54,7 @@ def test_offloaded_encoders_are_on_the_device_while_they_encode(checkpoints, mon
         devices.extend(encoder.device.type for encoder in policy.text_encoders.values())
         raise InterruptedError
 
-    monkeypatch.setattr(policy, "_encode", record_devices)
+    monkeypatch.setattr(policy, "encode_batch", record_devices)
     for encoder in policy.text_encoders.values():
         monkeypatch.setattr(encoder, "to", lambda device, module=encoder: vars(module).update(at=str(device)))
         monkeypatch.setattr(type(encoder), "device", property(lambda module: torch.device(vars(module).get("at", "cpu"))))
@@ -79,7 +79,7 @@ def test_the_cache_equals_encoding(checkpoints, tmp_path, monkeypatch):
     torch.testing.assert_close(first.pooled, plain.pooled)
 
     again = policy_of(checkpoints, prompt_cache=str(tmp_path))
-    monkeypatch.setattr(again, "_encode", None)  # nothing is left to encode
+    monkeypatch.setattr(again, "encode_batch", None)  # nothing is left to encode
     assert equal(again.encode(TEXTS), first)
     assert equal(again.encode(TEXTS[1:2]), first[torch.tensor([1])])
 

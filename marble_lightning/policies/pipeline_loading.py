@@ -1,22 +1,24 @@
-"""Loading of SD3Policy's pipeline, with checks for missing or non-finite weights and incomplete tokenizers; compilation."""
+"""Loading of a pipeline, with checks for missing or non-finite weights and incomplete tokenizers."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+import diffusers
 import torch
 import transformers
-from diffusers import AutoencoderKL, SD3Transformer2DModel, StableDiffusion3Pipeline
 from safetensors import SafetensorError
 from torch import nn
 
 from rewards.checkpoints import non_finite_weights
 from rewards.hub import hub_reason
 
-DIFFUSERS: dict[str, Any] = {"transformer": SD3Transformer2DModel, "vae": AutoencoderKL}
 PADDING = 128
-"""T5's embedding table is padded to a multiple of this size."""
+"""Some embedding tables, such as those of T5 and Qwen, are padded to a multiple of this size."""
+
+MAX_SPARE = 512
+"""Maximum number of rows that are padding; Qwen's table has 267."""
 
 
 def load_pipeline(
@@ -26,8 +28,8 @@ def load_pipeline(
     revision: str | None,
     without: Iterable[str] = (),
     dtypes: Mapping[str, torch.dtype] | None = None,
-) -> StableDiffusion3Pipeline:
-    """Load the pipeline on the CPU.
+) -> Any:
+    """Load the pipeline on the CPU, as its model_index.json says.
 
     Args:
         path: Folder in diffusers format, or hub id.
@@ -43,15 +45,16 @@ def load_pipeline(
     """
     parts: dict[str, Any] = dict.fromkeys(without)
     names = [name for name, (library, _) in _parts(index) if name not in parts and library == "transformers"]
-    for name in (*DIFFUSERS, *(name for name in names if name.startswith("text_encoder"))):
-        model_class = DIFFUSERS.get(name) or getattr(transformers, index[name][1])
+    for name in ("transformer", "vae", *(name for name in names if name.startswith("text_encoder"))):
+        model_class = getattr(transformers if name in names else diffusers, index[name][1])
         parts[name] = load_part(model_class, name, path, (dtypes or {}).get(name, dtype), revision)
     try:
-        pipeline = StableDiffusion3Pipeline.from_pretrained(path, dtype=dtype, revision=revision, **parts)
+        pipeline: Any = getattr(diffusers, index["_class_name"])
+        pipeline = pipeline.from_pretrained(path, dtype=dtype, revision=revision, **parts)
     except (OSError, ValueError) as error:
         raise _unreadable("tokenizers and scheduler", path, error) from error
     for suffix in ("", "_2", "_3"):
-        if (encoder := getattr(pipeline, f"text_encoder{suffix}")) is not None:
+        if (encoder := getattr(pipeline, f"text_encoder{suffix}", None)) is not None:
             _check_tokenizer(f"tokenizer{suffix}", getattr(pipeline, f"tokenizer{suffix}"), encoder.config, path)
     return pipeline
 
@@ -103,24 +106,16 @@ def _unreadable(name: str, path: str, error: Exception, setting: str = "policy.p
 
 def _check_tokenizer(name: str, tokenizer: Any, config: Any, path: str) -> None:
     """Check that a tokenizer is complete: if its files are missing, the libraries build an almost empty one."""
-    spare = 1 if config.vocab_size % PADDING else PADDING
+    spare = 1 if config.vocab_size % PADDING else MAX_SPARE
     if tokenizer is None or not config.vocab_size - spare < len(tokenizer) <= config.vocab_size:
         raise ValueError(
             f"`policy.path` must hold a {name} with the {config.vocab_size} tokens of its text encoder. Found "
             f"{0 if tokenizer is None else len(tokenizer)} in {path!r}. Put that model's tokenizer files into {name}."
         )
-    max_length = getattr(config, "max_position_embeddings", None)
+    max_length = config.max_position_embeddings if config.model_type.startswith("clip") else None
     if max_length is not None and tokenizer.model_max_length > max_length:
         raise ValueError(
             f"`policy.path` must hold a {name} whose tokenizer_config.json has a `model_max_length` of at most "
             f"{max_length}, the positions of its text encoder. Found {tokenizer.model_max_length:g} in {path!r}. "
             "Use that model's file."
         )
-
-
-def compile_blocks(transformer: SD3Transformer2DModel) -> None:
-    """Compile the transformer block by block: blocks of a kind share compiled code and take nearly all of the run time."""
-    # each kind of block has a variant for each adapter, with and without a graph; the default limit is 8
-    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)  # type: ignore[attr-defined]
-    for block in transformer.transformer_blocks:
-        block.compile()
