@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from marble_lightning.hub.settings import code_of
 from marble_lightning.policies.base import ADAPTERS, Conditions, concat_conditions
 from marble_lightning.policies.pipeline_loading import _check_tokenizer
 from marble_lightning.policies.z_image import ZImagePolicy
@@ -182,3 +183,11 @@ def test_a_tokenizer_of_the_published_size():
     _check_tokenizer("tokenizer", range(151_669), config, "folder")
     with pytest.raises(ValueError, match="with the 151936 tokens of its text encoder. Found 1 in"):
         _check_tokenizer("tokenizer", range(1), config, "folder")
+
+
+def test_the_code_of_a_model_card():
+    identity = {"pipeline": "ZImagePipeline", "text_length": 512, "dtype": "bfloat16"}
+    code = code_of("me/lora", "Tongyi-MAI/Z-Image", False, identity, {"steps": 40, "guidance": 4.5})
+    assert "from diffusers import ZImagePipeline\n" in code and "text_encoder_3" not in code
+    assert 'ZImagePipeline.from_pretrained("Tongyi-MAI/Z-Image", dtype=torch.bfloat16)' in code
+    assert 'pipeline("a prompt", num_inference_steps=40, guidance_scale=3.5, max_sequence_length=512)' in code
