@@ -14,9 +14,10 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported: a fil
 import pytest
 
 LONG = [
-    "test_resume", "test_evaluation", "test_resume_checks", "test_processes", "test_module", "test_cli", "test_examples",
-    "test_notebooks", "test_run_folder", "test_gradient_alignment", "test_image_drift", "test_checkpoints", "test_configs",
-    "test_wheel", "test_family", "test_qp", "test_ocr",
+    "test_resume", "test_evaluation", "test_notebooks", "test_estimate", "test_signal_gram", "test_resume_checks",
+    "test_processes", "test_module", "test_cli", "test_examples", "test_trackers", "test_method_tables", "test_run_folder",
+    "test_gradient_alignment", "test_image_drift", "test_checkpoints", "test_configs", "test_wheel", "test_family",
+    "test_qp", "test_ocr", "test_z_image_runs", "test_stop_in_time", "test_collectives",
 ]  # fmt: skip
 """Files of tests that take about a minute. They start first, so that no process ends with a long one."""
 
