@@ -100,7 +100,7 @@ class MeasuredPeaks(Callback):
 
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
         if batch_idx % pl_module.plan.per_step == 0:
-            tensors = (batch.clean, batch.noise, batch.t, *vars(batch.conditions).values(), *batch.coefficients)
+            tensors = (batch.clean, batch.noise, batch.t, *batch.conditions.tensors.values(), *batch.coefficients)
             self.blocks_before = blocks_of(tensors)
             self.profiler = recorder()
             self.profiler.start()
