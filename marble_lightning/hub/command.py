@@ -16,7 +16,7 @@ from marble_lightning.hub.upload import check_access, check_repository, upload
 from marble_lightning.policies.lora import Lora
 from marble_lightning.policies.lora_export import Adapter, Loaded, load_adapter
 from marble_lightning.policies.lora_files import FILE, write_lora
-from marble_lightning.policies.pipeline_kinds import kind_of
+from marble_lightning.policies.pipeline_kinds import SD3, PipelineKind, kind_of
 from marble_lightning.utils.atomic_files import atomic_write, check_folder, local_path, remove_unfinished
 from marble_lightning.utils.validation import require
 
@@ -74,8 +74,9 @@ def export(
         print(f"{folder}\ndiffusers:  {kind_of(identity).transformer}.from_pretrained({str(folder)!r})")
     else:
         targets = loaded.checkpoint["lora"]["targets"]
-        files = [write_lora(loaded.lora, folder, targets, loaded.entries, kind_of(identity))]
-        _print_use(files[0], folder, loaded.lora)
+        kind = kind_of(identity)
+        files = [write_lora(loaded.lora, folder, targets, loaded.entries, kind)]
+        _print_use(files[0], folder, loaded.lora, kind)
     if push_to_hub:
         evaluated = not average_with and rank is None
         files += _write_card(
@@ -102,11 +103,12 @@ def _check(folder: Path, overwrite: bool, fuse: bool, push_to_hub: str | None, d
         )
 
 
-def _print_use(written: Path, folder: Path, lora: Lora) -> None:
+def _print_use(written: Path, folder: Path, lora: Lora, kind: PipelineKind) -> None:
+    comfyui = "ComfyUI:    copy it to models/loras under a unique name, for the node LoraLoaderModelOnly\n"
     print(
         f"{written}\n"
         f"diffusers:  pipeline.load_lora_weights({str(folder)!r})\n"
-        "ComfyUI:    copy it to models/loras under a unique name, for the node LoraLoaderModelOnly\n"
+        f"{comfyui if kind is SD3 else ''}"  # it has not been checked with files of another model
         f"start here: marble-lightning fit ... --model.policy.init_lora {folder} "
         f"--model.policy.rank {lora.rank} --model.policy.alpha {lora.alpha:g}"
     )

@@ -45,7 +45,8 @@ def check_folders(folder: Path) -> None:
 
 
 def test_wandb(checkpoints, tmp_path, monkeypatch):
-    wandb = pytest.importorskip("wandb")
+    import wandb  # slow to import
+
     monkeypatch.setenv("WANDB_MODE", "offline")  # the logger sets it, and would leave it set
     monkeypatch.chdir(tmp_path)
     names: list[set[str]] = []
@@ -70,9 +71,7 @@ def test_wandb(checkpoints, tmp_path, monkeypatch):
     "others", [[], [{"class_path": "CSVLogger", "init_args": {"name": "csv"}}]], ids=["alone", "and_csv"]
 )
 def test_mlflow(checkpoints, tmp_path, monkeypatch, others):
-    pytest.importorskip("mlflow")
-    pytest.importorskip("sqlalchemy")
-    from mlflow.tracking import MlflowClient
+    from mlflow.tracking import MlflowClient  # slow to import
 
     monkeypatch.chdir(tmp_path)
     for other in others:
