@@ -1,4 +1,4 @@
-"""How much GPU memory a run needs, part by part and phase by phase."""
+"""How much GPU memory a run needs, part by part and phase by phase, and how much a round computes."""
 
 from __future__ import annotations
 
@@ -9,17 +9,22 @@ from typing import Any, NamedTuple
 import torch
 
 from marble_lightning.data.datamodule import get_datamodule
-from marble_lightning.memory.ledger import bytes_of, tensors_of
+from marble_lightning.memory.ledger import Ledger, bytes_of, tensors_of
 from marble_lightning.memory.phases import Phases
 from marble_lightning.module import DiffusionNFT
+from marble_lightning.nft.rollout import Plan
 from marble_lightning.policies.base import ADAPTERS
 
 
 class Phase(NamedTuple):
-    """What is on the device during a phase: `parts` by name, and at most `beyond` bytes more."""
+    """What is on the device during a phase: `parts` by name, and at most `beyond` bytes more.
+
+    `flops` are the floating-point operations of the phase in one round; 0 outside rounds.
+    """
 
     parts: tuple[str, ...]
     beyond: int
+    flops: float = 0
 
 
 @dataclass(frozen=True)
@@ -45,6 +50,11 @@ class Estimate:
         """The most there is in any phase."""
         return max(map(self.total, self.phases))
 
+    @property
+    def flops(self) -> float:
+        """Floating-point operations of a round on this device."""
+        return sum(phase.flops for phase in self.phases.values())
+
 
 def estimate_memory(module: DiffusionNFT, gpus: int = 1, cuda: bool = True) -> Estimate:
     """Estimate the memory of one process's device. Every phase is counted once, which takes seconds.
@@ -67,18 +77,21 @@ def estimate_memory(module: DiffusionNFT, gpus: int = 1, cuda: bool = True) -> E
     resting = (*always, *(() if scoring.offload else ("rewards",)))
     sampling, training = (*always, *encoders, "rewards", "images"), (*resting, *encoders)
 
-    batch = module.sampling.batch_size
+    batch, sampled = module.sampling.batch_size, plan.images / module.sampling.batch_size
     here = on_this_gpu(module)
-    sample, decode = count.sample(batch), count.decode(batch)
-    score = [count.score(name, batch) for name in here if name in module.rewards]
+    encode, sample, decode = count.encoding[1], count.sample(batch), count.decode(batch)
+    score = {name: count.score(name, batch) for name in here if name in module.rewards}
+    scoring_bytes = [found.peak for found in score.values()]
+    together = sum(scoring_bytes) + max(sample.peak, decode.peak) if overlap else max(scoring_bytes, default=0)
+    statistics, (train_bytes, train_flops) = count.statistics(), training_cost(module, count, plan)
     phases = {
         "loading weights": Phase(("transformer", "adapters", "autoencoder", *encoders, "rewards", "rewards elsewhere"), 0),
-        "encoding prompts": Phase((*resting, "text encoders"), count.encoding[1]),
-        "sampling": Phase(sampling, sample),
-        "decoding": Phase(sampling, decode),
-        "scoring": Phase(sampling, sum(score) + max(sample, decode) if overlap else max(score, default=0)),
-        "image statistics": Phase((*training, "images"), count.statistics()),
-        "training": Phase(training, count.train(module.plan.batch_size)),
+        "encoding prompts": Phase((*resting, "text encoders"), encode.peak, encode.flops),
+        "sampling": Phase(sampling, sample.peak, sample.flops * module.sampling.steps * sampled),
+        "decoding": Phase(sampling, decode.peak, decode.flops * sampled),
+        "scoring": Phase(sampling, together, scoring_flops(module, score, plan)),
+        "image statistics": Phase((*training, "images"), statistics.peak, statistics.flops),
+        "training": Phase(training, train_bytes, train_flops),
         "optimizer step": Phase(training, count.optimizer[1]),
     }
     trainer = module.trainer
@@ -86,9 +99,30 @@ def estimate_memory(module: DiffusionNFT, gpus: int = 1, cuda: bool = True) -> E
         held_out, evaluation = get_datamodule(trainer).held_out_batch_size, module.evaluator.evaluation
         sample = count.sample(held_out, evaluation.guidance > 1, evaluation.resolution)
         decode = count.decode(held_out, mixed=True, resolution=evaluation.resolution)
-        one_after_the_other = max(sample, decode, *(count.score(name, held_out) for name in here))
+        one_after_the_other = max(found.peak for found in (sample, decode, *(count.score(name, held_out) for name in here)))
         phases["held-out prompts"] = Phase((*always, *encoders, "rewards"), one_after_the_other)
     return Estimate(parts, phases, dict(count.unknown))
+
+
+def training_cost(module: DiffusionNFT, count: Phases, plan: Plan) -> tuple[int, float]:
+    """The most bytes that a micro-batch takes, and the floating-point operations of all micro-batches of a round."""
+    plain = count.train(plan.batch_size, refresh=False)
+    if not module.balancer.needs_gradients:
+        return plain.peak, plan.total * plain.flops
+    refresh, options = count.train(plan.batch_size, refresh=True), module.balancer.options
+    share = options.estimated(plan.per_step) / plan.per_step / options.refresh_every
+    return refresh.peak, plan.total * (share * refresh.flops + (1 - share) * plain.flops)
+
+
+def scoring_flops(module: DiffusionNFT, counted: Mapping[str, Ledger], plan: Plan) -> float:
+    """Floating-point operations to score the images of a round, each by the rewards that support its prompt."""
+    data, total = get_datamodule(module.trainer), 0.0
+    for name, found in counted.items():
+        reward = module.reward_models[name]
+        supported = {source: sum(map(reward.supports, prompts)) / len(prompts) for source, prompts in data.pools.items()}
+        share = sum(number * supported[source] for source, number in data.shares.items()) / sum(data.shares.values())
+        total += found.flops * share * plan.images / min(module.sampling.batch_size, reward.batch_size)
+    return total
 
 
 def parts_of(count: Phases, gpus: int) -> dict[str, int]:

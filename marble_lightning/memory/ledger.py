@@ -1,4 +1,4 @@
-"""Counting a GPU's memory without the GPU: fake tensors, which have shapes and no data, and a ledger of those alive.
+"""Counting a GPU's memory and work without the GPU: fake tensors, which have shapes and no data, and a ledger of them.
 
 Fake tensors are on the CPU, so that one way of counting runs, and is tested, on every machine. (A torch without CUDA aborts
 where autograd meets a tensor that claims to be on a GPU.) One difference of a GPU is added: its autocast runs more functions
@@ -21,6 +21,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import flop_registry, register_flop_formula, sdpa_backward_flop_count, sdpa_flop_count
 
 T = TypeVar("T", bound=nn.Module)
 
@@ -35,6 +36,19 @@ FLOAT32_UNDER_CUDA = frozenset(
 
 Source: PyTorch, Automatic Mixed Precision package, "CUDA Ops that can autocast to float32".
 """
+
+
+ATEN = torch.ops.aten
+CPU_ATTENTION = ATEN._scaled_dot_product_flash_attention_for_cpu, ATEN._scaled_dot_product_flash_attention_for_cpu_backward
+if CPU_ATTENTION[0] not in flop_registry:  # torch 2.13 knows the kernels of GPUs only
+
+    @register_flop_formula(CPU_ATTENTION[0])
+    def _forward(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
+        return sdpa_flop_count(query, key, value)  # type: ignore[no-any-return]
+
+    @register_flop_formula(CPU_ATTENTION[1])
+    def _backward(gradient: Any, query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
+        return sdpa_backward_flop_count(gradient, query, key, value)  # type: ignore[no-any-return]
 
 
 def tensors_of(*modules: nn.Module) -> list[Tensor]:
@@ -57,6 +71,9 @@ def bytes_of(tensors: Iterable[Tensor]) -> int:
 class Ledger(TorchDispatchMode):
     """Adds up the bytes of all tensors made while it is on, as long as they live, and keeps the most there were at once.
 
+    It also adds up floating-point operations: those of matrix products, convolutions and attention, two for each
+    multiplication with its addition, as `torch.utils.flop_counter` does.
+
     `torch.distributed._tools.MemTracker` counts the same way, but refuses a network that is called several times within a
     step, as ours is (trained, old and no adapter), and needs a torch with distributed training.
 
@@ -66,7 +83,7 @@ class Ledger(TorchDispatchMode):
 
     def __init__(self, known: Iterable[Tensor] = ()) -> None:
         super().__init__()
-        self.live = self.peak = 0
+        self.live = self.peak = self.flops = 0
         self._known = {storage._cdata: storage for storage in (tensor.untyped_storage() for tensor in known)}
         self._alive: dict[int, ref[Any]] = {}
 
@@ -76,6 +93,8 @@ class Ledger(TorchDispatchMode):
         if func is torch.ops.prim.device.default and isinstance(args[0], FakeTensor):
             return args[0].fake_device  # two calls of three ask for it, and need not go further
         made = func(*args, **(kwargs or {}))
+        if formula := flop_registry.get(getattr(func, "overloadpacket", None)):
+            self.flops += formula(*args, **(kwargs or {}), out_val=made)
         for each in made if isinstance(made, tuple | list) else (made,):
             for tensor in each if isinstance(each, tuple | list) else (each,):  # foreach operations return lists
                 if isinstance(tensor, Tensor):

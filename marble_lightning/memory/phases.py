@@ -1,4 +1,4 @@
-"""What each phase of a run takes beyond what stays, counted on fake tensors by the code that runs later."""
+"""What each phase of a run takes beyond what stays, and computes, counted on fake tensors by the code that runs later."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from marble_lightning.policies.base import Conditions
 
 
 class Phases:
-    """Counts the bytes that phases of a run take.
+    """Counts the bytes that phases of a run take, and their floating-point operations; a phase is a `Ledger` of both.
 
     Args:
         module: Set up for `fit`, with its trainer. It does not change.
@@ -39,7 +39,7 @@ class Phases:
         self.trained = self.policy.parameters_of("trained")
         self.unknown: dict[str, Exception] = {}
         """Rewards that could not be counted, or in part only, and why."""
-        self._scored: dict[tuple[str, int], int] = {}
+        self._scored: dict[tuple[str, int], Ledger] = {}
 
     def latents(self, images: int, resolution: int | None = None) -> Tensor:
         """Latents of so many images, as sampling returns them."""
@@ -54,18 +54,18 @@ class Phases:
             return torch.empty(images, 3, self.policy.resolution, self.policy.resolution)
 
     @cached_property
-    def encoding(self) -> tuple[Conditions, int]:
-        """The conditions of a round's prompts, and the bytes that encoding them takes."""
+    def encoding(self) -> tuple[Conditions, Ledger]:
+        """The conditions of a round's prompts, and what encoding them takes."""
         prompts = self.images // get_datamodule(self.trainer).images_per_prompt
         with self.fakes.counting() as ledger:
             conditions = self.policy.encode_longest(prompts)
-        return conditions, ledger.peak
+        return conditions, ledger
 
     def _conditions(self, images: int) -> Conditions:
         return self.encoding[0][torch.zeros(images, dtype=torch.long)]
 
-    def sample(self, images: int, guided: bool = False, resolution: int | None = None) -> int:
-        """Bytes to sample a batch: the network without gradients, and the latents of a solver of two steps' memory.
+    def sample(self, images: int, guided: bool = False, resolution: int | None = None) -> Ledger:
+        """One step of sampling a batch: the network without gradients, and the latents of a solver of two steps' memory.
 
         Args:
             images: Images of the batch.
@@ -80,10 +80,10 @@ class Phases:
             with self.policy.use_adapter("old"):
                 self.policy.velocity(latents, torch.empty(len(latents)), conditions)
             del own, kept
-        return ledger.peak
+        return ledger
 
-    def decode(self, images: int, mixed: bool = False, resolution: int | None = None) -> int:
-        """Bytes to decode a batch.
+    def decode(self, images: int, mixed: bool = False, resolution: int | None = None) -> Ledger:
+        """Decoding a batch.
 
         Args:
             images: Images of the batch.
@@ -93,41 +93,43 @@ class Phases:
         latents = self.latents(images, resolution)
         with self.fakes.counting(latents) as ledger, self._precision() if mixed else nullcontext():
             self.policy.decode(latents)
-        return ledger.peak
+        return ledger
 
-    def score(self, name: str, images: int) -> int:
-        """Bytes that a reward takes beyond its weights, as far as it can be followed without data."""
+    def score(self, name: str, images: int) -> Ledger:
+        """What a reward takes for a batch, beyond its weights, as far as it can be followed without data."""
         images = min(images, self.module.reward_models[name].batch_size)
         if (name, images) not in self._scored:
             self._scored[name, images] = self._score(name, images)
         return self._scored[name, images]
 
-    def _score(self, name: str, images: int) -> int:
+    def _score(self, name: str, images: int) -> Ledger:
         reward = self.module.reward_models[name]
         prompts = [prompt for prompt in get_datamodule(self.trainer).training if reward.supports(prompt)]
-        if not prompts or not tensors_of(reward):  # a reward without weights hardly computes with torch
-            return 0
         pixels, ledger = self.pixels(images), Ledger()
+        if not prompts or not tensors_of(reward):  # a reward without weights hardly computes with torch
+            return ledger
         try:
             copied = self.fakes.copy(reward)
             with self.fakes.counting() as ledger, torch.no_grad():
                 copied.score(images=pixels.clone(), prompts=(prompts * images)[:images])
         except Exception as error:  # noqa: BLE001 - a reward may do anything; what it did until then is counted
             self.unknown[name] = error
-        return ledger.peak
+        return ledger
 
-    def statistics(self) -> int:
-        """Bytes that the statistics of all the round's images take."""
+    def statistics(self) -> Ledger:
+        """The statistics of all the round's images."""
         pixels = self.pixels(self.images)
         with self.fakes.counting(pixels) as ledger, torch.no_grad():
             for statistic in PER_IMAGE.values():
                 statistic(pixels)
-        return ledger.peak
+        return ledger
 
-    def train(self, images: int) -> int:
-        """Bytes of a micro-batch's forward and backward pass, with the gradients of earlier ones.
+    def train(self, images: int, refresh: bool) -> Ledger:
+        """A micro-batch's forward and backward pass, with the gradients of earlier ones.
 
-        Where the balancer uses per-reward gradients the micro-batch is the last one of a refresh, which takes most.
+        Args:
+            images: Images of the micro-batch.
+            refresh: Whether it is the last one of a refresh, which takes most memory.
         """
         with self.fakes.mode:
             gradients = [torch.empty_like(parameter) for parameter in self.trained]
@@ -136,12 +138,11 @@ class Phases:
         if self.policy.transformer.is_gradient_checkpointing:
             self.policy.transformer.enable_gradient_checkpointing(self.fakes.checkpoint)
         step = TrainingStep(self.policy, self.module.objective, self.trained, self.module.gradient_passes)
-        refresh = self.module.balancer.needs_gradients
         with self.fakes.counting(*self.encoding[0].tensors.values(), *gradients) as ledger:
             batch = self._micro_batch(images, len(self.module.balancer.names))
             with step.per_reward.capture() if refresh else nullcontext():
                 self._forward(step, batch, refresh).backward()
-        return ledger.peak
+        return ledger
 
     def _forward(self, step: TrainingStep, batch: MicroBatch, refresh: bool) -> Tensor:
         """The loss of a micro-batch; on a refresh with the memory of the gradients that are summed and merged."""

@@ -1,4 +1,4 @@
-"""What a run says about its memory: a table, an error before the first round, and what to change."""
+"""What a run says about its memory and work: a table, an error before the first round, and what to change."""
 
 from __future__ import annotations
 
@@ -37,22 +37,35 @@ def gib(size: float) -> str:
     return f"{size / GIB:.2f} GiB" if size >= GIB else f"{size / 2**20:.1f} MiB"
 
 
+def tera(flops: float) -> str:
+    """Floating-point operations as text, in TFLOP.
+
+    >>> tera(2.5e15), tera(4e9), tera(0)
+    ('2500', '0.0040', '')
+    """
+    return f"{flops / 1e12:{'.0f' if flops >= 1e14 else '.2g'}}" if flops else ""
+
+
 def memory_table(found: Estimate, gpus: int = 1) -> Table:
-    """Parts, then phases with what they need beyond the parts that are there, and altogether."""
+    """Parts, then phases: what they need beyond the parts that are there, altogether, and what they compute in a round."""
     caption = f"On each of {gpus} GPUs. " if gpus > 1 else ""
     caption += f"CUDA itself needs about {gib(CUDA_CONTEXT)} more."
+    minutes = found.flops / 100e12 / 60
+    caption += f" At 100 TFLOP/s the {tera(found.flops)} TFLOP of a round take {minutes:.2g} minutes."
     if found.unknown:
         caption += f" Not counted, or in part: {', '.join(found.unknown)}."
     table = Table(title="GPU memory this run needs, an estimate", caption=caption, caption_justify="left")
-    for column, justify in (("part, phase", "left"), ("by itself", "right"), ("altogether", "right")):
-        table.add_column(column, justify=justify, no_wrap=True)  # type: ignore[arg-type]
+    table.add_column("part, phase", no_wrap=True)
+    for column in ("by itself", "altogether", "TFLOP a round"):
+        table.add_column(column, justify="right", no_wrap=True)
     for name, size in found.parts.items():
         if size:
-            table.add_row(name, gib(size), "")
+            table.add_row(name, gib(size), "", "")
     table.add_section()
     for name, phase in found.phases.items():
         most = found.total(name) == found.peak
-        table.add_row(name, gib(phase.beyond), gib(found.total(name)), style="bold" if most else None)
+        sizes = gib(phase.beyond), gib(found.total(name))
+        table.add_row(name, *sizes, tera(phase.flops), style="bold" if most else None)
     return table
 
 

@@ -1,4 +1,4 @@
-"""The estimate against what the profiler measures in a run, and which settings change it."""
+"""The estimate against what profiler and counter measure in a run, and which settings change it."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import sys
 import pytest
 import torch
 from lightning.pytorch import Callback, Trainer
+from torch.utils.flop_counter import FlopCounterMode
 
 from balancers import MARBLE, WeightedSum
 from marble_lightning.command_line import QUIET
@@ -116,6 +117,32 @@ def test_an_estimate_changes_nothing_in_the_run(checkpoints, tmp_path):
         watched, _ = run(checkpoints, tmp_path, MARBLE(), callbacks=[Estimated()], **options)
         for ours, theirs in zip(plain.trainable, watched.trainable, strict=True):
             assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize(
+    ("balancer", "checkpointing"),
+    [(WeightedSum(), False), (MARBLE(refresh_every=1), False), (MARBLE(estimate_share=0.5, refresh_every=2), True)],
+)
+def test_the_work_of_rounds_is_what_they_compute(checkpoints, tmp_path, balancer, checkpointing):
+    counter, totals = FlopCounterMode(display=False), []
+
+    class Counted(Estimated):
+        """Counts what is between the start of a round or a micro-batch and the end of a backward pass."""
+
+        def on_train_epoch_start(self, trainer, pl_module):
+            counter.__enter__()
+
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            if batch_idx:
+                counter.__enter__()
+
+        def on_after_backward(self, trainer, pl_module):
+            counter.__exit__(None, None, None)
+            totals.append(counter.get_total_flops())
+
+    counted = Counted()
+    run(checkpoints, tmp_path, balancer, rounds=2, callbacks=[counted], gradient_checkpointing=checkpointing)
+    assert sum(totals) == pytest.approx(2 * counted.estimate.flops, rel=0.01)
 
 
 @pytest.mark.parametrize(

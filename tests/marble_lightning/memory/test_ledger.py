@@ -1,4 +1,4 @@
-"""The bytes of live fake tensors, and autocast as on a GPU."""
+"""The bytes of live fake tensors, the operations on them, and autocast as on a GPU."""
 
 from __future__ import annotations
 
@@ -31,6 +31,25 @@ def test_attention_keeps_no_weights_of_every_pair():
         query, key, value = (torch.empty(1, 2, length, 8, requires_grad=True) for _ in range(3))
         torch.nn.functional.scaled_dot_product_attention(query, key, value).sum().backward()
     assert ledger.peak < length**2
+
+
+def test_operations_of_products_attention_and_convolutions():
+    fakes = Fakes()
+    with fakes.counting() as ledger:
+        inputs, weight = torch.empty(3, 4, requires_grad=True), torch.empty(5, 4, requires_grad=True)
+        product = torch.nn.functional.linear(inputs, weight)
+        assert ledger.flops == 2 * 3 * 4 * 5
+        product.sum().backward()
+    assert ledger.flops == 3 * 2 * 3 * 4 * 5
+    with fakes.counting() as ledger:
+        query, key, value = (torch.empty(2, 3, 16, 8, requires_grad=True) for _ in range(3))
+        attended = torch.nn.functional.scaled_dot_product_attention(query, key, value)
+        assert ledger.flops == 2 * (2 * 2 * 3 * 16 * 16 * 8)
+        attended.sum().backward()
+    assert ledger.flops == (2 + 5) * (2 * 2 * 3 * 16 * 16 * 8)  # the kernel computes queries times keys again
+    with fakes.counting() as ledger, torch.no_grad():
+        torch.nn.functional.conv2d(torch.empty(1, 3, 8, 8), torch.empty(6, 3, 3, 3), padding=1)
+    assert ledger.flops == 2 * 8 * 8 * 6 * 3 * 3 * 3
 
 
 @pytest.mark.parametrize(("cuda", "expected"), [(True, torch.float32), (False, torch.bfloat16)])
