@@ -284,17 +284,16 @@ class DiffusionNFT(LightningModule):
         """Save only adapters and no frozen weights; in the middle of a round, save the state of its beginning."""
         adapters = {name: tensor for name, tensor in checkpoint["state_dict"].items() if is_adapter(name)}
         checkpoint["state_dict"], checkpoint["lora"] = adapters, self.policy.lora
-        checkpoint["base_scores"] = self.evaluator.base_scores
-        checkpoint["base_measured"] = self.evaluator.baseline_key(self.trainer)
+        checkpoint |= self.evaluator.held_out_state(self.trainer)
         checkpoint["base_model"], checkpoint["rewards"] = self.policy.identity, list(self.rewards)
         checkpoint["config"] = self.run_config
         self.round_start.put_into(checkpoint, self.trainer)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Check that the checkpoint's adapters fit this policy, and reuse its base scores if they still apply."""
+        """Check that the checkpoint's adapters fit this policy, and reuse its held-out scores if they still apply."""
         checks.check_adapter_is_used(self.policy, self.trainer.ckpt_path)
         check_content(checkpoint, TO_FIT if self.trainer.state.fn == "fit" else TO_EVALUATE, self.trainer.ckpt_path)
         check_adapters(self.state_dict(), checkpoint, self.policy.lora, self.policy.path, is_adapter)
         if checkpoint["base_model"] != self.policy.identity:
             warn(f"The checkpoint was trained on {checkpoint['base_model']}, and this policy is {self.policy.identity}.")
-        self.evaluator.restore_base(self.trainer, checkpoint)
+        self.evaluator.load_held_out_state(self.trainer, checkpoint)

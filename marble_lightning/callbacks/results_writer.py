@@ -44,8 +44,6 @@ class Results(Callback):
         self.others: dict[str, dict[str, Any]] = {}
         self.loaded_step: int | None = None
         """Optimizer step of the evaluated checkpoint."""
-        self.evaluated_step = 0
-        """Optimizer step of the last evaluation in `fit`."""
         self.trained = False
         """Whether the run has trained at least one round."""
 
@@ -84,7 +82,7 @@ class Results(Callback):
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         folder = run_folder(trainer)
-        if not trainer.is_global_zero:
+        if not trainer.is_global_zero or not isinstance(pl_module, DiffusionNFT):
             return
         self._show(trainer, pl_module, folder)
         folders = [callback.dirpath for callback in trainer.checkpoint_callbacks if isinstance(callback, RoundCheckpoint)]
@@ -93,9 +91,9 @@ class Results(Callback):
             reason = f"{trainer.ckpt_path} is after {trainer.current_epoch}" if trainer.ckpt_path else "`max_epochs` is 0"
             print(f"\nNothing was left to train: {reason} rounds.")
             return
-        if 0 < self.evaluated_step < trainer.global_step:
+        if 0 < (evaluated := pl_module.evaluator.evaluated_step) < trainer.global_step:
             warn(
-                f"The results are those of the last evaluation, after optimizer step {self.evaluated_step}. The run stopped "
+                f"The results are those of the last evaluation, after optimizer step {evaluated}. The run stopped "
                 f"after step {trainer.global_step}; `validate` evaluates its last checkpoint."
             )
         curves = [logger.root_dir for logger in trainer.loggers if isinstance(logger, TensorBoardLogger)]
@@ -115,7 +113,7 @@ class Results(Callback):
             if trainer.is_global_zero:
                 self._show(trainer, pl_module, folder)
         elif not trainer.sanity_checking and isinstance(pl_module, DiffusionNFT):
-            self.evaluated_step, evaluator = trainer.global_step, pl_module.evaluator
+            evaluator = pl_module.evaluator
             trained_on = {name: name in pl_module.rewards for name in pl_module.reward_models}
             if evaluator.base_scores is not None and evaluator.trained_scores is not None:
                 for sentence in fallen_metrics(trained_on, evaluator.base_scores, evaluator.trained_scores):
@@ -174,10 +172,11 @@ class Results(Callback):
 
     def _evaluated_policy(self, trainer: Trainer, module: DiffusionNFT) -> dict[str, Any]:
         """Facts of the evaluated policy: model, adapter and checkpoint, and after `fit` the balancer and its cadence."""
-        fitted, at_end = trainer.state.fn == "fit", self.evaluated_step == trainer.global_step
+        fitted, evaluated = trainer.state.fn == "fit", module.evaluator.evaluated_step
+        at_end = evaluated == trainer.global_step
         callbacks = [callback for callback in trainer.checkpoint_callbacks if isinstance(callback, RoundCheckpoint)]
-        if fitted:
-            files = (callback.best_model_path if at_end else callback.file_at(self.evaluated_step) for callback in callbacks)
+        if fitted and evaluated != self.loaded_step:
+            files = (callback.best_model_path if at_end else callback.file_at(evaluated) for callback in callbacks)
             path = next(files, None)  # None if it has been removed
         else:
             path = trainer.ckpt_path
@@ -187,7 +186,7 @@ class Results(Callback):
             **module.policy.identity,
             "adapter": module.evaluator.adapter(trainer),
             "checkpoint": str(Path(path).resolve()) if path else None,
-            "optimizer_step": self.evaluated_step if fitted else self.loaded_step,
+            "optimizer_step": evaluated if fitted else self.loaded_step,
             **({"balancer": type(module.balancer).__name__, **module.balancer.cadence} if fitted else {}),
         }
 

@@ -46,7 +46,9 @@ class Evaluator:
         self.base_scores: Tensor | None = None
         """Held-out scores (prompt, reward) of the base, from the trainer's sanity check; kept in checkpoints."""
         self.trained_scores: Tensor | None = None
-        """Held-out scores (prompt, reward) of the policy's adapter, from the last validation."""
+        """Held-out scores (prompt, reward) of the policy's adapter, from the last validation; kept in checkpoints."""
+        self.evaluated_step = 0
+        """Optimizer step of `trained_scores` in `fit`."""
         self.scores_predictions = True
         """Whether `predict` scores its images; set it before `select_reward_models`."""
         self.selected: dict[str, Reward] = {}
@@ -103,6 +105,15 @@ class Evaluator:
         trained = trainer.state.fn == "fit" or trainer.ckpt_path or self.policy.init_lora
         return self.policy.adapter if self.policy.adapter and trained else "none"
 
+    def held_out_state(self, trainer: Trainer) -> dict[str, Any]:
+        """What a checkpoint keeps: scores of the base and of the adapter, and what they depend on."""
+        scores = {"adapter": self.policy.adapter, "optimizer_step": self.evaluated_step, "scores": self.trained_scores}
+        return {
+            "base_scores": self.base_scores,
+            "base_measured": self.baseline_key(trainer),
+            "trained_scores": None if self.trained_scores is None else scores,
+        }
+
     def baseline_key(self, trainer: Trainer) -> str:
         """All that the base's held-out scores depend on; a checkpoint's scores are reused only if its key is equal."""
         model = self.policy.identity | {"init_lora": self.policy.init_lora}
@@ -110,10 +121,16 @@ class Evaluator:
         prompts = derived_seed(*map(repr, get_datamodule(trainer).held_out))
         return repr((model, trainer.precision, self.settings, reward_models, prompts))
 
-    def restore_base(self, trainer: Trainer, checkpoint: Mapping[str, Any]) -> None:
-        """Reuse a checkpoint's scores of the base, if they depend on the same settings; the base is not evaluated then."""
-        same_baseline = with_public_names(checkpoint["base_measured"]) == self.baseline_key(trainer)
-        if same_baseline and checkpoint["base_scores"] is not None:
+    def load_held_out_state(self, trainer: Trainer, checkpoint: Mapping[str, Any]) -> None:
+        """Reuse a checkpoint's scores, if they depend on the same settings; the base is not evaluated then.
+
+        The adapter's scores are needed where a run was killed after its last round and before it wrote its results.
+        """
+        same_settings = with_public_names(checkpoint["base_measured"]) == self.baseline_key(trainer)
+        trained = checkpoint.get("trained_scores")
+        if trainer.state.fn == "fit" and same_settings and trained and trained["adapter"] == self.policy.adapter:
+            self.trained_scores, self.evaluated_step = trained["scores"], trained["optimizer_step"]
+        if same_settings and checkpoint["base_scores"] is not None:
             self.base_scores = checkpoint["base_scores"]
             trainer.num_sanity_val_steps = 0
         elif self.policy.init_lora is not None and trainer.state.fn == "fit":
@@ -182,7 +199,7 @@ class Evaluator:
         if trainer.sanity_checking:
             self.base_scores = scores
         else:
-            self.trained_scores = scores
+            self.trained_scores, self.evaluated_step = scores, trainer.global_step
         columns = {**dict(zip(self.reward_models, scores.T, strict=True)), **by_tag(self.reward_models, prompts, scores)}
         # floats instead of CPU tensors: the log reduces a tensor on its own device, and NCCL has no CPU backend
         means = {f"held_out/{name}": float(column.nanmean()) for name, column in columns.items() if not column.isnan().all()}

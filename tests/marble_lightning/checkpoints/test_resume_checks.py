@@ -159,6 +159,16 @@ def test_nothing_left_to_train(checkpoints, first, tmp_path, capsys):
     assert f"Nothing was left to train: {first} is after 1 rounds" in shown and "Evaluate again" not in shown
 
 
+def test_results_of_a_run_that_was_killed_after_its_last_round(checkpoints, first, tmp_path):
+    """The resumed run has nothing left to train, and writes the results of the evaluation before."""
+    main(["fit", *options(checkpoints, tmp_path, **ONE), "--ckpt_path", "last"])
+    written, resumed = (read(tmp_path / f"tiny/version_{version}") for version in (0, 1))
+    assert resumed["evaluated"] == written["evaluated"] | {"checkpoint": str(first.resolve())}
+    assert resumed["prompts"] == written["prompts"] and resumed["evaluated"]["optimizer_step"] > 0
+    main(["fit", *options(checkpoints, tmp_path, **ONE | {"model.policy.adapter": "trained"}), "--ckpt_path", str(first)])
+    assert not (tmp_path / "tiny/version_2/results.json").exists()  # those are the scores of another adapter
+
+
 def test_results_name_the_rounds_checkpoint_despite_another_callback(checkpoints, tmp_path):
     best = ModelCheckpoint(tmp_path / "best", monitor="held_out/jpeg", mode="max", save_on_train_epoch_end=False)
     fit_with(options(checkpoints, tmp_path, **ONE), best)
