@@ -1,4 +1,4 @@
-"""Estimate the GPU memory that `configs/sd35m.yaml` needs, without a GPU and without the weights.
+"""Estimate the GPU memory and the work of `configs/sd35m.yaml`, without a GPU and without the weights.
 
 `python -m benchmarks.memory` builds Stable Diffusion 3.5 Medium with its three text encoders and the rewards and metrics of
 the published run at full size on torch's `meta` device, which allocates no memory, and prints the table of
@@ -68,18 +68,19 @@ def module_on_a_gpu(folder: Path, options: argparse.Namespace) -> DiffusionNFT:
     reward_models["ocr"] = rewards.OCR()
     devices = dict.fromkeys(reward_models | metrics, "cpu") if options.rewards_on_cpu else {}
     scoring = Scoring(devices=devices, offload=options.frugal, overlap=not options.no_overlap)
-    module = DiffusionNFT(policy, reward_models, metrics, Sampling(batch_size=options.sampling), scoring)
+    sampling = Sampling(options.steps, batch_size=options.sampling, times_per_image=options.times)
+    module = DiffusionNFT(policy, reward_models, metrics, sampling, scoring)
     module.requires_grad_(False)
     module.trainable = policy.parameters_of("trained")
     for parameter in module.trainable:
         parameter.requires_grad_(True)
     write_prompts(folder)
-    data = PromptDataModule(str(folder), ["pickscore", "ocr", "geneval"], options.prompts, images_per_prompt=24)
+    data = PromptDataModule(str(folder), ["pickscore", "ocr", "geneval"], options.prompts, options.images)
     data.held_out_batch_size = options.held_out
     data.setup("fit")
     module.balancer = MARBLE(refresh_every=10)
     module.balancer.bind(list(module.rewards))
-    module.plan = Plan(options.prompts // ranks * 24, module.sampling.times, options.micro, 1)
+    module.plan = Plan(options.prompts // ranks * options.images, module.sampling.times, options.micro, 1)
     module._trainer = SimpleNamespace(  # type: ignore[assignment]
         strategy=SimpleNamespace(root_device=torch.device("cuda", 0), reduce=lambda tensor: tensor),
         precision_plugin=MixedPrecision("bf16-mixed", "cuda"),
@@ -94,7 +95,10 @@ def module_on_a_gpu(folder: Path, options: argparse.Namespace) -> DiffusionNFT:
 def main() -> None:
     """Estimate the memory and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--prompts", type=int, default=48, help="prompts of a round, of 24 images each")
+    parser.add_argument("--prompts", type=int, default=48, help="prompts of a round")
+    parser.add_argument("--images", type=int, default=24, help="images of a prompt")
+    parser.add_argument("--steps", type=int, default=25, help="steps to sample an image")
+    parser.add_argument("--times", type=int, default=24, help="times at which an image is trained on")
     parser.add_argument("--ranks", type=int, default=1, help="GPUs")
     parser.add_argument("--no-t5", action="store_true", help="without the third text encoder")
     parser.add_argument("--reward-dtype", default="float32", choices=["float32", "bfloat16"])

@@ -16,7 +16,8 @@ from tests.helpers import ROOT
 pytestmark = pytest.mark.integration
 
 CONFIGS = ROOT / "configs"
-LARGE = ("sd35m", "sd35m_1gpu", "sd35l")
+PUBLISHED, OVERNIGHT = ("sd35m", "sd35l"), ("sd35m_1gpu", "sd35m_8gpu")
+LARGE = PUBLISHED + OVERNIGHT
 
 
 def launched(file: Path) -> list[str]:
@@ -64,18 +65,25 @@ def test_overlays_of_balancers_are_the_published_methods(name, run, capsys):
 
 @pytest.mark.parametrize("name", LARGE)
 def test_large_runs_keep_the_published_settings(name, capsys):
-    """The effective round is the published one: 48 prompts, 24 images of each, 24 of 25 times, one step."""
+    """The effective round is the published one: 48 prompts, 24 images of each, 24 of 25 times, one step.
+
+    Overnight runs have other numbers of images, steps and times, and 144 images on each GPU.
+    """
     with pytest.raises(SystemExit):
         main(["fit", *launched(CONFIGS / f"{name}.yaml"), "--print_config"])
     config = yaml.safe_load(capsys.readouterr().out)
     model, data = config["model"], config["data"]
-    assert (data["prompts_per_round"], data["images_per_prompt"]) == (48, 24)
-    assert (model["sampling"]["steps"], model["sampling"]["times_per_image"]) == (25, 24)
+    images = data["prompts_per_round"] * data["images_per_prompt"]
+    ranks = config["trainer"]["devices"] * config["trainer"]["num_nodes"]
+    times = model["sampling"]["steps"], model["sampling"]["times_per_image"]
+    if name in PUBLISHED:
+        assert (data["prompts_per_round"], data["images_per_prompt"]) == (48, 24) and times == (25, 24)
+    else:
+        assert images / ranks == 144 and times == (10, 4) and data["held_out_per_source"] == 48
     assert (model["optimizer_steps_per_round"], model["inner_epochs"]) == (1, 1)
     policy = model["policy"]["init_args"]
     assert (policy["rank"], policy["alpha"], policy["dtype"], policy["resolution"]) == (32, 64, "bfloat16", 512)
-    ranks = config["trainer"]["devices"] * config["trainer"]["num_nodes"]
-    assert 48 * 24 // ranks % model["micro_batch_size"] == 0
+    assert images // ranks % model["micro_batch_size"] == 0
     assert set(model["rewards"]) == {"pickscore", "hpsv2", "clipscore", "ocr", "geneval"}
     assert model["rewards"]["ocr"]["init_args"]["sources"] == ["ocr"]
     assert set(model["metrics"]) == {"geneval_accuracy", "aesthetic", "imagereward"}
@@ -149,5 +157,5 @@ def test_the_large_runs_train_a_small_model(name, checkpoints, tmp_path, capsys)
     policy.setup(0)
     assert policy.transformer.transformer_blocks[0].attn.to_q.base_layer.weight.dtype == torch.bfloat16
     assert set(policy.text_encoders) == {"text_encoder", "text_encoder_2", "text_encoder_3"}
-    checkpointed = name != "sd35m"
+    checkpointed = name in ("sd35l", "sd35m_1gpu")
     assert policy.transformer.gradient_checkpointing == checkpointed
