@@ -14,6 +14,8 @@ from .jpeg import JPEGCompressibility as JPEGCompressibility
 from .ocr import OCR as OCR
 from .remote import RemoteReward as RemoteReward
 from .remote import UnifiedReward as UnifiedReward
+from .remote import UnifiedReward2 as UnifiedReward2
+from .remote import VisionLanguageReward as VisionLanguageReward
 
 __all__ = [
     "OCR",
@@ -31,5 +33,7 @@ __all__ = [
     "RemoteReward",
     "Reward",
     "UnifiedReward",
+    "UnifiedReward2",
     "Verdict",
+    "VisionLanguageReward",
 ]

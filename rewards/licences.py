@@ -8,6 +8,7 @@ from typing import Any
 from rewards.files import BUNDLED
 
 LICENCES = {
+    "CodeGoat24/UnifiedReward-2.0-qwen-7b": "MIT",
     "CodeGoat24/UnifiedReward-7b-v1.5": "MIT",
     "facebook/mask2former-swin-small-coco-instance": "MIT in its README, `other` in its hub tag",
     "google-bert/bert-base-uncased": "Apache-2.0",

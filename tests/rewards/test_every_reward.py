@@ -20,13 +20,18 @@ from rewards import (
     RemoteReward,
     Reward,
     UnifiedReward,
+    UnifiedReward2,
+    VisionLanguageReward,
 )
+from tests.helpers.scripted_server import MODEL
 
 Build = Callable[..., Reward]
 RANGES = {"OCR": (0, 1), "GenEval": (-15, 1), "HPSv2": (-1, 1), "JPEGCompressibility": (-1, 0), "ImageReward": (-9, 9)}
 
 
-NAMES = ["pickscore", "hpsv2", "clipscore", "aesthetic", "imagereward", "jpeg", "ocr", "geneval", "remote", "unified"]
+NAMES = ["pickscore", "hpsv2", "clipscore", "aesthetic", "imagereward", "jpeg", "ocr", "geneval"]
+NAMES += ["remote", "unified", "unified2", "vlm"]
+QUESTION = "How well does it show the caption? Text caption: {prompt}"
 
 
 @pytest.fixture(params=NAMES)
@@ -50,6 +55,8 @@ def build(
         "geneval": lambda **kwargs: GenEval(BrightBlobs(), **kwargs),
         "remote": lambda **kwargs: RemoteReward(remote_url, **kwargs),
         "unified": lambda **kwargs: UnifiedReward(chat_url, size=64, **kwargs),
+        "unified2": lambda **kwargs: UnifiedReward2(chat_url, **kwargs),
+        "vlm": lambda **kwargs: VisionLanguageReward(QUESTION, r"Score: ([\d.]+)", 1, 5, MODEL, chat_url, **kwargs),
     }[request.param]
 
 
