@@ -9,6 +9,7 @@ from .geneval import Detector as Detector
 from .geneval import GenEval as GenEval
 from .geneval import Mask2Former as Mask2Former
 from .geneval import Verdict as Verdict
+from .hpsv3 import HPSv3 as HPSv3
 from .imagereward import ImageReward as ImageReward
 from .jpeg import JPEGCompressibility as JPEGCompressibility
 from .ocr import OCR as OCR
@@ -25,6 +26,7 @@ __all__ = [
     "Detector",
     "GenEval",
     "HPSv2",
+    "HPSv3",
     "ImageReward",
     "JPEGCompressibility",
     "Mask2Former",
