@@ -127,15 +127,9 @@ def build_model(
     Raises:
         ValueError: if the configuration is of another model, or weights are missing, of other shapes or too many.
     """
-    from transformers import Qwen2VLConfig, Qwen2VLModel
+    from transformers import Qwen2VLModel
 
-    content = json.loads(config_file.read_text(encoding="utf-8"))
-    if content.get("model_type") != "qwen2_vl":
-        raise ValueError(
-            f"{owner}: {config_file} must describe a Qwen2-VL model (model_type 'qwen2_vl'). Found "
-            f"{content.get('model_type')!r}. Use the folder of the model that the checkpoint was trained from."
-        )
-    config: Any = Qwen2VLConfig.from_dict(content)
+    config = _read_config(owner, config_file)
     state = {new_name(name): tensor for name, tensor in weights.items() if not name.startswith(("lm_head.", "rm_head."))}
     try:
         # Training added the reward token, and cut the table to the tokens in use.
@@ -156,6 +150,19 @@ def build_model(
             )
     check_finite(owner, model, source)
     return model, config.text_config.vocab_size
+
+
+def _read_config(owner: str, file: Path) -> Any:
+    """Return the `Qwen2VLConfig` in a config.json."""
+    from transformers import Qwen2VLConfig
+
+    content = json.loads(file.read_text(encoding="utf-8"))
+    if content.get("model_type") != "qwen2_vl":
+        raise ValueError(
+            f"{owner}: {file} must describe a Qwen2-VL model (model_type 'qwen2_vl'). Found "
+            f"{content.get('model_type')!r}. Use the folder of the model that the checkpoint was trained from."
+        )
+    return Qwen2VLConfig.from_dict(content)
 
 
 def new_name(name: str) -> str:
