@@ -9,11 +9,14 @@ from .geneval import Detector as Detector
 from .geneval import GenEval as GenEval
 from .geneval import Mask2Former as Mask2Former
 from .geneval import Verdict as Verdict
+from .hpsv3 import HPSv3 as HPSv3
 from .imagereward import ImageReward as ImageReward
 from .jpeg import JPEGCompressibility as JPEGCompressibility
 from .ocr import OCR as OCR
 from .remote import RemoteReward as RemoteReward
 from .remote import UnifiedReward as UnifiedReward
+from .remote import UnifiedReward2 as UnifiedReward2
+from .remote import VisionLanguageReward as VisionLanguageReward
 
 __all__ = [
     "OCR",
@@ -23,6 +26,7 @@ __all__ = [
     "Detector",
     "GenEval",
     "HPSv2",
+    "HPSv3",
     "ImageReward",
     "JPEGCompressibility",
     "Mask2Former",
@@ -31,5 +35,7 @@ __all__ = [
     "RemoteReward",
     "Reward",
     "UnifiedReward",
+    "UnifiedReward2",
     "Verdict",
+    "VisionLanguageReward",
 ]

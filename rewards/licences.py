@@ -8,11 +8,14 @@ from typing import Any
 from rewards.files import BUNDLED
 
 LICENCES = {
+    "CodeGoat24/UnifiedReward-2.0-qwen-7b": "MIT",
     "CodeGoat24/UnifiedReward-7b-v1.5": "MIT",
     "facebook/mask2former-swin-small-coco-instance": "MIT in its README, `other` in its hub tag",
     "google-bert/bert-base-uncased": "Apache-2.0",
     "laion/CLIP-ViT-H-14-laion2B-s32B-b79K": "MIT",
+    "MizzenAI/HPSv3": "Apache-2.0",
     "openai/clip-vit-large-patch14": "MIT",
+    "Qwen/Qwen2-VL-7B-Instruct": "Apache-2.0",
     "THUDM/ImageReward": "Apache-2.0",
     "trl-lib/ddpo-aesthetic-predictor": "Apache-2.0",
     "xswu/HPSv2": "Apache-2.0",

@@ -1,4 +1,4 @@
-"""The small regression heads of `Aesthetic` and `ImageReward`."""
+"""The small regression heads of `Aesthetic`, `ImageReward` and `HPSv3`."""
 
 from collections.abc import Mapping
 
@@ -46,6 +46,24 @@ def linear_head(owner: str, *, width: int, weights: Mapping[str, Tensor], source
     """
     head = nn.Linear(width, 1)
     _load(owner, head, weights, f"one linear layer from {width} features to one score", source)
+    return head
+
+
+def preference_head(owner: str, *, width: int, weights: Mapping[str, Tensor], source: object) -> nn.Sequential:
+    """Build HPSv3's head: three linear layers with ReLU, float32 and frozen, with indices as published.
+
+    Args:
+        owner: Name of the reward, for error messages.
+        width: Dimension of the input features.
+        weights: Weights by name, `0.weight` to `5.bias`.
+        source: Origin of the weights, for error messages.
+
+    Raises:
+        ValueError: if the weights do not fit such a head.
+    """
+    hidden = (nn.Linear(width, 1024), nn.ReLU(), nn.Dropout(0.05), nn.Linear(1024, 16), nn.ReLU())
+    head = nn.Sequential(*hidden, nn.Linear(16, 2))
+    _load(owner, head, weights, f"the three linear layers of a head on {width} features", source)
     return head
 
 

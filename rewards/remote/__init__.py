@@ -15,6 +15,7 @@ better, and null marks a missing score. Any status other than 200 is an error, d
 """
 
 from rewards.remote.client import RemoteReward
-from rewards.remote.unified import UnifiedReward
+from rewards.remote.unified import UnifiedReward, UnifiedReward2
+from rewards.remote.vlm import VisionLanguageReward
 
-__all__ = ["RemoteReward", "UnifiedReward"]
+__all__ = ["RemoteReward", "UnifiedReward", "UnifiedReward2", "VisionLanguageReward"]

@@ -1,24 +1,12 @@
-"""UnifiedReward: a vision-language model on an OpenAI-compatible server rates the image."""
+"""UnifiedReward 1 and 2: published questions and answer formats for `VisionLanguageReward`."""
 
 from __future__ import annotations
 
-import json
-import logging
-import os
-import re
 from collections.abc import Sequence
-from dataclasses import replace
-from functools import partial
+from typing import Any
 
-import torch
-from jaxtyping import Float, UInt8
-from torch import Tensor
-
-from rewards.base import Prompt, Reward
-from rewards.remote.http_client import Answer, JsonClient, Request, check_url
-from rewards.remote.transport import eight_bit, encode_png, quote
-
-logger = logging.getLogger(__name__)
+from rewards.base import Reward
+from rewards.remote.vlm import VisionLanguageReward
 
 QUESTION = """This image was generated from a text caption. Rate it by two criteria:
 1. Alignment with the caption: does it show the objects, attributes, counts and relations that the caption describes?
@@ -26,26 +14,26 @@ QUESTION = """This image was generated from a text caption. Rate it by two crite
 Weigh both and give one score from 1 (worst) to 5 (best). End your answer with "Final Score: X", where X is that score.
 Text caption: {caption}"""
 
-FINAL_SCORE = re.compile(r"Final Score:\s*([1-5](?:\.\d+)?)(?!\d)")
-HIGHEST = 5
-REMEDY = "Set `base_url` to an OpenAI-compatible server, with the path of its interface, usually /v1."
-EXPECTED = "as OpenAI's interface does"
+FINAL_SCORE = r"Final Score:\s*([1-5](?:\.\d+)?)(?!\d)"
+
+QUESTION_2 = (
+    "You are presented with a generated image and its associated text caption. Your task is to analyze the image across "
+    "multiple dimensions in relation to the caption. Specifically:\n"
+    "Provide overall assessments for the image along the following axes (each rated from 1 to 5):\n"
+    "- Alignment Score: How well the image matches the caption in terms of content.\n"
+    "- Coherence Score: How logically consistent the image is (absence of visual glitches, object distortions, etc.).\n"
+    "- Style Score: How aesthetically appealing the image looks, regardless of caption accuracy.\n\n"
+    "Output your evaluation using the format below:\n\n"
+    "Alignment Score (1-5): X\nCoherence Score (1-5): Y\nStyle Score (1-5): Z\n\n"
+    "Your task is provided as follows:\nText Caption: [{prompt}]"
+)
+"""The question that the models of version 2 were trained with, verbatim."""
+
+AXES = ("alignment", "coherence", "style")
+"""Ratings in an answer of version 2, in its order."""
 
 
-def final_score(answer: str) -> float:
-    """Return the rating in `answer` / 5; NaN if there is no rating from 1 to 5.
-
-    >>> final_score("The cat is blue, not red. Final Score: 2.5")
-    0.5
-    >>> final_score("A fine image."), final_score("Final Score: 10")
-    (nan, nan)
-    """
-    match = FINAL_SCORE.search(answer)
-    rating = float(match[1]) if match else torch.nan
-    return rating / HIGHEST if rating <= HIGHEST else torch.nan
-
-
-class UnifiedReward(Reward):
+class UnifiedReward(VisionLanguageReward):
     """Alignment and quality rated by a vision-language model: the number after "Final Score:" / 5, 0.2 to 1.
 
     An answer without a rating is a missing score. The model runs on a separate server that handles many requests at once:
@@ -62,11 +50,9 @@ class UnifiedReward(Reward):
         max_tokens: Maximum number of tokens of an answer, >= 1. An answer cut before its rating is a missing score.
         concurrency: Maximum number of simultaneous requests of each training process, >= 1.
         timeout: Seconds for one attempt, from connecting to the last byte of the answer, > 0.
-        retries: Number of further attempts if the server is unreachable, too slow, overloaded or answers an error, >= 0. The
-            first retry is immediate, the second waits a second, and each later one waits twice as long as the one before. A
-            longer pause requested by the server (Retry-After) is respected, up to a minute.
-        deadline: Seconds for a request with all its attempts and pauses, > 0.
+        retries: Number of further attempts, >= 0, see `VisionLanguageReward`.
         batch_size: Images divided among `concurrency` requests at once, >= 1.
+        deadline: Seconds for a request with all its attempts and pauses, > 0.
 
     Shape:
         - images: (B, 3, H, W), result: (B,)
@@ -77,7 +63,9 @@ class UnifiedReward(Reward):
     Source: Wang et al., "Unified Reward Model for Multimodal Understanding and Generation", 2025; used as in Flow-GRPO.
     """
 
+    # Earlier results name exactly these; the answer format is constant.
     identity_fields = (*Reward.identity_fields, "model", "question", "size", "max_tokens")
+    placeholder = "caption"
 
     def __init__(
         self,
@@ -93,78 +81,74 @@ class UnifiedReward(Reward):
         batch_size: int = 128,
         deadline: float = 300.0,
     ) -> None:
-        super().__init__(batch_size)
-        self.base_url = check_url("UnifiedReward", "base_url", base_url)
-        if question is not None and "{caption}" not in question:
-            raise ValueError(
-                f"UnifiedReward: `question` must hold {{caption}}. Found '{quote(question)}'. Add the placeholder."
-            )
-        if size < 1:
-            raise ValueError(f"UnifiedReward: `size` must be >= 1. Found {size}. The published runs use 512.")
-        if max_tokens < 1:
-            raise ValueError(f"UnifiedReward: `max_tokens` must be >= 1. Found {max_tokens}. 512 is ample for a rating.")
-        self.model = model
-        self.api_key = api_key
-        self.question = QUESTION if question is None else question
-        self.size = size
-        self.max_tokens = max_tokens
-        self.retries = retries
-        self._client = JsonClient("UnifiedReward", self.base_url, REMEDY, concurrency, timeout, deadline, retries)
-        self._ready: JsonClient | None = None
+        super().__init__(
+            question=QUESTION if question is None else question,
+            pattern=FINAL_SCORE,
+            lowest=1,
+            highest=5,
+            divide_by=5,
+            base_url=base_url,
+            model=model,
+            api_key=api_key,
+            size=size,
+            max_tokens=max_tokens,
+            concurrency=concurrency,
+            timeout=timeout,
+            retries=retries,
+            batch_size=batch_size,
+            deadline=deadline,
+        )
 
-    def setup(self) -> None:
-        """Connect, and check that the server answers and has the model.
 
-        Raises:
-            ConnectionError: if the server is unreachable or answers an error.
-            ValueError: if the server does not have the model.
-        """
-        if self._ready is not None:
-            return
-        client = replace(self._client, token=self.api_key or os.environ.get("OPENAI_API_KEY") or None)
-        (listing,) = client.ask([Request("/models", client.json_of)])
-        try:
-            served = [str(model["id"]) for model in listing["data"]]
-        except (KeyError, TypeError) as error:
-            raise client.unexpected_answer("/models", EXPECTED, listing) from error
-        if self.model not in served:
-            raise ValueError(
-                f"UnifiedReward: `model` must be one that {client.public_url} serves. Found '{self.model}'; it has "
-                f"{quote(', '.join(served)) or 'none'}. Name one of those, or start the server with this one."
-            )
-        self._ready = client
+class UnifiedReward2(VisionLanguageReward):
+    """Alignment, coherence and style rated by a vision-language model: the mean of the chosen ratings / 5, 0.2 to 1.
 
-    def score(self, *, images: Float[Tensor, "b 3 h w"], prompts: Sequence[Prompt]) -> Float[Tensor, " b"]:
-        """Return rating / 5; NaN if the answer has no rating.
+    An answer without one of the chosen ratings is a missing score. The model runs on a separate server:
 
-        Raises:
-            ConnectionError: if the server is unreachable, or still answers errors after all retries.
-            ValueError: if an answer is not a chat completion.
-        """
-        client, pixels = self._require_loaded(self._ready), eight_bit(images)
-        read = partial(self._rating, client)
-        pairs = zip(pixels, prompts, strict=True)
-        ratings = client.ask([Request("/chat/completions", read, partial(self._question, *pair)) for pair in pairs])
-        return torch.tensor(ratings, device=images.device)
+        vllm serve CodeGoat24/UnifiedReward-2.0-qwen-7b
 
-    def _question(self, pixels: UInt8[Tensor, "3 h w"], prompt: Prompt) -> bytes:
-        image_url = {"url": f"data:image/png;base64,{encode_png(pixels, self.size)}"}
-        content = [
-            {"type": "image_url", "image_url": image_url},
-            {"type": "text", "text": self.question.replace("{caption}", prompt.text)},
-        ]
-        body = {"model": self.model, "messages": [{"role": "user", "content": content}], "temperature": 0}
-        return json.dumps(body | {"max_tokens": self.max_tokens}).encode()
+    Args:
+        base_url: URL of the server's OpenAI-compatible interface, including /v1.
+        model: Name of the model on the server, one of the family CodeGoat24/UnifiedReward-2.0.
+        axes: Ratings whose mean is the score, one or more of "alignment", "coherence" and "style". None: all three.
+        **kwargs: Options of the requests, see `VisionLanguageReward`.
 
-    def _rating(self, client: JsonClient, answer: Answer) -> float:
-        completion = client.json_of(answer)
-        try:
-            text = completion["choices"][0]["message"]["content"]
-        except (KeyError, IndexError, TypeError) as error:
-            raise client.unexpected_answer(answer.path, EXPECTED, completion) from error
-        if text is not None and not isinstance(text, str):
-            raise client.unexpected_answer(answer.path, EXPECTED, completion)
-        rating = final_score(text or "")
-        if rating != rating:
-            logger.warning("UnifiedReward: no 'Final Score' from 1 to 5 in '%s'; the score is missing", quote(text or ""))
-        return rating
+    Shape:
+        - images: (B, 3, H, W), result: (B,)
+
+    Raises:
+        ValueError: if an argument is out of range, or `axes` is empty or names another rating.
+
+    Source: Wang et al., "Unified Reward Model for Multimodal Understanding and Generation", 2025; question and answer format
+    of the published models of version 2.0.
+    """
+
+    def __init__(
+        self,
+        base_url: str = "http://localhost:8000/v1",
+        model: str = "CodeGoat24/UnifiedReward-2.0-qwen-7b",
+        axes: list[str] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(
+            question=QUESTION_2,
+            pattern=axes_pattern(self._name, AXES if axes is None else axes),
+            lowest=1,
+            highest=5,
+            divide_by=5,
+            base_url=base_url,
+            model=model,
+            **kwargs,
+        )
+
+
+def axes_pattern(owner: str, axes: Sequence[str]) -> str:
+    """Return the pattern of the ratings `axes` in an answer of version 2.
+
+    Raises:
+        ValueError: if `axes` is empty or names another rating.
+    """
+    if isinstance(axes, str) or not axes or not set(axes) <= set(AXES):
+        raise ValueError(f"{owner}: `axes` must name one or more of {', '.join(AXES)}. Found {axes!r}. Correct the list.")
+    ratings = [rf"{axis.capitalize()} Score \(1-5\):\s*(\d+(?:\.\d+)?)" for axis in AXES if axis in axes]
+    return r"[\s\S]*?".join(ratings)

@@ -138,17 +138,28 @@ def remote_reward(path: str, body: Any) -> Any:
 
 
 MODEL = "CodeGoat24/UnifiedReward-7b-v1.5"
+MODEL_2 = "CodeGoat24/UnifiedReward-2.0-qwen-7b"
 
 
 def chat(path: str, body: Any) -> Any:
-    """OpenAI's interface, with one model that ends its answer with a final score."""
+    """OpenAI's interface, with two models: one ends its answer with a final score, the other answers three ratings."""
     if path == "/v1/models":
-        return {"object": "list", "data": [{"id": MODEL, "object": "model", "created": 0, "owned_by": "vllm"}]}
+        models = [{"id": name, "object": "model", "created": 0, "owned_by": "vllm"} for name in (MODEL, MODEL_2)]
+        return {"object": "list", "data": models}
     assert path == "/v1/chat/completions"
     image, question = body["messages"][0]["content"]
     png = image["image_url"]["url"].removeprefix("data:image/png;base64,")
+    if body["model"] == MODEL_2:
+        caption = question["text"].rpartition("Text Caption: [")[2].removesuffix("]")
+        return completion(three_ratings(1 + 4 * score_of(png, caption)))
     caption = question["text"].rpartition("Text caption: ")[2]
     return completion(f"It shows most of it.\nFinal Score: {1 + 4 * score_of(png, caption):.4f}")
+
+
+def three_ratings(rating: float) -> str:
+    """An answer of UnifiedReward 2, whose mean is about `rating` and whose first rating is `rating`."""
+    low, high = max(1.0, rating - 0.5), min(5.0, rating + 0.5)
+    return f"Alignment Score (1-5): {rating}\nCoherence Score (1-5): {low}\nStyle Score (1-5): {high}"
 
 
 def completion(text: str | None) -> Any:

@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 from rewards import Detection, Detector, Prompt
 from tests.helpers import ROOT
 from tests.helpers.blip_reference import write_image_reward
+from tests.helpers.qwen_reference import write_hpsv3
 from tests.helpers.scripted_server import ScriptedServer, chat, remote_reward
 
 IMAGE_SIZE = 32
@@ -102,6 +103,13 @@ def clip_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def imagereward_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("imagereward")
     write_image_reward(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def hpsv3_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("hpsv3")
+    write_hpsv3(folder)
     return folder
 
 

@@ -13,6 +13,7 @@ from rewards import (
     Detector,
     GenEval,
     HPSv2,
+    HPSv3,
     ImageReward,
     JPEGCompressibility,
     PickScore,
@@ -20,13 +21,25 @@ from rewards import (
     RemoteReward,
     Reward,
     UnifiedReward,
+    UnifiedReward2,
+    VisionLanguageReward,
 )
+from tests.helpers.scripted_server import MODEL
 
 Build = Callable[..., Reward]
-RANGES = {"OCR": (0, 1), "GenEval": (-15, 1), "HPSv2": (-1, 1), "JPEGCompressibility": (-1, 0), "ImageReward": (-9, 9)}
+RANGES = {
+    "OCR": (0, 1),
+    "GenEval": (-15, 1),
+    "HPSv2": (-1, 1),
+    "JPEGCompressibility": (-1, 0),
+    "ImageReward": (-9, 9),
+    "HPSv3": (-9, 9),
+}
 
 
-NAMES = ["pickscore", "hpsv2", "clipscore", "aesthetic", "imagereward", "jpeg", "ocr", "geneval", "remote", "unified"]
+NAMES = ["pickscore", "hpsv2", "clipscore", "aesthetic", "imagereward", "jpeg", "ocr", "geneval"]
+NAMES += ["hpsv3", "remote", "unified", "unified2", "vlm"]
+QUESTION = "How well does it show the caption? Text caption: {prompt}"
 
 
 @pytest.fixture(params=NAMES)
@@ -34,22 +47,26 @@ def build(
     request: pytest.FixtureRequest,
     clip_folder: Path,
     imagereward_folder: Path,
+    hpsv3_folder: Path,
     BrightBlobs: type[Detector],
     remote_url: str,
     chat_url: str,
 ) -> Build:
-    path, blip = str(clip_folder), str(imagereward_folder)
+    path, blip, qwen = str(clip_folder), str(imagereward_folder), str(hpsv3_folder)
     return {
         "pickscore": lambda **kwargs: PickScore(path, processor_path=None, **kwargs),
         "hpsv2": lambda **kwargs: HPSv2(path, file=None, processor_path=None, **kwargs),
         "clipscore": lambda **kwargs: CLIPScore(path, **kwargs),
         "aesthetic": lambda **kwargs: Aesthetic(path, path, "head.safetensors", **kwargs),
         "imagereward": lambda **kwargs: ImageReward(blip, tokenizer_path=blip, **kwargs),
+        "hpsv3": lambda **kwargs: HPSv3(qwen, base_path=qwen, dtype="float32", pixels=3136, **kwargs),
         "jpeg": lambda **kwargs: JPEGCompressibility(**kwargs),
         "ocr": lambda **kwargs: OCR(upscale_to=96, detect=False, **kwargs),
         "geneval": lambda **kwargs: GenEval(BrightBlobs(), **kwargs),
         "remote": lambda **kwargs: RemoteReward(remote_url, **kwargs),
         "unified": lambda **kwargs: UnifiedReward(chat_url, size=64, **kwargs),
+        "unified2": lambda **kwargs: UnifiedReward2(chat_url, **kwargs),
+        "vlm": lambda **kwargs: VisionLanguageReward(QUESTION, r"Score: ([\d.]+)", 1, 5, MODEL, chat_url, **kwargs),
     }[request.param]
 
 

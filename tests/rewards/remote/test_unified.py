@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import base64
+import hashlib
+import inspect
 import io
 import threading
 import time
@@ -15,7 +17,6 @@ import torch
 from PIL import Image
 
 from rewards import Prompt, UnifiedReward
-from rewards.remote.unified import final_score
 from tests.helpers.scripted_server import CUT, DROP, MODEL, ScriptedServer, chat, completion
 
 PROMPT = Prompt("a cat", "plain")
@@ -73,7 +74,7 @@ def rate(body: Any) -> Any:
     ],
 )
 def test_final_score(answer: str, score: float | None) -> None:
-    assert final_score(answer) == pytest.approx(torch.nan if score is None else score, nan_ok=True)
+    assert UnifiedReward().parse_answer(answer) == pytest.approx(torch.nan if score is None else score, nan_ok=True)
 
 
 def test_requests_follow_openais_interface() -> None:
@@ -102,6 +103,22 @@ def test_the_published_defaults() -> None:
     assert (reward.model, reward.size) == (MODEL, 512)
     for part in ("Alignment", "quality", "1 (worst) to 5 (best)", "{caption}"):
         assert part in reward.question
+
+
+def test_earlier_results_keep_their_identity() -> None:
+    assert list(inspect.signature(UnifiedReward).parameters) == [
+        *("base_url", "model", "api_key", "question", "size", "max_tokens"),
+        *("concurrency", "timeout", "retries", "batch_size", "deadline"),
+    ]
+    identity = UnifiedReward().identity
+    assert hashlib.sha256(identity.pop("question").encode()).hexdigest()[:8] == "8836fdd3"
+    assert identity == {
+        "class": "rewards.UnifiedReward",
+        "sources": "None",
+        "model": MODEL,
+        "size": "512",
+        "max_tokens": "512",
+    }
 
 
 def test_a_custom_question() -> None:
@@ -279,6 +296,7 @@ def test_an_invalid_key_is_not_shown() -> None:
             "`base_url` must begin with .* and name a host. Found 'localhost/v1'",
         ),
         ({"question": "Rate it!"}, r"`question` must hold \{caption\}. Found 'Rate it!'"),
+        ({"question": "Is {it} a {caption}?"}, r"`question` must hold no placeholder but \{caption\}. Found \{it\}"),
         ({"size": 0}, "`size` must be >= 1. Found 0"),
         ({"max_tokens": 0}, "`max_tokens` must be >= 1. Found 0"),
         ({"concurrency": 0}, "`concurrency` must be >= 1. Found 0"),
