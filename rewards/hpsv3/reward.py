@@ -19,7 +19,7 @@ PIXELS = 256 * 28 * 28
 
 
 class HPSv3(Reward):
-    """Human preference: the mean of the score's predicted normal distribution, about -2 to 15.
+    """Human preference: the mean of the score's predicted normal distribution, which has no fixed range.
 
     Qwen2-VL reads the image and the published question about it. A head maps the hidden state of the token after the
     question to mean and standard deviation; the reward is the mean. Images are rounded to 8 bits and resized (bicubic) to
