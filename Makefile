@@ -32,7 +32,7 @@ notebooks: .venv/installed
 
 .venv/installed: pyproject.toml
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet --no-compile --editable '.[dev]' # Python compiles what it imports: half the time
+	$(BIN)/pip install --quiet --editable '.[dev]'
 	touch $@
 
 clean:
