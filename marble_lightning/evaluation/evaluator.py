@@ -127,7 +127,7 @@ class Evaluator:
         The adapter's scores are needed where a run was killed after its last round and before it wrote its results.
         """
         same_settings = with_public_names(checkpoint["base_measured"]) == self.baseline_key(trainer)
-        trained = checkpoint.get("trained_scores")
+        trained = checkpoint.get("trained_scores")  # older checkpoints do not have them
         if trainer.state.fn == "fit" and same_settings and trained and trained["adapter"] == self.policy.adapter:
             self.trained_scores, self.evaluated_step = trained["scores"], trained["optimizer_step"]
         if same_settings and checkpoint["base_scores"] is not None:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import base64
-import hashlib
-import inspect
 import io
 import threading
 import time
@@ -103,22 +101,6 @@ def test_the_published_defaults() -> None:
     assert (reward.model, reward.size) == (MODEL, 512)
     for part in ("Alignment", "quality", "1 (worst) to 5 (best)", "{caption}"):
         assert part in reward.question
-
-
-def test_earlier_results_keep_their_identity() -> None:
-    assert list(inspect.signature(UnifiedReward).parameters) == [
-        *("base_url", "model", "api_key", "question", "size", "max_tokens"),
-        *("concurrency", "timeout", "retries", "batch_size", "deadline"),
-    ]
-    identity = UnifiedReward().identity
-    assert hashlib.sha256(identity.pop("question").encode()).hexdigest()[:8] == "8836fdd3"
-    assert identity == {
-        "class": "rewards.UnifiedReward",
-        "sources": "None",
-        "model": MODEL,
-        "size": "512",
-        "max_tokens": "512",
-    }
 
 
 def test_a_custom_question() -> None:

@@ -1,8 +1,10 @@
-"""The general reward from a vision-language model's answers, and the preset of UnifiedReward 2."""
+"""The general reward from a vision-language model's answers, and its presets UnifiedReward and UnifiedReward 2."""
 
 from __future__ import annotations
 
 import base64
+import hashlib
+import inspect
 import io
 from typing import Any
 
@@ -10,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
-from rewards import Prompt, UnifiedReward2, VisionLanguageReward
+from rewards import Prompt, UnifiedReward, UnifiedReward2, VisionLanguageReward
 from tests.helpers.scripted_server import MODEL, MODEL_2, ScriptedServer, chat, completion
 
 PROMPT = Prompt("a cat", "plain")
@@ -161,3 +163,19 @@ def test_unknown_axes_are_refused(axes: Any) -> None:
         ValueError, match="^UnifiedReward2: `axes` must name one or more of alignment, coherence, style. Found"
     ):
         UnifiedReward2(axes=axes)
+
+
+def test_earlier_results_keep_their_identity() -> None:
+    assert list(inspect.signature(UnifiedReward).parameters) == [
+        *("base_url", "model", "api_key", "question", "size", "max_tokens"),
+        *("concurrency", "timeout", "retries", "batch_size", "deadline"),
+    ]
+    identity = UnifiedReward().identity
+    assert hashlib.sha256(identity.pop("question").encode()).hexdigest()[:8] == "8836fdd3"
+    assert identity == {
+        "class": "rewards.UnifiedReward",
+        "sources": "None",
+        "model": MODEL,
+        "size": "512",
+        "max_tokens": "512",
+    }
