@@ -2,8 +2,9 @@
 
 For each run, the folder that `fit` prints at its end, the base and the trained adapter sample the same held-out prompts with
 the same noise. The table has the image statistics, the shares of black pixels and of flat images, and the colours in images
-of prompts that name none. Bold: more than a factor 1.5 from the base. Images are kept in the run's folder, and are not
-sampled again. Other options are passed to `predict`.
+of prompts that name none: the trained mean, the factor to the base, and the change with its standard error over prompts.
+Bold: more than a factor 1.5 from the base. Images are kept in the run's folder, and are not sampled again. Other options
+are passed to `predict`.
 """
 
 from __future__ import annotations
@@ -63,27 +64,30 @@ def names_a_colour(prompt: str) -> bool:
     return not set(PAINTS).isdisjoint(re.findall("[a-z]+", prompt.lower()))
 
 
-def appearance(images: Float[Tensor, "image 3 height width"], prompts: Sequence[str], count: int) -> dict[str, float]:
-    """All figures of a set of images, by name.
+def appearance(images: Float[Tensor, "image 3 height width"], prompts: Sequence[str], count: int) -> dict[str, Tensor]:
+    """All figures of a set of images, by name: (prompt,) means over the images of each prompt.
 
     Args:
         images: Images in [0, 1], `count` of each prompt, one after another.
         prompts: The prompt of each image.
         count: Images of each prompt, >= 2.
 
+    Returns:
+        Figures of all prompts; shares of colours are of the prompts that name none.
+
     Raises:
         ComparisonError: No prompt is without a colour.
     """
     groups = torch.arange(len(images)) // count
-    figures = dict(zip(NAMES, image_statistics(images, groups).mean(0).tolist(), strict=True))
-    nearest = nearest_colours(images)
-    figures["black pixels"] = float((nearest == CATEGORIES.index("black")).double().mean())
-    figures["flat images"] = float(is_flat(images).double().mean())
-    free = torch.tensor([not names_a_colour(prompt) for prompt in prompts])
+    figures = dict(zip(NAMES, image_statistics(images, groups).double().T, strict=True))
+    nearest = nearest_colours(images).unflatten(0, (-1, count)).flatten(1)  # pixels of each prompt
+    figures["black pixels"] = (nearest == CATEGORIES.index("black")).double().mean(1)
+    figures["flat images"] = is_flat(images).double().unflatten(0, (-1, count)).mean(1)
+    free = torch.tensor([not names_a_colour(prompt) for prompt in prompts[::count]])
     if not free.any():
         raise ComparisonError("Some prompts must name no colour. Found none; use more `--prompts`.")
-    shares = nearest[free].flatten().bincount(minlength=len(CATEGORIES)) / nearest[free].numel()
-    return figures | {f"no colour named: {name}": share for name, share in zip(CATEGORIES, shares.tolist(), strict=True)}
+    shares = nearest[free][:, :, None].eq(torch.arange(len(CATEGORIES))).double().mean(1)
+    return figures | {f"no colour named: {name}": share for name, share in zip(CATEGORIES, shares.T, strict=True)}
 
 
 def factor(base: float, trained: float) -> float:
@@ -97,25 +101,27 @@ def factor(base: float, trained: float) -> float:
     return trained / base
 
 
-def appearance_table(figures: Mapping[str, tuple[Mapping[str, float], Mapping[str, float]]]) -> str:
-    """Each figure of the base, a mean over the runs, and of each run with its factor to its own base.
+def appearance_table(figures: Mapping[str, tuple[Mapping[str, Tensor], Mapping[str, Tensor]]]) -> str:
+    """Each figure of the base, a mean over the runs, and of each run with its factor to its own base and its change.
 
     Args:
-        figures: The base's figures and the trained ones, by run.
+        figures: (prompt,) values of the base and the trained ones, by run and name.
     """
     rows = []
     for name in next(iter(figures.values()))[0]:
         cells = []
         for base, trained in figures.values():
-            ratio = factor(base[name], trained[name])
-            text = f"{trained[name]:.3f} (x {ratio:.2f})"
+            ratio = factor(float(base[name].mean()), float(trained[name].mean()))
+            change = trained[name] - base[name]
+            error = float(change.std()) / len(change) ** 0.5
+            text = f"{float(trained[name].mean()):.3f} (x {ratio:.2f}, {float(change.mean()):+.3f} ± {error:.3f})"
             cells.append(text if 1 / RANGE <= ratio <= RANGE else f"**{text}**")
-        mean = sum(base[name] for base, _ in figures.values()) / len(figures)
+        mean = sum(float(base[name].mean()) for base, _ in figures.values()) / len(figures)
         rows.append([name, f"{mean:.3f}", *cells])
     return table(["", "base", *figures], rows)
 
 
-def sample(run: Path, adapter: str, options: argparse.Namespace, extra: Sequence[str]) -> dict[str, float]:
+def sample(run: Path, adapter: str, options: argparse.Namespace, extra: Sequence[str]) -> dict[str, Tensor]:
     """The figures of a run's images, which are sampled unless they are there.
 
     Args:

@@ -292,5 +292,4 @@ class FlowPolicy(nn.Module, ABC):
     @property
     def device(self) -> torch.device:
         """The device of the transformer."""
-        device: torch.device = self.transformer.device
-        return device
+        return next(self.transformer.parameters()).device  # diffusers' own property walks through all modules

@@ -44,20 +44,23 @@ def test_figures_of_known_images():
     half[:, :16] = black[:, :16]
     prompts = ["a circle", "a circle", "a red circle", "a red circle"]
     figures = appearance(torch.stack([half, black, red, red]), prompts, 2)
-    assert figures["black pixels"] == pytest.approx(0.375)
-    assert figures["flat images"] == 0.75
-    assert figures["no colour named: black"] == pytest.approx(0.75)
-    assert figures["no colour named: red"] == pytest.approx(0.25)
+    assert figures["black pixels"].tolist() == pytest.approx([0.75, 0])
+    assert figures["flat images"].tolist() == [0.5, 1]
+    assert figures["no colour named: black"].tolist() == pytest.approx([0.75])
+    assert figures["no colour named: red"].tolist() == pytest.approx([0.25])
     assert sum(figures[f"no colour named: {name}"] for name in CATEGORIES) == pytest.approx(1)
+    assert figures["brightness"].shape == (2,)
     assert {"brightness", "diversity"} < figures.keys()
     with pytest.raises(ComparisonError, match="Some prompts must name no colour"):
         appearance(torch.stack([red, red]), ["a red circle"] * 2, 2)
 
 
 def test_factors_beyond_the_range_are_marked():
-    text = appearance_table({"one": ({"a": 0.4, "b": 0.0}, {"a": 0.5, "b": 0.1}), "two": ({"a": 0.6, "b": 0.0},) * 2})
-    assert "| a | 0.500 | 0.500 (x 1.25) | 0.600 (x 1.00) |" in text
-    assert "| b | 0.000 | **0.100 (x inf)** | 0.000 (x 1.00) |" in text
+    base = {"a": torch.tensor([0.3, 0.5]), "b": torch.zeros(2)}
+    trained = {"a": torch.tensor([0.3, 0.7]), "b": torch.tensor([0.1, 0.1])}
+    text = appearance_table({"one": (base, trained), "two": (base, base)})
+    assert "| a | 0.400 | 0.500 (x 1.25, +0.100 ± 0.100) | 0.400 (x 1.00, +0.000 ± 0.000) |" in text
+    assert "| b | 0.000 | **0.100 (x inf, +0.100 ± 0.000)** | 0.000 (x 1.00, +0.000 ± 0.000) |" in text
 
 
 def test_a_folder_without_a_run_is_refused(tmp_path):

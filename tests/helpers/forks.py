@@ -3,6 +3,8 @@
 As a script this module runs command lines, each on two ranks.
 """
 
+# ruff: noqa: F401 - the second block of imports is for the children, each of which would import them by itself
+
 from __future__ import annotations
 
 import json
@@ -16,7 +18,21 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import aiohttp
+import qpth.qp
+import torch.utils.tensorboard
+from diffusers import StableDiffusion3Pipeline
+from diffusers.guiders import ClassifierFreeGuidance
+from rapidocr import RapidOCR
+from transformers import CLIPModel, CLIPTextModelWithProjection
+
+import balancers
+import rewards
+from marble_lightning import tinyworld, trainer_commands
 from marble_lightning.cli import main
+
+LOADED = [getattr(package, name) for package in (balancers, rewards, tinyworld) for name in package.__all__]
+"""Classes that these packages import when they are first used."""
 
 
 def start(run: Callable[[], Any], output: Path, environment: dict[str, str] | None = None) -> int:

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from itertools import product
 
 import pytest
 import torch
@@ -30,11 +31,16 @@ from tests.helpers.small_runs import run
 
 pytestmark = [pytest.mark.integration, *(pytest.mark.filterwarnings(f"ignore:{known}") for known in QUIET)]
 
+SETTINGS = list(product(("WeightedSum", "MARBLE"), (False, True)))
 
-@pytest.mark.parametrize("bundled", [False, pytest.param(True, marks=pytest.mark.slow)])
-def test_every_phase_is_near_what_a_run_takes(checkpoints, bundled):
+
+@pytest.mark.parametrize(
+    ("bundled", "settings"),
+    [(False, [("WeightedSum", True), ("MARBLE", False)]), pytest.param(True, SETTINGS, marks=pytest.mark.slow)],
+)
+def test_every_phase_is_near_what_a_run_takes(checkpoints, bundled, settings):
     path = str(WEIGHTS / "sd3" if bundled else checkpoints / "sd3")
-    cases = [(path, balancer, checkpointing) for balancer in ("WeightedSum", "MARBLE") for checkpointing in (False, True)]
+    cases = [(path, balancer, checkpointing) for balancer, checkpointing in settings]
     ended = subprocess.run(
         [sys.executable, measured_memory.__file__, json.dumps(cases)], cwd=ROOT,
         env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, check=False,
@@ -71,8 +77,8 @@ def test_a_gpu_allocates_what_was_estimated(checkpoints, tmp_path, balancer, che
     assert estimate.total("training") == pytest.approx(allocated.peak, rel=0.15)
 
 
-@pytest.fixture
-def setup_module(checkpoints, tmp_path):
+@pytest.fixture(scope="module")
+def setup_module(checkpoints, tmp_path_factory):
     """A function that sets up a module with three rewards for `fit`, with options of the policy and of scoring."""
 
     def set_up(balancer=None, rewards=None, scoring=None, **options):
@@ -87,7 +93,8 @@ def setup_module(checkpoints, tmp_path):
         data = PromptDataModule(str(PROMPTS), ["ocr", "geneval"], prompts_per_round=12, images_per_prompt=12)
         trainer = Trainer(
             accelerator="cpu", devices=1, logger=False, enable_checkpointing=False, max_epochs=0, enable_progress_bar=False,
-            num_sanity_val_steps=0, enable_model_summary=False, callbacks=[balancer or MARBLE()], default_root_dir=tmp_path,
+            num_sanity_val_steps=0, enable_model_summary=False, callbacks=[balancer or MARBLE()],
+            default_root_dir=tmp_path_factory.mktemp("setup"),
         )  # fmt: skip
         trainer.fit(module, datamodule=data)  # sets up and trains no round
         return module
@@ -95,18 +102,28 @@ def setup_module(checkpoints, tmp_path):
     return set_up
 
 
-def test_parts_are_what_the_module_holds(setup_module):
-    module = setup_module()
-    parts = estimate_memory(module).parts
+@pytest.fixture(scope="module")
+def whole(setup_module):
+    """A module with MARBLE, and default settings of the policy."""
+    return setup_module()
+
+
+@pytest.fixture(scope="module")
+def estimated(whole):
+    """Its estimate, which takes seconds."""
+    return estimate_memory(whole)
+
+
+def test_parts_are_what_the_module_holds(whole, estimated):
+    module, parts = whole, estimated.parts
     policy = bytes_of(tensors_of(module.policy, *module.policy.text_encoders.values()))
     assert sum(parts[name] for name in ("transformer", "adapters", "autoencoder", "text encoders")) == policy
     assert parts["adapters"] == 3 * parts["gradients"] == 3 * bytes_of(module.trainable)
     assert parts["images"] == 4 * 144 * 3 * 16 * 16
 
 
-def test_two_gpus_share_a_round_and_have_buckets(setup_module):
-    module = setup_module()
-    one, two = estimate_memory(module), estimate_memory(module, gpus=2)
+def test_two_gpus_share_a_round_and_have_buckets(whole, estimated):
+    one, two = estimated, estimate_memory(whole, gpus=2)
     assert two.parts["images"] == one.parts["images"] / 2
     assert two.parts["gradients"] == 2 * one.parts["gradients"]
 
@@ -150,23 +167,20 @@ def test_the_work_of_rounds_is_what_they_compute(checkpoints, tmp_path, balancer
     [
         ("gradient_checkpointing", True, "training"),
         ("vae_slicing", True, "decoding"),
-        ("offload_text_encoders", True, "training"),
         ("dtype", "bfloat16", "loading weights"),
     ],
 )
-def test_settings_that_save_memory(setup_module, option, value, phase):
-    base = {"offload_text_encoders": False} if option == "offload_text_encoders" else {}
-    whole, saving = estimate_memory(setup_module(**base)), estimate_memory(setup_module(**{option: value}))
-    assert saving.total(phase) < whole.total(phase)
+def test_settings_that_save_memory(setup_module, estimated, option, value, phase):
+    assert estimate_memory(setup_module(**{option: value})).total(phase) < estimated.total(phase)
 
 
-def test_a_refresh_takes_more_than_a_single_loss(setup_module):
-    merged, summed = (estimate_memory(setup_module(balancer)).total("training") for balancer in (MARBLE(), WeightedSum()))
-    assert merged > summed
+def test_a_refresh_takes_more_than_a_single_loss(setup_module, estimated):
+    assert estimated.total("training") > estimate_memory(setup_module(WeightedSum())).total("training")
 
 
-def test_text_encoders_that_are_offloaded_only_visit_a_gpu(setup_module):
-    visiting, staying = (estimate_memory(setup_module(offload_text_encoders=offload)) for offload in (True, False))
+def test_text_encoders_that_are_offloaded_only_visit_a_gpu(setup_module, estimated):
+    visiting, staying = estimated, estimate_memory(setup_module(offload_text_encoders=False))
+    assert visiting.total("training") < staying.total("training")
     assert visiting.parts == staying.parts
     for name in staying.phases:
         there = ["text encoders" in found.phases[name].parts for found in (visiting, staying)]
