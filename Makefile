@@ -11,7 +11,8 @@ PACKAGE ?= balancers
 fit: .venv/installed
 	$(BIN)/marble-lightning fit -c tiny
 
-test: lint docs
+test: .venv/installed
+	$(MAKE) --jobs=2 lint docs
 	$(BIN)/pytest -m 'not slow and not gpu and not weights'
 
 quick: .venv/installed
@@ -30,9 +31,11 @@ docs: .venv/installed
 notebooks: .venv/installed
 	$(BIN)/python -m benchmarks.notebooks
 
+# pip would compile on one core; some files of packages are for other Pythons and do not compile
 .venv/installed: pyproject.toml
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet --editable '.[dev]'
+	$(BIN)/pip install --quiet --no-compile --editable '.[dev]'
+	-$(BIN)/python -m compileall -qq -j 0 .venv/lib
 	touch $@
 
 clean:
