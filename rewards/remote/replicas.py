@@ -1,0 +1,75 @@
+"""The choice among several servers that answer alike: the least busy one that has not failed lately."""
+
+from __future__ import annotations
+
+import random
+import time
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from rewards.redaction import strip_secrets
+
+REST = 30.0
+"""Seconds for which a server that failed gets no request, as long as another one works."""
+
+
+class Failure(NamedTuple):
+    """Why a server failed last, and the time on the monotonic clock from which it is tried again."""
+
+    cause: str
+    until: float
+
+
+class Replicas:
+    """Servers with their failures, which are remembered from one batch to the next.
+
+    Args:
+        urls: URLs of the servers, one or more.
+    """
+
+    def __init__(self, urls: Sequence[str]) -> None:
+        self.urls = urls
+        self._failures: dict[str, Failure] = {}
+        self._chance = random.Random()  # ranks share the seed of Python's own generator
+
+    def __reduce__(self) -> Any:
+        return Replicas, (self.urls,)  # another process has another clock
+
+    def choose(self, busy: Counter[str]) -> str:
+        """Choose the server of the next attempt.
+
+        It is the one with the fewest requests in flight, by chance among equals, so that the ranks of a run do not all begin
+        with the same one. Servers that rest after a failure are left out, unless all rest; then it is the one that rests no
+        longer first. A server that has failed gets one attempt at a time until it answers.
+
+        Args:
+            busy: Requests in flight at each server.
+        """
+        now, failures = time.monotonic(), self._failures.copy()  # a copy, since another thread may score too
+        awake = [url for url in self.urls if url not in failures or failures[url].until <= now]
+        if awake:
+            url = min(awake, key=lambda url: (busy[url], self._chance.random()))
+        else:
+            url = min(self.urls, key=lambda url: failures[url].until)
+        if url in failures:
+            self.failed(url, failures[url].cause)
+        return url
+
+    def failed(self, url: str, cause: str, rest: float = 0.0) -> bool:
+        """Leave a server out for `rest` seconds, 0 means `REST`; returns whether it worked before."""
+        worked = url not in self._failures
+        self._failures[url] = Failure(cause, time.monotonic() + (rest or REST))
+        return worked
+
+    def works(self, url: str) -> bool:
+        """Record that a server has answered; returns whether it had failed before."""
+        return self._failures.pop(url, None) is not None
+
+    def causes(self, urls: Sequence[str]) -> str:
+        """The causes of the last failures of servers, for error messages; of several servers with their URLs."""
+        failures = self._failures.copy()
+        causes = [failures[url].cause if url in failures else "not tried" for url in urls]
+        if len(urls) == 1:
+            return causes[0]
+        return "; ".join(f"{strip_secrets(url)}: {cause}" for url, cause in zip(urls, causes, strict=True))
