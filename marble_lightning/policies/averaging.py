@@ -76,9 +76,9 @@ class Averaging:
         policy.lerp_adapter("old", towards="trained", by=1 - decay)
         if (1 - decay) * distance > MIN_MOVE * norm and old_to_trained(policy)[0] >= distance:
             raise RuntimeError(
-                f"The old adapter must move towards the trained one after a round, since it samples the next one. Found it no "
-                f"nearer than before, at a distance of {distance:.3g}, with a decay of {decay:g}. Correct `lerp_adapter` and "
-                f"`parameters_of` of {type(policy).__name__}."
+                "The old adapter must move towards the trained one after a round, since it samples the next one. Found it "
+                f"no nearer than before, at a distance of {distance:.3g}, with a decay of {decay:g}. Correct `lerp_adapter` "
+                f"and `parameters_of` of {type(policy).__name__}."
             )
 
     def _checked(self, name: str, decay: float) -> float:

@@ -8,7 +8,7 @@ import logging
 import random
 import time
 from collections import Counter
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from io import BytesIO
@@ -20,7 +20,7 @@ import aiohttp
 
 from rewards.redaction import strip_secrets
 from rewards.remote.addresses import is_token
-from rewards.remote.messages import Answer, Request, describe, retry_after
+from rewards.remote.messages import Answer, Failed, Request, describe, retry_after
 from rewards.remote.replicas import Replicas
 from rewards.remote.transport import quote
 
@@ -114,7 +114,7 @@ class JsonClient:
             if isinstance(outcome, BaseException) and not isinstance(outcome, Unreachable):
                 raise outcome
         if len(silent) == len(self.urls):
-            raise self._unreachable(check, sum(error.attempts for error in silent.values()))
+            raise self._unreachable(check, sum(error.attempts for error in silent.values()), self.replicas.causes())
         self.unchecked.update(dict.fromkeys(silent, check))
 
     def ask(self, requests: Sequence[Request]) -> list[Any]:
@@ -154,9 +154,11 @@ class JsonClient:
 
     async def _send(self, session: aiohttp.ClientSession, request: Request, busy: Counter[str]) -> Answer:
         body = await asyncio.to_thread(request.body) if request.body else None
-        end, servers, pauses = time.monotonic() + self.deadline, 1 if request.url else len(self.urls), list[float]()
+        end, servers = time.monotonic() + self.deadline, 1 if request.url else len(self.urls)
+        causes, pauses, tried = self.replicas.causes(), list[float](), set[str]()
         while True:
-            url = request.url or self.replicas.choose(busy)
+            tried = tried if len(tried) < servers else set()  # each server has one attempt before the next pause
+            url = request.url or self.replicas.choose(busy, tried)
             busy[url] += 1
             try:
                 outcome = await self._attempt(session, url, request, body, min(self.timeout, end - time.monotonic()))
@@ -164,11 +166,13 @@ class JsonClient:
                 busy[url] -= 1
             if isinstance(outcome, Answer):
                 return outcome
-            pauses.append(outcome)
+            causes[url] = outcome.cause
+            tried.add(url)
+            pauses.append(outcome.pause)
             rounds, rest = divmod(len(pauses), servers)
             pause = 0.0 if rest else self._backoff(rounds, min(pauses[-servers:]))  # another server is asked at once
             if rounds > self.retries or time.monotonic() + pause >= end:
-                raise self._unreachable(request, len(pauses))
+                raise self._unreachable(request, len(pauses), causes)
             await asyncio.sleep(pause)
 
     def _backoff(self, rounds: int, requested: float) -> float:
@@ -178,8 +182,8 @@ class JsonClient:
 
     async def _attempt(
         self, session: aiohttp.ClientSession, url: str, request: Request, body: bytes | None, limit: float
-    ) -> Answer | float:
-        """Send a request once; return the answer, or after a failure the pause in seconds that the server requests."""
+    ) -> Answer | Failed:
+        """Send a request once, and record whether the server works."""
         pause = 0.0
         try:
             async with asyncio.timeout(limit):
@@ -195,7 +199,7 @@ class JsonClient:
             cause = f"timed out after {limit:.3g} s"
         if self.replicas.failed(url, cause, pause) and len(self.urls) > 1:
             logger.warning("%s: %s is left out, because it failed: %s.", self.owner, strip_secrets(url), cause)
-        return pause
+        return Failed(cause, pause)
 
     async def _checked_exchange(
         self, session: aiohttp.ClientSession, url: str, request: Request, body: bytes | None
@@ -235,10 +239,14 @@ class JsonClient:
         except (ValueError, RecursionError) as error:  # includes too many digits and too deep nesting
             raise self.unexpected_answer(answer, "JSON", answer.body[:10_000].decode(errors="replace")) from error
 
-    def _unreachable(self, request: Request, attempts: int) -> Unreachable:
+    def _unreachable(self, request: Request, attempts: int, causes: Mapping[str, str]) -> Unreachable:
         urls = [request.url] if request.url else self.urls
-        where = f"{strip_secrets(urls[0])}{request.path}" if len(urls) == 1 else f"one of {len(urls)} servers"
-        error = Unreachable(str(self._failure(where, self.replicas.causes(urls), attempts, len(urls))))
+        if len(urls) == 1:
+            where, found = f"{strip_secrets(urls[0])}{request.path}", causes[urls[0]]
+        else:
+            where = f"one of {len(urls)} servers"
+            found = "; ".join(f"{strip_secrets(url)}{request.path}: {causes.get(url, 'not tried')}" for url in urls)
+        error = Unreachable(str(self._failure(where, found, attempts, len(urls))))
         error.attempts = attempts
         return error
 

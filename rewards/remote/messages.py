@@ -25,6 +25,13 @@ class Answer(NamedTuple):
         return f"{self.status} {self.reason}: {quote(self.body[:10_000].decode(errors='replace'))}"
 
 
+class Failed(NamedTuple):
+    """An attempt without a valid answer: its cause, and the pause in seconds that the server requests."""
+
+    cause: str
+    pause: float
+
+
 class Request(NamedTuple):
     """A request.
 

@@ -5,10 +5,8 @@ from __future__ import annotations
 import random
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any, NamedTuple
-
-from rewards.redaction import strip_secrets
 
 REST = 30.0
 """Seconds for which a server that failed gets no request, as long as another one works."""
@@ -36,7 +34,7 @@ class Replicas:
     def __reduce__(self) -> Any:
         return Replicas, (self.urls,)  # another process has another clock
 
-    def choose(self, busy: Counter[str]) -> str:
+    def choose(self, busy: Counter[str], tried: Collection[str] = ()) -> str:
         """Choose the server of the next attempt.
 
         It is the one with the fewest requests in flight, by chance among equals, so that the ranks of a run do not all begin
@@ -45,13 +43,15 @@ class Replicas:
 
         Args:
             busy: Requests in flight at each server.
+            tried: Servers that are not to be chosen, not all.
         """
         now, failures = time.monotonic(), self._failures.copy()  # a copy, since another thread may score too
-        awake = [url for url in self.urls if url not in failures or failures[url].until <= now]
+        candidates = [url for url in self.urls if url not in tried]
+        awake = [url for url in candidates if url not in failures or failures[url].until <= now]
         if awake:
             url = min(awake, key=lambda url: (busy[url], self._chance.random()))
         else:
-            url = min(self.urls, key=lambda url: failures[url].until)
+            url = min(candidates, key=lambda url: failures[url].until)
         if url in failures:
             self.failed(url, failures[url].cause)
         return url
@@ -66,10 +66,6 @@ class Replicas:
         """Record that a server has answered; returns whether it had failed before."""
         return self._failures.pop(url, None) is not None
 
-    def causes(self, urls: Sequence[str]) -> str:
-        """The causes of the last failures of servers, for error messages; of several servers with their URLs."""
-        failures = self._failures.copy()
-        causes = [failures[url].cause if url in failures else "not tried" for url in urls]
-        if len(urls) == 1:
-            return causes[0]
-        return "; ".join(f"{strip_secrets(url)}: {cause}" for url, cause in zip(urls, causes, strict=True))
+    def causes(self) -> dict[str, str]:
+        """The cause of each server's last failure."""
+        return {url: failure.cause for url, failure in self._failures.copy().items()}

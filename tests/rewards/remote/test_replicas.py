@@ -148,12 +148,24 @@ def test_an_error_names_all_with_their_causes(serve: Any) -> None:
     ) as error:
         reward(images=shades(1), prompts=[PROMPT])
     for server, cause in zip(servers, ("503 Service Unavailable: .*no memory", "Server disconnected"), strict=True):
-        assert error.match(rf"{server.url}: {cause}")
+        assert error.match(rf"{server.url}/score: {cause}")
     assert "pass" not in str(error.value)
     for server in servers:
         server.stop()
     with pytest.raises(ConnectionError, match=r"one of 2 servers must answer. Found after 4 of 4.*refused.*; http.*refused"):
         replicated(servers)
+
+
+def test_an_error_names_those_that_a_request_has_tried_although_others_succeed(serve: Any) -> None:
+    """The first image fails at both servers, and other images are scored there."""
+
+    def answer(body: Any) -> Any:
+        black = score(body)["scores"][0] == len(PROMPT.text) % 5 / 20
+        return (500, {"error": "black"}) if black else score(body)
+
+    reward = replicated(serve(answer, answer), retries=0)
+    with pytest.raises(ConnectionError, match=r"2 of 2 attempts.*/score: 500 .*black.*; http.*/score: 500 .*black"):
+        reward(images=shades(6), prompts=[PROMPT] * 6)
 
 
 def test_one_that_is_unreachable_at_the_start_is_checked_before_it_is_used(serve: Any, monkeypatch: Any) -> None:
