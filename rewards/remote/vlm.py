@@ -127,8 +127,8 @@ class VisionLanguageReward(Reward):
             raise client.unexpected_answer(answer, EXPECTED, listing) from error
         if self.model not in served:
             raise ValueError(
-                f"{self._name}: `model` must be one that {answer.url} lists. Found '{self.model}'; it has "
-                f"{quote(', '.join(served)) or 'none'}. Name one of those, or start the server with this one."
+                f"{self._name}: `model` must be one that {answer.url.removesuffix('/models')} serves. Found '{self.model}'; "
+                f"it has {quote(', '.join(served)) or 'none'}. Name one of those, or start the server with this one."
             )
 
     def score(self, *, images: Float[Tensor, "b 3 h w"], prompts: Sequence[Prompt]) -> Float[Tensor, " b"]:
