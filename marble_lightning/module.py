@@ -263,7 +263,7 @@ class DiffusionNFT(LightningModule):
     test_step = validation_step
 
     def on_validation_epoch_end(self) -> None:
-        stop_if_requested(self.trainer)  # after a stop some scores may be missing
+        stop_if_requested(self.trainer, "the held-out prompts")  # after a stop some scores may be missing
         means = self.evaluator.finish(self.trainer)
         if not self.trainer.sanity_checking:
             self.log_dict(means, sync_dist=True)
@@ -274,7 +274,7 @@ class DiffusionNFT(LightningModule):
     on_test_epoch_end = on_validation_epoch_end
 
     def on_predict_epoch_end(self) -> None:
-        stop_if_requested(self.trainer)
+        stop_if_requested(self.trainer, "the held-out prompts")
         self.evaluator.check_images(self.trainer)
         self.scorer.check(self.trainer.strategy)
 

@@ -18,7 +18,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
-from marble_lightning.utils.distributed import OnAllRanks
+from marble_lightning.utils.distributed import OnAllRanks, wait_for_ranks
 
 log = logging.getLogger(__name__)
 warn = rank_zero_only(log.warning)
@@ -95,7 +95,7 @@ class Stops(Callback):
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         if batch_idx % agreement_every(trainer) == 0:
-            self.stop_if_requested(trainer)
+            self.stop_if_requested(trainer, f"micro-batches of round {trainer.current_epoch}")
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._evaluate(trainer, trainer.num_sanity_val_batches if trainer.sanity_checking else trainer.num_val_batches)
@@ -116,19 +116,25 @@ class Stops(Callback):
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
         if batch_idx < self.held_out_batches:
-            self.stop_if_requested(trainer)
+            self.stop_if_requested(trainer, f"batch {batch_idx} of the held-out prompts")
 
     on_test_batch_start = on_validation_batch_start
     on_predict_batch_start = on_validation_batch_start
 
-    def stop_if_requested(self, trainer: Trainer) -> None:
+    def stop_if_requested(self, trainer: Trainer, action: str) -> None:
         """Stop if any process was asked to. Every process must call this, or none.
+
+        Args:
+            trainer: The trainer.
+            action: What the processes do before this, for messages about one that is late.
 
         Raises:
             Stopped: A signal asked any process to stop; on all of them.
+            TimeoutError: Another process is too late, see `wait_for_ranks`.
         """
         requested = self.requested
         if trainer.world_size > 1:
+            wait_for_ranks(trainer.strategy, action)
             of_rank = torch.tensor(float(requested), device=trainer.strategy.root_device)
             requested = int(trainer.strategy.reduce(of_rank, reduce_op="max"))
         if requested:
@@ -149,15 +155,11 @@ def stop_requested(trainer: Trainer) -> bool:
     return any(isinstance(callback, Stops) and callback.requested for callback in trainer.callbacks)  # type: ignore[attr-defined]
 
 
-def stop_if_requested(trainer: Trainer) -> None:
-    """Call `stop_if_requested` of the trainer's `Stops`, if it has one. Every process must call this, or none.
-
-    Raises:
-        Stopped: As `Stops.stop_if_requested`.
-    """
+def stop_if_requested(trainer: Trainer, action: str) -> None:
+    """Call `stop_if_requested` of the trainer's `Stops`, if it has one, with the same arguments and errors."""
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         if isinstance(callback, Stops):
-            callback.stop_if_requested(trainer)
+            callback.stop_if_requested(trainer, action)
 
 
 def status(end: SIGTERMException) -> int:

@@ -134,7 +134,7 @@ def sample_round(
     latents, side, device = [], policy.resolution, policy.device
     images = torch.empty(len(groups), 3, side, side, device=device)  # filled in place, since a second copy would not fit
     for chunk in progress(trainer, torch.arange(len(groups)).split(sampling.batch_size), "sampling"):
-        stop_if_requested(trainer)
+        stop_if_requested(trainer, f"a batch of images of round {trainer.current_epoch}")
         noise = [generator(*seed_key(trainer, seed, "rollout"), index) for index in chunk.tolist()]
         rows = groups[chunk]
         with trainer.precision_plugin.forward_context():  # as in training, where the old velocities are computed again
@@ -146,7 +146,8 @@ def sample_round(
     sampling_ended = time.perf_counter()
     scores = scorer.collect(lambda jobs: progress(trainer, jobs, "scoring"))
     waited = time.perf_counter() - sampling_ended
-    stop_if_requested(trainer)  # scores may be incomplete after a request to stop
+    # scores may be incomplete after a request to stop
+    stop_if_requested(trainer, f"the scores of round {trainer.current_epoch}")
     finite.check_images(trainer.strategy, trained=trainer.global_step > 0)
     skipped = scorer.check(trainer.strategy)
     scorer.release()

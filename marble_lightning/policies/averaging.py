@@ -5,8 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from math import inf
 
+import torch
+
 from marble_lightning.policies.base import FlowPolicy
 from marble_lightning.utils.validation import require
+
+MIN_MOVE = 1e-6
+"""Smallest expected move of the old adapter, as a share of the adapter's norm, that float32 surely resolves."""
 
 
 @dataclass(frozen=True)
@@ -63,10 +68,28 @@ class Averaging:
         """Move the old adapter towards the trained one, after optimizer step `step`, the last of a round.
 
         Raises:
+            RuntimeError: The old adapter should have moved, and is not nearer to the trained one than before.
             ValueError: A subclass returned a decay outside [0, 1].
         """
-        policy.lerp_adapter("old", towards="trained", by=1 - self._checked("old_decay", self.old_decay(step)))
+        decay = self._checked("old_decay", self.old_decay(step))
+        distance, norm = old_to_trained(policy)
+        policy.lerp_adapter("old", towards="trained", by=1 - decay)
+        if (1 - decay) * distance > MIN_MOVE * norm and old_to_trained(policy)[0] >= distance:
+            raise RuntimeError(
+                "The old adapter must move towards the trained one after a round, since it samples the next one. Found it "
+                f"no nearer than before, at a distance of {distance:.3g}, with a decay of {decay:g}. Correct `lerp_adapter` "
+                f"and `parameters_of` of {type(policy).__name__}."
+            )
 
     def _checked(self, name: str, decay: float) -> float:
         require(0 <= decay <= 1, f"`{name}` of {type(self).__name__} must return 0 to 1", decay)
         return decay
+
+
+@torch.no_grad()
+def old_to_trained(policy: FlowPolicy) -> tuple[float, float]:
+    """The norm of the difference of the old and the trained adapter, and the norm of the trained one."""
+    pairs = zip(policy.parameters_of("old"), policy.parameters_of("trained"), strict=True)
+    norms = [torch.stack([(old - trained).norm(), trained.norm()]) for old, trained in pairs]
+    distance, norm = torch.stack(norms).norm(dim=0).tolist()
+    return distance, norm

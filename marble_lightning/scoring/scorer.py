@@ -21,6 +21,7 @@ from marble_lightning.scoring.failures import RewardError, failed_batch, score_w
 from marble_lightning.scoring.settings import Scoring
 from marble_lightning.scoring.worker import Worker
 from marble_lightning.utils.atomic_files import atomic_write
+from marble_lightning.utils.distributed import REPORT_EVERY
 from marble_lightning.utils.images import to_image
 from rewards import Prompt, Reward
 from rewards.texts import excerpt, reason
@@ -221,7 +222,7 @@ class Scorer:
         if self.failure is not None or self.stopping():  # the remaining scores are not needed
             return not_scored
         job.future = job.future or self._begin(job)  # in a thread, so that this one can react to a stop
-        limit, worker = self.settings.time_limit, self._workers[job.name]
+        limit, worker, report_at = self.settings.time_limit, self._workers[job.name], REPORT_EVERY
         while not job.future.done():
             if self.stopping():
                 self._stop()
@@ -233,6 +234,10 @@ class Scorer:
                         other.future = self._begin(other)
                 timeout = TimeoutError(f"no answer within `scoring.time_limit`, {limit} s")
                 return Outcome(*failed_batch(self.rewards[job.name], job.images, job.prompts, timeout), worker.busy_for)
+            if worker.busy_for > report_at:
+                report_at += REPORT_EVERY
+                rank = getattr(rank_zero_only, "rank", 0)
+                log.warning("Rank %d waits for `rewards.%s`, which took %.0f s so far.", rank, job.name, worker.busy_for)
             wait([job.future], timeout=POLL)
         return job.future.result()
 

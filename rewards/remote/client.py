@@ -13,7 +13,9 @@ from jaxtyping import Float, UInt8
 from torch import Tensor
 
 from rewards.base import Prompt, Reward
-from rewards.remote.http_client import Answer, JsonClient, Request, check_url, read_token
+from rewards.remote.addresses import check_urls, read_token
+from rewards.remote.http_client import JsonClient
+from rewards.remote.messages import Answer, Request
 from rewards.remote.transport import eight_bit, encode_png, quote
 
 LARGEST = torch.finfo(torch.float32).max
@@ -21,19 +23,22 @@ REMEDY = "Set `url` to a server that speaks the protocol in `rewards.remote`, fo
 
 
 class RemoteReward(Reward):
-    """A reward that a server computes; a null score of the server is a missing score.
+    """A reward that one server computes, or several that serve the same reward; a null score is a missing score.
 
-    `rewards.remote` documents the protocol. Images are rounded to 8 bits.
+    `rewards.remote` documents the protocol. Images are rounded to 8 bits. Of several servers the least busy one gets the
+    next request. One that fails is left out for 30 seconds, as long as another one answers.
 
     Args:
-        url: URL of the server, without /score.
+        url: URL of the server, without /score; or a list of the URLs of several servers.
         sources: Names of the prompt sets to score. None: all. A null score of the server counts as missing.
         request_size: Images per request, >= 1.
         concurrency: Maximum number of simultaneous requests of each training process, >= 1.
         timeout: Seconds for one attempt, from connecting to the last byte of the answer, > 0.
-        retries: Number of further attempts if the server is unreachable, too slow, overloaded or answers an error, >= 0.
+        retries: Number of further attempts at each server if it is unreachable, too slow, overloaded or answers an error,
+            >= 0.
         backoff: The first retry is immediate, the second waits twice this many seconds, and each later one waits twice as
             long as the one before, >= 0. A longer pause requested by the server (Retry-After) is respected, up to a minute.
+            Other servers are tried without a pause.
         deadline: Seconds for a request with all its attempts and pauses, > 0.
         token_variable: Name of an environment variable with the token that the server requires. None: no token is sent.
         batch_size: Images divided among `concurrency` requests at once, >= 1.
@@ -49,7 +54,7 @@ class RemoteReward(Reward):
 
     def __init__(
         self,
-        url: str,
+        url: str | list[str],
         sources: list[str] | None = None,
         request_size: int = 8,
         concurrency: int = 4,
@@ -61,37 +66,50 @@ class RemoteReward(Reward):
         token_variable: str | None = None,
     ) -> None:
         super().__init__(batch_size, sources)
-        self.url = check_url("RemoteReward", "url", url)
+        urls = check_urls("RemoteReward", "url", url)
+        self.url = urls[0] if isinstance(url, str) else urls
         if request_size < 1:
             raise ValueError(f"RemoteReward: `request_size` must be >= 1. Found {request_size}. It counts images.")
         self.request_size = request_size
         self.retries = retries
-        self._client = JsonClient("RemoteReward", self.url, REMEDY, concurrency, timeout, deadline, retries, backoff)
+        self._client = JsonClient("RemoteReward", urls, REMEDY, concurrency, timeout, deadline, retries, backoff)
         self.token_variable = token_variable
         self._ready: JsonClient | None = None
+        self._served: str | None = None
 
     def setup(self) -> None:
-        """Connect, and check that a reward answers.
+        """Connect, and check that a reward answers, the same one at all servers.
+
+        A server that is unreachable now is checked before its first request, unless all are.
 
         Raises:
-            ConnectionError: if the server is unreachable or answers an error.
-            ValueError: if the answer violates the protocol.
+            ConnectionError: if all servers are unreachable, or one answers an error.
+            ValueError: if an answer violates the protocol, or the servers serve different rewards.
         """
         if self._ready is not None:
             return
         client = replace(self._client, token=read_token("RemoteReward", self.token_variable))
-        (health,) = client.ask([Request("/health", client.json_of)])
-        if not isinstance(health, dict) or not isinstance(health.get("reward"), str):
-            raise client.unexpected_answer("/health", '{"reward": name}', health)
+        client.connect(Request("/health", partial(self._check, client)))
         self._ready = client
+
+    def _check(self, client: JsonClient, answer: Answer) -> None:
+        health = client.json_of(answer)
+        if not isinstance(health, dict) or not isinstance(health.get("reward"), str):
+            raise client.unexpected_answer(answer, '{"reward": name}', health)
+        self._served = self._served or health["reward"]
+        if health["reward"] != self._served:
+            raise ValueError(
+                f"RemoteReward: all servers in `url` must serve one reward. Found {quote(health['reward'])} at {answer.url} "
+                f"and {quote(self._served)} at another. Start them with the same `--reward`."
+            )
 
     def score(self, *, images: Float[Tensor, "b 3 h w"], prompts: Sequence[Prompt]) -> Float[Tensor, " b"]:
         """Return the server's scores; null becomes NaN.
 
         Raises:
-            ConnectionError: if the server is unreachable, or still answers errors after all retries.
+            ConnectionError: if all servers are unreachable, or still answer errors after all retries.
             TypeError: if a prompt's metadata is not JSON.
-            ValueError: if the server rejects the request, or does not answer with one number or null per image.
+            ValueError: if a server rejects the request, or does not answer with one number or null per image.
         """
         client, pixels = self._require_loaded(self._ready), eight_bit(images)
         parts = [slice(start, start + self.request_size) for start in range(0, len(prompts), self.request_size)]
@@ -107,15 +125,15 @@ class RemoteReward(Reward):
     def _scores(self, client: JsonClient, count: int, answer: Answer) -> list[float]:
         if 400 <= answer.status < 500:
             raise ValueError(
-                f"RemoteReward: {client.public_url}/score must accept the request. Found {answer}. "
+                f"RemoteReward: {answer.url} must accept the request. Found {answer}. "
                 "Fix the prompts, or send fewer images per request: lower `request_size`."
             )
         content = client.json_of(answer)
         scores = content.get("scores") if isinstance(content, dict) else None
         if not isinstance(scores, list) or not all(score is None or is_number(score) for score in scores):
-            raise client.unexpected_answer("/score", '{"scores": [finite number or null, ...]}', content)
+            raise client.unexpected_answer(answer, '{"scores": [finite number or null, ...]}', content)
         if len(scores) != count:
-            raise client.unexpected_answer("/score", f"{count} scores for {count} images", f"{len(scores)} scores")
+            raise client.unexpected_answer(answer, f"{count} scores for {count} images", f"{len(scores)} scores")
         return [torch.nan if score is None else score for score in scores]
 
 

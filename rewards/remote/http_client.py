@@ -1,26 +1,30 @@
-"""A JSON client for HTTP: concurrent requests, each with one deadline and a bounded answer size."""
+"""A JSON client for one or several HTTP servers: concurrent requests, each with one deadline and a bounded answer size."""
 
 from __future__ import annotations
 
 import asyncio
 import json
-import os
+import logging
 import random
 import time
-from collections.abc import Callable, Coroutine, Sequence
+from collections import Counter
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
-from email.utils import parsedate_to_datetime
 from io import BytesIO
 from threading import Thread
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 import aiohttp
 
 from rewards.redaction import strip_secrets
+from rewards.remote.addresses import is_token
+from rewards.remote.messages import Answer, Failed, Request, describe, retry_after
+from rewards.remote.replicas import Replicas
 from rewards.remote.transport import quote
+
+logger = logging.getLogger(__name__)
 
 TRY_AGAIN = (408, 429, 500, 502, 503, 504)
 """HTTP statuses of temporary failures, which are retried."""
@@ -28,50 +32,32 @@ LONGEST_PAUSE = 60.0
 """Maximum seconds between two attempts, even if a server's Retry-After is longer."""
 LARGEST_ANSWER = 4 * 2**20
 """Maximum bytes of an answer. An answer with the scores of a thousand images has about 25000."""
+CONNECTING = 10.0
+"""Seconds to connect, where other servers can take the request instead."""
 
 Result = TypeVar("Result")
 
 
-class Answer(NamedTuple):
-    """A server's answer."""
+class Unreachable(ConnectionError):
+    """No server has answered, after a number of attempts."""
 
-    path: str
-    status: int
-    reason: str
-    body: bytes
-
-    def __str__(self) -> str:
-        return f"{self.status} {self.reason}: {quote(self.body[:10_000].decode(errors='replace'))}"
-
-
-class Request(NamedTuple):
-    """A request.
-
-    Args:
-        path: Path below the client's URL.
-        read: Called with the answer as soon as it arrives. It may raise.
-        body: Builds the body of a POST, in a thread. None: a GET.
-    """
-
-    path: str
-    read: Callable[[Answer], Any]
-    body: Callable[[], bytes] | None = None
+    attempts = 0
 
 
 @dataclass(frozen=True)
 class JsonClient:
-    """Send requests to a server, with retries and a deadline.
+    """Send requests to a server, or each to one of several that answer alike, with retries and a deadline.
 
     Args:
         owner: Name of the reward, for error messages.
-        url: URL of the server, `http` or `https`, as returned by `check_url`.
+        urls: URLs of the servers, `http` or `https`, as returned by `check_urls`.
         remedy: Remedy for an unexpected answer, for error messages.
         concurrency: Maximum number of simultaneous requests, >= 1.
         timeout: Seconds for one attempt, from connecting to the last byte of the answer, > 0.
         deadline: Seconds for a request with all its attempts and the pauses between them, > 0.
-        retries: Number of further attempts, >= 0.
+        retries: Number of further attempts at each server, >= 0.
         backoff: The first retry is immediate, the second waits twice this many seconds, and each later one waits twice as
-            long as the one before, >= 0.
+            long as the one before, >= 0. Another server is tried at once.
         token: Bearer token. None: no token is sent.
 
     Raises:
@@ -79,7 +65,7 @@ class JsonClient:
     """
 
     owner: str
-    url: str
+    urls: Sequence[str]
     remedy: str
     concurrency: int
     timeout: float
@@ -87,8 +73,12 @@ class JsonClient:
     retries: int
     backoff: float = 0.5
     token: str | None = field(default=None, repr=False)
+    replicas: Replicas = field(init=False, repr=False, compare=False)
+    unchecked: dict[str, Request] = field(init=False, repr=False, compare=False, default_factory=dict)
+    """Request that checks a server, by URL, for servers that have not answered it yet."""
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "replicas", Replicas(self.urls))
         for name, low, use in (
             ("concurrency", 1, "It is the number of simultaneous requests"),
             ("retries", 0, "0 gives up at the first failure"),
@@ -107,78 +97,133 @@ class JsonClient:
             )
         if self.token is not None and not is_token(self.token):
             raise ValueError(f"{self.owner}: a token or key must be ASCII letters without spaces. Found others. Correct it.")
-        if self.token is not None and "@" in urlsplit(self.url).netloc:
+        if self.token is not None and any("@" in urlsplit(url).netloc for url in self.urls):
             raise ValueError(f"{self.owner}: a URL with a user must come without a token. Found both. Remove the user.")
+
+    def connect(self, check: Request) -> None:
+        """Check all servers by a request; one that is unreachable is checked before it is used, unless all are.
+
+        Raises:
+            ConnectionError: if no server is reachable, or one answers an error.
+            ValueError: if the answer of one is wrong.
+        """
+        requests = [check._replace(url=url) for url in self.urls]
+        outcomes = run_in_new_loop(lambda: self._ask(requests, return_exceptions=True))
+        silent = {url: outcome for url, outcome in zip(self.urls, outcomes, strict=True) if isinstance(outcome, Unreachable)}
+        for outcome in outcomes:
+            if isinstance(outcome, BaseException) and not isinstance(outcome, Unreachable):
+                raise outcome
+        if len(silent) == len(self.urls):
+            raise self._unreachable(check, sum(error.attempts for error in silent.values()), self.replicas.causes())
+        self.unchecked.update(dict.fromkeys(silent, check))
 
     def ask(self, requests: Sequence[Request]) -> list[Any]:
         """Return the results of `Request.read`, in the order of the requests; after a failure no new request starts.
 
         Raises:
-            ConnectionError: if the server is unreachable or too slow, or still answers errors after all attempts.
+            ConnectionError: if all servers are unreachable or too slow, or still answer errors after all attempts.
             ValueError: if an answer is too large.
         """
         return run_in_new_loop(lambda: self._ask(requests))
 
-    async def _ask(self, requests: Sequence[Request]) -> list[Any]:
+    async def _ask(self, requests: Sequence[Request], return_exceptions: bool = False) -> list[Any]:
         headers = {"Content-Type": "application/json", "Accept-Encoding": "identity"}
         if self.token is not None:
             headers["Authorization"] = f"Bearer {self.token}"
-        slots = asyncio.Semaphore(self.concurrency)
+        slots, busy = asyncio.Semaphore(self.concurrency), Counter[str]()
         async with aiohttp.ClientSession(
             headers=headers,
             cookie_jar=aiohttp.DummyCookieJar(),
             auto_decompress=False,  # a small answer may expand to any size
-            timeout=aiohttp.ClientTimeout(),  # none: `asyncio.timeout` limits each attempt
+            # no total: `asyncio.timeout` limits each attempt
+            timeout=aiohttp.ClientTimeout(sock_connect=CONNECTING if len(self.urls) > 1 else None),
             trust_env=True,  # proxies
         ) as session:
 
             async def send(request: Request) -> Any:
                 async with slots:
-                    return request.read(await self._send(session, request))
+                    return request.read(await self._send(session, request, busy))
 
             tasks = [asyncio.ensure_future(send(request)) for request in requests]
             try:
-                return await asyncio.gather(*tasks)
+                return await asyncio.gather(*tasks, return_exceptions=return_exceptions)
             finally:
                 for task in tasks:
                     task.cancel()
                 await asyncio.gather(*tasks, return_exceptions=True)
 
-    async def _send(self, session: aiohttp.ClientSession, request: Request) -> Answer:
+    async def _send(self, session: aiohttp.ClientSession, request: Request, busy: Counter[str]) -> Answer:
         body = await asyncio.to_thread(request.body) if request.body else None
-        end, attempts = time.monotonic() + self.deadline, 0
+        end, servers = time.monotonic() + self.deadline, 1 if request.url else len(self.urls)
+        causes, pauses, tried = self.replicas.causes(), list[float](), set[str]()
         while True:
-            limit, requested_pause = min(self.timeout, end - time.monotonic()), 0.0
+            tried = tried if len(tried) < servers else set()  # each server has one attempt before the next pause
+            url = request.url or self.replicas.choose(busy, tried)
+            busy[url] += 1
             try:
-                async with asyncio.timeout(limit):
-                    answer, requested_pause = await self._attempt(session, request.path, body)
-                if answer.status not in TRY_AGAIN:
-                    return answer
-                cause = str(answer)
-            except TimeoutError:
-                cause = f"timed out after {limit:.3g} s"
-            except aiohttp.ClientError as error:
-                cause = quote(f"{error or type(error).__name__}{_system_error(error)}")
-            attempts += 1
-            # Random jitter, so that requests that failed together do not retry together.
-            pause = 0.0 if attempts == 1 else self.backoff * (2 ** (attempts - 1) + random.random())
-            pause = min(max(pause, requested_pause), LONGEST_PAUSE)
-            if attempts > self.retries or time.monotonic() + pause >= end:
-                raise self.failure(request.path, cause, attempts)
+                outcome = await self._attempt(session, url, request, body, min(self.timeout, end - time.monotonic()))
+            finally:
+                busy[url] -= 1
+            if isinstance(outcome, Answer):
+                return outcome
+            causes[url] = outcome.cause
+            tried.add(url)
+            pauses.append(outcome.pause)
+            rounds, rest = divmod(len(pauses), servers)
+            pause = 0.0 if rest else self._backoff(rounds, min(pauses[-servers:]))  # another server is asked at once
+            if rounds > self.retries or time.monotonic() + pause >= end:
+                raise self._unreachable(request, len(pauses), causes)
             await asyncio.sleep(pause)
 
-    async def _attempt(self, session: aiohttp.ClientSession, path: str, body: bytes | None) -> tuple[Answer, float]:
-        """Send a request once; return the answer and the pause in seconds that it requests (Retry-After)."""
+    def _backoff(self, rounds: int, requested: float) -> float:
+        # Random jitter, so that requests that failed together do not retry together.
+        pause = 0.0 if rounds == 1 else self.backoff * (2 ** (rounds - 1) + random.random())
+        return min(max(pause, requested), LONGEST_PAUSE)
+
+    async def _attempt(
+        self, session: aiohttp.ClientSession, url: str, request: Request, body: bytes | None, limit: float
+    ) -> Answer | Failed:
+        """Send a request once, and record whether the server works."""
+        pause = 0.0
+        try:
+            async with asyncio.timeout(limit):
+                answer, pause = await self._checked_exchange(session, url, request, body)
+            if answer.status not in TRY_AGAIN:
+                if self.replicas.works(url):
+                    logger.info("%s: %s answers again.", self.owner, strip_secrets(url))
+                return answer
+            cause = str(answer)
+        except aiohttp.ClientError as error:
+            cause = describe(error)
+        except TimeoutError:
+            cause = f"timed out after {limit:.3g} s"
+        if self.replicas.failed(url, cause, pause) and len(self.urls) > 1:
+            logger.warning("%s: %s is left out, because it failed: %s.", self.owner, strip_secrets(url), cause)
+        return Failed(cause, pause)
+
+    async def _checked_exchange(
+        self, session: aiohttp.ClientSession, url: str, request: Request, body: bytes | None
+    ) -> tuple[Answer, float]:
+        if check := self.unchecked.get(url):
+            answer, pause = await self._exchange(session, url + check.path, None)
+            if answer.status in TRY_AGAIN:
+                return answer, pause
+            check.read(answer)
+            self.unchecked.pop(url, None)
+        return await self._exchange(session, url + request.path, body)
+
+    async def _exchange(self, session: aiohttp.ClientSession, url: str, body: bytes | None) -> tuple[Answer, float]:
+        """Return the answer of a server and the pause in seconds that it requests (Retry-After)."""
         method, content = "GET" if body is None else "POST", bytearray()
         data = None if body is None else BytesIO(body)  # sent in chunks
         # No redirects: they would turn a POST into a GET.
-        async with session.request(method, self.url + path, data=data, allow_redirects=False) as response:
+        async with session.request(method, url, data=data, allow_redirects=False) as response:
+            answer = Answer(strip_secrets(url), response.status, response.reason or "", b"")
             async for part in response.content.iter_any():
                 content += part
                 if len(content) > LARGEST_ANSWER:
-                    raise self.unexpected_answer(path, f"at most {LARGEST_ANSWER} bytes", "more")
-            requested_pause = retry_after(response.headers.get("Retry-After", ""))
-            return Answer(path, response.status, response.reason or "", bytes(content)), requested_pause
+                    raise self.unexpected_answer(answer, f"at most {LARGEST_ANSWER} bytes", "more")
+            return answer._replace(body=bytes(content)), retry_after(response.headers.get("Retry-After", ""))
 
     def json_of(self, answer: Answer) -> Any:
         """Return the JSON content of an answer with status 200.
@@ -188,30 +233,33 @@ class JsonClient:
             ValueError: if the answer is not JSON.
         """
         if answer.status != 200:
-            raise self.failure(answer.path, str(answer))
+            raise self._failure(answer.url, str(answer))
         try:
             return json.loads(answer.body)
         except (ValueError, RecursionError) as error:  # includes too many digits and too deep nesting
-            raise self.unexpected_answer(answer.path, "JSON", answer.body[:10_000].decode(errors="replace")) from error
+            raise self.unexpected_answer(answer, "JSON", answer.body[:10_000].decode(errors="replace")) from error
 
-    @property
-    def public_url(self) -> str:
-        """The URL without secrets, for messages."""
-        return strip_secrets(self.url)
+    def _unreachable(self, request: Request, attempts: int, causes: Mapping[str, str]) -> Unreachable:
+        urls = [request.url] if request.url else self.urls
+        if len(urls) == 1:
+            where, found = f"{strip_secrets(urls[0])}{request.path}", causes[urls[0]]
+        else:
+            where = f"one of {len(urls)} servers"
+            found = "; ".join(f"{strip_secrets(url)}{request.path}: {causes.get(url, 'not tried')}" for url in urls)
+        error = Unreachable(str(self._failure(where, found, attempts, len(urls))))
+        error.attempts = attempts
+        return error
 
-    def failure(self, path: str, cause: str, attempts: int = 1) -> ConnectionError:
-        """Return the error for a request without a valid answer."""
+    def _failure(self, where: str, cause: str, attempts: int = 1, servers: int = 1) -> ConnectionError:
         return ConnectionError(
-            f"{self.owner}: {self.public_url}{path} must answer. Found after {attempts} of {1 + self.retries} attempts, "
-            f"within `deadline`, {self.deadline:g} s: {cause}. Check that the server runs, and read its log; raise "
-            "`timeout` and `deadline` if it is slow, `retries` if it restarts."
+            f"{self.owner}: {where} must answer. Found after {attempts} of {servers * (1 + self.retries)} attempts, within "
+            f"`deadline`, {self.deadline:g} s: {cause}. Check that the server runs, and read its log; raise `timeout` and "
+            "`deadline` if it is slow, `retries` if it restarts."
         )
 
-    def unexpected_answer(self, path: str, expected: str, answer: Any) -> ValueError:
+    def unexpected_answer(self, answer: Answer, expected: str, found: Any) -> ValueError:
         """Return the error for an answer that does not have the expected form."""
-        return ValueError(
-            f"{self.owner}: {self.public_url}{path} must answer {expected}. Found '{quote(answer)}'. {self.remedy}"
-        )
+        return ValueError(f"{self.owner}: {answer.url} must answer {expected}. Found '{quote(found)}'. {self.remedy}")
 
 
 def run_in_new_loop(work: Callable[[], Coroutine[Any, Any, Result]]) -> Result:
@@ -229,69 +277,3 @@ def run_in_new_loop(work: Callable[[], Coroutine[Any, Any, Result]]) -> Result:
 
     Thread(target=lambda: asyncio.run(run()), daemon=True).start()
     return outcome.result()
-
-
-def retry_after(header: str) -> float:
-    """Return the seconds that a Retry-After header (a number or a date) specifies; 0 if it is neither.
-
-    >>> retry_after("5"), retry_after("Thu, 01 Jan 1970 00:00:00 GMT"), retry_after("-1"), retry_after("nan")
-    (5.0, 0.0, 0.0, 0.0)
-    """
-    if header.isascii() and header.isdigit():
-        return float(header)
-    try:
-        return max(0.0, (parsedate_to_datetime(header) - datetime.now(UTC)).total_seconds())
-    except (ValueError, TypeError):  # TypeError: a date without a time zone
-        return 0.0
-
-
-def check_url(owner: str, name: str, url: str) -> str:
-    """Check the URL of a web server and return it without a trailing slash.
-
-    Raises:
-        ValueError: if it is not the URL of a web server.
-    """
-    try:
-        parts = urlsplit(url)
-        valid = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
-    except ValueError:
-        valid = False
-    if not valid:
-        public_url = strip_secrets(url if "://" in url else url.rpartition("@")[2])
-        raise ValueError(
-            f"{owner}: `{name}` must begin with http:// or https:// and name a host. Found '{public_url}'. "
-            "Write it as http://host:8000."
-        )
-    return url.rstrip("/")
-
-
-def is_token(text: str) -> bool:
-    """Whether a text is a valid token for an HTTP header."""
-    return bool(text) and text.isascii() and text.isprintable() and " " not in text
-
-
-def read_token(owner: str, variable: str | None) -> str | None:
-    """Read a bearer token from an environment variable, because others can read files and command lines.
-
-    Args:
-        owner: Name of the reward or command, for error messages.
-        variable: Name of the variable. None: no token.
-
-    Raises:
-        ValueError: if the variable is not set or does not hold a valid token.
-    """
-    if variable is None:
-        return None
-    token = os.environ.get(variable, "")
-    if not is_token(token):
-        content = "another text" if token else "nothing"
-        raise ValueError(
-            f"{owner}: `token_variable` must name an environment variable with a token, of ASCII letters without spaces. "
-            f"Found {content} in {variable}. Set it: export {variable}=$(openssl rand -hex 32)."
-        )
-    return token
-
-
-def _system_error(error: aiohttp.ClientError) -> str:
-    number = getattr(error, "errno", None) or 0
-    return f" ({os.strerror(number)})" if number > 0 else ""

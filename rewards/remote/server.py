@@ -19,7 +19,7 @@ from torch import Tensor
 
 from rewards import Prompt, Reward
 from rewards.redaction import strip_secrets
-from rewards.remote.http_client import read_token
+from rewards.remote.addresses import read_token
 from rewards.remote.server_access import guard, hosts_of
 from rewards.remote.server_body import BadRequest, parse, read_body
 from rewards.texts import excerpt, reason

@@ -41,7 +41,7 @@ class UnifiedReward(VisionLanguageReward):
         vllm serve CodeGoat24/UnifiedReward-7b-v1.5 --port 17140
 
     Args:
-        base_url: URL of the server's OpenAI-compatible interface, including /v1.
+        base_url: URL of the server's OpenAI-compatible interface, including /v1; or a list of several.
         model: Name of the model on the server.
         api_key: The server's key. None: the environment variable OPENAI_API_KEY, or no key if that is not set. Prefer the
             variable: a run's config.yaml contains a key given here, but checkpoints and exported files do not.
@@ -69,7 +69,7 @@ class UnifiedReward(VisionLanguageReward):
 
     def __init__(
         self,
-        base_url: str = "http://localhost:17140/v1",
+        base_url: str | list[str] = "http://localhost:17140/v1",
         model: str = "CodeGoat24/UnifiedReward-7b-v1.5",
         api_key: str | None = None,
         question: str | None = None,
@@ -108,7 +108,7 @@ class UnifiedReward2(VisionLanguageReward):
         vllm serve CodeGoat24/UnifiedReward-2.0-qwen-7b
 
     Args:
-        base_url: URL of the server's OpenAI-compatible interface, including /v1.
+        base_url: URL of the server's OpenAI-compatible interface, including /v1; or a list of several.
         model: Name of the model on the server, one of the family CodeGoat24/UnifiedReward-2.0.
         axes: Ratings whose mean is the score, one or more of "alignment", "coherence" and "style". None: all three.
         **kwargs: Options of the requests, see `VisionLanguageReward`.
@@ -125,7 +125,7 @@ class UnifiedReward2(VisionLanguageReward):
 
     def __init__(
         self,
-        base_url: str = "http://localhost:8000/v1",
+        base_url: str | list[str] = "http://localhost:8000/v1",
         model: str = "CodeGoat24/UnifiedReward-2.0-qwen-7b",
         axes: list[str] | None = None,
         **kwargs: Any,

@@ -14,8 +14,10 @@ from jaxtyping import Float, UInt8
 from torch import Tensor
 
 from rewards.base import Prompt, Reward
+from rewards.remote.addresses import check_urls
 from rewards.remote.answers import AnswerFormat, check_question
-from rewards.remote.http_client import Answer, JsonClient, Request, check_url
+from rewards.remote.http_client import JsonClient
+from rewards.remote.messages import Answer, Request
 from rewards.remote.transport import eight_bit, encode_png, quote
 
 logger = logging.getLogger(__name__)
@@ -42,7 +44,8 @@ class VisionLanguageReward(Reward):
         lowest: Lowest number that an answer may state.
         highest: Highest number that an answer may state. A number outside the range is a missing score.
         model: Name of the model on the server.
-        base_url: URL of the server's OpenAI-compatible interface, including /v1.
+        base_url: URL of the server's OpenAI-compatible interface, including /v1; or a list of the URLs of several servers
+            with the same model. The least busy one gets the next request, see `RemoteReward`.
         divide_by: Divisor of the number, > 0. None: map `lowest` to 0 and `highest` to 1.
         api_key: The server's key. None: the environment variable OPENAI_API_KEY, or no key if that is not set. Prefer the
             variable: a run's config.yaml contains a key given here, but checkpoints and exported files do not.
@@ -51,9 +54,9 @@ class VisionLanguageReward(Reward):
         max_tokens: Maximum number of tokens of an answer, >= 1. An answer cut before its score is a missing score.
         concurrency: Maximum number of simultaneous requests of each training process, >= 1.
         timeout: Seconds for one attempt, from connecting to the last byte of the answer, > 0.
-        retries: Number of further attempts if the server is unreachable, too slow, overloaded or answers an error, >= 0. The
-            first retry is immediate, the second waits a second, and each later one waits twice as long as the one before. A
-            longer pause requested by the server (Retry-After) is respected, up to a minute.
+        retries: Number of further attempts at each server if it is unreachable, too slow, overloaded or answers an error,
+            >= 0. The first retry is immediate, the second waits a second, and each later one waits twice as long as the one
+            before. A longer pause requested by the server (Retry-After) is respected, up to a minute.
         batch_size: Images divided among `concurrency` requests at once, >= 1.
         deadline: Seconds for a request with all its attempts and pauses, > 0.
 
@@ -76,7 +79,7 @@ class VisionLanguageReward(Reward):
         lowest: float,
         highest: float,
         model: str,
-        base_url: str = "http://localhost:8000/v1",
+        base_url: str | list[str] = "http://localhost:8000/v1",
         divide_by: float | None = None,
         api_key: str | None = None,
         sources: list[str] | None = None,
@@ -89,7 +92,8 @@ class VisionLanguageReward(Reward):
         deadline: float = 300.0,
     ) -> None:
         super().__init__(batch_size, sources)
-        self.base_url = check_url(self._name, "base_url", base_url)
+        urls = check_urls(self._name, "base_url", base_url)
+        self.base_url = urls[0] if isinstance(base_url, str) else urls
         self.question = check_question(self._name, question, self.placeholder)
         self._format = AnswerFormat(self._name, pattern, lowest, highest, divide_by)
         self.pattern, self.lowest, self.highest, self.divide_by = pattern, lowest, highest, divide_by
@@ -99,36 +103,39 @@ class VisionLanguageReward(Reward):
             raise ValueError(f"{self._name}: `max_tokens` must be >= 1. Found {max_tokens}. 512 is ample for a rating.")
         self.model, self.api_key, self.size, self.max_tokens = model, api_key, size, max_tokens
         self.retries = retries
-        self._client = JsonClient(self._name, self.base_url, REMEDY, concurrency, timeout, deadline, retries)
+        self._client = JsonClient(self._name, urls, REMEDY, concurrency, timeout, deadline, retries)
         self._ready: JsonClient | None = None
 
     def setup(self) -> None:
         """Connect, and check that the server answers and has the model.
 
         Raises:
-            ConnectionError: if the server is unreachable or answers an error.
-            ValueError: if the server does not have the model.
+            ConnectionError: if all servers are unreachable, or one answers an error.
+            ValueError: if a server does not have the model.
         """
         if self._ready is not None:
             return
         client = replace(self._client, token=self.api_key or os.environ.get("OPENAI_API_KEY") or None)
-        (listing,) = client.ask([Request("/models", client.json_of)])
+        client.connect(Request("/models", partial(self._check, client)))
+        self._ready = client
+
+    def _check(self, client: JsonClient, answer: Answer) -> None:
+        listing = client.json_of(answer)
         try:
             served = [str(model["id"]) for model in listing["data"]]
         except (KeyError, TypeError) as error:
-            raise client.unexpected_answer("/models", EXPECTED, listing) from error
+            raise client.unexpected_answer(answer, EXPECTED, listing) from error
         if self.model not in served:
             raise ValueError(
-                f"{self._name}: `model` must be one that {client.public_url} serves. Found '{self.model}'; it has "
-                f"{quote(', '.join(served)) or 'none'}. Name one of those, or start the server with this one."
+                f"{self._name}: `model` must be one that {answer.url.removesuffix('/models')} serves. Found '{self.model}'; "
+                f"it has {quote(', '.join(served)) or 'none'}. Name one of those, or start the server with this one."
             )
-        self._ready = client
 
     def score(self, *, images: Float[Tensor, "b 3 h w"], prompts: Sequence[Prompt]) -> Float[Tensor, " b"]:
         """Return the scaled scores of the answers; NaN if an answer has none.
 
         Raises:
-            ConnectionError: if the server is unreachable, or still answers errors after all retries.
+            ConnectionError: if all servers are unreachable, or still answer errors after all retries.
             ValueError: if an answer is not a chat completion.
         """
         client, pixels = self._require_loaded(self._ready), eight_bit(images)
@@ -155,9 +162,9 @@ class VisionLanguageReward(Reward):
         try:
             text = completion["choices"][0]["message"]["content"]
         except (KeyError, IndexError, TypeError) as error:
-            raise client.unexpected_answer(answer.path, EXPECTED, completion) from error
+            raise client.unexpected_answer(answer, EXPECTED, completion) from error
         if text is not None and not isinstance(text, str):
-            raise client.unexpected_answer(answer.path, EXPECTED, completion)
+            raise client.unexpected_answer(answer, EXPECTED, completion)
         score = self.parse_answer(text or "")
         if score != score:
             scale = f"{self.lowest:g} to {self.highest:g}"

@@ -15,6 +15,7 @@ from lightning.pytorch import Callback
 
 from balancers import WeightedSum
 from marble_lightning import trainer_commands
+from marble_lightning.checkpoints import signals
 from marble_lightning.checkpoints.signals import MICRO_BATCHES, Stopped, Stops, status
 from marble_lightning.cli import main
 from marble_lightning.command_line import QUIET
@@ -39,7 +40,7 @@ class Strategy:
 
 def trainer(world_size: int, per_step: int, strategy: Strategy, fn: str = "fit"):
     return SimpleNamespace(
-        world_size=world_size, accumulate_grad_batches=per_step, strategy=strategy, lightning_module=None,
+        world_size=world_size, accumulate_grad_batches=per_step, strategy=strategy, lightning_module=None, current_epoch=3,
         state=SimpleNamespace(fn=fn), _accelerator_connector=SimpleNamespace(cluster_environment=None),
     )  # fmt: skip
 
@@ -62,6 +63,14 @@ def test_processes_check_together_every_few_micro_batches(world_size, per_step, 
     for index in range(24):
         Stops().on_train_batch_start(trainer(world_size, per_step, strategy), None, None, index)
     assert strategy.calls == collectives
+
+
+def test_several_processes_wait_for_each_other_before_they_communicate(monkeypatch):
+    waits, strategy = [], Strategy()
+    monkeypatch.setattr(signals, "wait_for_ranks", lambda *arguments: waits.append((*arguments, strategy.calls)))
+    for world_size in (1, 2):
+        Stops().on_train_batch_start(trainer(world_size, 1, strategy), None, None, 0)
+    assert waits == [(strategy, "micro-batches of round 3", 0)]
 
 
 def test_all_processes_stop_at_the_same_micro_batch():
@@ -92,7 +101,7 @@ def test_a_signal_that_ends_the_run_takes_precedence_over_requeueing():
     stops = Stops()
     stops.requested = signal.SIGUSR1
     with pytest.raises(Stopped) as end:
-        stops.stop_if_requested(trainer(2, 1, Strategy(1000 + signal.SIGHUP)))
+        stops.stop_if_requested(trainer(2, 1, Strategy(1000 + signal.SIGHUP)), "a test")
     assert (end.value.signal, end.value.requeue) == (signal.SIGHUP, False)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import threading
 import time
 
@@ -56,6 +57,14 @@ def test_a_reward_over_the_time_limit_has_failed(tmp_path):
     result, skipped = scores({"stuck": stuck}, tmp_path, time_limit=0.2, on_error="skip", max_skipped=0.5)
     assert result[:, 0].isnan().tolist() == [False, False, True, True, False, False]
     assert skipped == {"stuck": 2}
+
+
+def test_a_reward_that_others_wait_for_is_named(monkeypatch, caplog):
+    monkeypatch.setattr("marble_lightning.scoring.scorer.REPORT_EVERY", 0.1)
+    slow = Blocked()
+    threading.Timer(0.4, slow.released.set).start()
+    Scorer({"slow": slow}, Scoring())(IMAGES, PROMPTS)
+    assert re.match(r"Rank 0 waits for `rewards\.slow`, which took \d s so far\.", caplog.messages[0])
 
 
 def test_prompts_without_a_score_are_counted():
