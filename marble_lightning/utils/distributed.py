@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TypeVar
 
 from torch import distributed, nn
@@ -28,7 +28,16 @@ def gather_items(items: Sequence[T]) -> list[T]:
     return [item for of_rank in by_rank for item in of_rank]
 
 
-def never_broadcast_buffers(module: nn.Module) -> None:
-    """Make DistributedDataParallel leave a module's buffers alone. They are constant, and may be on several devices."""
-    constant = [name for name, _ in module.named_buffers()]
+def broadcast_only(module: nn.Module, parameters: Iterable[nn.Parameter]) -> None:
+    """Make DistributedDataParallel broadcast only these parameters at its start.
+
+    Every rank loads the frozen weights, gigabytes of them, and the buffers itself, and they are constant.
+
+    Args:
+        module: The module that it will wrap.
+        parameters: Those that training changes.
+    """
+    sent = set(map(id, parameters))
+    tensors = (*module.named_buffers(), *module.named_parameters())
+    constant = [name for name, tensor in tensors if id(tensor) not in sent]
     DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(module, constant)
