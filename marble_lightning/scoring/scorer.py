@@ -184,8 +184,7 @@ class Scorer:
     def move_to_cpu(self) -> None:
         """Move all rewards to the CPU. With `offload`, their weights have stayed there and are not copied."""
         self._on_cpu.restore()
-        for reward in self.rewards.values():
-            reward.to("cpu")
+        self._move(dict.fromkeys(self.rewards, torch.device("cpu")))
         self._placed = False
 
     def _place(self, device: torch.device) -> None:
@@ -203,9 +202,13 @@ class Scorer:
                         f"{devices[other]} and {name} on {devices[name]}; name the same device for both."
                     )
         self._on_cpu = CPUWeights(self.rewards.values() if self.settings.offload else ())
-        for name, reward in self.rewards.items():
-            reward.to(devices[name])
+        self._move(devices)
         self._placed = True
+
+    def _move(self, devices: Mapping[str, torch.device]) -> None:
+        with torch.inference_mode(False):  # validation has it; buffers made in it could not be changed afterwards
+            for name, reward in self.rewards.items():
+                reward.to(devices[name])
 
     def _device_of(self, name: str, policy_device: torch.device) -> torch.device:
         """Device of a reward; a type without a number, such as `cuda`, means the policy's device if that has the type."""

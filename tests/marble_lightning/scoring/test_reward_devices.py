@@ -47,7 +47,9 @@ def test_offloaded_rewards_keep_their_weights_on_the_cpu():
     address = one.tower.weight.data_ptr()
     scorer = Scorer({"one": one, "other": other}, Scoring(devices={"one": "meta", "other": "meta"}, offload=True))
     for _ in range(2):
-        scorer._place(torch.device("cpu"))
+        with torch.inference_mode():  # as in validation
+            scorer._place(torch.device("cpu"))
+        assert not one.tower.weight.is_inference()
         assert one.tower.weight.device.type == other.tower.weight.device.type == "meta"
         scorer.release()
         assert one.tower.weight.data_ptr() == address and one.tower.weight is other.tower.weight
