@@ -46,7 +46,7 @@ class Alternation(Callback):
             setattr(policy, name, self._timed(getattr(policy, name), phase))
         precision = str(trainer.precision)
         half = torch.bfloat16 if "bf16" in precision else torch.float16 if "16" in precision else None
-        rewards, device = module._trained_rewards, trainer.strategy.root_device
+        rewards, device = module.rewards, trainer.strategy.root_device
         self.loop = DiffusionNFTLoop(module, policy, rewards, data.images_per_prompt, device, half, Phases())
 
     def _timed(self, function: Callable[..., Any], phase: str) -> Callable[..., Any]:

@@ -9,7 +9,7 @@ from typing import Any, Literal, cast
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 
 from balancers import MARBLE, Balancer, WeightedSum
@@ -149,7 +149,7 @@ class Turns(Callback):
     def use(self, module: DiffusionNFT, index: int) -> None:
         """Let a module train with the method and the number of rewards of a turn."""
         method, k = self.turns[index]
-        module.rewards = nn.ModuleDict(dict(list(self.rewards.items())[:k]))
+        module.rewards = dict(list(self.rewards.items())[:k])
         module.balancer = self.balancers[index]
         module.gradient_passes = method.passes
         module.step.per_reward.taps = self.taps if method.passes == "two" else None

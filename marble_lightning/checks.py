@@ -1,4 +1,4 @@
-"""Checks of settings, data and rewards that run before any weights are loaded."""
+"""Checks of settings, data and rewards before any weights are loaded, and of the loaded weights of several processes."""
 
 from __future__ import annotations
 
@@ -14,7 +14,9 @@ from marble_lightning.data.datamodule import PromptDataModule, get_datamodule
 from marble_lightning.nft.rollout import Plan
 from marble_lightning.nft.sampling import Sampling
 from marble_lightning.policies.base import FlowPolicy
+from marble_lightning.policies.embedding_cache import fingerprint
 from marble_lightning.scoring.failures import exit_is_failure
+from marble_lightning.utils.distributed import OnAllRanks, gather_items
 from rewards import Prompt, Reward
 from rewards.texts import excerpt, reason
 
@@ -67,6 +69,30 @@ def check_precision(trainer: Trainer) -> None:
         raise ValueError(
             f"`precision` must be one of {', '.join(PRECISIONS)}. Found {trainer.precision}: adapters learn in float32; "
             "`policy.dtype` is the precision of the frozen weights."
+        )
+
+
+class DifferentWeights(OnAllRanks, ValueError):
+    """Processes of one run have loaded different weights."""
+
+
+def check_same_weights(trainer: Trainer, policy: FlowPolicy, rewards: Mapping[str, Reward]) -> None:
+    """Check that all processes have loaded the same weights; nothing sends frozen weights from one to another.
+
+    Compares `fingerprint`s, which take the ends of every tensor. All processes must call it.
+
+    Raises:
+        DifferentWeights: They differ; on all processes.
+    """
+    if trainer.world_size == 1:
+        return
+    named = {f"rewards.{name}": reward for name, reward in rewards.items()}
+    parts = {"policy": policy, **getattr(policy, "text_encoders", {}), **named}
+    by_rank = gather_items([{name: fingerprint({name: part}) for name, part in parts.items()}])
+    if different := [name for name in parts if len({prints[name] for prints in by_rank}) > 1]:
+        raise DifferentWeights(
+            f"All processes of a run must load the same weights. Found different ones of {', '.join(different)}; give every "
+            "machine the same files, and create random weights from a fixed seed."
         )
 
 

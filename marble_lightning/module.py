@@ -5,12 +5,12 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Mapping
 from functools import partial
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
-from torch import Tensor, nn
+from torch import Tensor
 
 from balancers import Balancer
 from marble_lightning import checks
@@ -31,13 +31,13 @@ from marble_lightning.nft.rollout import MicroBatch, MicroBatches, Rollout, begi
 from marble_lightning.nft.sampling import Sampling, ScoredRollout, sample_round, seed_key
 from marble_lightning.nft.step import TrainingStep
 from marble_lightning.policies.averaging import Averaging
-from marble_lightning.policies.base import FlowPolicy, is_adapter
+from marble_lightning.policies.base import ADAPTERS, FlowPolicy, is_adapter
 from marble_lightning.run_folder import run_folder
 from marble_lightning.scoring.failures import load_rewards
 from marble_lightning.scoring.reward_names import rewards_and_metrics
 from marble_lightning.scoring.scorer import Scorer
 from marble_lightning.scoring.settings import Scoring
-from marble_lightning.utils.distributed import never_broadcast_buffers
+from marble_lightning.utils.distributed import broadcast_only
 from marble_lightning.utils.loggers import log_metrics
 from marble_lightning.utils.validation import require_positive
 from rewards import Reward
@@ -91,7 +91,7 @@ class DiffusionNFT(LightningModule):
         learned, only_scored = rewards_and_metrics(rewards, metrics or {})
         super().__init__()
         self.policy, self.seed = policy, seed
-        self.rewards, self.metrics = nn.ModuleDict(learned), nn.ModuleDict(only_scored)
+        self.rewards, self.metrics = learned, only_scored  # no submodules: only the scorer moves them, each to its device
         self.sampling, self.objective, self.averaging = sampling, objective, averaging
         self.optimizer, self.lr_scheduler = optimizer, lr_scheduler
         require_positive(micro_batch_size=micro_batch_size, optimizer_steps_per_round=optimizer_steps_per_round)
@@ -111,7 +111,7 @@ class DiffusionNFT(LightningModule):
     @property
     def reward_models(self) -> dict[str, Reward]:
         """Rewards and metrics, which score held-out images."""
-        return cast(dict[str, Reward], {**dict(self.rewards.items()), **dict(self.metrics.items())})
+        return self.rewards | self.metrics
 
     # Setting up -----------------------------------------------------------------------------------------------------
 
@@ -121,7 +121,7 @@ class DiffusionNFT(LightningModule):
         if stage == "fit":
             self.balancer = checks.get_balancer(trainer)
             self.plan = checks.plan_round(trainer, self.sampling, *self.sizes)
-            checks.check_training(self.policy, self._trained_rewards, data)
+            checks.check_training(self.policy, self.rewards, data)
         checks.check_precision(trainer)
         use_whole_files(trainer)
         check_callbacks(trainer.callbacks)  # type: ignore[attr-defined]
@@ -141,7 +141,8 @@ class DiffusionNFT(LightningModule):
         load_rewards(self.evaluator.selected)
         self.scorer.stopping = partial(stop_requested, self.trainer)
         self.scorer.setup(run_folder(self.trainer), f"_{self.trainer.global_rank}" if self.trainer.world_size > 1 else "")
-        never_broadcast_buffers(self)
+        checks.check_same_weights(self.trainer, self.policy, self.evaluator.selected)
+        broadcast_only(self, [parameter for name in ADAPTERS for parameter in self.policy.parameters_of(name)])
         if self.trainer.is_global_zero:
             checks.warn_about_prompts(self.policy, self.evaluator.selected, get_datamodule(self.trainer))
         self.trainable = self.policy.parameters_of("trained")
@@ -152,12 +153,9 @@ class DiffusionNFT(LightningModule):
                 _ = self.step.per_reward  # raises now if per-reward gradients cannot be computed
 
     def teardown(self, stage: str) -> None:
+        self.scorer.move_to_cpu()  # as Lightning does with the policy
         if stage == "fit":
             self.trainer.accumulate_grad_batches = 1
-
-    @property
-    def _trained_rewards(self) -> dict[str, Reward]:
-        return cast(dict[str, Reward], dict(self.rewards.items()))
 
     def configure_optimizers(self) -> Any:
         return with_schedule(self.optimizer(self.trainable), self.lr_scheduler, self.scaler)
@@ -171,7 +169,7 @@ class DiffusionNFT(LightningModule):
         sampled = self.sample_round(self.seed)
         self.rollout, self.scores = sampled.rollout, sampled.scores
         self.image_statistics = image_statistics(sampled.images, self.rollout.groups)
-        self.round_metrics = sampled.metrics(self.trainer, self._trained_rewards, self.scorer)
+        self.round_metrics = sampled.metrics(self.trainer, self.rewards, self.scorer)
         self.round_metrics |= begin_round(self.balancer, self.scores, self.rollout.groups, self.trainer)
         del sampled  # its images take gigabytes that training needs
         self.coefficients = self.compute_coefficients(self.rollout, self.scores, self.seed, self.balancer)
@@ -255,10 +253,10 @@ class DiffusionNFT(LightningModule):
     # Held-out prompts -----------------------------------------------------------------------------------------------
 
     def predict_step(self, batch: HeldOut, batch_idx: int) -> dict[str, Tensor]:
-        return self.evaluator.predict(self.trainer, batch)
+        return self.evaluator.predict(self.trainer, batch, batch_idx)
 
     def validation_step(self, batch: HeldOut, batch_idx: int) -> dict[str, Tensor]:
-        return self.evaluator.evaluate(self.trainer, batch)
+        return self.evaluator.evaluate(self.trainer, batch, batch_idx)
 
     test_step = validation_step
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Trainer
+from lightning.pytorch.trainer.states import RunningStage
 from torch import Tensor
 from torchmetrics import CatMetric
 
@@ -24,6 +25,14 @@ from rewards.base import with_public_names
 
 ENCODE_AHEAD = 64
 """Number of held-out prompts that are encoded at once; moving SD3.5's text encoders to the device copies gigabytes."""
+
+BATCHES: dict[Any, str] = {
+    RunningStage.SANITY_CHECKING: "num_sanity_val_batches",
+    RunningStage.VALIDATING: "num_val_batches",
+    RunningStage.TESTING: "num_test_batches",
+    RunningStage.PREDICTING: "num_predict_batches",
+}
+"""The trainer's attribute with the number of batches of a stage, by stage."""
 
 HeldOut = list[tuple[int, Prompt]]
 """A batch of held-out prompts, each with the index that seeds its noise."""
@@ -55,6 +64,8 @@ class Evaluator:
         """The reward models that score in the current stage."""
         self.encoded: dict[str, Conditions] = {}
         """Encoded held-out prompts of this batch and of later ones, on the CPU."""
+        self.ahead: tuple[HeldOut, Tensor] | None = None
+        """The next batch and its images, where they were sampled while the previous batch was scored."""
 
     @property
     def reward_models(self) -> Mapping[str, Reward]:
@@ -137,21 +148,47 @@ class Evaluator:
             trainer.num_sanity_val_steps = 0
             warn("The base is not evaluated: this run began at `policy.init_lora`, which the checkpoint's adapters replace.")
 
-    def predict(self, trainer: Trainer, batch: HeldOut) -> dict[str, Tensor]:
+    def predict(self, trainer: Trainer, batch: HeldOut, index: int) -> dict[str, Tensor]:
         """Sample prompts with the policy's adapter, each with its own noise, and score the images.
+
+        The next batch is sampled meanwhile, if `scoring.overlap` is set and its prompts are encoded.
+
+        Args:
+            trainer: The trainer, with the data module.
+            batch: The prompts.
+            index: Index of the batch on this rank.
 
         Returns:
             `images` (image, 3, pixel, pixel) and `scores` (image, selected reward model).
         """
-        images = self.sample(trainer, batch)
+        ahead, self.ahead = self.ahead, None
+        images = ahead[1] if ahead is not None and ahead[0] == batch else self.sample(trainer, batch)
+        if not self.selected:
+            return {"images": images, "scores": images.new_empty(len(images), 0)}
         self.scorer.submit(images, [prompt for _, prompt in batch], self.selected)
-        return {"images": images, "scores": self.scorer.collect() if self.selected else images.new_empty(len(images), 0)}
+        if following := self._to_sample_ahead(trainer, batch, index):
+            self.ahead = following, self.sample(trainer, following)
+        return {"images": images, "scores": self.scorer.collect()}
 
-    def evaluate(self, trainer: Trainer, batch: HeldOut) -> dict[str, Tensor]:
+    def _to_sample_ahead(self, trainer: Trainer, batch: HeldOut, index: int) -> HeldOut:
+        """The next batch, if it can be sampled while this one is scored; otherwise an empty one.
+
+        Text encoders and rewards may have no room beside each other, so prompts that are not encoded wait for the scores.
+        """
+        batches = getattr(trainer, BATCHES[trainer.state.stage])[0]
+        if not self.scorer.settings.overlap or self.scorer.stopping() or index + 1 == batches:
+            return []
+        data = get_datamodule(trainer)
+        of_rank = list(enumerate(data.held_out))[batch[-1][0] :: trainer.world_size]  # in the order of its loader
+        following = of_rank[1 : 1 + data.held_out_batch_size]
+        return following if all(prompt.text in self.encoded for _, prompt in following) else []
+
+    def evaluate(self, trainer: Trainer, batch: HeldOut, index: int) -> dict[str, Tensor]:
         """As `predict`, and keep the scores."""
-        outputs = self.predict(trainer, batch)
-        indices = torch.tensor([index for index, _ in batch], device=outputs["scores"].device, dtype=torch.float32)
-        self.scores.update(torch.cat([indices[:, None], outputs["scores"]], dim=1))
+        outputs = self.predict(trainer, batch, index)
+        scores = outputs["scores"]
+        indices = torch.tensor([number for number, _ in batch], device=scores.device, dtype=torch.float32)
+        self.scores.update(torch.cat([indices[:, None], scores], dim=1))
         return outputs
 
     def sample(self, trainer: Trainer, batch: HeldOut) -> Tensor:

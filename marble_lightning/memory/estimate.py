@@ -72,7 +72,7 @@ def estimate_memory(module: DiffusionNFT, gpus: int = 1, cuda: bool = True) -> E
     policy: Any = module.policy
     parts = parts_of(count, gpus)
     encoders = () if policy.offload_text_encoders else ("text encoders",)
-    always = tuple(name for name in parts if name not in ("text encoders", "rewards", "rewards elsewhere", "images"))
+    always = tuple(name for name in parts if name not in ("text encoders", "rewards", "images"))
     scoring, overlap = module.scorer.settings, module.scorer.settings.overlap
     resting = (*always, *(() if scoring.offload else ("rewards",)))
     sampling, training = (*always, *encoders, "rewards", "images"), (*resting, *encoders)
@@ -85,7 +85,7 @@ def estimate_memory(module: DiffusionNFT, gpus: int = 1, cuda: bool = True) -> E
     together = sum(scoring_bytes) + max(sample.peak, decode.peak) if overlap else max(scoring_bytes, default=0)
     statistics, (train_bytes, train_flops) = count.statistics(), training_cost(module, count, plan)
     phases = {
-        "loading weights": Phase(("transformer", "adapters", "autoencoder", *encoders, "rewards", "rewards elsewhere"), 0),
+        "loading weights": Phase(("transformer", "adapters", "autoencoder", *encoders), 0),
         "encoding prompts": Phase((*resting, "text encoders"), encode.peak, encode.flops),
         "sampling": Phase(sampling, sample.peak, sample.flops * module.sampling.steps * sampled),
         "decoding": Phase(sampling, decode.peak, decode.flops * sampled),
@@ -99,8 +99,9 @@ def estimate_memory(module: DiffusionNFT, gpus: int = 1, cuda: bool = True) -> E
         held_out, evaluation = get_datamodule(trainer).held_out_batch_size, module.evaluator.evaluation
         sample = count.sample(held_out, evaluation.guidance > 1, evaluation.resolution)
         decode = count.decode(held_out, mixed=True, resolution=evaluation.resolution)
-        one_after_the_other = max(found.peak for found in (sample, decode, *(count.score(name, held_out) for name in here)))
-        phases["held-out prompts"] = Phase((*always, *encoders, "rewards"), one_after_the_other)
+        scoring_bytes, beside = [count.score(name, held_out).peak for name in here], max(sample.peak, decode.peak)
+        most = sum(scoring_bytes) + beside if overlap else max(beside, *scoring_bytes)
+        phases["held-out prompts"] = Phase((*always, *encoders, "rewards"), most)
     return Estimate(parts, phases, dict(count.unknown))
 
 
@@ -132,8 +133,6 @@ def parts_of(count: Phases, gpus: int) -> dict[str, int]:
     vae, encoders = policy.pipeline.vae, list(policy.text_encoders.values())
     apart = {id(tensor) for tensor in (*adapters, *tensors_of(vae, *encoders))}
     here = tensors_of(*(module.reward_models[name] for name in on_this_gpu(module)))
-    known = {id(tensor) for tensor in here}
-    elsewhere = [tensor for tensor in tensors_of(*module.reward_models.values()) if id(tensor) not in known]
     conditions = count.encoding[0]
     return {
         "transformer": bytes_of([tensor for tensor in tensors_of(policy) if id(tensor) not in apart]),
@@ -143,7 +142,6 @@ def parts_of(count: Phases, gpus: int) -> dict[str, int]:
         "autoencoder": bytes_of(tensors_of(vae)),
         "text encoders": bytes_of(tensors_of(*encoders)),
         "rewards": bytes_of(here),
-        "rewards elsewhere": bytes_of(elsewhere),
         "latents and prompts": bytes_of([count.latents(count.images), *conditions.tensors.values()]),
         "images": bytes_of([count.pixels(count.images)]),
     }

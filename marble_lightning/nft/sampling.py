@@ -126,7 +126,7 @@ def sample_round(
         Diverged: Images are not finite; raised on all ranks.
         RewardError: A reward failed on any rank; raised on all ranks.
     """
-    scorer.release()  # Lightning has moved the rewards to the device, and the text encoders need the memory
+    scorer.release()  # the text encoders need the memory
     data = get_datamodule(trainer)
     prompts = data.round(seed, trainer.current_epoch, trainer.global_rank, trainer.world_size)
     conditions = policy.encode([prompt.text for prompt in prompts])

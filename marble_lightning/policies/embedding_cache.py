@@ -20,10 +20,10 @@ ENDS = 256
 
 
 def fingerprint(encoders: Mapping[str, nn.Module], *settings: object) -> str:
-    """Hash of text encoders and settings: names, shapes, types and ends of the encoders' tensors, and the settings.
+    """Hash of modules, such as text encoders, and settings: names, shapes, types and ends of tensors, and the settings.
 
     Args:
-        encoders: Text encoders by name.
+        encoders: Modules by name.
         settings: Other values that the encoding depends on.
     """
     digest = hashlib.blake2b(repr(settings).encode(), digest_size=12)

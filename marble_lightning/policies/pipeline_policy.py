@@ -19,6 +19,7 @@ from marble_lightning.policies.pipeline_checks import part_config
 from marble_lightning.policies.pipeline_kinds import PipelineKind
 from marble_lightning.policies.samplers import flow_sigmas
 from marble_lightning.utils.atomic_files import check_folder, local_path
+from marble_lightning.utils.cpu_weights import CPUWeights
 
 
 class PipelinePolicy(FlowPolicy):
@@ -209,11 +210,13 @@ class PipelinePolicy(FlowPolicy):
     @contextmanager
     def _text_encoders_on_device(self) -> Iterator[None]:
         visiting = [encoder for encoder in self.text_encoders.values() if encoder.device != self.device]
+        on_cpu = CPUWeights(visiting if self.offload_text_encoders else ())
         for encoder in visiting:
             encoder.to(self.device)
         try:
             yield
         finally:
+            on_cpu.restore()
             for encoder in visiting if self.offload_text_encoders else []:
                 encoder.to("cpu")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
@@ -46,7 +47,7 @@ def exit_is_failure(name: str) -> Iterator[None]:
 
 
 def load_rewards(rewards: Mapping[str, Reward]) -> None:
-    """Load the weights of rewards and metrics, and freeze them.
+    """Load the weights of rewards and metrics, freeze them, and switch them to eval mode.
 
     Raises:
         RewardError: One of them ended the program.
@@ -54,7 +55,7 @@ def load_rewards(rewards: Mapping[str, Reward]) -> None:
     for name, reward in rewards.items():
         with exit_is_failure(name):
             reward.setup()
-        reward.requires_grad_(False)
+        reward.requires_grad_(False).eval()
 
 
 def infinite_to_nan(
@@ -101,7 +102,7 @@ def score_with_retries(
 
     External failures (OSError: connections, time-outs, files) are retried after 1, 2, 4, ... seconds. They do not depend on
     a single image, so the whole batch counts as failed. A reward with an attribute `retries` retries by itself, and gets no
-    further attempts.
+    further attempts. Too little memory fails the whole batch at once: single images would hide that the batch is too large.
 
     Any other exception of the reward, SystemExit included, counts as a failure. KeyboardInterrupt and SIGTERMException pass
     through.
@@ -122,6 +123,9 @@ def score_with_retries(
             if attempt == retries:
                 return failed_batch(reward, images, prompts, error)
             time.sleep(2**attempt)
+        except (torch.OutOfMemoryError, MemoryError) as error:
+            traceback.clear_frames(error.__traceback__)  # they would keep the batch's activations in memory
+            return failed_batch(reward, images, prompts, error)
         except BaseException as error:  # noqa: BLE001 - any failure is reported with the reward's name and an image
             if len(prompts) == 1:
                 return failed_batch(reward, images, prompts, error)

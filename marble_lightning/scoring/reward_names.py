@@ -1,11 +1,9 @@
-"""Names of rewards and metrics; they become names of modules, curves, columns and files."""
+"""Names of rewards and metrics; they become names of curves, columns and files."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-
-from torch import nn
 
 from marble_lightning.utils.validation import require
 from rewards import Reward
@@ -21,20 +19,13 @@ def named_rewards(setting: str, rewards: Mapping[str, Reward | None]) -> dict[st
         rewards: By name.
 
     Raises:
-        ValueError: A name is not made of letters, digits, _ and -, or is an attribute of `torch.nn.ModuleDict`, which holds
-            the rewards.
+        ValueError: A name is not made of letters, digits, _ and -.
     """
-    module_dict = nn.ModuleDict()
     for name in rewards:
         if not isinstance(name, str) or not NAME.fullmatch(name):
             raise ValueError(
                 f"Names in `{setting}` must be letters, digits, _ and -, the first one a letter: they name curves, columns "
                 f"and files. Found {name!r}."
-            )
-        if hasattr(module_dict, name):
-            raise ValueError(
-                f"Names in `{setting}` must not be those of an attribute of torch.nn.ModuleDict. Found {name!r}; "
-                f"try {f'{name}_score'!r}."
             )
     return {name: reward for name, reward in rewards.items() if reward is not None}
 

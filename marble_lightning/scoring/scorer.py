@@ -21,6 +21,7 @@ from marble_lightning.scoring.failures import RewardError, failed_batch, score_w
 from marble_lightning.scoring.settings import Scoring
 from marble_lightning.scoring.worker import Worker
 from marble_lightning.utils.atomic_files import atomic_write
+from marble_lightning.utils.cpu_weights import CPUWeights
 from marble_lightning.utils.distributed import REPORT_EVERY
 from marble_lightning.utils.images import to_image
 from rewards import Prompt, Reward
@@ -84,7 +85,7 @@ class Scorer:
         self.folder, self.rank = folder, rank
         self._workers: dict[str, Worker] = {}
         self._jobs: list[_Job] = []
-        self._placed = False
+        self._placed, self._on_cpu = False, CPUWeights()
         self._reset_counts()
 
     def _stop(self) -> None:
@@ -179,11 +180,16 @@ class Scorer:
     def release(self) -> None:
         """Move rewards to the CPU between rounds, if `offload` is set."""
         if self.settings.offload:
-            for reward in self.rewards.values():
-                reward.to("cpu")
-            self._placed = False
+            self.move_to_cpu()
+
+    def move_to_cpu(self) -> None:
+        """Move all rewards to the CPU. With `offload`, their weights have stayed there and are not copied."""
+        self._on_cpu.restore()
+        self._move(dict.fromkeys(self.rewards, torch.device("cpu")))
+        self._placed = False
 
     def _place(self, device: torch.device) -> None:
+        """Move each reward from the CPU to its device. The policy moves none, so weights go nowhere else."""
         if self._placed:
             return
         self._devices = devices = {name: self._device_of(name, device) for name in self.rewards}
@@ -196,8 +202,14 @@ class Scorer:
                         f"`scoring.devices` must put rewards that share a model on one device. Found {other} on "
                         f"{devices[other]} and {name} on {devices[name]}; name the same device for both."
                     )
-            reward.to(devices[name])
+        self._on_cpu = CPUWeights(self.rewards.values() if self.settings.offload else ())
+        self._move(devices)
         self._placed = True
+
+    def _move(self, devices: Mapping[str, torch.device]) -> None:
+        with torch.inference_mode(False):  # validation has it; buffers made in it could not be changed afterwards
+            for name, reward in self.rewards.items():
+                reward.to(devices[name])
 
     def _device_of(self, name: str, policy_device: torch.device) -> torch.device:
         """Device of a reward; a type without a number, such as `cuda`, means the policy's device if that has the type."""

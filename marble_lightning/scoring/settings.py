@@ -28,7 +28,7 @@ class Scoring:
             rewards and sampling would compete for the same CPU.
         devices: Device of a reward by its name, e.g. {geneval: cpu}; other rewards run on the policy's device. A numbered
             device, such as cuda:1, is the same one for every process of a machine.
-        offload: Whether rewards are moved to the CPU between rounds.
+        offload: Whether rewards are moved to the CPU between rounds. Their weights are not copied back.
     """
 
     on_error: OnError = "raise"

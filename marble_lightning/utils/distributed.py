@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TypeVar
 
 from lightning.fabric.plugins.collectives.torch_collective import default_pg_timeout
@@ -79,7 +79,16 @@ def wait_for_ranks(strategy: Strategy, action: str) -> None:
         pause = min(2 * pause, LONGEST_POLL)
 
 
-def never_broadcast_buffers(module: nn.Module) -> None:
-    """Make DistributedDataParallel leave a module's buffers alone. They are constant, and may be on several devices."""
-    constant = [name for name, _ in module.named_buffers()]
+def broadcast_only(module: nn.Module, parameters: Iterable[nn.Parameter]) -> None:
+    """Make DistributedDataParallel broadcast only these parameters at its start.
+
+    Every rank loads the frozen weights, gigabytes of them, and the buffers itself, and they are constant.
+
+    Args:
+        module: The module that it will wrap.
+        parameters: Those that training changes.
+    """
+    sent = set(map(id, parameters))
+    tensors = (*module.named_buffers(), *module.named_parameters())
+    constant = [name for name, tensor in tensors if id(tensor) not in sent]
     DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(module, constant)

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback, Trainer
-from torch import Tensor
+from torch import Tensor, distributed
 
 import balancers
 from balancers import Balancer
@@ -97,7 +97,21 @@ def method(name: str) -> Balancer:
     return kind() if name == "WeightedSum" else kind(refresh_every=2, ema_decay=0.5)
 
 
+def count_broadcasts() -> list[int]:
+    """The bytes of each broadcast of DistributedDataParallel in this process, from now on."""
+    counts: list[int] = []
+    broadcast: Any = distributed._broadcast_coalesced  # type: ignore[attr-defined]
+
+    def counted(group: Any, tensors: list[Tensor], *arguments: Any) -> None:
+        counts.append(sum(tensor.nbytes for tensor in tensors))
+        broadcast(group, tensors, *arguments)
+
+    distributed._broadcast_coalesced = counted  # type: ignore[attr-defined]
+    return counts
+
+
 def on_a_rank(name: str, checkpoints: Path, folder: Path) -> None:
+    broadcasts = count_broadcasts()
     module, recorder, monitor = train(
         DiffusionNFT, checkpoints, method(name), devices=2, strategy="ddp", default_root_dir=folder
     )
@@ -106,6 +120,7 @@ def on_a_rank(name: str, checkpoints: Path, folder: Path) -> None:
         "parameters": [parameter.detach() for parameter in module.trainable],
         "statistics": recorder.statistics,
         "reference": monitor.reference,
+        "broadcasts": broadcasts,
     }
     torch.save(result, folder / f"{name}_{module.global_rank}.pt")
 

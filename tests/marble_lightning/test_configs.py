@@ -130,6 +130,7 @@ def small_settings(checkpoints: Path, folder: Path) -> dict[str, object]:
         "model.rewards.hpsv2.file": "null",
         "model.rewards.hpsv2.processor_path": "null",
         "model.rewards.clipscore.path": clip,
+        "model.rewards.ocr.workers": 1,  # processes take seconds to start
         "model.rewards.geneval.detector": "marble_lightning.tinyworld.ColourBlobs",
         "model.metrics": "{}",
         "model.sampling.steps": 4,

@@ -63,6 +63,8 @@ def test_two_ranks_equal_one_process(checkpoints, tmp_path, request, name):
     change = (single - start).norm()
     assert change > 1e-3 * start.norm(), "the change is too small for the comparison"
     assert (single - first).norm() <= 1e-5 * change  # relative to the change, which is smaller than the parameters
+    adapters = 3 * sum(parameter.nbytes for parameter in module.trainable)
+    assert ranks[0]["broadcasts"] == ranks[1]["broadcasts"] == [adapters]  # once at the start, and no frozen weights
     statistics = [rank["statistics"][0] for rank in ranks]
     assert not torch.equal(*statistics)
     assert ranks[0]["reference"] == ranks[1]["reference"] == reference_of(torch.cat(statistics))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+import weakref
 from types import SimpleNamespace
 
 import pytest
@@ -74,6 +75,24 @@ def test_other_failures_are_not_retried(tmp_path):
     with pytest.raises(RewardError):
         scores({"wrong": reward}, tmp_path, size=1, retries=5)
     assert reward.calls <= len(PROMPTS)
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), MemoryError()])
+def test_too_little_memory_fails_a_batch_at_once(tmp_path, error):
+    """Images are not scored one by one then, and the memory of the failed call is free again."""
+    activations, sizes = [], []
+
+    class Large(Brightness):
+        def score(self, *, images, prompts):
+            large = images * 2
+            activations.append(weakref.ref(large))
+            sizes.append(len(images))
+            raise error
+
+    with pytest.raises(RewardError, match=rf"{type(error).__name__} on 3 of 3 images, .*'image 0'") as failed:
+        scores({"large": Large()}, tmp_path, size=3)
+    assert sizes == [3] * len(sizes) and not any(large() for large in activations)
+    assert failed.value.__cause__ is error
 
 
 def test_a_batch_that_fails_as_a_whole_has_no_scores(tmp_path):

@@ -5,8 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
+from marble_lightning.module import DiffusionNFT
+from marble_lightning.policies.sd3 import SD3Policy
 from marble_lightning.scoring.scorer import Scorer
 from marble_lightning.scoring.settings import Scoring
+from tests.helpers.scored_images import PROMPTS
 from tests.helpers.small_rewards import Brightness
 
 
@@ -35,6 +38,49 @@ def test_devices_and_offloading(tmp_path):
     scorer._place(torch.device("cpu"))
     scorer.release()
     assert one.moves == ["cpu", "cpu"] and other.moves == ["meta", "cpu"]
+
+
+def test_offloaded_rewards_keep_their_weights_on_the_cpu():
+    """On the device `meta` they have no data; afterwards they have the same tensors again, also a shared model."""
+    one, other = Brightness(), Brightness()
+    one.tower = other.tower = torch.nn.Linear(1, 1).requires_grad_(False)
+    address = one.tower.weight.data_ptr()
+    scorer = Scorer({"one": one, "other": other}, Scoring(devices={"one": "meta", "other": "meta"}, offload=True))
+    for _ in range(2):
+        with torch.inference_mode():  # as in validation
+            scorer._place(torch.device("cpu"))
+        assert not one.tower.weight.is_inference()
+        assert one.tower.weight.device.type == other.tower.weight.device.type == "meta"
+        scorer.release()
+        assert one.tower.weight.data_ptr() == address and one.tower.weight is other.tower.weight
+
+
+def test_a_reward_elsewhere_never_touches_the_policys_device(checkpoints):
+    """The policy is on `meta`: neither its move nor scoring brings the reward's weights there, and inputs go past it."""
+
+    class Weighted(Brightness):
+        def __init__(self):
+            super().__init__()
+            self.weight, self.seen = torch.nn.Parameter(torch.ones(1)), []
+
+        def to(self, device):
+            self.seen.append(f"moved to {device}")
+            return super().to(device)
+
+        def forward(self, *, images, prompts):
+            self.seen.append(f"images on {images.device}")
+            return torch.zeros(len(images), device=images.device)
+
+    here, elsewhere = Weighted(), Weighted()
+    policy = SD3Policy(str(checkpoints / "sd3"), resolution=16, rank=2)
+    scoring = Scoring(devices={"elsewhere": "meta"})
+    module = DiffusionNFT(policy, {"here": here}, {"elsewhere": elsewhere}, scoring=scoring)
+    module.to("meta")
+    assert here.weight.device.type == elsewhere.weight.device.type == "cpu" and here.seen == elsewhere.seen == []
+    module.scorer.submit(torch.zeros(2, 3, 4, 4), PROMPTS[:2], ["elsewhere"])
+    module.scorer._jobs[0].future.result()
+    assert elsewhere.seen == ["moved to meta", "images on meta"] and here.seen == ["moved to cpu"]
+    assert "elsewhere" not in str(module.state_dict().keys())
 
 
 def test_a_device_without_a_number_is_the_policys():
