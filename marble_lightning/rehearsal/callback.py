@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import defaultdict
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -74,8 +75,8 @@ class Rehearsal(Callback):
     def __init__(self, folder: Path) -> None:
         self.folder, self.begun = folder, time.perf_counter()
         self.loading = self.saving = self.held_out = 0.0
-        self.micro_batches: dict[bool, list[float]] = {False: [], True: []}
-        """Seconds of the micro-batches without and with per-reward gradients."""
+        self.micro_batches: dict[tuple[bool, bool], list[float]] = defaultdict(list)
+        """Seconds of micro-batches, by whether they have per-reward gradients and a KL term."""
         self.scoring: dict[str, float] = {}
         """Seconds of each reward and metric for an image."""
 
@@ -115,12 +116,13 @@ class Rehearsal(Callback):
             self.scoring |= {name: metrics[f"time/scoring/{name}"] / images for name in pl_module.rewards}
             self.waiting = metrics["time/waiting_for_scores"] / images
             self._mark(trainer)
+        self.with_kl = pl_module.objective.has_kl(trainer.global_step, batch_idx)
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         balancer, per_step = pl_module.balancer, pl_module.plan.per_step
         refresh = balancer.solved or balancer.wants_gradients
         solving = refresh and batch_idx % per_step < balancer.options.estimated(per_step)
-        self.micro_batches[solving].append(self._since(trainer, self.marked))
+        self.micro_batches[solving, self.with_kl].append(self._since(trainer, self.marked))
         self._mark(trainer)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -149,8 +151,13 @@ class Rehearsal(Callback):
         if trainer.is_global_zero and isinstance(pl_module, DiffusionNFT):
             Console(width=110).print(self._table(pl_module, read_back(trainer, pl_module)))
 
+    def _micro_batch(self, solving: bool, kl_every: int) -> float:
+        """Mean seconds of micro-batches of one kind, of which one in `kl_every` has a KL term; 0 if there were none."""
+        without, with_kl = (without_first(self.micro_batches[solving, kl]) for kl in (False, True))
+        return (with_kl or without) / kl_every + (without or with_kl) * (1 - 1 / kl_every)
+
     def _times(self, module: DiffusionNFT) -> Times:
-        plain, solving = (without_first(self.micro_batches[kind]) for kind in (False, True))
+        plain, solving = (self._micro_batch(kind, module.objective.kl_every) for kind in (False, True))
         scoring = max(self.scoring[name] for name in module.rewards) if self.sizes.overlap else self.waiting
         return Times(
             loading=self.loading,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from math import ceil, lcm
+from math import ceil, gcd, lcm
 from pathlib import Path
 from typing import Any
 
@@ -89,9 +89,11 @@ def shrink(trainer: Trainer, module: DiffusionNFT, folder: Path) -> None:
         folder: Folder of all files that the run writes.
     """
     data, ranks, plan = get_datamodule(trainer), trainer.world_size, module.plan
-    times = min(PER_STEP, plan.times)
+    every = module.objective.kl_every
+    times = min(max(PER_STEP, every), plan.times)
     least = min(max(plan.batch_size * PER_STEP // times, module.sampling.batch_size), plan.images)
-    data.prompts_per_round, data.images_per_prompt = smallest_round(data, ranks, plan.batch_size, least)
+    multiple = plan.batch_size * every // gcd(every, times)  # `kl_every` divides the micro-batches of a step
+    data.prompts_per_round, data.images_per_prompt = smallest_round(data, ranks, multiple, least)
     of_prompt = len(data.shares) * data.held_out_images
     batch = max(data.held_out_batch_size * ranks // of_prompt, ceil(ranks / of_prompt))
     data.held_out_per_source = min(batch, data.held_out_per_source or batch)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from benchmarks.fingerprint import fingerprint, hash_of_files
+from benchmarks.fingerprint import fingerprint, hash_of_files, resolve
 
 TINY = ["-c", "tiny"]
 
@@ -14,6 +14,14 @@ def test_the_configuration_counts_however_it_is_given():
     other = fingerprint([*TINY, "--balancer.refresh_every", "10"])
     assert other["configuration"] != tiny["configuration"]
     assert other["weights"] == tiny["weights"]
+
+
+def test_a_setting_newer_than_the_figures_counts_only_where_it_changes_something():
+    """The fingerprint of `tiny` in benchmarks/results, recorded before `kl_every` was there."""
+    arguments = (*TINY, "--model.objective.kl_every")
+    recorded = "f537d08c9fb696c8f430e91a9fdec2432e2cf3329eb404eff03318a7447085e5"
+    assert [fingerprint([*arguments, every])["configuration"] == recorded for every in ("1", "2")] == [True, False]
+    assert resolve(*arguments, "1")["model"]["objective"]["kl_every"] == 1
 
 
 def test_files_count_by_name_and_content(tmp_path):
