@@ -81,7 +81,7 @@ def check_prompts_per_process(data: PromptDataModule, ranks: int) -> None:
 
 
 def plan_round(
-    trainer: Trainer, sampling: Sampling, objective: Objective, micro_batch_size: int, optimizer_steps: int, inner_epochs: int
+    trainer: Trainer, sampling: Sampling, objective: Objective, batch_size: int, optimizer_steps: int, inner_epochs: int
 ) -> Plan:
     """Plan the micro-batches and optimizer steps of a round.
 
@@ -108,13 +108,18 @@ def plan_round(
             "Timer with `interval: epoch`, which ends a run after a round."
         )
     images = data.prompts_per_round // ranks * data.images_per_prompt
-    plan = Plan(images, sampling.times, micro_batch_size, optimizer_steps, inner_epochs)
+    plan = Plan(images, sampling.times, batch_size, optimizer_steps, inner_epochs)
+    check_kl_every(objective, plan)
+    return plan
+
+
+def check_kl_every(objective: Objective, plan: Plan) -> None:
+    """Check that every optimizer step has as many KL terms."""
     if plan.per_step % objective.kl_every:
         raise ValueError(
             f"`objective.kl_every` must divide the micro-batches of an optimizer step, {plan.per_step}. "
             f"Found {objective.kl_every}; try {gcd(plan.per_step, objective.kl_every)}."
         )
-    return plan
 
 
 def check_rewards_apply(rewards: Mapping[str, Reward], data: PromptDataModule) -> None:

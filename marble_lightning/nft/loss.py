@@ -30,7 +30,7 @@ class Objective:
         advantage_mode: The part of an advantage A that is used: `all`; max(A, 0) (`positive_only`); min(A, 0)
             (`negative_only`); 1 if A > 0, otherwise 0 (`one_only`); or the sign of A (`binary`).
         kl_weight: Weight >= 0 of the squared distance to the base's velocity; never balanced. With 0 it is not computed.
-        kl_every: m >= 1: the KL term is computed on one of m micro-batches and multiplied by m, an unbiased estimate. It must
+        kl_every: m >= 1: the KL term is computed on one of m micro-batches and multiplied by m, an unbiased estimate. m must
             divide the micro-batches of an optimizer step.
 
     Source: DiffusionNFT, arXiv 2509.16117.

@@ -32,7 +32,7 @@ def check(shown: str, folder: Path, *names: str) -> None:
     assert "images a second" in rows["sampling"][2] and "s a micro-batch" in rows["training"][2]
     hours = [float(row[3]) for row in rows.values() if row[3].strip()]
     assert hours[-1] == pytest.approx(sum(hours[:-1]), abs=0.01)
-    assert all(0 < float(re.match(r"\s*([\d.e-]+) s an image", rows[name][2])[1]) for name in names)
+    assert all(float(re.match(r"\s*([\d.e-]+) s an image", rows[name][2])[1]) > 0 for name in names)
 
 
 def test_a_rehearsal_measures_everything_and_leaves_nothing_behind(small, tmp_path, capsys):

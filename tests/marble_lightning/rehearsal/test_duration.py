@@ -22,8 +22,6 @@ def bound(balancer: Balancer) -> Balancer:
     return balancer
 
 
-
-
 @pytest.mark.parametrize(
     "options",
     [{"refresh_every": 5}, {"refresh_every": 1, "estimate_share": 0.5}, {"refresh_every": 3, "uniform_after_step": 10}],
