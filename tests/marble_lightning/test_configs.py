@@ -142,7 +142,8 @@ def small_settings(checkpoints: Path, folder: Path) -> dict[str, object]:
 def small_command(name: str, checkpoints: Path, folder: Path) -> list[str]:
     """Options of a large configuration's small run."""
     small = small_settings(checkpoints, folder)
-    return [*launched(CONFIGS / f"{name}.yaml"), *(part for key, value in small.items() for part in (f"--{key}", str(value)))]
+    flags = [part for option, value in small.items() for part in (f"--{option}", str(value))]
+    return [*launched(CONFIGS / f"{name}.yaml"), *flags]
 
 
 @pytest.mark.slow
