@@ -177,7 +177,7 @@ class Rehearsal(Callback):
             "loading": ("loading", f"{times.loading:.1f} s"),
             "encoding": ("encoding prompts", f"{times.encoding:.3g} s a round"),
             "sampling": ("sampling", f"{1 / times.sampling:.3g} images a second"),
-            "scoring": ("waiting for scores", f"{times.scoring:.3g} s an image"),
+            "scoring": ("scoring by all rewards", f"{times.scoring:.3g} s an image"),
             "plain": ("training", f"{times.plain:.3g} s a micro-batch"),
             "solving": ("training with per-reward gradients", f"{times.solving:.3g} s a micro-batch"),
             "held_out": ("held-out prompts", f"{times.held_out:.3g} s an image"),
@@ -188,8 +188,8 @@ class Rehearsal(Callback):
         table.add_column("phase", no_wrap=True)
         table.add_column("measured on one process", justify="right", no_wrap=True)
         table.add_column("hours", justify="right", no_wrap=True)
-        for name, (title, text) in measured.items():
-            table.add_row(title, text, f"{seconds[name] / 3600:.3f}")
+        for name, (phase, text) in measured.items():
+            table.add_row(phase, text, f"{seconds[name] / 3600:.3f}")
         table.add_row("the whole run, an estimate", "", f"{sum(seconds.values()) / 3600:.3f}", style="bold")
         table.add_section()
         for name in module.reward_models:
