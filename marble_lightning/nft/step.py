@@ -82,7 +82,7 @@ class TrainingStep:
             plus, minus, kl = self.sample_losses_and_kl(batch, with_kl)
             losses = batch.coefficients.losses(plus, minus)
             logged = {"loss": losses.detach().sum() * per_step} | ({} if kl is None else {"kl": kl.detach()})
-            weighted_kl = self._zero_loss() if kl is None else self.objective.kl_weight * self.objective.kl_every * kl
+            weighted_kl = self.zero_loss() if kl is None else self.objective.kl_weight * self.objective.kl_every * kl
             if balancer.wants_gradients:
                 self._add_gradients(balancer, plus, minus, batch, scaler)
                 if not balancer.wants_gradients:
@@ -119,7 +119,7 @@ class TrainingStep:
             return plus, minus, None
         return plus, minus, (velocity - self.velocity(batch, None)).square().mean()
 
-    def _zero_loss(self) -> Tensor:
+    def zero_loss(self) -> Tensor:
         """A zero loss with a zero gradient for every parameter, since DistributedDataParallel waits for all of them."""
         return torch.stack([(parameter * 0).sum() for parameter in self.trainable]).sum()
 
