@@ -5,7 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
-from functools import cache
+from copy import deepcopy
+from functools import cache, reduce
+from operator import getitem
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,8 @@ from marble_lightning.tinyworld import PROMPTS, WEIGHTS
 
 NOT_COMPARED = ("seed_everything",)
 """Settings that differ between runs of one comparison."""
+ADDED = {("model", "objective", "kl_every"): 1}
+"""Settings that are newer than recorded figures, each with the value that changes nothing; only other values count."""
 
 
 class ParsedCLI(MarbleCLI):
@@ -48,7 +52,11 @@ def fingerprint(arguments: Sequence[str]) -> dict[str, str]:
     Args:
         arguments: Arguments of `fit`, without folder and seed.
     """
-    settings = {name: value for name, value in resolve(*arguments).items() if name not in NOT_COMPARED}
+    settings = {name: value for name, value in deepcopy(resolve(*arguments)).items() if name not in NOT_COMPARED}
+    for (*sections, name), unchanged in ADDED.items():
+        section = reduce(getitem, sections, settings)
+        if section[name] == unchanged:
+            del section[name]
     text = json.dumps(settings, sort_keys=True)
     return {"configuration": hashlib.sha256(text.encode()).hexdigest(), "weights": hash_of_files(WEIGHTS, PROMPTS)}
 

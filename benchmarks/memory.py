@@ -27,6 +27,7 @@ from marble_lightning.data.datamodule import PromptDataModule
 from marble_lightning.memory import estimate_memory
 from marble_lightning.memory.report import print_estimate
 from marble_lightning.module import DiffusionNFT
+from marble_lightning.nft.loss import Objective
 from marble_lightning.nft.rollout import Plan
 from marble_lightning.nft.sampling import Sampling
 from marble_lightning.policies.pipeline_kinds import SD3
@@ -69,7 +70,7 @@ def module_on_a_gpu(folder: Path, options: argparse.Namespace) -> DiffusionNFT:
     devices = dict.fromkeys(reward_models | metrics, "cpu") if options.rewards_on_cpu else {}
     scoring = Scoring(devices=devices, offload=options.frugal, overlap=not options.no_overlap)
     sampling = Sampling(options.steps, batch_size=options.sampling, times_per_image=options.times)
-    module = DiffusionNFT(policy, reward_models, metrics, sampling, scoring)
+    module = DiffusionNFT(policy, reward_models, metrics, sampling, scoring, Objective(kl_every=options.kl_every))
     module.requires_grad_(False)
     module.trainable = policy.parameters_of("trained")
     for parameter in module.trainable:
@@ -108,6 +109,7 @@ def main() -> None:
     parser.add_argument("--held-out", type=int, default=16, help="batch of held-out prompts")
     parser.add_argument("--sampling", type=int, default=9, help="batch of sampling")
     parser.add_argument("--micro", type=int, default=9, help="images of a micro-batch")
+    parser.add_argument("--kl-every", type=int, default=1, help="micro-batches of which one has a KL term")
     parser.add_argument("--checkpointing", action="store_true", help="gradient checkpointing")
     options = parser.parse_args()
     warnings.filterwarnings("ignore")

@@ -74,7 +74,8 @@ def metric_names(module: Any) -> set[str]:
     """Names of the metrics that every round of a `DiffusionNFT` logs, including those of validations if there are any."""
     trainer, evaluator = module.trainer, module.evaluator
     per_reward = {f"{kind}/{name}" for kind in ("train", "missing", "skipped", "time/scoring") for name in module.rewards}
-    plain = {"loss", "time/sampling", "time/waiting_for_scores", "time/training", *(f"images/{name}" for name in NAMES)}
+    times = {f"time/{phase}" for phase in ("encoding", "sampling", "waiting_for_scores", "training")}
+    plain = {"loss", *times, *(f"images/{name}" for name in NAMES)}
     kl = {"kl"} if module.objective.kl_weight else set[str]()
     held_out = evaluator.metric_names(get_datamodule(trainer).held_out) if trainer.limit_val_batches else set[str]()
     return per_reward | plain | kl | held_out

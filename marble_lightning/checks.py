@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Mapping
+from math import gcd
 
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import Timer
@@ -11,6 +12,7 @@ from lightning.pytorch.callbacks.timer import Interval
 
 from balancers import Balancer
 from marble_lightning.data.datamodule import PromptDataModule, get_datamodule
+from marble_lightning.nft.loss import Objective
 from marble_lightning.nft.rollout import Plan
 from marble_lightning.nft.sampling import Sampling
 from marble_lightning.policies.base import FlowPolicy
@@ -104,7 +106,9 @@ def check_prompts_per_process(data: PromptDataModule, ranks: int) -> None:
         )
 
 
-def plan_round(trainer: Trainer, sampling: Sampling, micro_batch_size: int, optimizer_steps: int, inner_epochs: int) -> Plan:
+def plan_round(
+    trainer: Trainer, sampling: Sampling, objective: Objective, batch_size: int, optimizer_steps: int, inner_epochs: int
+) -> Plan:
     """Plan the micro-batches and optimizer steps of a round.
 
     Raises:
@@ -130,7 +134,18 @@ def plan_round(trainer: Trainer, sampling: Sampling, micro_batch_size: int, opti
             "Timer with `interval: epoch`, which ends a run after a round."
         )
     images = data.prompts_per_round // ranks * data.images_per_prompt
-    return Plan(images, sampling.times, micro_batch_size, optimizer_steps, inner_epochs)
+    plan = Plan(images, sampling.times, batch_size, optimizer_steps, inner_epochs)
+    check_kl_every(objective, plan)
+    return plan
+
+
+def check_kl_every(objective: Objective, plan: Plan) -> None:
+    """Check that every optimizer step has as many KL terms."""
+    if plan.per_step % objective.kl_every:
+        raise ValueError(
+            f"`objective.kl_every` must divide the micro-batches of an optimizer step, {plan.per_step}. "
+            f"Found {objective.kl_every}; try {gcd(plan.per_step, objective.kl_every)}."
+        )
 
 
 def check_rewards_apply(rewards: Mapping[str, Reward], data: PromptDataModule) -> None:

@@ -9,7 +9,7 @@ import re
 import sys
 import warnings
 from collections.abc import Sequence
-from contextlib import redirect_stderr, redirect_stdout
+from contextlib import ExitStack, redirect_stderr, redirect_stdout
 from functools import cached_property
 from typing import Any
 
@@ -36,6 +36,7 @@ from marble_lightning.module import DiffusionNFT
 from marble_lightning.parsers import import_classes
 from marble_lightning.policies.averaging import Averaging
 from marble_lightning.policies.lora_export import redact_yaml
+from marble_lightning.rehearsal import Rehearsal, begin_rehearsal
 from marble_lightning.run_folder import RunFolder, folder_of_runs
 from marble_lightning.training_parser import TrainingParser
 from marble_lightning.utils.atomic_files import local_path
@@ -94,7 +95,9 @@ class MarbleCLI(LightningCLI):
         commands = LightningCLI.subcommands()
         # a parser takes a tenth of a second to build, and only one of four is used
         self._commands = {words[0]: commands[words[0]]} if words and words[0] in commands else commands
-        super().__init__(model, data, args=None if args is None else list(args), **options)
+        self._rehearsal: Rehearsal | None = None
+        with ExitStack() as self._until_end:  # Lightning runs the command here
+            super().__init__(model, data, args=None if args is None else list(args), **options)
 
     def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override]
         """The requested command, or all of them where the command line does not begin with one."""
@@ -124,12 +127,14 @@ class MarbleCLI(LightningCLI):
         """Do nothing; Lightning would load the unchecked file for hyper-parameters, which these checkpoints do not have."""
 
     def before_instantiate_classes(self) -> None:
-        """Expand `~`, and switch off Lightning's table of metrics and its list of predictions.
+        """Expand `~`, begin a rehearsal, and switch off Lightning's table of metrics and its list of predictions.
 
         The callback `Results` prints tables instead, and `PredictionWriter` writes images to files.
         """
         options = self.config[self.subcommand] if self.subcommand else self.config
         expand_home(options)
+        if self.subcommand == "fit":
+            self._rehearsal = begin_rehearsal(options, self._until_end)
         if "verbose" in options:
             options.verbose = False
         if options.get("return_predictions", True) is None:
@@ -152,6 +157,8 @@ class MarbleCLI(LightningCLI):
         sections = {name: self._get(self.config_init, name) for name in parser.callback_keys}
         check_trainer(settings.enable_checkpointing, added, sections)
         defaults: list[Callback] = [RunFolder(self._config_yaml), Stops()]
+        if self._rehearsal:
+            defaults.append(self._rehearsal)
         if settings.enable_progress_bar is not False and not any(isinstance(item, BaseProgressBar) for item in added):
             defaults.append(ProgressBar())
         self.trainer_defaults["callbacks"] += defaults
@@ -165,6 +172,8 @@ class MarbleCLI(LightningCLI):
         the last run with the logger's name; Lightning would search the new run's empty folder.
         """
         self._check_settings(str(self.subcommand))
+        if self._rehearsal:
+            self._rehearsal.prepare(self.trainer, self.model)
         options, folder = self.config_init[self.subcommand], folder_of_runs(self.trainer)
         if (options.ckpt_path or "").partition(":")[0] in ("best", "hpc", "registry"):  # keywords of Lightning
             raise ValueError(f"`ckpt_path` must be a file, or last. Found {options.ckpt_path}.")

@@ -120,7 +120,7 @@ class DiffusionNFT(LightningModule):
         data, trainer = get_datamodule(self.trainer), self.trainer
         if stage == "fit":
             self.balancer = checks.get_balancer(trainer)
-            self.plan = checks.plan_round(trainer, self.sampling, *self.sizes)
+            self.plan = checks.plan_round(trainer, self.sampling, self.objective, *self.sizes)
             checks.check_training(self.policy, self.rewards, data)
         checks.check_precision(trainer)
         use_whole_files(trainer)
@@ -207,7 +207,8 @@ class DiffusionNFT(LightningModule):
         """Compute the scalarised loss, or on a refresh the per-reward gradients; the KL term is added to both."""
         if batch_idx % self.plan.per_step == 0:
             self.balancer.begin_step(self.plan.per_step)
-        loss, metrics = self.step(batch, self.balancer, self.plan.per_step, self.trainer.strategy.reduce, self.scaler)
+        with_kl, reduce = self.objective.has_kl(self.global_step, batch_idx), self.trainer.strategy.reduce
+        loss, metrics = self.step(batch, with_kl, self.balancer, self.plan.per_step, reduce, self.scaler)
         self.log_dict(metrics, on_epoch=True, on_step=False, batch_size=1, sync_dist=True)
         return loss
 

@@ -107,12 +107,22 @@ def estimate_memory(module: DiffusionNFT, gpus: int = 1, cuda: bool = True) -> E
 
 def training_cost(module: DiffusionNFT, count: Phases, plan: Plan) -> tuple[int, float]:
     """The most bytes that a micro-batch takes, and the floating-point operations of all micro-batches of a round."""
-    plain = count.train(plan.batch_size, refresh=False)
+
+    def count_kind(refresh: bool) -> tuple[int, float]:
+        """The peak, with a KL term, and the mean operations of micro-batches with and without one."""
+        objective = module.objective
+        found = count.train(plan.batch_size, refresh, with_kl=objective.kl_weight > 0)
+        if objective.kl_every == 1:
+            return found.peak, found.flops
+        without = count.train(plan.batch_size, refresh, with_kl=False)
+        return found.peak, without.flops + (found.flops - without.flops) / objective.kl_every
+
+    plain_bytes, plain_flops = count_kind(refresh=False)
     if not module.balancer.needs_gradients:
-        return plain.peak, plan.total * plain.flops
-    refresh, options = count.train(plan.batch_size, refresh=True), module.balancer.options
+        return plain_bytes, plan.total * plain_flops
+    options, (refresh_bytes, refresh_flops) = module.balancer.options, count_kind(refresh=True)
     share = options.estimated(plan.per_step) / plan.per_step / options.refresh_every
-    return refresh.peak, plan.total * (share * refresh.flops + (1 - share) * plain.flops)
+    return refresh_bytes, plan.total * (share * refresh_flops + (1 - share) * plain_flops)
 
 
 def scoring_flops(module: DiffusionNFT, counted: Mapping[str, Ledger], plan: Plan) -> float:

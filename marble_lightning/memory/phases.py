@@ -124,12 +124,13 @@ class Phases:
                 statistic(pixels)
         return ledger
 
-    def train(self, images: int, refresh: bool) -> Ledger:
+    def train(self, images: int, refresh: bool, with_kl: bool) -> Ledger:
         """A micro-batch's forward and backward pass, with the gradients of earlier ones.
 
         Args:
             images: Images of the micro-batch.
             refresh: Whether it is the last one of a refresh, which takes most memory.
+            with_kl: Whether it has a KL term.
         """
         with self.fakes.mode:
             gradients = [torch.empty_like(parameter) for parameter in self.trained]
@@ -141,10 +142,10 @@ class Phases:
         with self.fakes.counting(*self.encoding[0].tensors.values(), *gradients) as ledger:
             batch = self._micro_batch(images, len(self.module.balancer.names))
             with step.per_reward.capture() if refresh else nullcontext():
-                self._forward(step, batch, refresh).backward()
+                self._forward(step, batch, refresh, with_kl).backward()
         return ledger
 
-    def _forward(self, step: TrainingStep, batch: MicroBatch, refresh: bool) -> Tensor:
+    def _forward(self, step: TrainingStep, batch: MicroBatch, refresh: bool, with_kl: bool) -> Tensor:
         """The loss of a micro-batch; on a refresh with the memory of the gradients that are summed and merged."""
         with self._precision():
             parts = batch.coefficients
@@ -152,13 +153,13 @@ class Phases:
                 parts = parts.split(batch.in_first)
             if refresh:
                 total = torch.empty(parts.plus.shape[1], sum(p.numel() for p in self.trained))
-            plus, minus, kl = step.sample_losses_and_kl(batch)
+            plus, minus, kl = step.sample_losses_and_kl(batch, with_kl)
             if not refresh:
                 return batch.coefficients.losses(plus, minus).sum() + (0 if kl is None else kl)
             total += step.per_reward(plus, minus, parts, None)
             gram_matrix(total)
             step.merged.hold(torch.zeros_like(total[0]))
-            return plus.sum() * 0 if kl is None else kl
+            return step.zero_loss() if kl is None else kl
 
     def _micro_batch(self, images: int, columns: int) -> MicroBatch:
         clean = self.latents(images).float()

@@ -30,6 +30,8 @@ class Objective:
         advantage_mode: The part of an advantage A that is used: `all`; max(A, 0) (`positive_only`); min(A, 0)
             (`negative_only`); 1 if A > 0, otherwise 0 (`one_only`); or the sign of A (`binary`).
         kl_weight: Weight >= 0 of the squared distance to the base's velocity; never balanced. With 0 it is not computed.
+        kl_every: m >= 1: the KL term is computed on one of m micro-batches and multiplied by m, an unbiased estimate. m must
+            divide the micro-batches of an optimizer step.
 
     Source: DiffusionNFT, arXiv 2509.16117.
     """
@@ -39,6 +41,7 @@ class Objective:
     advantage_std: AdvantageStd = "round"
     advantage_mode: AdvantageMode = "all"
     kl_weight: float = 1e-4
+    kl_every: int = 1
 
     def __post_init__(self) -> None:
         require_one_of(AdvantageStd, "`objective.advantage_std`", self.advantage_std)
@@ -46,6 +49,16 @@ class Objective:
         require(0 < self.beta < inf, "`objective.beta` must be > 0 and finite", self.beta)
         require(0 < self.max_advantage < inf, "`objective.max_advantage` must be > 0 and finite", self.max_advantage)
         require(0 <= self.kl_weight < inf, "`objective.kl_weight` must be >= 0 and finite", self.kl_weight)
+        require(self.kl_every >= 1, "`objective.kl_every` must be >= 1", self.kl_every)
+
+    def has_kl(self, step: int, index: int) -> bool:
+        """Whether a micro-batch has a KL term: one of `kl_every`, each position in turn from one optimizer step to the next.
+
+        Args:
+            step: Optimizer steps taken; the same on all ranks, and in a run that resumes.
+            index: Index of the micro-batch in its step or round.
+        """
+        return self.kl_weight > 0 and (step + index) % self.kl_every == 0
 
 
 SCALE_FLOOR = 1e-5

@@ -73,14 +73,15 @@ class ScoredRollout(NamedTuple):
     """A sampled and scored round on this rank.
 
     `images` (image, 3, pixel, pixel) are in [0, 1]. `scores` (image, reward) are NaN where there is none. `skipped` is the
-    number of images that each reward failed on, over all ranks. `waited` is the time from the last sampled image to the
-    last score, in seconds.
+    number of images that each reward failed on, over all ranks. `encoded` is the time that the prompts took, and `waited`
+    that from the last sampled image to the last score, in seconds.
     """
 
     rollout: Rollout
     images: Float[Tensor, "image 3 pixel pixel"]
     scores: Float[Tensor, "image reward"]
     skipped: Mapping[str, float]
+    encoded: float
     waited: float
 
     def metrics(self, trainer: Trainer, rewards: Mapping[str, Reward], scorer: Scorer) -> dict[str, Tensor | float]:
@@ -91,7 +92,7 @@ class ScoredRollout(NamedTuple):
         metrics: dict[str, Tensor | float] = {f"train/{name}": mean for name, mean in zip(rewards, means, strict=True)}
         metrics |= {f"missing/{name}": count for name, count in zip(rewards, missing, strict=True)}
         metrics |= {f"skipped/{name}": self.skipped[name] for name in rewards}
-        metrics["time/waiting_for_scores"] = self.waited
+        metrics |= {"time/encoding": self.encoded, "time/waiting_for_scores": self.waited}
         return metrics | {f"time/scoring/{name}": seconds for name, seconds in scorer.seconds.items()}
 
 
@@ -129,7 +130,9 @@ def sample_round(
     scorer.release()  # the text encoders need the memory
     data = get_datamodule(trainer)
     prompts = data.round(seed, trainer.current_epoch, trainer.global_rank, trainer.world_size)
+    begin = time.perf_counter()
     conditions = policy.encode([prompt.text for prompt in prompts])
+    encoded = time.perf_counter() - begin
     groups = torch.arange(len(prompts)).repeat_interleave(data.images_per_prompt)
     latents, side, device = [], policy.resolution, policy.device
     images = torch.empty(len(groups), 3, side, side, device=device)  # filled in place, since a second copy would not fit
@@ -153,7 +156,7 @@ def sample_round(
     scorer.release()
     halves = first_half(len(prompts), trainer.global_rank, trainer.world_size, (seed, trainer.current_epoch, "halves"))
     rollout = Rollout(conditions, groups.to(device), torch.cat(latents), halves[groups].to(device))
-    return ScoredRollout(rollout, images, scores, skipped, waited)
+    return ScoredRollout(rollout, images, scores, skipped, encoded, waited)
 
 
 def progress(trainer: Trainer, iterable: Any, task: str) -> Any:

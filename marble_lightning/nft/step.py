@@ -54,6 +54,7 @@ class TrainingStep:
     def __call__(
         self,
         batch: MicroBatch,
+        with_kl: bool,
         balancer: Balancer,
         per_step: int,
         reduce: Callable[[Tensor], Tensor],
@@ -66,6 +67,7 @@ class TrainingStep:
 
         Args:
             batch: Some images, each at one flow time.
+            with_kl: Whether the KL term is computed, see `Objective.has_kl`.
             balancer: Merges the rewards.
             per_step: Micro-batches of an optimizer step.
             reduce: Averages a tensor over the ranks.
@@ -77,10 +79,10 @@ class TrainingStep:
         with ExitStack() as stack:
             if balancer.wants_gradients:
                 stack.enter_context(self.per_reward.capture())
-            plus, minus, kl = self.sample_losses_and_kl(batch)
+            plus, minus, kl = self.sample_losses_and_kl(batch, with_kl)
             losses = batch.coefficients.losses(plus, minus)
             logged = {"loss": losses.detach().sum() * per_step} | ({} if kl is None else {"kl": kl.detach()})
-            weighted_kl = self._zero_loss() if kl is None else self.objective.kl_weight * kl
+            weighted_kl = self.zero_loss() if kl is None else self.objective.kl_weight * self.objective.kl_every * kl
             if balancer.wants_gradients:
                 self._add_gradients(balancer, plus, minus, batch, scaler)
                 if not balancer.wants_gradients:
@@ -109,15 +111,15 @@ class TrainingStep:
         """End the capture of per-reward gradients, if the forward pass began one."""
         self._until_backward.close()
 
-    def sample_losses_and_kl(self, batch: MicroBatch) -> tuple[Tensor, Tensor, Tensor | None]:
-        """L+ and L- of each sample, and the KL term; None without one."""
+    def sample_losses_and_kl(self, batch: MicroBatch, with_kl: bool) -> tuple[Tensor, Tensor, Tensor | None]:
+        """L+ and L- of each sample, and the KL term before it is weighted; None without one."""
         velocity = self.velocity(batch, "trained")
         plus, minus = self.sample_losses(batch, velocity)
-        if not self.objective.kl_weight:
+        if not with_kl:
             return plus, minus, None
         return plus, minus, (velocity - self.velocity(batch, None)).square().mean()
 
-    def _zero_loss(self) -> Tensor:
+    def zero_loss(self) -> Tensor:
         """A zero loss with a zero gradient for every parameter, since DistributedDataParallel waits for all of them."""
         return torch.stack([(parameter * 0).sum() for parameter in self.trainable]).sum()
 

@@ -56,6 +56,7 @@ EXTRA = {
     "balancer.gram_decay": 0.9,
     "model.metrics": "{}",
     "model.rewards": "{clipscore: {class_path: rewards.CLIPScore, init_args: {path: CLIP}}, jpeg: JPEGCompressibility}",
+    "model.objective.kl_every": 2,
     "model.micro_batch_size": 6,
     "model.optimizer_steps_per_round": 2,
     "model.lr_scheduler": "torch.optim.lr_scheduler.ExponentialLR",

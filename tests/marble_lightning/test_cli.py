@@ -127,6 +127,11 @@ def test_validate_without_a_checkpoint_evaluates_the_base(small, fitted, capsys)
         (["--model.averaging.old_rate", ".nan"], "`averaging.old_rate` must be >= 0 and finite. Found nan"),
         (["--model.averaging.old_start", "-1"], "`averaging.old_start` must be >= 0. Found -1"),
         (["--model.objective.kl_weight", ".inf"], "`objective.kl_weight` must be >= 0 and finite. Found inf"),
+        (["--model.objective.kl_every", "0"], "`objective.kl_every` must be >= 1. Found 0"),
+        (
+            ["--model.objective.kl_every", "4"],
+            "`objective.kl_every` must divide the micro-batches of an optimizer step, 6. Found 4; try 2",
+        ),
         (["--model.objective.beta", ".inf"], "`objective.beta` must be > 0 and finite. Found inf"),
         (["--model.evaluation.steps", "0"], "`evaluation.steps` must be >= 1. Found 0"),
         (
@@ -147,7 +152,9 @@ def test_validate_without_a_checkpoint_evaluates_the_base(small, fitted, capsys)
         (["--results.columns", "[beauty]"], "`results.columns` must name rewards or metrics: pickscore"),
         (["--trainer.limit_train_batches", "2"], "`limit_train_batches` must keep its default"),
         (["--trainer.limit_train_batches", "1"], "`limit_train_batches` must keep its default, 1.0, "),
-        (["--trainer.fast_dev_run", "true"], "must keep its default"),
+        (["--trainer.fast_dev_run", "3"], "`trainer.fast_dev_run` must be true or false: a rehearsal has 2 rounds. Found 3"),
+        (["--trainer.fast_dev_run", "true", "--ckpt_path", "last"], "`ckpt_path` must be null for a rehearsal"),
+        (["--trainer.fast_dev_run", "true", "--model.micro_batch_size", "7"], "must be a multiple of `micro_batch_size`"),
         (["--trainer.overfit_batches", "1.0"], "`overfit_batches` must keep its default, 0.0, "),
         (["--trainer.enable_checkpointing", "false"], "`trainer.enable_checkpointing` must be true or null"),
         (["--trainer.max_steps", "3"], "`max_steps` must keep its default"),

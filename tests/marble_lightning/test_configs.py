@@ -140,12 +140,26 @@ def small_settings(checkpoints: Path, folder: Path) -> dict[str, object]:
     }
 
 
+def small_command(name: str, checkpoints: Path, folder: Path) -> list[str]:
+    """Options of a large configuration's small run."""
+    small = small_settings(checkpoints, folder)
+    flags = [part for option, value in small.items() for part in (f"--{option}", str(value))]
+    return [*launched(CONFIGS / f"{name}.yaml"), *flags]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", LARGE)
+def test_the_large_runs_can_be_rehearsed(name, checkpoints, tmp_path, capsys):
+    main(["fit", *small_command(name, checkpoints, tmp_path), "--trainer.fast_dev_run", "true"])
+    shown = capsys.readouterr().out
+    assert "Rehearsal, and an estimate of the hours of 2 round(s)" in shown and "the whole run, an estimate" in shown
+    assert not list(tmp_path.iterdir())  # neither a run nor the cache of prompts
+
+
 @pytest.mark.parametrize("name", ["sd35m", *(pytest.param(name, marks=pytest.mark.slow) for name in LARGE[1:])])
 def test_the_large_runs_train_a_small_model(name, checkpoints, tmp_path, capsys):
     """Same file and code, with T5, bfloat16 weights and mixed precision; only sizes and paths differ."""
-    small = small_settings(checkpoints, tmp_path)
-    flags = [part for option, value in small.items() for part in (f"--{option}", str(value))]
-    command = [*launched(CONFIGS / f"{name}.yaml"), *flags]
+    command = small_command(name, checkpoints, tmp_path)
     main(["fit", *command])
     assert "trained" in capsys.readouterr().out
     saved = torch.load(tmp_path / f"{name}/version_0/checkpoints/last.ckpt", weights_only=True)

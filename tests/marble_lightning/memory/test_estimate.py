@@ -137,10 +137,10 @@ def test_an_estimate_changes_nothing_in_the_run(checkpoints, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("balancer", "checkpointing"),
-    [(WeightedSum(), False), (MARBLE(refresh_every=1), False), (MARBLE(estimate_share=0.5, refresh_every=2), True)],
+    ("balancer", "checkpointing", "kl_every"),
+    [(WeightedSum(), False, 4), (MARBLE(refresh_every=1), False, 1), (MARBLE(estimate_share=0.5, refresh_every=2), True, 2)],
 )
-def test_the_work_of_rounds_is_what_they_compute(checkpoints, tmp_path, balancer, checkpointing):
+def test_the_work_of_rounds_is_what_they_compute(checkpoints, tmp_path, balancer, checkpointing, kl_every):
     counter, totals = FlopCounterMode(display=False), []
 
     class Counted(Estimated):
@@ -158,7 +158,8 @@ def test_the_work_of_rounds_is_what_they_compute(checkpoints, tmp_path, balancer
             totals.append(counter.get_total_flops())
 
     counted = Counted()
-    run(checkpoints, tmp_path, balancer, rounds=2, callbacks=[counted], gradient_checkpointing=checkpointing)
+    options = {"gradient_checkpointing": checkpointing, "kl_every": kl_every}
+    run(checkpoints, tmp_path, balancer, rounds=2, callbacks=[counted], **options)
     assert sum(totals) == pytest.approx(2 * counted.estimate.flops, rel=0.01)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from marble_lightning.nft.loss import Coefficients, add_noise, coefficients, nft_losses
+from marble_lightning.nft.loss import Coefficients, Objective, add_noise, coefficients, nft_losses
 
 BETA, A_MAX = 0.3, 5.0
 
@@ -42,6 +42,14 @@ def test_autocast_does_not_round_the_losses_of_rewards():
     with torch.autocast("cpu", torch.bfloat16):
         losses = Coefficients(plus, minus).losses(*sample_losses)
     torch.testing.assert_close(losses, plus.T @ sample_losses[0] + minus.T @ sample_losses[1], rtol=1e-6, atol=0)
+
+
+def test_one_of_kl_every_micro_batches_has_a_kl_term_and_each_has_its_turn():
+    objective = Objective(kl_every=3)
+    steps = torch.tensor([[objective.has_kl(step, index) for index in range(6)] for step in range(3)])
+    assert (steps.sum(1) == 2).all() and (steps.sum(0) == 1).all()
+    assert all(Objective().has_kl(step, index) for step in range(2) for index in range(2))
+    assert not Objective(kl_weight=0, kl_every=2).has_kl(0, 0)
 
 
 def test_noised_is_linear_in_time():
