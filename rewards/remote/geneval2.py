@@ -56,8 +56,8 @@ class GenEval2(ChatReward):
     Raises:
         ValueError: if `mean` is not one of the two, or an argument is out of range.
 
-    Source: Kamath et al., "GenEval 2: Addressing Benchmark Drift in Text-to-Image Evaluation", 2025. The benchmark's score is
-    the mean over its 800 prompts.
+    Source: Kamath et al., "GenEval 2: Addressing Benchmark Drift in Text-to-Image Evaluation", 2025. The benchmark's score
+    is the mean over its 800 prompts.
     """
 
     identity_fields = (*Reward.identity_fields, "model", "size", "mean", "top_logprobs")

@@ -84,9 +84,7 @@ class VisionLanguageReward(ChatReward):
         batch_size: int = 128,
         deadline: float = 300.0,
     ) -> None:
-        super().__init__(
-            model, base_url, api_key, sources, size, concurrency, timeout, retries, batch_size, deadline
-        )
+        super().__init__(model, base_url, api_key, sources, size, concurrency, timeout, retries, batch_size, deadline)
         self.question = check_question(self._name, question, self.placeholder)
         self._format = AnswerFormat(self._name, pattern, lowest, highest, divide_by)
         self.pattern, self.lowest, self.highest, self.divide_by = pattern, lowest, highest, divide_by

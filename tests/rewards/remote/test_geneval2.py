@@ -18,7 +18,7 @@ from scipy.stats import gmean
 from rewards import GenEval2, Prompt
 from tests.helpers.scripted_server import MODEL, ScriptedServer, chat, completion
 
-NUMBERS = "zero one two three four five six seven eight nine ten".split()
+NUMBERS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]
 PROMPTS = [
     Prompt("two red cows", "geneval2", {"atom_count": 3, "vqa_list": [
         ["How many cows are in the image?", "two"], ["Are the cows red?", "Yes"], ["Are there any cows in the image?", "Yes"],
