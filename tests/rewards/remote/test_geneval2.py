@@ -21,7 +21,8 @@ from tests.helpers.scripted_server import MODEL, ScriptedServer, chat, completio
 NUMBERS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]
 PROMPTS = [
     Prompt("two red cows", "geneval2", {"atom_count": 3, "vqa_list": [
-        ["How many cows are in the image?", "two"], ["Are the cows red?", "Yes"], ["Are there any cows in the image?", "Yes"],
+        ["How many cows are in the image?", "two"],
+        ["Are the cows red?", "Yes"], ["Are there any cows in the image?", "Yes"],
     ]}),
     Prompt("seven dogs", "geneval2", {"atom_count": 2, "vqa_list": [
         ["How many dogs are in the image?", "seven"], ["Are there any dogs in the image?", "Yes"],
