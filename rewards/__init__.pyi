@@ -13,6 +13,7 @@ from .hpsv3 import HPSv3 as HPSv3
 from .imagereward import ImageReward as ImageReward
 from .jpeg import JPEGCompressibility as JPEGCompressibility
 from .ocr import OCR as OCR
+from .remote import GenEval2 as GenEval2
 from .remote import RemoteReward as RemoteReward
 from .remote import UnifiedReward as UnifiedReward
 from .remote import UnifiedReward2 as UnifiedReward2
@@ -25,6 +26,7 @@ __all__ = [
     "Detection",
     "Detector",
     "GenEval",
+    "GenEval2",
     "HPSv2",
     "HPSv3",
     "ImageReward",

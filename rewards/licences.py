@@ -16,6 +16,7 @@ LICENCES = {
     "MizzenAI/HPSv3": "Apache-2.0",
     "openai/clip-vit-large-patch14": "MIT",
     "Qwen/Qwen2-VL-7B-Instruct": "Apache-2.0",
+    "Qwen/Qwen3-VL-8B-Instruct": "Apache-2.0",
     "THUDM/ImageReward": "Apache-2.0",
     "trl-lib/ddpo-aesthetic-predictor": "Apache-2.0",
     "xswu/HPSv2": "Apache-2.0",

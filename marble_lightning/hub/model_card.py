@@ -77,6 +77,7 @@ def model_card(facts: Facts) -> ModelCard:
         fused=facts.fused,
         base_link=base,
         version=version("marble-lightning"),
+        gallery=any(sample.is_prompt for sample in facts.samples),  # the hub puts the images of the metadata there
         images=[{"text": sample.text, "path": sample.name} for sample in facts.samples if not sample.is_prompt],
         code=code_of(facts.repository, facts.base, facts.fused, facts.checkpoint["base_model"], evaluation_of(facts)),
         rewards=[reward for reward in rewards if reward["use"] == "training"],

@@ -31,6 +31,10 @@ SETTINGS = {
 """The settings in a card, by name, with their place in the configuration."""
 
 
+CODE_WIDTH = 60
+"""Characters of the longest call on one line."""
+
+
 def look_up(config: Mapping[str, Any], name: str) -> Any:
     """A setting by its dotted name; None if the configuration does not have it.
 
@@ -133,8 +137,17 @@ def code_of(repository: str, base: str, fused: bool, identity: Mapping[str, Any]
         *(["from rewards.files import resolve_path  # pip install marble-lightning"] if bundled else []),
         "",
         *([transformer] if fused else []),
-        f"pipeline = {kind.pipeline}.from_pretrained({', '.join(options)})",
+        f"pipeline = {_call(f'{kind.pipeline}.from_pretrained', options)}",
         *([] if fused else [f'pipeline.load_lora_weights("{repository}")']),
-        f"image = pipeline({', '.join(call)}).images[0]",
+        f"image = {_call('pipeline', call)}.images[0]",
     ]
     return "\n".join(lines)
+
+
+def _call(function: str, arguments: Sequence[str]) -> str:
+    """Code of a call. A long one has an argument a line, since the hub's page cuts long lines."""
+    line = f"{function}({', '.join(arguments)})"
+    if len(line) <= CODE_WIDTH:
+        return line
+    lines = "".join(f"    {argument},\n" for argument in arguments)
+    return f"{function}(\n{lines})"

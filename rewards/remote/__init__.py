@@ -15,7 +15,8 @@ better, and null marks a missing score. Any status other than 200 is an error, d
 """
 
 from rewards.remote.client import RemoteReward
+from rewards.remote.geneval2 import GenEval2
 from rewards.remote.unified import UnifiedReward, UnifiedReward2
 from rewards.remote.vlm import VisionLanguageReward
 
-__all__ = ["RemoteReward", "UnifiedReward", "UnifiedReward2", "VisionLanguageReward"]
+__all__ = ["GenEval2", "RemoteReward", "UnifiedReward", "UnifiedReward2", "VisionLanguageReward"]

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import logging
-import os
 from collections.abc import Sequence
-from dataclasses import replace
 from functools import partial
 
 import torch
@@ -14,20 +11,18 @@ from jaxtyping import Float, UInt8
 from torch import Tensor
 
 from rewards.base import Prompt, Reward
-from rewards.remote.addresses import check_urls
 from rewards.remote.answers import AnswerFormat, check_question
+from rewards.remote.chat import EXPECTED, ChatReward
 from rewards.remote.http_client import JsonClient
 from rewards.remote.messages import Answer, Request
 from rewards.remote.transport import eight_bit, encode_png, quote
 
 logger = logging.getLogger(__name__)
 
-REMEDY = "Set `base_url` to an OpenAI-compatible server, with the path of its interface, usually /v1."
-EXPECTED = "as OpenAI's interface does"
 SCORED_BY = ("model", "question", "pattern", "lowest", "highest", "divide_by", "size", "max_tokens")
 
 
-class VisionLanguageReward(Reward):
+class VisionLanguageReward(ChatReward):
     r"""The score that a vision-language model states in its answer to a question about the image.
 
     The pattern finds the numbers in the answer. Their mean is scaled to 0 to 1, or divided by `divide_by`. An answer without
@@ -91,45 +86,13 @@ class VisionLanguageReward(Reward):
         batch_size: int = 128,
         deadline: float = 300.0,
     ) -> None:
-        super().__init__(batch_size, sources)
-        urls = check_urls(self._name, "base_url", base_url)
-        self.base_url = urls[0] if isinstance(base_url, str) else urls
+        super().__init__(model, base_url, api_key, sources, size, concurrency, timeout, retries, batch_size, deadline)
         self.question = check_question(self._name, question, self.placeholder)
         self._format = AnswerFormat(self._name, pattern, lowest, highest, divide_by)
         self.pattern, self.lowest, self.highest, self.divide_by = pattern, lowest, highest, divide_by
-        if size is not None and size < 1:
-            raise ValueError(f"{self._name}: `size` must be >= 1. Found {size}. The published runs use 512.")
         if max_tokens < 1:
             raise ValueError(f"{self._name}: `max_tokens` must be >= 1. Found {max_tokens}. 512 is ample for a rating.")
-        self.model, self.api_key, self.size, self.max_tokens = model, api_key, size, max_tokens
-        self.retries = retries
-        self._client = JsonClient(self._name, urls, REMEDY, concurrency, timeout, deadline, retries)
-        self._ready: JsonClient | None = None
-
-    def setup(self) -> None:
-        """Connect, and check that the server answers and has the model.
-
-        Raises:
-            ConnectionError: if all servers are unreachable, or one answers an error.
-            ValueError: if a server does not have the model.
-        """
-        if self._ready is not None:
-            return
-        client = replace(self._client, token=self.api_key or os.environ.get("OPENAI_API_KEY") or None)
-        client.connect(Request("/models", partial(self._check, client)))
-        self._ready = client
-
-    def _check(self, client: JsonClient, answer: Answer) -> None:
-        listing = client.json_of(answer)
-        try:
-            served = [str(model["id"]) for model in listing["data"]]
-        except (KeyError, TypeError) as error:
-            raise client.unexpected_answer(answer, EXPECTED, listing) from error
-        if self.model not in served:
-            raise ValueError(
-                f"{self._name}: `model` must be one that {answer.url.removesuffix('/models')} serves. Found '{self.model}'; "
-                f"it has {quote(', '.join(served)) or 'none'}. Name one of those, or start the server with this one."
-            )
+        self.max_tokens = max_tokens
 
     def score(self, *, images: Float[Tensor, "b 3 h w"], prompts: Sequence[Prompt]) -> Float[Tensor, " b"]:
         """Return the scaled scores of the answers; NaN if an answer has none.
@@ -149,13 +112,8 @@ class VisionLanguageReward(Reward):
         return self._format.score(answer)
 
     def _request(self, pixels: UInt8[Tensor, "3 h w"], prompt: Prompt) -> bytes:
-        image_url = {"url": f"data:image/png;base64,{encode_png(pixels, self.size)}"}
-        content = [
-            {"type": "image_url", "image_url": image_url},
-            {"type": "text", "text": self.question.replace(f"{{{self.placeholder}}}", prompt.text)},
-        ]
-        body = {"model": self.model, "messages": [{"role": "user", "content": content}], "temperature": 0}
-        return json.dumps(body | {"max_tokens": self.max_tokens}).encode()
+        question = self.question.replace(f"{{{self.placeholder}}}", prompt.text)
+        return self._body(encode_png(pixels, self.size), question, max_tokens=self.max_tokens)
 
     def _read(self, client: JsonClient, answer: Answer) -> float:
         completion = client.json_of(answer)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import json
+import math
 import socket
 import threading
 from collections.abc import Callable, Iterator
@@ -142,13 +143,19 @@ MODEL_2 = "CodeGoat24/UnifiedReward-2.0-qwen-7b"
 
 
 def chat(path: str, body: Any) -> Any:
-    """OpenAI's interface, with two models: one ends its answer with a final score, the other answers three ratings."""
+    """OpenAI's interface, with two models: one ends its answer with a final score, the other answers three ratings.
+
+    Both give the probabilities of the first token if they are asked for log-probabilities.
+    """
     if path == "/v1/models":
         models = [{"id": name, "object": "model", "created": 0, "owned_by": "vllm"} for name in (MODEL, MODEL_2)]
         return {"object": "list", "data": models}
     assert path == "/v1/chat/completions"
     image, question = body["messages"][0]["content"]
     png = image["image_url"]["url"].removeprefix("data:image/png;base64,")
+    if body.get("logprobs"):
+        share = score_of(png, question["text"]) / 2
+        return completion("Yes", {"Yes": share, "Two": share, "No": 1 - 2 * share})
     if body["model"] == MODEL_2:
         caption = question["text"].rpartition("Text Caption: [")[2].removesuffix("]")
         return completion(three_ratings(1 + 4 * score_of(png, caption)))
@@ -162,8 +169,14 @@ def three_ratings(rating: float) -> str:
     return f"Alignment Score (1-5): {rating}\nCoherence Score (1-5): {low}\nStyle Score (1-5): {high}"
 
 
-def completion(text: str | None) -> Any:
-    """An answer in vLLM's format."""
+def completion(text: str | None, probabilities: dict[str, float] | None = None) -> Any:
+    """An answer in vLLM's format, with the probabilities of its first token."""
     message = {"role": "assistant", "content": text}
     choice = {"index": 0, "message": message, "finish_reason": "stop", "logprobs": None}
+    if probabilities is not None:
+        listed = [
+            {"token": token, "logprob": math.log(share), "bytes": list(token.encode())}
+            for token, share in sorted(probabilities.items(), key=lambda item: -item[1])
+        ]
+        choice["logprobs"] = {"content": [{**listed[0], "top_logprobs": listed}]}
     return {"id": "1", "object": "chat.completion", "created": 0, "model": MODEL, "choices": [choice]}

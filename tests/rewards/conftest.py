@@ -177,14 +177,16 @@ def _bright_blobs() -> type[Detector]:
 @pytest.fixture
 def prompts() -> list[Prompt]:
     """Prompts of three sources; every reward applies to some of them."""
-    one_cat = {"tag": "colors", "include": [{"class": "cat", "count": 1, "color": "red"}]}
+    red, two = ["Is the cat red?", "Yes"], ["How many cats are in the image?", "two"]
+    one_cat = {"tag": "colors", "include": [{"class": "cat", "count": 1, "color": "red"}], "vqa_list": [red]}
+    two_cats = {"tag": "two_object", "include": [{"class": "cat", "count": 2}], "vqa_list": [two]}
     return [
         Prompt("a cat", "plain"),
         Prompt('a sign that says "CAT"', "text"),
         Prompt("a red cat", "geneval", one_cat),
         Prompt("a dog and a very long story that does not fit into the positions of the model", "plain"),
         Prompt('the word "dog"', "text"),
-        Prompt("two cats", "geneval", {"tag": "two_object", "include": [{"class": "cat", "count": 2}]}),
+        Prompt("two cats", "geneval", two_cats),
     ]
 
 

@@ -12,6 +12,7 @@ from rewards import (
     CLIPScore,
     Detector,
     GenEval,
+    GenEval2,
     HPSv2,
     HPSv3,
     ImageReward,
@@ -30,6 +31,7 @@ Build = Callable[..., Reward]
 RANGES = {
     "OCR": (0, 1),
     "GenEval": (-15, 1),
+    "GenEval2": (0, 1),
     "HPSv2": (-1, 1),
     "JPEGCompressibility": (-1, 0),
     "ImageReward": (-9, 9),
@@ -38,7 +40,7 @@ RANGES = {
 
 
 NAMES = ["pickscore", "hpsv2", "clipscore", "aesthetic", "imagereward", "jpeg", "ocr", "geneval"]
-NAMES += ["hpsv3", "remote", "unified", "unified2", "vlm"]
+NAMES += ["geneval2", "hpsv3", "remote", "unified", "unified2", "vlm"]
 QUESTION = "How well does it show the caption? Text caption: {prompt}"
 
 
@@ -63,6 +65,7 @@ def build(
         "jpeg": lambda **kwargs: JPEGCompressibility(**kwargs),
         "ocr": lambda **kwargs: OCR(upscale_to=96, detect=False, **kwargs),
         "geneval": lambda **kwargs: GenEval(BrightBlobs(), **kwargs),
+        "geneval2": lambda **kwargs: GenEval2(chat_url, MODEL, **kwargs),
         "remote": lambda **kwargs: RemoteReward(remote_url, **kwargs),
         "unified": lambda **kwargs: UnifiedReward(chat_url, size=64, **kwargs),
         "unified2": lambda **kwargs: UnifiedReward2(chat_url, **kwargs),
@@ -106,7 +109,8 @@ def test_only_applicable_samples_reach_score(
 
 
 def test_which_prompts_a_reward_supports(reward: Reward, prompts: list[Prompt]) -> None:
-    expected = {"OCR": [0, 1, 0, 0, 1, 0], "GenEval": [0, 0, 1, 0, 0, 1]}.get(type(reward).__name__, [1] * 6)
+    some = {"OCR": [0, 1, 0, 0, 1, 0], "GenEval": [0, 0, 1, 0, 0, 1], "GenEval2": [0, 0, 1, 0, 0, 1]}
+    expected = some.get(type(reward).__name__, [1] * 6)
     assert [int(reward.supports(prompt)) for prompt in prompts] == expected
 
 

@@ -101,6 +101,7 @@ def test_the_card(checkpoint, tmp_path):
     assert "merged by `balancers.MARBLE`, with `refresh_every` 5." in card.text and "| seed | 3 |" in card.text
     assert "secret" not in card.text and str(tmp_path) not in card.text
     assert "![Held-out prompts, with the scores of each image](images/held_out.png)" in card.text
+    assert "<Gallery />" not in card.text  # there are no images of single prompts
     assert (tmp_path / "lora/images/held_out.png").is_file()
 
 
@@ -110,6 +111,7 @@ def test_the_code_of_the_card_runs(checkpoints, checkpoint, tmp_path, monkeypatc
     code = (tmp_path / "me/mine/README.md").read_text().partition("```python\n")[2].partition("```")[0]
     shutil.copytree(checkpoints / "sd3_t5", tmp_path / MEDIUM)
     monkeypatch.chdir(tmp_path)
+    assert max(map(len, code.splitlines())) <= 80
     names: dict = {}
     exec(code, names)
     assert names["image"].size == (16, 16)
@@ -136,8 +138,9 @@ def test_predictions_in_the_run_are_examples_of_the_widget(checkpoint, tmp_path)
             text.add_text(name, value)
         Image.new("RGB", (8, 8)).save(folder / f"{index:05d}.png", pnginfo=text)
     push(checkpoint, tmp_path / "lora", "--dry-run")
-    data = ModelCard.load(tmp_path / "lora/README.md").data
-    assert data["widget"] == [{"text": "a cat 0", "output": {"url": "images/00000.png"}}]
+    card = ModelCard.load(tmp_path / "lora/README.md")
+    assert card.data["widget"] == [{"text": "a cat 0", "output": {"url": "images/00000.png"}}]
+    assert "\n\n<Gallery />\n\n" in card.text
     assert (tmp_path / "lora/images/00000.png").is_file()
 
 
