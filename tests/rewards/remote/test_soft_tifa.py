@@ -17,12 +17,12 @@ def logs(**probabilities: float) -> list[tuple[str, float]]:
     return [(token.replace("_", " "), math.log(value)) for token, value in probabilities.items()]
 
 
-def test_questions_of_a_line_of_the_benchmark() -> None:
-    line = '{"prompt": "two metal toys", "atom_count": 3, "vqa_list": [["How many toys are in the image?", "two"], '
-    line += '["Are the toys metal?", "Yes"], ["Are there any toys in the image?", "Yes"]], "skills": []}'
+def test_questions_of_a_line_in_the_benchmarks_format() -> None:
+    line = '{"prompt": "four glass lamps", "atom_count": 3, "vqa_list": [["How many lamps are in the image?", "four"], '
+    line += '["Are the lamps glass?", "Yes"], ["Are there any lamps in the image?", "Yes"]], "skills": []}'
     questions = read_questions(json.loads(line))
-    assert [answer for _, answer in questions] == ["two", "Yes", "Yes"]
-    assert questions[1][0] == "Are the toys metal?"
+    assert [answer for _, answer in questions] == ["four", "Yes", "Yes"]
+    assert questions[1][0] == "Are the lamps glass?"
 
 
 @pytest.mark.parametrize(
