@@ -58,4 +58,5 @@ def test_configurations_are_found_without_the_repository(wheel, tmp_path):
         text=True, timeout=200, check=True,
     )  # fmt: skip
     assert ended.stdout.startswith(f"{wheel}/marble_lightning/__init__.py True\n")
+    assert "torchvision" not in ended.stderr  # transformers would warn of image processors that nothing here uses
     assert "class_path: balancers.PCGrad" in ended.stdout and "path: package:tinyworld/weights/sd3" in ended.stdout
