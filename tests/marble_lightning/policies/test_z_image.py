@@ -189,5 +189,6 @@ def test_the_code_of_a_model_card():
     identity = {"pipeline": "ZImagePipeline", "text_length": 512, "dtype": "bfloat16"}
     code = code_of("me/lora", "Tongyi-MAI/Z-Image", False, identity, {"steps": 40, "guidance": 4.5})
     assert "from diffusers import ZImagePipeline\n" in code and "text_encoder_3" not in code
-    assert 'ZImagePipeline.from_pretrained("Tongyi-MAI/Z-Image", dtype=torch.bfloat16)' in code
-    assert 'pipeline("a prompt", num_inference_steps=40, guidance_scale=3.5, max_sequence_length=512)' in code
+    assert 'ZImagePipeline.from_pretrained(\n    "Tongyi-MAI/Z-Image",\n    dtype=torch.bfloat16,\n)' in code
+    arguments = '"a prompt"', "num_inference_steps=40", "guidance_scale=3.5", "max_sequence_length=512"
+    assert "pipeline(\n" + "".join(f"    {each},\n" for each in arguments) + ")" in code
