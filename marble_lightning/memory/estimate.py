@@ -100,7 +100,7 @@ def estimate_memory(module: DiffusionNFT, gpus: int = 1, cuda: bool = True) -> E
         sample = count.sample(held_out, evaluation.guidance > 1, evaluation.resolution)
         decode = count.decode(held_out, mixed=True, resolution=evaluation.resolution)
         scoring_bytes, beside = [count.score(name, held_out).peak for name in here], max(sample.peak, decode.peak)
-        most = sum(scoring_bytes) + beside if overlap else max(beside, *scoring_bytes)
+        most = sum(scoring_bytes) + beside if overlap else max([beside, *scoring_bytes])  # there may be none here
         phases["held-out prompts"] = Phase((*always, *encoders, "rewards"), most)
     return Estimate(parts, phases, dict(count.unknown))
 

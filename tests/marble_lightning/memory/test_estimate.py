@@ -188,6 +188,13 @@ def test_text_encoders_that_are_offloaded_only_visit_a_gpu(setup_module, estimat
         assert there == [name == "encoding prompts", True], name
 
 
+def test_held_out_prompts_where_no_reward_is_on_this_gpu(setup_module):
+    scoring = Scoring(devices=dict.fromkeys(("bright", "red", "contrast"), "cpu"), overlap=False)
+    estimated = estimate_memory(setup_module(scoring=scoring))
+    assert "rewards" not in {name for name, size in estimated.parts.items() if size}
+    assert estimated.phases["held-out prompts"].beyond > 0
+
+
 def test_rewards_count_where_they_are_and_a_shared_model_once(setup_module, checkpoints):
     clip = str(checkpoints / "clip")
 
