@@ -6,6 +6,9 @@ PYTHON ?= python3
 BIN := .venv/bin
 PACKAGE ?= balancers
 
+# bytecode of what a first process imports serves all later ones; nothing else is compiled, as pip and compileall would
+export PYTHONDONTWRITEBYTECODE :=
+
 .PHONY: fit test quick lint docs notebooks clean
 
 fit: .venv/installed
@@ -31,11 +34,9 @@ docs: .venv/installed
 notebooks: .venv/installed
 	$(BIN)/python -m benchmarks.notebooks
 
-# pip would compile on one core; some files of packages are for other Pythons and do not compile
 .venv/installed: pyproject.toml
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --no-compile --editable '.[dev]'
-	-$(BIN)/python -m compileall -qq -j 0 .venv/lib
 	touch $@
 
 clean:

@@ -201,7 +201,7 @@ def progress(balancer: MARBLE, gradients: torch.Tensor, combinations: torch.Tens
     return torch.nn.functional.cosine_similarity(combinations.double() @ units, update[None])
 
 
-@pytest.mark.parametrize("seeds", [range(100), pytest.param(range(100, 300), marks=pytest.mark.integration)], ids=str)
+@pytest.mark.parametrize("seeds", [range(100), pytest.param(range(100, 300), marks=pytest.mark.slow)], ids=str)
 def test_the_update_opposes_no_group_and_no_reward_outside_groups(monkeypatch, seeds):
     monkeypatch.setattr("balancers.marble.sensitivity", lambda gram, floor: torch.zeros_like(gram[0]))  # only logged; slow
     a, b, c = [0.5, 0.866, 0.0], [0.5, -0.866, 0.0], [-0.9, 0.0, 0.436]

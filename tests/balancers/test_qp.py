@@ -91,7 +91,7 @@ def test_value_agrees_with_scipy(k, rank, floor):
 KINDS = ("random", "rank one", "opposite", "duplicate", "zero")
 
 
-@pytest.mark.parametrize("seeds", [range(10), pytest.param(range(10, 100), marks=pytest.mark.integration)], ids=str)
+@pytest.mark.parametrize("seeds", [range(10), pytest.param(range(10, 100), marks=pytest.mark.slow)], ids=str)
 @pytest.mark.parametrize("kind", KINDS)
 def test_five_hundred_grams_agree_with_scipy(kind, seeds):
     """A hundred of each kind with rows of lengths from 1e-6 to 1e6, scaled to unit length as in MARBLE."""

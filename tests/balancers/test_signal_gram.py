@@ -83,7 +83,7 @@ def worst_cosines(grams, mu):
 
 
 @pytest.mark.integration
-@pytest.mark.parametrize("ratio", [1.0, 0.3, 0.1])
+@pytest.mark.parametrize("ratio", [1.0, pytest.param(0.3, marks=pytest.mark.slow), 0.1])
 def test_the_worst_true_cosine_is_no_smaller_than_with_the_own_gram(ratio):
     """The mean over 200 trials of 60 refreshes, each with other signals, of the direction that is solved at the end."""
     mu = torch.stack([means(seed) for seed in range(200)])

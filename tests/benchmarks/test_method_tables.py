@@ -114,6 +114,11 @@ def test_variants_are_not_run_by_default():
     }  # fmt: skip
 
 
+def test_every_method_has_arguments_of_its_own():
+    assert len(set(map(tuple, METHODS.values()))) == len(METHODS)
+
+
+@pytest.mark.slow
 def test_every_method_is_a_configuration_of_its_own():
     methods = {name: arguments for name, arguments in METHODS.items() if not name.endswith("_std_round")}
     methods["marble_std_round"] = METHODS["marble_std_round"]  # the others differ from theirs in the same option

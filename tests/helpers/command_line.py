@@ -38,7 +38,7 @@ def small_options(checkpoints: Path, folder: Path) -> list[str]:
         "model.sampling.times_per_image": 2,
         "model.sampling.batch_size": 12,
         "model.evaluation.steps": 2,
-        "model.micro_batch_size": 8,
+        "model.micro_batch_size": 12,
         "model.optimizer_steps_per_round": 1,
         "memory.check": "off",
     }
@@ -57,12 +57,11 @@ EXTRA = {
     "model.metrics": "{}",
     "model.rewards": "{clipscore: {class_path: rewards.CLIPScore, init_args: {path: CLIP}}, jpeg: JPEGCompressibility}",
     "model.objective.kl_every": 2,
-    "model.micro_batch_size": 6,
     "model.optimizer_steps_per_round": 2,
     "model.lr_scheduler": "torch.optim.lr_scheduler.ExponentialLR",
     "model.lr_scheduler.gamma": 0.8,
 }
-"""Added to `small`: three rounds of eight micro-batches and two optimizer steps, with fast rewards."""
+"""Added to `small`: three rounds of four micro-batches and two optimizer steps, with fast rewards."""
 
 
 def options(checkpoints: Path, folder: Path, **more: Any) -> list[str]:

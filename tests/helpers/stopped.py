@@ -72,21 +72,21 @@ SAVE = torch.save
 TRAINING = (DiffusionNFT, "training_step")
 HELD_OUT = (Evaluator, "sample")
 MOMENTS: dict[str, Callable[[], None]] = {
-    # two calls of `sample` and eight micro-batches a round, four for each of two optimizer steps; two held-out batches
+    # two calls of `sample` and four micro-batches a round, two for each of two optimizer steps; two held-out batches
     "sampling": lambda: at_call(4, SD3Policy, "sample", send(signal.SIGKILL), a_rollout),
-    "training": lambda: at_call(14, *TRAINING, send(signal.SIGKILL), lambda *_: True),
+    "training": lambda: at_call(7, *TRAINING, send(signal.SIGKILL), lambda *_: True),
     "writing": lambda: at_call(2, torch, "save", half, lambda state, stream: not isinstance(stream, io.BytesIO)),
     "linking": lambda: at_call(2, os, "replace", send(signal.SIGKILL), lambda old, new: Path(new).name == "last.ckpt"),
-    "SIGTERM in training": lambda: at_call(14, *TRAINING, send(signal.SIGTERM), lambda *_: True),
+    "SIGTERM in training": lambda: at_call(7, *TRAINING, send(signal.SIGTERM), lambda *_: True),
     "SIGTERM in sampling": lambda: at_call(3, SD3Policy, "sample", send(signal.SIGTERM), a_rollout),
     "SIGTERM in validation": lambda: at_call(1, *HELD_OUT, send(signal.SIGTERM), of_the_trained),
     "never": lambda: None,
     "SIGTERM before": lambda: at_call(1, *HELD_OUT, send(signal.SIGTERM), lambda *_: True),
-    "SIGINT": lambda: at_call(14, *TRAINING, send(signal.SIGINT), lambda *_: True),
-    "SIGINT twice": lambda: at_call(14, *TRAINING, twice, lambda *_: True),
+    "SIGINT": lambda: at_call(7, *TRAINING, send(signal.SIGINT), lambda *_: True),
+    "SIGINT twice": lambda: at_call(7, *TRAINING, twice, lambda *_: True),
     "SIGINT while evaluating": lambda: at_call(1, *HELD_OUT, send(signal.SIGINT), lambda *_: True),
-    "SIGHUP": lambda: at_call(14, *TRAINING, send(signal.SIGHUP), lambda *_: True),
-    "SIGUSR1": lambda: slurm(at_call(14, *TRAINING, send(signal.SIGUSR1), lambda *_: True)),
+    "SIGHUP": lambda: at_call(7, *TRAINING, send(signal.SIGHUP), lambda *_: True),
+    "SIGUSR1": lambda: slurm(at_call(7, *TRAINING, send(signal.SIGUSR1), lambda *_: True)),
     "queued again": lambda: slurm(os.environ.update(SLURM_RESTART_COUNT="1")),
     "another job": slurm,
 }

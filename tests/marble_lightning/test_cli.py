@@ -129,8 +129,8 @@ def test_validate_without_a_checkpoint_evaluates_the_base(small, fitted, capsys)
         (["--model.objective.kl_weight", ".inf"], "`objective.kl_weight` must be >= 0 and finite. Found inf"),
         (["--model.objective.kl_every", "0"], "`objective.kl_every` must be >= 1. Found 0"),
         (
-            ["--model.objective.kl_every", "4"],
-            "`objective.kl_every` must divide the micro-batches of an optimizer step, 6. Found 4; try 2",
+            ["--model.objective.kl_every", "6"],
+            "`objective.kl_every` must divide the micro-batches of an optimizer step, 4. Found 6; try 2",
         ),
         (["--model.objective.beta", ".inf"], "`objective.beta` must be > 0 and finite. Found inf"),
         (["--model.evaluation.steps", "0"], "`evaluation.steps` must be >= 1. Found 0"),

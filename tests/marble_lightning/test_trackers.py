@@ -68,7 +68,11 @@ def test_wandb(checkpoints, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "others", [[], [{"class_path": "CSVLogger", "init_args": {"name": "csv"}}]], ids=["alone", "and_csv"]
+    "others",
+    [
+        pytest.param([], marks=pytest.mark.slow, id="alone"),
+        pytest.param([{"class_path": "CSVLogger", "init_args": {"name": "csv"}}], id="and_csv"),
+    ],
 )
 def test_mlflow(checkpoints, tmp_path, monkeypatch, others):
     from mlflow.tracking import MlflowClient  # slow to import

@@ -41,10 +41,14 @@ def test_the_pipeline_is_a_stable_diffusion_3():
     assert index["text_encoder_3"] == [None, None]
 
 
+@pytest.fixture(scope="module")
+def pairs() -> Pairs:
+    return draw_pairs(1000, seed=99, test=True)
+
+
 @pytest.mark.parametrize("name", TASTES)
-def test_reward_models_learned_their_preferences(name):
+def test_reward_models_learned_their_preferences(pairs, name):
     """On held-out captions, model and most people agree on 90 % of the pairs on which people are not nearly tied."""
-    pairs = draw_pairs(1000, seed=99, test=True)
     accuracy = pairwise_accuracy(*load(name), pairs, TASTES[name])
     print(f"{name}: {accuracy:.3f}")
     assert accuracy >= 0.9

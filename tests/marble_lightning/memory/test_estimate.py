@@ -129,16 +129,20 @@ def test_two_gpus_share_a_round_and_have_buckets(whole, estimated):
 
 
 def test_an_estimate_changes_nothing_in_the_run(checkpoints, tmp_path):
-    for options in ({"gradient_checkpointing": True}, {"gradient_passes": "per_reward", "precision": "bf16-mixed"}):
-        plain, _ = run(checkpoints, tmp_path, MARBLE(), **options)
-        watched, _ = run(checkpoints, tmp_path, MARBLE(), callbacks=[Estimated()], **options)
-        for ours, theirs in zip(plain.trainable, watched.trainable, strict=True):
-            assert torch.equal(ours, theirs)
+    options = {"gradient_checkpointing": True, "precision": "bf16-mixed"}
+    plain, _ = run(checkpoints, tmp_path, MARBLE(), **options)
+    watched, _ = run(checkpoints, tmp_path, MARBLE(), callbacks=[Estimated()], **options)
+    for ours, theirs in zip(plain.trainable, watched.trainable, strict=True):
+        assert torch.equal(ours, theirs)
 
 
 @pytest.mark.parametrize(
     ("balancer", "checkpointing", "kl_every"),
-    [(WeightedSum(), False, 4), (MARBLE(refresh_every=1), False, 1), (MARBLE(estimate_share=0.5, refresh_every=2), True, 2)],
+    [
+        (WeightedSum(), False, 4),
+        pytest.param(MARBLE(refresh_every=1), False, 1, marks=pytest.mark.slow),
+        (MARBLE(estimate_share=0.5, refresh_every=2), True, 2),
+    ],
 )
 def test_the_work_of_rounds_is_what_they_compute(checkpoints, tmp_path, balancer, checkpointing, kl_every):
     counter, totals = FlopCounterMode(display=False), []

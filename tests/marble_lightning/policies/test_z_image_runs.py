@@ -55,7 +55,8 @@ def test_the_memory_estimate_counts_the_longest_prompts(checkpoints, z_image, tm
     estimates = []
     for length in (32, 96):
         estimated = Estimated()
-        run(checkpoints, tmp_path, MARBLE(), callbacks=[estimated], policy=new_z_image(z_image, text_length=length))
+        policy = new_z_image(z_image, text_length=length)
+        run(checkpoints, tmp_path, MARBLE(), rounds=0, callbacks=[estimated], policy=policy)
         estimates.append(estimated.estimate)
     shorter, longer = estimates
     assert longer.total("training") > shorter.total("training")
@@ -75,7 +76,7 @@ def z_image_options(checkpoints: Path, z_image: Path, folder: Path) -> list[str]
 
 class FailsInTheSecondRound(Callback):
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
-        if (trainer.current_epoch, batch_idx) == (1, 5):  # after an optimizer step
+        if (trainer.current_epoch, batch_idx) == (1, 2):  # after an optimizer step
             raise ZeroDivisionError
 
 

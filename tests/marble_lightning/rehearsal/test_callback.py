@@ -63,7 +63,10 @@ class Sizes(Callback):
 def test_micro_batches_keep_their_size_and_the_first_step_solves(checkpoints, tmp_path, capsys):
     """The run has three rounds of four steps; a later run begins with the first round."""
     noted = Sizes()
-    changed = {"model.policy.prompt_cache": tmp_path / "cache", "model.inner_epochs": 2, "data.held_out_per_source": "null"}
+    changed = {
+        "model.policy.prompt_cache": tmp_path / "cache", "model.inner_epochs": 2, "data.held_out_per_source": "null",
+        "model.micro_batch_size": 6,
+    }  # fmt: skip
     fit_with([*options(checkpoints, tmp_path, **changed), *REHEARSE], noted)
     shown = capsys.readouterr().out
     check(shown, tmp_path, "clipscore", "jpeg")
