@@ -19,8 +19,8 @@ def check_bitsandbytes() -> None:
     """
     if find_spec("bitsandbytes") is None:
         raise ValueError(
-            "`policy.quantised: nf4` needs the package bitsandbytes. Found none; `pip install 'marble-lightning[quantised]'`, "
-            "or set `policy.quantised: null`."
+            "`policy.quantised: nf4` needs the package bitsandbytes. Found none; "
+            "`pip install 'marble-lightning[quantised]'`, or set `policy.quantised: null`."
         )
 
 

@@ -128,7 +128,7 @@ class SD3Policy(PipelinePolicy):
             check_bitsandbytes()
 
     def load(self) -> StableDiffusion3Pipeline:
-        """Load the pipeline on the CPU, without T5 if it is absent or left out, and quantise its transformer if it shall be."""
+        """Load the pipeline on the CPU, without T5 if it is absent or left out, with a quantised transformer if set."""
         index = pipeline_index(self.kind, self.path, self.revision)
         without_t5 = self.text_encoder_3_from is None or index.get("text_encoder_3", [None])[0] is None
         absent = ("text_encoder_3", "tokenizer_3") if without_t5 else ()

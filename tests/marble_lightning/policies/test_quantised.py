@@ -57,7 +57,9 @@ def test_only_a_quantised_base_is_named_in_the_identity(checkpoints):
 def test_linear_layers_are_quantised_and_adapters_are_not(policy):
     bases = [layer.get_base_layer() for layer in policy._lora_layers]
     assert all(base.weight.dtype == torch.uint8 for base in bases)
-    assert not [name for name, layer in policy.transformer.named_modules() if type(layer) is nn.Linear and "lora" not in name]
+    exact = [name for name, layer in policy.transformer.named_modules() if type(layer) is nn.Linear]
+    assert exact
+    assert all(".lora_" in name for name in exact)
     assert {parameter.dtype for name in ADAPTERS for parameter in policy.parameters_of(name)} == {torch.float32}
     assert {id(p) for p in policy.parameters() if p.requires_grad} == {id(p) for p in policy.parameters_of("trained")}
 
@@ -91,7 +93,7 @@ def test_per_reward_gradients_of_a_run(checkpoints, tmp_path, dtype, precision):
 
 
 def test_memory_and_work_are_counted(checkpoints):
-    """The bytes of fake weights are those in memory; the work is that of a base in bfloat16, and activations take no more."""
+    """Fake weights have the bytes of real ones; the work is that of a base in bfloat16, and activations take no more."""
     pytest.importorskip("bitsandbytes")
     found = []
     for kind in (None, "nf4"):
