@@ -18,7 +18,7 @@ from marble_lightning.tinyworld import PROMPTS, WEIGHTS
 
 NOT_COMPARED = ("seed_everything",)
 """Settings that differ between runs of one comparison."""
-ADDED = {("model", "objective", "kl_every"): 1}
+ADDED = {("model", "objective", "kl_every"): 1, ("model", "policy", "init_args", "quantised"): None}
 """Settings that are newer than recorded figures, each with the value that changes nothing; only other values count."""
 
 
@@ -55,8 +55,8 @@ def fingerprint(arguments: Sequence[str]) -> dict[str, str]:
     settings = {name: value for name, value in deepcopy(resolve(*arguments)).items() if name not in NOT_COMPARED}
     for (*sections, name), unchanged in ADDED.items():
         section = reduce(getitem, sections, settings)
-        if section[name] == unchanged:
-            del section[name]
+        if section.get(name) == unchanged:
+            section.pop(name, None)  # other classes of policy do not have it
     text = json.dumps(settings, sort_keys=True)
     return {"configuration": hashlib.sha256(text.encode()).hexdigest(), "weights": hash_of_files(WEIGHTS, PROMPTS)}
 

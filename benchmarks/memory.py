@@ -24,6 +24,7 @@ from balancers import MARBLE
 from benchmarks.random_rewards import build_rewards
 from benchmarks.random_sd35m import WHOLE, random_sd35m
 from marble_lightning.data.datamodule import PromptDataModule
+from marble_lightning.evaluation.settings import Evaluation
 from marble_lightning.memory import estimate_memory
 from marble_lightning.memory.report import print_estimate
 from marble_lightning.module import DiffusionNFT
@@ -70,7 +71,9 @@ def module_on_a_gpu(folder: Path, options: argparse.Namespace) -> DiffusionNFT:
     devices = dict.fromkeys(reward_models | metrics, "cpu") if options.rewards_on_cpu else {}
     scoring = Scoring(devices=devices, offload=options.frugal, overlap=not options.no_overlap)
     sampling = Sampling(options.steps, batch_size=options.sampling, times_per_image=options.times)
-    module = DiffusionNFT(policy, reward_models, metrics, sampling, scoring, Objective(kl_every=options.kl_every))
+    evaluation = Evaluation(resolution=options.held_out_resolution, guidance=options.guidance)
+    objective = Objective(kl_every=options.kl_every)
+    module = DiffusionNFT(policy, reward_models, metrics, sampling, scoring, objective, evaluation=evaluation)
     module.requires_grad_(False)
     module.trainable = policy.parameters_of("trained")
     for parameter in module.trainable:
@@ -79,7 +82,7 @@ def module_on_a_gpu(folder: Path, options: argparse.Namespace) -> DiffusionNFT:
     data = PromptDataModule(str(folder), ["pickscore", "ocr", "geneval"], options.prompts, options.images)
     data.held_out_batch_size = options.held_out
     data.setup("fit")
-    module.balancer = MARBLE(refresh_every=10)
+    module.balancer = MARBLE(refresh_every=10, estimate_share=0.05)
     module.balancer.bind(list(module.rewards))
     module.plan = Plan(options.prompts // ranks * options.images, module.sampling.times, options.micro, 1)
     module._trainer = SimpleNamespace(  # type: ignore[assignment]
@@ -93,8 +96,8 @@ def module_on_a_gpu(folder: Path, options: argparse.Namespace) -> DiffusionNFT:
     return module
 
 
-def main() -> None:
-    """Estimate the memory and print the table."""
+def arguments() -> argparse.ArgumentParser:
+    """The options, those of `configs/sd35m.yaml` on one GPU by default."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--prompts", type=int, default=48, help="prompts of a round")
     parser.add_argument("--images", type=int, default=24, help="images of a prompt")
@@ -107,11 +110,18 @@ def main() -> None:
     parser.add_argument("--frugal", action="store_true", help="offload rewards, decode images one by one")
     parser.add_argument("--no-overlap", action="store_true", help="score after sampling, not during it")
     parser.add_argument("--held-out", type=int, default=16, help="batch of held-out prompts")
+    parser.add_argument("--held-out-resolution", type=int, help="side of held-out images in pixels; default 512")
+    parser.add_argument("--guidance", type=float, default=1.0, help="guidance of held-out prompts; 1 is none")
     parser.add_argument("--sampling", type=int, default=9, help="batch of sampling")
     parser.add_argument("--micro", type=int, default=9, help="images of a micro-batch")
     parser.add_argument("--kl-every", type=int, default=1, help="micro-batches of which one has a KL term")
     parser.add_argument("--checkpointing", action="store_true", help="gradient checkpointing")
-    options = parser.parse_args()
+    return parser
+
+
+def main() -> None:
+    """Estimate the memory and print the table."""
+    options = arguments().parse_args()
     warnings.filterwarnings("ignore")
     with tempfile.TemporaryDirectory() as folder:
         module = module_on_a_gpu(Path(folder), options)

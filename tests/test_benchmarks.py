@@ -20,6 +20,7 @@ SMALL = {
     "ocr_workers": "--images 4 --cycles 1",
     "policies_in_one_pass": "--sizes 3 --cycles 1",
     "round_speed": "--cycles 1",
+    "scaling": "--ranks 1 5",
     "scoring_overlap": "--cycles 1",
     "soak": "--rounds 4 --every 1",
     "stage": "--base --prompts 1 --images 2 --folder {folder} --results {folder}/results",

@@ -52,8 +52,13 @@ if CPU_ATTENTION[0] not in flop_registry:  # torch 2.13 knows the kernels of GPU
 
 
 def tensors_of(*modules: nn.Module) -> list[Tensor]:
-    """Parameters and buffers, each tensor once."""
+    """Parameters and buffers, and the scales of quantised parameters, each tensor once."""
     found = {id(tensor): tensor for module in modules for tensor in (*module.parameters(), *module.buffers())}
+    for tensor in list(found.values()):
+        state = getattr(tensor, "quant_state", None)
+        while state is not None:  # bitsandbytes quantises scales too
+            found |= {id(value): value for value in vars(state).values() if isinstance(value, Tensor)}
+            state = state.state2
     return list(found.values())
 
 
@@ -157,6 +162,9 @@ class Fakes:
                 fake = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype)
                 memo[id(tensor)] = nn.Parameter(fake, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else fake
         self._weights += memo.values()
+        for tensor in tensors_of(module, *parts):
+            if (state := getattr(tensor, "quant_state", None)) is not None:
+                memo[id(tensor)].quant_state = copy.deepcopy(state, memo)
         return copy.deepcopy(module, memo)
 
     @contextmanager

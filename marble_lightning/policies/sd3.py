@@ -17,6 +17,7 @@ from marble_lightning.policies.pipeline_checks import pipeline_index
 from marble_lightning.policies.pipeline_kinds import SD3
 from marble_lightning.policies.pipeline_loading import load_pipeline
 from marble_lightning.policies.pipeline_policy import PipelinePolicy
+from marble_lightning.policies.quantised import check_bitsandbytes, quantise
 from marble_lightning.policies.samplers import Solver, scheduler_for
 from rewards.files import resolve_path
 from rewards.texts import truncate
@@ -60,6 +61,8 @@ class SD3Policy(PipelinePolicy):
             model without it.
         adapter: Weights that are evaluated and generate images: the averaged adapter `ema`, the adapter `trained`, or
             `none`, the base model.
+        quantised: `nf4` keeps the transformer's linear layers in four bits, by the package bitsandbytes: a quarter of their
+            memory in bfloat16, but another base, whose velocities differ. Null: `dtype`.
 
     Source: MARBLE, arXiv 2605.06507, settings of the SD3.5-Medium run.
     """
@@ -87,12 +90,22 @@ class SD3Policy(PipelinePolicy):
         init_lora: str | None = None,
         adapter: Literal["ema", "trained", "none"] = "ema",
         vae_dtype: Literal["float32", "bfloat16", "float16"] | None = None,
+        quantised: Literal["nf4"] | None = None,
     ) -> None:
         super().__init__(
             path, resolution, rank, alpha, targets, text_length, dtype, revision, gradient_checkpointing,
             offload_text_encoders, prompt_cache, vae_slicing, vae_tiling, compile, init_lora, adapter, vae_dtype,
         )  # fmt: skip
-        self.text_encoder_3_from = text_encoder_3
+        if quantised not in (None, "nf4"):
+            raise ValueError(f"`policy.quantised` must be nf4 or null. Found {quantised!r}.")
+        if quantised and compile:
+            raise ValueError("`policy.compile` must be false where `policy.quantised` is nf4. Found true.")
+        self.text_encoder_3_from, self.quantised = text_encoder_3, quantised
+
+    @property
+    def identity(self) -> dict[str, str | int | None]:
+        """As `PipelinePolicy.identity`, with the quantisation if there is one."""
+        return super().identity | ({"quantised": self.quantised} if self.quantised else {})
 
     @property
     def text_identity(self) -> dict[str, str | int | None]:
@@ -108,13 +121,22 @@ class SD3Policy(PipelinePolicy):
         """Side of a patch in latents, and the maximum number of patches a side, with the name of its field."""
         return transformer["patch_size"], transformer["pos_embed_max_size"], "pos_embed_max_size"
 
+    def check(self) -> None:
+        """As `PipelinePolicy.check`, and that bitsandbytes is installed where it is needed."""
+        super().check()
+        if self.quantised:
+            check_bitsandbytes()
+
     def load(self) -> StableDiffusion3Pipeline:
-        """Load the pipeline on the CPU, without T5 if it is absent or left out."""
+        """Load the pipeline on the CPU, without T5 if it is absent or left out, with a quantised transformer if set."""
         index = pipeline_index(self.kind, self.path, self.revision)
         without_t5 = self.text_encoder_3_from is None or index.get("text_encoder_3", [None])[0] is None
         absent = ("text_encoder_3", "tokenizer_3") if without_t5 else ()
         path, dtypes = resolve_path(self.path), {"vae": self.vae_dtype} if self.vae_dtype else {}
-        return load_pipeline(path, index, self.dtype, self.revision, without=absent, dtypes=dtypes)
+        pipeline = load_pipeline(path, index, self.dtype, self.revision, without=absent, dtypes=dtypes)
+        if self.quantised:
+            quantise(pipeline.transformer, self.dtype)
+        return pipeline  # type: ignore[no-any-return]
 
     # Prompts --------------------------------------------------------------------------------------------------------
 
