@@ -43,15 +43,8 @@ def test_the_table_has_its_purpose(file):
     assert f"| [`{file.stem}`]({file.name}) |" in (FOLDER / "README.md").read_text()
 
 
-SHORT = {"01_quickstart", "04_specialist_samples"}
-"""Those that take about a minute; the others fit several times."""
-
-
 @pytest.mark.integration
-@pytest.mark.parametrize(
-    "file",
-    [pytest.param(file, marks=[] if file.stem in SHORT else pytest.mark.slow, id=file.stem) for file in NOTEBOOKS],
-)
+@each
 def test_it_runs_in_fast_mode(file, tmp_path):
     notebook = execute(file, FAST=True, FOLDER=str(tmp_path))
     outputs = [output for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs]
