@@ -8,6 +8,7 @@ from marble_lightning.policies.averaging import Averaging
 from marble_lightning.policies.base import FlowPolicy
 from marble_lightning.policies.pipeline_policy import PipelinePolicy
 from marble_lightning.policies.sd3 import SD3Policy
+from marble_lightning.policies.sharding import ShardedBaseStrategy
 from marble_lightning.policies.z_image import ZImagePolicy
 
-__all__ = ["Averaging", "FlowPolicy", "PipelinePolicy", "SD3Policy", "ZImagePolicy"]
+__all__ = ["Averaging", "FlowPolicy", "PipelinePolicy", "SD3Policy", "ShardedBaseStrategy", "ZImagePolicy"]

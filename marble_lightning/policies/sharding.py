@@ -1,0 +1,62 @@
+"""A strategy that shards the frozen transformer over the GPUs of a machine, and trains replicated adapters."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from lightning.pytorch import Trainer
+from lightning.pytorch.strategies import DDPStrategy
+from torch import distributed
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import fully_shard
+
+from marble_lightning.policies.base import ADAPTERS, FlowPolicy
+
+
+class ShardedBaseStrategy(DDPStrategy):
+    """DDPStrategy with the frozen transformer sharded over the processes of each machine, for bases too large for one GPU.
+
+    Each process keeps an equal part of every frozen weight. FSDP2 gathers a transformer block before it runs, in a forward
+    or backward pass, and frees it afterwards. Adapters, autoencoder and text encoders stay whole in every process, and
+    gradients are reduced as by DDPStrategy, whose options it has.
+
+    All processes must run the transformer equally often, since they gather its weights together.
+    """
+
+    before_sharding: Callable[[], object] = staticmethod(lambda: None)
+    """Called while the transformer is still whole and on the CPU."""
+
+    def setup(self, trainer: Trainer) -> None:
+        """Shard and set up the model. Evaluations run without inference mode, whose tensors a later backward pass refuses."""
+        for loop in (trainer.fit_loop.epoch_loop.val_loop, trainer.validate_loop, trainer.test_loop, trainer.predict_loop):
+            loop.inference_mode = False
+        super().setup(trainer)
+
+    def model_to_device(self) -> None:
+        """Shard the transformer block by block, then move everything else."""
+        policy: Any = self.lightning_module.policy  # type: ignore[union-attr]
+        if not policy.sharded:
+            self.before_sharding()
+            machine, _ = distributed.new_subgroups(self.num_processes, timeout=self._timeout)
+            shard_base(policy, DeviceMesh.from_group(machine, self.root_device.type))
+        super().model_to_device()
+
+
+def shard_base(policy: FlowPolicy, mesh: DeviceMesh) -> None:
+    """Shard the frozen weights of a policy's transformer, and move them to the devices of a mesh.
+
+    Args:
+        policy: A policy after `setup`. Its adapters stay as they are.
+        mesh: One dimension, the processes that share the weights.
+    """
+    adapters = {parameter for name in ADAPTERS for parameter in policy.parameters_of(name)}
+    for module in (*blocks_of(policy), policy.transformer):
+        fully_shard(module, mesh=mesh, reshard_after_forward=True, ignored_params=adapters)
+    policy.sharded = True
+
+
+def blocks_of(policy: FlowPolicy) -> list[Any]:
+    """The blocks of a policy's transformer, those that diffusers never splits over devices."""
+    names = policy.transformer._no_split_modules
+    return [module for module in policy.transformer.modules() if type(module).__name__ in names]
