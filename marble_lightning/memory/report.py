@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from functools import partial
 from typing import Literal
 
 import torch
@@ -14,6 +15,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicO
 
 from marble_lightning.memory.estimate import Estimate, estimate_memory
 from marble_lightning.module import DiffusionNFT
+from marble_lightning.policies.sharding import ShardedBaseStrategy
 
 log = logging.getLogger(__name__)
 warn = rank_zero_only(log.warning)
@@ -112,12 +114,20 @@ class Memory(Callback):
             raise ValueError(f"`check` must be raise, warn or off. Found {check!r}.")
         self.check = check
 
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if stage == "fit" and isinstance(trainer.strategy, ShardedBaseStrategy):  # a sharded network cannot be copied
+            trainer.strategy.before_sharding = partial(self._estimate, trainer, pl_module, trainer.num_devices)
+
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if not isinstance(trainer.strategy, ShardedBaseStrategy):
+            self._estimate(trainer, pl_module)
+
+    def _estimate(self, trainer: Trainer, pl_module: LightningModule, shards: int = 1) -> None:
         device = trainer.strategy.root_device
         if self.check == "off" or device.type != "cuda" or not isinstance(pl_module, DiffusionNFT):
             return
         try:
-            found = estimate_memory(pl_module, trainer.world_size)
+            found = estimate_memory(pl_module, trainer.world_size, shards=shards)
         except Exception as error:  # noqa: BLE001 - a custom policy need not have the parts that are counted
             warn(f"The memory this run needs was not estimated. Found {type(error).__name__}: {error}")
             return

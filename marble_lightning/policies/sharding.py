@@ -7,7 +7,7 @@ from typing import Any
 
 from lightning.pytorch import Trainer
 from lightning.pytorch.strategies import DDPStrategy
-from torch import distributed
+from torch import distributed, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
 
@@ -28,8 +28,8 @@ class ShardedBaseStrategy(DDPStrategy):
     """Called while the transformer is still whole and on the CPU."""
 
     def setup(self, trainer: Trainer) -> None:
-        """Shard and set up the model. Evaluations run without inference mode, whose tensors a later backward pass refuses."""
-        for loop in (trainer.fit_loop.epoch_loop.val_loop, trainer.validate_loop, trainer.test_loop, trainer.predict_loop):
+        """Set up the model, and evaluations without inference mode, in which weights cannot be gathered for later passes."""
+        for loop in (trainer.validate_loop, trainer.test_loop, trainer.predict_loop):
             loop.inference_mode = False
         super().setup(trainer)
 
@@ -56,7 +56,17 @@ def shard_base(policy: FlowPolicy, mesh: DeviceMesh) -> None:
     policy.sharded = True
 
 
-def blocks_of(policy: FlowPolicy) -> list[Any]:
-    """The blocks of a policy's transformer, those that diffusers never splits over devices."""
-    names = policy.transformer._no_split_modules
-    return [module for module in policy.transformer.modules() if type(module).__name__ in names]
+def blocks_of(policy: FlowPolicy) -> list[nn.Module]:
+    """The blocks of a policy's transformer, instances of the classes that diffusers never splits over devices.
+
+    Raises:
+        ValueError: The transformer has none.
+    """
+    names = getattr(policy.transformer, "_no_split_modules", None) or ()
+    blocks = [module for module in policy.transformer.modules() if type(module).__name__ in names]
+    if not blocks:
+        raise ValueError(
+            "ShardedBaseStrategy needs a transformer with blocks, whose classes `_no_split_modules` names. Found none in "
+            f"{type(policy.transformer).__name__}; set it, or use another `trainer.strategy`."
+        )
+    return blocks
