@@ -81,7 +81,8 @@ def print_estimate(found: Estimate, gpus: int = 1) -> None:
 
 def savings(module: DiffusionNFT) -> str:
     """Settings that save memory and that a run does not use yet, those that cost least time first, a line each."""
-    policy, scoring = module.policy, module.scorer.settings
+    policy, scoring, trainer = module.policy, module.scorer.settings, module.trainer
+    shares = isinstance(trainer.strategy, ShardedBaseStrategy) or trainer.num_devices == 1
     used = {
         "model.policy.offload_text_encoders true": getattr(policy, "offload_text_encoders", True),
         "model.policy.vae_slicing true": getattr(policy, "vae_slicing", True),
@@ -89,6 +90,7 @@ def savings(module: DiffusionNFT) -> str:
         "model.scoring.overlap false": not scoring.overlap,
         "model.policy.dtype bfloat16": getattr(policy, "dtype", None) != torch.float32,
         "model.policy.gradient_checkpointing true": getattr(policy, "gradient_checkpointing", True),
+        "trainer.strategy.class_path marble_lightning.ShardedBaseStrategy": shares,
     }
     sizes = {"model.sampling.batch_size": module.sampling.batch_size, "model.micro_batch_size": module.sizes[0]}
     lines = [name for name, is_used in used.items() if not is_used]

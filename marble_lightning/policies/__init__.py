@@ -1,7 +1,8 @@
 """Flow-matching policies and LoRA files.
 
 `FlowPolicy` is the interface that a base model implements, `PipelinePolicy` implements what pipelines of diffusers have in
-common, `SD3Policy` is Stable Diffusion 3, `ZImagePolicy` is Z-Image. LoRA files are read, written and exported here.
+common, `SD3Policy` is Stable Diffusion 3, `ZImagePolicy` is Z-Image. `ShardedBaseStrategy` is a strategy of the trainer for
+bases too large for one GPU. LoRA files are read, written and exported here.
 """
 
 from marble_lightning.policies.averaging import Averaging
