@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from datetime import timedelta
 from typing import Any
 
+from lightning.fabric.plugins.collectives.torch_collective import default_pg_timeout
 from lightning.pytorch import Trainer
 from lightning.pytorch.strategies import DDPStrategy
 from torch import distributed, nn
@@ -19,13 +21,20 @@ class ShardedBaseStrategy(DDPStrategy):
 
     Each process keeps an equal part of every frozen weight. FSDP2 gathers a transformer block before it runs, in a forward
     or backward pass, and frees it afterwards. Adapters, autoencoder and text encoders stay whole in every process, and
-    gradients are reduced as by DDPStrategy, whose options it has.
+    gradients are reduced as by DDPStrategy.
 
     All processes must run the transformer equally often, since they gather its weights together.
+
+    Args:
+        timeout: Longest time that processes wait for one another.
+        process_group_backend: `nccl`, `gloo` or another backend; null for that of the device.
     """
 
     before_sharding: Callable[[], object] = staticmethod(lambda: None)
     """Called while the transformer is still whole and on the CPU."""
+
+    def __init__(self, timeout: timedelta = default_pg_timeout, process_group_backend: str | None = None) -> None:
+        super().__init__(timeout=timeout, process_group_backend=process_group_backend)
 
     def setup(self, trainer: Trainer) -> None:
         """Set up the model, and evaluations without inference mode, in which weights cannot be gathered for later passes."""
