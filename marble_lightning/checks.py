@@ -91,6 +91,8 @@ def check_same_weights(trainer: Trainer, policy: FlowPolicy, rewards: Mapping[st
         return
     named = {f"rewards.{name}": reward for name, reward in rewards.items()}
     parts = {"policy": policy, **getattr(policy, "text_encoders", {}), **named}
+    if getattr(policy, "sharded", False):
+        del parts["policy"]  # it was compared as a whole
     by_rank = gather_items([{name: fingerprint({name: part}) for name, part in parts.items()}])
     if different := [name for name in parts if len({prints[name] for prints in by_rank}) > 1]:
         raise DifferentWeights(

@@ -114,6 +114,9 @@ def fit(
     finally:
         DefaultAllGather.__call__ = gather  # type: ignore[method-assign]
     found = {"gathered": recorder.gathered, "sizes": recorder.sizes, "parts": estimated.parts}
+    if rounds == 1:
+        trainer.validate(module, datamodule=data, verbose=False)  # an already sharded policy
+        found["again"] = module.evaluator.trained_scores.tolist()  # type: ignore[union-attr]
     (folder / f"rank_{module.global_rank}.json").write_text(json.dumps(found))
 
 

@@ -112,6 +112,8 @@ def check_sharded(folder: Path, backward: int = 3, units: int = 3) -> None:
         assert expected["trained_scores"]["scores"].shape == expected["base_scores"].shape == (6, 3)
         assert differences(expected, state(folder / f"{sharded}.ckpt")) == []
     found = {run: [json.loads((folder / f"{run}/rank_{rank}.json").read_text()) for rank in range(2)] for run in RUNS}
+    scores = state(folder / "first/last.ckpt")["trained_scores"]["scores"]
+    torch.testing.assert_close(torch.tensor(found["first"][0]["again"]), scores, rtol=0, atol=0, equal_nan=True)
     passes = {"held-out": 2, "sampling": 2, "refresh": 3 + backward, "plain step": 3 + 1 + 1}  # 1: check of the old adapter
     first = {phase: number * units for phase, number in (passes | {"held-out": 2 * 2}).items()}  # the base's scores too
     resumed = {phase: number * units for phase, number in passes.items()}
