@@ -224,6 +224,11 @@ def check_sharding(trainer: Trainer, policy: FlowPolicy) -> None:
         raise ValueError(
             "`policy.compile` must be false with ShardedBaseStrategy, which gathers the weights of each block. Found true."
         )
+    if quantised := getattr(policy, "quantised", None):
+        raise ValueError(
+            f"`policy.quantised` must be null with ShardedBaseStrategy, which splits every weight. Found {quantised}; "
+            "use one of the two."
+        )
 
 
 def check_held_out_batches(data: PromptDataModule, ranks: int) -> None:

@@ -54,16 +54,17 @@ def test_evaluations_run_without_inference_mode(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("devices", "compiled", "message"),
-    [(1, False, "`trainer.devices` must be >= 2 with Sharded.* Found 1"), (2, True, "`policy.compile` must be false")],
+    ("devices", "settings", "message"),
+    [
+        (1, {}, "`trainer.devices` must be >= 2 with Sharded.* Found 1"),
+        (2, {"compiled": True}, "`policy.compile` must be false"),
+        (2, {"quantised": "nf4"}, "`policy.quantised` must be null .* Found nf4"),
+    ],
 )
-def test_settings_that_a_sharded_base_does_not_support(devices, compiled, message):
-    trainer, policy = (
-        SimpleNamespace(strategy=ShardedBaseStrategy(), num_devices=devices),
-        SimpleNamespace(compiled=compiled),
-    )
+def test_settings_that_a_sharded_base_does_not_support(devices, settings, message):
+    policy = SimpleNamespace(**settings)
     with pytest.raises(ValueError, match=message):
-        checks.check_sharding(trainer, policy)
+        checks.check_sharding(SimpleNamespace(strategy=ShardedBaseStrategy(), num_devices=devices), policy)
     checks.check_sharding(SimpleNamespace(strategy=DDPStrategy(), num_devices=devices), policy)
 
 
