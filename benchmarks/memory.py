@@ -2,7 +2,7 @@
 
 `python -m benchmarks.memory` builds Stable Diffusion 3.5 Medium with its three text encoders and the rewards and metrics of
 the published run at full size on torch's `meta` device, which allocates no memory, and prints the table of
-`marble-lightning memory`, which needs the weights.
+`marble-lightning memory`, which needs the weights. `--large` replaces the transformer by that of Stable Diffusion 3.5 Large.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from types import SimpleNamespace
 from unittest.mock import patch
 
 import torch
+from diffusers import SD3Transformer2DModel
 from lightning.pytorch.plugins import MixedPrecision
 
 import rewards
@@ -35,6 +36,12 @@ from marble_lightning.policies.pipeline_kinds import SD3
 from marble_lightning.policies.sd3 import SD3Policy
 from marble_lightning.scoring.settings import Scoring
 from marble_lightning.tinyworld.recipe.vocabulary import train_tokenizer
+
+LARGE = {
+    "num_layers": 38, "num_attention_heads": 38, "caption_projection_dim": 2432, "pos_embed_max_size": 192,
+    "dual_attention_layers": (),
+}  # fmt: skip
+"""What the transformer of Stable Diffusion 3.5 Large has other than Medium's: 8.06 billion parameters."""
 
 
 def write_prompts(folder: Path) -> None:
@@ -63,6 +70,9 @@ def module_on_a_gpu(folder: Path, options: argparse.Namespace) -> DiffusionNFT:
     )  # fmt: skip
     with torch.device("meta"):
         pipeline = random_sd35m(tokenizer, **WHOLE | ({} if t5 else {"t5_layers": 0}))
+        if options.large:
+            config = {**pipeline.transformer.config, **LARGE}
+            pipeline.transformer = SD3Transformer2DModel.from_config(config).to(torch.bfloat16)
     loaded = patch("marble_lightning.policies.sd3.load_pipeline", return_value=pipeline)
     with loaded, torch.device("meta"):
         policy.setup(seed=0)
@@ -104,6 +114,8 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument("--steps", type=int, default=25, help="steps to sample an image")
     parser.add_argument("--times", type=int, default=24, help="times at which an image is trained on")
     parser.add_argument("--ranks", type=int, default=1, help="GPUs")
+    parser.add_argument("--large", action="store_true", help="Stable Diffusion 3.5 Large")
+    parser.add_argument("--shards", type=int, default=1, help="GPUs that share the transformer, see ShardedBaseStrategy")
     parser.add_argument("--no-t5", action="store_true", help="without the third text encoder")
     parser.add_argument("--reward-dtype", default="float32", choices=["float32", "bfloat16"])
     parser.add_argument("--rewards-on-cpu", action="store_true", help="run all rewards on the CPU")
@@ -126,7 +138,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         module = module_on_a_gpu(Path(folder), options)
         start = time.perf_counter()
-        print_estimate(estimate_memory(module, options.ranks), options.ranks)
+        print_estimate(estimate_memory(module, options.ranks, shards=options.shards), options.ranks)
         print(f"counted in {time.perf_counter() - start:.0f} s")
 
 

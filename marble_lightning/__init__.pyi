@@ -6,6 +6,7 @@ from .nft import Sampling as Sampling
 from .policies import Averaging as Averaging
 from .policies import FlowPolicy as FlowPolicy
 from .policies import SD3Policy as SD3Policy
+from .policies import ShardedBaseStrategy as ShardedBaseStrategy
 from .policies import ZImagePolicy as ZImagePolicy
 from .scoring import Scoring as Scoring
 
@@ -19,5 +20,6 @@ __all__ = [
     "SD3Policy",
     "Sampling",
     "Scoring",
+    "ShardedBaseStrategy",
     "ZImagePolicy",
 ]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Mapping
-from math import gcd
+from math import ceil, gcd
 
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import Timer
@@ -17,6 +17,7 @@ from marble_lightning.nft.rollout import Plan
 from marble_lightning.nft.sampling import Sampling
 from marble_lightning.policies.base import FlowPolicy
 from marble_lightning.policies.embedding_cache import fingerprint
+from marble_lightning.policies.sharding import ShardedBaseStrategy
 from marble_lightning.scoring.failures import exit_is_failure
 from marble_lightning.utils.distributed import OnAllRanks, gather_items
 from rewards import Prompt, Reward
@@ -90,6 +91,8 @@ def check_same_weights(trainer: Trainer, policy: FlowPolicy, rewards: Mapping[st
         return
     named = {f"rewards.{name}": reward for name, reward in rewards.items()}
     parts = {"policy": policy, **getattr(policy, "text_encoders", {}), **named}
+    if getattr(policy, "sharded", False):
+        del parts["policy"]  # it was compared as a whole
     by_rank = gather_items([{name: fingerprint({name: part}) for name, part in parts.items()}])
     if different := [name for name in parts if len({prints[name] for prints in by_rank}) > 1]:
         raise DifferentWeights(
@@ -198,11 +201,46 @@ def prompts_without_a_score(reward_models: Mapping[str, Reward], prompts: Iterab
 
 
 def check_held_out_prompts(trainer: Trainer) -> None:
-    """Check that every process has at least one held-out image to sample."""
+    """Check that every process has at least one held-out image to sample, and with a sharded base as many batches."""
     if (images := len(get_datamodule(trainer).held_out)) < trainer.world_size:
         raise ValueError(
             f"There must be an image for each of the {trainer.world_size} processes to sample. Found {images}; use fewer "
             "devices, or more prompts or images per prompt."
+        )
+    if isinstance(trainer.strategy, ShardedBaseStrategy):
+        check_held_out_batches(get_datamodule(trainer), trainer.world_size)
+
+
+def check_sharding(trainer: Trainer, policy: FlowPolicy) -> None:
+    """Refuse settings that a sharded base does not support."""
+    if not isinstance(trainer.strategy, ShardedBaseStrategy):
+        return
+    if trainer.num_devices == 1:
+        raise ValueError(
+            "`trainer.devices` must be >= 2 with ShardedBaseStrategy, which shards over the devices of a machine. Found 1; "
+            "use another `trainer.strategy`."
+        )
+    if getattr(policy, "compiled", False):
+        raise ValueError(
+            "`policy.compile` must be false with ShardedBaseStrategy, which gathers the weights of each block. Found true."
+        )
+    if quantised := getattr(policy, "quantised", None):
+        raise ValueError(
+            f"`policy.quantised` must be null with ShardedBaseStrategy, which splits every weight. Found {quantised}; "
+            "use one of the two."
+        )
+
+
+def check_held_out_batches(data: PromptDataModule, ranks: int) -> None:
+    """Check that every process samples equally many batches of held-out images, for which they gather weights together."""
+    images, size = len(data.held_out), data.held_out_batch_size
+    fewest, most = images // ranks, ceil(images / ranks)
+    if ceil(fewest / size) != ceil(most / size):
+        larger = next(number for number in range(size + 1, size + most + 1) if fewest % number)
+        raise ValueError(
+            "With ShardedBaseStrategy every process must have as many batches of held-out images. Found "
+            f"{ceil(fewest / size)} on some and {ceil(most / size)} on others, for {images} images on {ranks} processes; "
+            f"use e.g. `data.held_out_batch_size` {larger}."
         )
 
 

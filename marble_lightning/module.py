@@ -123,6 +123,7 @@ class DiffusionNFT(LightningModule):
             self.plan = checks.plan_round(trainer, self.sampling, self.objective, *self.sizes)
             checks.check_training(self.policy, self.rewards, data)
         checks.check_precision(trainer)
+        checks.check_sharding(trainer, self.policy)
         use_whole_files(trainer)
         check_callbacks(trainer.callbacks)  # type: ignore[attr-defined]
         if stage != "fit" or trainer.limit_val_batches:

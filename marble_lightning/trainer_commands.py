@@ -14,6 +14,7 @@ from marble_lightning.checks import check_prompts_per_process, get_balancer
 from marble_lightning.command_line import MarbleCLI, command_line
 from marble_lightning.memory import estimate_memory
 from marble_lightning.memory.report import print_estimate
+from marble_lightning.policies.sharding import ShardedBaseStrategy
 
 
 def number_of(devices: Any) -> int:
@@ -34,6 +35,8 @@ class MemoryCLI(MarbleCLI):
         """Replace the run's GPUs by this machine's CPU, and write no files."""
         trainer = self.config.trainer
         self.gpus = number_of(trainer.devices) * trainer.num_nodes
+        sharded = str(getattr(trainer.strategy, "class_path", "")).endswith(ShardedBaseStrategy.__name__)
+        self.shards = number_of(trainer.devices) if sharded else 1
         trainer.accelerator, trainer.devices, trainer.num_nodes = "cpu", 1, 1
         trainer.strategy, trainer.logger = "auto", False
         super().before_instantiate_classes()
@@ -44,7 +47,7 @@ class MemoryCLI(MarbleCLI):
         check_prompts_per_process(self.datamodule, self.gpus)
         get_balancer(self.trainer).setup(self.trainer, self.model, "fit")
         self.model.setup("fit")
-        print_estimate(estimate_memory(self.model, self.gpus), self.gpus)
+        print_estimate(estimate_memory(self.model, self.gpus, shards=self.shards), self.gpus)
 
 
 def run(args: Sequence[str] | None) -> None:

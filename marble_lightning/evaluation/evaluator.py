@@ -174,9 +174,11 @@ class Evaluator:
         """The next batch, if it can be sampled while this one is scored; otherwise an empty one.
 
         Text encoders and rewards may have no room beside each other, so prompts that are not encoded wait for the scores.
+        Ranks may decide differently, so those with a sharded base never sample ahead: they sample together.
         """
         batches = getattr(trainer, BATCHES[trainer.state.stage])[0]
-        if not self.scorer.settings.overlap or self.scorer.stopping() or index + 1 == batches:
+        overlap = self.scorer.settings.overlap and not self.policy.sharded
+        if not overlap or self.scorer.stopping() or index + 1 == batches:
             return []
         data = get_datamodule(trainer)
         of_rank = list(enumerate(data.held_out))[batch[-1][0] :: trainer.world_size]  # in the order of its loader

@@ -13,7 +13,11 @@ from marble_lightning.memory.ledger import Ledger, bytes_of, tensors_of
 from marble_lightning.memory.phases import Phases
 from marble_lightning.module import DiffusionNFT
 from marble_lightning.nft.rollout import Plan
-from marble_lightning.policies.base import ADAPTERS
+from marble_lightning.policies.base import ADAPTERS, FlowPolicy, is_adapter
+from marble_lightning.policies.sharding import blocks_of
+
+GATHERED = 3
+"""Whole blocks of a sharded transformer at most: the one that runs, its buffer of the gathering, and that of the next."""
 
 
 class Phase(NamedTuple):
@@ -56,13 +60,14 @@ class Estimate:
         return sum(phase.flops for phase in self.phases.values())
 
 
-def estimate_memory(module: DiffusionNFT, gpus: int = 1, cuda: bool = True) -> Estimate:
+def estimate_memory(module: DiffusionNFT, gpus: int = 1, cuda: bool = True, shards: int = 1) -> Estimate:
     """Estimate the memory of one process's device. Every phase is counted once, which takes seconds.
 
     Args:
         module: Set up for `fit`, with its trainer. It does not change.
         gpus: Processes of the run, one for each GPU. A trainer with fewer processes has their images too.
         cuda: Whether to count for a GPU; tests count for a CPU.
+        shards: Processes that share the transformer's weights, see `ShardedBaseStrategy`.
 
     Raises:
         ValueError: A process's images cannot be split into whole micro-batches and optimizer steps.
@@ -70,12 +75,13 @@ def estimate_memory(module: DiffusionNFT, gpus: int = 1, cuda: bool = True) -> E
     plan = replace(module.plan, images=module.plan.images * module.trainer.world_size // gpus)
     count = Phases(module, plan.images, cuda)
     policy: Any = module.policy
-    parts = parts_of(count, gpus)
+    parts = parts_of(count, gpus, shards)
     encoders = () if policy.offload_text_encoders else ("text encoders",)
-    always = tuple(name for name in parts if name not in ("text encoders", "rewards", "images"))
+    always = tuple(name for name in parts if name not in ("gathered blocks", "text encoders", "rewards", "images"))
+    working = (*always, *encoders, "gathered blocks")
     scoring, overlap = module.scorer.settings, module.scorer.settings.overlap
     resting = (*always, *(() if scoring.offload else ("rewards",)))
-    sampling, training = (*always, *encoders, "rewards", "images"), (*resting, *encoders)
+    sampling, training = (*working, "rewards", "images"), (*resting, *encoders, "gathered blocks")
 
     batch, sampled = module.sampling.batch_size, plan.images / module.sampling.batch_size
     here = on_this_gpu(module)
@@ -101,7 +107,7 @@ def estimate_memory(module: DiffusionNFT, gpus: int = 1, cuda: bool = True) -> E
         decode = count.decode(held_out, mixed=True, resolution=evaluation.resolution)
         scoring_bytes, beside = [count.score(name, held_out).peak for name in here], max(sample.peak, decode.peak)
         most = sum(scoring_bytes) + beside if overlap else max([beside, *scoring_bytes])  # there may be none here
-        phases["held-out prompts"] = Phase((*always, *encoders, "rewards"), most)
+        phases["held-out prompts"] = Phase((*working, "rewards"), most)
     return Estimate(parts, phases, dict(count.unknown))
 
 
@@ -136,7 +142,7 @@ def scoring_flops(module: DiffusionNFT, counted: Mapping[str, Ledger], plan: Pla
     return total
 
 
-def parts_of(count: Phases, gpus: int) -> dict[str, int]:
+def parts_of(count: Phases, gpus: int, shards: int) -> dict[str, int]:
     """Bytes of what stays on the device, for a while at least, by name."""
     policy, module = count.policy, count.module
     adapters = [parameter for name in ADAPTERS for parameter in policy.parameters_of(name)]
@@ -144,8 +150,10 @@ def parts_of(count: Phases, gpus: int) -> dict[str, int]:
     apart = {id(tensor) for tensor in (*adapters, *tensors_of(vae, *encoders))}
     here = tensors_of(*(module.reward_models[name] for name in on_this_gpu(module)))
     conditions = count.encoding[0]
+    elsewhere, gathered = sharded_bytes(policy, shards)
     return {
-        "transformer": bytes_of([tensor for tensor in tensors_of(policy) if id(tensor) not in apart]),
+        "transformer": bytes_of([tensor for tensor in tensors_of(policy) if id(tensor) not in apart]) - elsewhere,
+        "gathered blocks": gathered,
         "adapters": bytes_of(adapters),
         "gradients": bytes_of(count.trained) * (1 if gpus == 1 else 2),  # and DistributedDataParallel's buckets
         "optimizer": count.optimizer[0],
@@ -155,6 +163,18 @@ def parts_of(count: Phases, gpus: int) -> dict[str, int]:
         "latents and prompts": bytes_of([count.latents(count.images), *conditions.tensors.values()]),
         "images": bytes_of([count.pixels(count.images)]),
     }
+
+
+def sharded_bytes(policy: FlowPolicy, shards: int) -> tuple[int, int]:
+    """Bytes of the transformer's frozen weights that other processes keep, and those that are gathered at most."""
+    if shards == 1:
+        return 0, 0
+    whole, *blocks = (
+        bytes_of(parameter for name, parameter in module.named_parameters() if not is_adapter(name))
+        for module in (policy.transformer, *blocks_of(policy))
+    )
+    outside = whole - sum(blocks)  # gathered for the whole forward or backward pass
+    return whole - whole // shards, outside + GATHERED * max(blocks)
 
 
 def on_this_gpu(module: DiffusionNFT) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from functools import partial
 from typing import Literal
 
 import torch
@@ -14,6 +15,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicO
 
 from marble_lightning.memory.estimate import Estimate, estimate_memory
 from marble_lightning.module import DiffusionNFT
+from marble_lightning.policies.sharding import ShardedBaseStrategy
 
 log = logging.getLogger(__name__)
 warn = rank_zero_only(log.warning)
@@ -79,7 +81,8 @@ def print_estimate(found: Estimate, gpus: int = 1) -> None:
 
 def savings(module: DiffusionNFT) -> str:
     """Settings that save memory and that a run does not use yet, those that cost least time first, a line each."""
-    policy, scoring = module.policy, module.scorer.settings
+    policy, scoring, trainer = module.policy, module.scorer.settings, module.trainer
+    shares = isinstance(trainer.strategy, ShardedBaseStrategy) or trainer.num_devices == 1
     used = {
         "model.policy.offload_text_encoders true": getattr(policy, "offload_text_encoders", True),
         "model.policy.vae_slicing true": getattr(policy, "vae_slicing", True),
@@ -87,6 +90,7 @@ def savings(module: DiffusionNFT) -> str:
         "model.scoring.overlap false": not scoring.overlap,
         "model.policy.dtype bfloat16": getattr(policy, "dtype", None) != torch.float32,
         "model.policy.gradient_checkpointing true": getattr(policy, "gradient_checkpointing", True),
+        "trainer.strategy.class_path marble_lightning.ShardedBaseStrategy": shares,
     }
     sizes = {"model.sampling.batch_size": module.sampling.batch_size, "model.micro_batch_size": module.sizes[0]}
     lines = [name for name, is_used in used.items() if not is_used]
@@ -112,12 +116,20 @@ class Memory(Callback):
             raise ValueError(f"`check` must be raise, warn or off. Found {check!r}.")
         self.check = check
 
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if stage == "fit" and isinstance(trainer.strategy, ShardedBaseStrategy):  # a sharded network cannot be copied
+            trainer.strategy.before_sharding = partial(self._estimate, trainer, pl_module, trainer.num_devices)
+
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if not isinstance(trainer.strategy, ShardedBaseStrategy):
+            self._estimate(trainer, pl_module)
+
+    def _estimate(self, trainer: Trainer, pl_module: LightningModule, shards: int = 1) -> None:
         device = trainer.strategy.root_device
         if self.check == "off" or device.type != "cuda" or not isinstance(pl_module, DiffusionNFT):
             return
         try:
-            found = estimate_memory(pl_module, trainer.world_size)
+            found = estimate_memory(pl_module, trainer.world_size, shards=shards)
         except Exception as error:  # noqa: BLE001 - a custom policy need not have the parts that are counted
             warn(f"The memory this run needs was not estimated. Found {type(error).__name__}: {error}")
             return

@@ -93,6 +93,8 @@ class FlowPolicy(nn.Module, ABC):
     """The adapter that is evaluated; with None there are no adapters, and the base model is evaluated."""
     init_lora: str | None = None
     """The LoRA that the adapters start from; None starts them at the base model."""
+    sharded = False
+    """Whether processes share the frozen weights of the transformer; see `ShardedBaseStrategy`."""
     _in_use = False
 
     def __init__(self, path: str, revision: str | None, rank: int, alpha: float, targets: Sequence[str]) -> None:
@@ -278,7 +280,7 @@ class FlowPolicy(nn.Module, ABC):
     def _mergeable(self, adapter: Adapter | None) -> list[nn.Parameter]:
         """The weights to merge an adapter into, one per LoRA layer; empty if the adapter must stay separate."""
         half = torch.is_autocast_enabled(self.device.type) or torch.get_float32_matmul_precision() != "highest"
-        if adapter is None or half or torch.is_grad_enabled():
+        if adapter is None or half or self.sharded or torch.is_grad_enabled():
             return []
         weights = [layer.get_base_layer().weight for layer in self._lora_layers]
         return weights if all(weight.dtype == torch.float32 for weight in weights) else []

@@ -1,4 +1,7 @@
-"""A script that trains on two ranks, and saves the micro-batches and the results of each rank."""
+"""A script that trains on two ranks, and saves the micro-batches and the results of each rank.
+
+With a name of `sharded_runs.CASES` it trains by several strategies instead.
+"""
 
 from __future__ import annotations
 
@@ -24,6 +27,7 @@ from marble_lightning.nft.rollout import MicroBatch, MicroBatches
 from marble_lightning.nft.sampling import Sampling
 from marble_lightning.policies.sd3 import SD3Policy
 from marble_lightning.tinyworld import PROMPTS
+from tests.helpers import sharded_runs
 from tests.helpers.forks import on_two_ranks
 from tests.helpers.small_rewards import Brightness, Contrast, Redness
 
@@ -129,6 +133,7 @@ if __name__ == "__main__":
     warnings.filterwarnings("ignore")
     checkpoints, folder, *names = sys.argv[1:]
     for name in names:
-        run = partial(on_a_rank, name, Path(checkpoints), Path(folder))
+        case = sharded_runs.on_a_rank if name in sharded_runs.CASES else on_a_rank
+        run = partial(case, name, Path(checkpoints), Path(folder))
         if any(on_two_ranks(run, output := Path(folder, name))):
             sys.exit(output.with_suffix(".0").read_text()[-3000:])

@@ -16,7 +16,7 @@ from tests.helpers import ROOT
 pytestmark = pytest.mark.integration
 
 CONFIGS = ROOT / "configs"
-PUBLISHED, OVERNIGHT = ("sd35m", "sd35l"), ("sd35m_1gpu", "sd35m_8gpu")
+PUBLISHED, OVERNIGHT = ("sd35m", "sd35l", "sd35l_sharded"), ("sd35m_1gpu", "sd35m_8gpu")
 LARGE = PUBLISHED + OVERNIGHT
 
 
@@ -172,5 +172,5 @@ def test_the_large_runs_train_a_small_model(name, checkpoints, tmp_path, capsys)
     policy.setup(0)
     assert policy.transformer.transformer_blocks[0].attn.to_q.base_layer.weight.dtype == torch.bfloat16
     assert set(policy.text_encoders) == {"text_encoder", "text_encoder_2", "text_encoder_3"}
-    checkpointed = name in ("sd35l", "sd35m_1gpu")
+    checkpointed = name in ("sd35l", "sd35l_sharded", "sd35m_1gpu")
     assert policy.transformer.gradient_checkpointing == checkpointed

@@ -26,20 +26,23 @@ pytestmark = pytest.mark.integration
 
 METHODS = ["WeightedSum", "MARBLE", "split"]
 SLOWER = ["PCGrad", "CAGrad"]
+SHARDED = "{class_path: marble_lightning.ShardedBaseStrategy}"
+RUNS = ("ddp", "first", "resumed")
+"""Runs of a case of `sharded_runs`, of which the last two are sharded."""
 
 
 def on_two_ranks(checkpoints: Path, folder: Path, names: list[str]) -> Path:
     """Train with these methods; returns the folder with the results of each rank."""
     command = [sys.executable, two_processes.__file__, str(checkpoints), str(folder), *names]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    ended = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=200, check=False)
+    ended = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=400, check=False)
     assert ended.returncode == 0, ended.stderr[-3000:]
     return folder
 
 
 @pytest.fixture(scope="module")
 def trained(checkpoints, tmp_path_factory) -> Path:
-    return on_two_ranks(checkpoints, tmp_path_factory.mktemp("ranks"), METHODS)
+    return on_two_ranks(checkpoints, tmp_path_factory.mktemp("ranks"), [*METHODS, "sharded"])
 
 
 @pytest.fixture(scope="module")
@@ -75,18 +78,63 @@ def flat(parameters):
     return torch.cat([parameter.detach().flatten() for parameter in parameters])
 
 
+def test_a_sharded_base_trains_bit_for_bit_like_a_whole_one(trained):
+    """Gradients, inner products and weights of a refresh, adapters, held-out scores; from the first round and resumed."""
+    check_sharded(trained / "sharded")
+    parts = json.loads((trained / "sharded/first/rank_0.json").read_text())["parts"]
+    sizes, buffer = json.loads((trained / "sharded/first/rank_0.json").read_text())["sizes"], 8 * 8 * 16
+    assert parts["transformer"] == 2 * (sizes[1] + buffer)  # two bytes of each number
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("balancer", ["MARBLE", "WeightedSum"])
-def test_two_processes_train_from_the_command_line(small, tmp_path, balancer):
-    """DistributedDataParallel over gloo: the run ends with a table, and its adapters have changed."""
-    options = ["--trainer.devices", "2", "--trainer.strategy", "ddp", "--balancer", balancer]
+@pytest.mark.parametrize(("name", "backward"), [("sharded_checkpointing", 3), ("sharded_per_reward", 7)])
+def test_a_sharded_base_with_other_backward_passes(checkpoints, tmp_path, name, backward):
+    check_sharded(on_two_ranks(checkpoints, tmp_path, [name]) / name, backward)
+
+
+@pytest.mark.slow
+def test_a_sharded_base_of_another_model(z_image, tmp_path):
+    check_sharded(on_two_ranks(z_image.parent, tmp_path, ["sharded_z_image"]) / "sharded_z_image", units=5)
+
+
+def check_sharded(folder: Path, backward: int = 3, units: int = 3) -> None:
+    """Compare the runs of a case of `sharded_runs`, and count what the sharded ones gather.
+
+    Args:
+        folder: Folder of the case.
+        backward: Backward passes of a refresh.
+        units: What is gathered at once: each block, and the rest of the transformer.
+    """
+    for whole, sharded in (("ddp/round_0000", "first/last"), ("ddp/last", "resumed/last")):
+        expected = state(folder / f"{whole}.ckpt")
+        assert max(value.abs().max() for name, value in expected["state_dict"].items() if "lora_B.trained" in name) > 0
+        assert expected["callbacks"]["MARBLE"]["signal"]["own"]["mean"].diagonal().min() > 0  # inner products
+        assert expected["trained_scores"]["scores"].shape == expected["base_scores"].shape == (6, 3)
+        assert differences(expected, state(folder / f"{sharded}.ckpt")) == []
+    found = {run: [json.loads((folder / f"{run}/rank_{rank}.json").read_text()) for rank in range(2)] for run in RUNS}
+    scores = state(folder / "first/last.ckpt")["trained_scores"]["scores"]
+    torch.testing.assert_close(torch.tensor(found["first"][0]["again"]), scores, rtol=0, atol=0, equal_nan=True)
+    passes = {"held-out": 2, "sampling": 2, "refresh": 3 + backward, "plain step": 3 + 1 + 1}  # 1: check of the old adapter
+    first = {phase: number * units for phase, number in (passes | {"held-out": 2 * 2}).items()}  # the base's scores too
+    resumed = {phase: number * units for phase, number in passes.items()}
+    for run, gathered in zip(RUNS, ({}, first, resumed), strict=True):
+        assert [rank["gathered"] for rank in found[run]] == [gathered, gathered], run
+        (numbers, *held) = found[run][0]["sizes"][0], *(rank["sizes"][1] for rank in found[run])
+        assert held == pytest.approx([numbers] * 2 if run == "ddp" else [numbers / 2] * 2, rel=1e-3)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("balancer", "strategy"), [("MARBLE", "ddp"), ("WeightedSum", "ddp"), ("MARBLE", SHARDED)])
+def test_two_processes_train_from_the_command_line(small, tmp_path, balancer, strategy):
+    """Over gloo: the run ends with a table, and its adapters have changed."""
+    options = ["--trainer.devices", "2", "--trainer.strategy", strategy, "--balancer", balancer]
     options += ["--model.micro_batch_size", "6", "--gradient_alignment.probe_every", "1"]
     options += [
         "--data.held_out_per_source",
         "1",
         "--data.held_out_batch_size",
-        "1",
-    ]  # two batches on one rank, one on the other
+        "2" if strategy == SHARDED else "1",
+    ]  # 1: two batches on one rank, one on the other
     command = [sys.executable, "-m", "marble_lightning", "fit", *small, *options]
     ended = subprocess.run(
         command,

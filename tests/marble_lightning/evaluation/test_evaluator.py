@@ -48,14 +48,14 @@ def test_a_batch_is_scored_while_the_next_is_sampled(checkpoints, tmp_path, monk
 
 
 def test_batches_that_are_sampled_ahead(monkeypatch):
-    """This rank's next batch, unless it is not evaluated, not encoded, or the run is about to stop."""
+    """This rank's next batch, unless it is not evaluated, not encoded, or the run is about to stop; none if sharded."""
     data = PromptDataModule("package:tinyworld/prompts", ["ocr"], prompts_per_round=1, held_out_batch_size=2)
     data.held_out = [Prompt(str(index), "ocr") for index in range(10)]
     monkeypatch.setattr("marble_lightning.evaluation.evaluator.get_datamodule", lambda trainer: data)
     trainer: Any = SimpleNamespace(
         world_size=2, state=SimpleNamespace(stage=RunningStage.PREDICTING), num_predict_batches=[3]
     )
-    policy: Any = None
+    policy: Any = SimpleNamespace(sharded=False)
 
     def ahead(evaluator, first, index):
         batch = [(number, data.held_out[number]) for number in (first, first + 2)]
@@ -70,5 +70,6 @@ def test_batches_that_are_sampled_ahead(monkeypatch):
     evaluator.scorer.stopping = lambda: True
     assert ahead(evaluator, 0, 0) == []
     in_turns = Evaluator(policy, Scorer({"bright": Brightness()}, Scoring(overlap=False)), Evaluation(), 0, policy)
-    in_turns.encoded = evaluator.encoded
-    assert ahead(in_turns, 0, 0) == []
+    together = Evaluator(SimpleNamespace(sharded=True), Scorer({"bright": Brightness()}, Scoring()), Evaluation(), 0, policy)  # type: ignore[arg-type]
+    in_turns.encoded = together.encoded = evaluator.encoded
+    assert ahead(in_turns, 0, 0) == ahead(together, 0, 0) == []

@@ -95,8 +95,9 @@ def test_the_command_prints_it_without_a_gpu_and_writes_nothing(small, tmp_path,
     two = ["memory", *small, "--trainer.devices", "2", "--trainer.accelerator", "gpu"]
     with pytest.raises(ValueError, match="A round's images per rank must be a multiple"):
         main(two)
-    main([*two, "--model.micro_batch_size", "4"])
+    main([*two, "--model.micro_batch_size", "4", "--trainer.strategy.class_path", "marble_lightning.ShardedBaseStrategy"])
     printed = capsys.readouterr().out
+    assert "gathered blocks" in printed  # of a base that both GPUs share
     assert "GPU memory this run needs, an estimate" in printed and "On each of 2 GPUs." in printed
     assert "optimizer step" in printed and "held-out prompts" in printed
     assert set(tmp_path.rglob("*")) == before
