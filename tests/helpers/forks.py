@@ -7,6 +7,7 @@ As a script this module runs command lines, each on two ranks.
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import signal
@@ -33,6 +34,7 @@ from marble_lightning.cli import main
 
 LOADED = [getattr(package, name) for package in (balancers, rewards, tinyworld) for name in package.__all__]
 """Classes that these packages import when they are first used."""
+gc.freeze()  # collections in a child would look at all of this, and so copy its memory
 
 
 def start(run: Callable[[], Any], output: Path, environment: dict[str, str] | None = None) -> int:

@@ -107,7 +107,9 @@ SEVERAL = [
 
 
 @pytest.mark.integration
-@pytest.mark.parametrize("loggers", [False, SEVERAL], ids=["none", "several"])
+@pytest.mark.parametrize(
+    "loggers", [pytest.param(False, marks=pytest.mark.slow, id="none"), pytest.param(SEVERAL, id="several")]
+)
 def test_a_run_is_resumed_and_evaluated_with_any_logger(checkpoints, tmp_path, monkeypatch, capsys, loggers):
     monkeypatch.chdir(tmp_path)
     for logger in loggers or []:

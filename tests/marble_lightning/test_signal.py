@@ -72,12 +72,11 @@ def of_half(batch, in_first):
 @pytest.mark.parametrize(
     "options",
     [
-        {},
-        {"gradient_passes": "per_reward"},
-        {"gradient_checkpointing": True, "micro_batch_size": 3},
-        {"micro_batch_size": 2, "inner_epochs": 2},
+        pytest.param({}, id="two_passes"),
+        pytest.param({"gradient_passes": "per_reward"}, id="per_reward"),
+        pytest.param({"gradient_checkpointing": True, "micro_batch_size": 3}, id="checkpointing"),
+        pytest.param({"micro_batch_size": 2, "inner_epochs": 2}, marks=pytest.mark.slow, id="accumulation"),
     ],
-    ids=["two_passes", "per_reward", "checkpointing", "accumulation"],
 )
 def test_products_of_a_refresh_are_those_of_each_half_alone(checkpoints, tmp_path, options):
     """The gradient of a half, by autograd from its images only, is normalised by its own samples."""

@@ -37,7 +37,7 @@ def falling(monkeypatch):
     monkeypatch.setattr(Evaluator, "finish", fallen)
 
 
-@pytest.mark.parametrize("every", [1, 2])
+@pytest.mark.parametrize("every", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_the_run_stops_and_the_best_checkpoint_is_kept(checkpoints, tmp_path, falling, capsys, every):
     more = {"trainer.max_epochs": 4 * every, "trainer.check_val_every_n_epoch": every}
     run = options(checkpoints, tmp_path, **more, **{"trainer.callbacks": json.dumps([STOPPING, BEST])})

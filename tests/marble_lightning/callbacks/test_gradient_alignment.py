@@ -32,7 +32,7 @@ class Probes(Callback):
         self.updates.append(update_of(pl_module))
 
 
-@pytest.mark.parametrize("balancer", [MARBLE, WeightedSum, PCGrad])
+@pytest.mark.parametrize("balancer", [MARBLE, WeightedSum, pytest.param(PCGrad, marks=pytest.mark.slow)])
 def test_a_probe_changes_nothing(checkpoints, tmp_path, balancer):
     plain, _ = run(checkpoints, tmp_path, balancer(), rounds=2)
     probed, _ = run(checkpoints, tmp_path, balancer(), rounds=2, callbacks=[Probes()])

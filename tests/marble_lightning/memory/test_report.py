@@ -94,8 +94,8 @@ def test_the_command_prints_it_without_a_gpu_and_writes_nothing(small, tmp_path,
     before = set(tmp_path.rglob("*"))
     two = ["memory", *small, "--trainer.devices", "2", "--trainer.accelerator", "gpu"]
     with pytest.raises(ValueError, match="A round's images per rank must be a multiple"):
-        main(two)
-    main([*two, "--model.micro_batch_size", "4", "--trainer.strategy.class_path", "marble_lightning.ShardedBaseStrategy"])
+        main([*two, "--model.micro_batch_size", "24"])
+    main([*two, "--trainer.strategy.class_path", "marble_lightning.ShardedBaseStrategy"])
     printed = capsys.readouterr().out
     assert "gathered blocks" in printed  # of a base that both GPUs share
     assert "GPU memory this run needs, an estimate" in printed and "On each of 2 GPUs." in printed

@@ -51,6 +51,7 @@ def test_gradient_checkpointing_changes_nothing(checkpoints, z_image, tmp_path):
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-7)
 
 
+@pytest.mark.slow
 def test_the_memory_estimate_counts_the_longest_prompts(checkpoints, z_image, tmp_path):
     estimates = []
     for length in (32, 96):
