@@ -1,69 +1,24 @@
-"""Tensors sent between ranks are on their devices, since NCCL has no CPU backend."""
+"""Tensors sent between ranks are on their devices, since NCCL has no CPU backend, and are few."""
 
 from __future__ import annotations
 
-import traceback
-from typing import Any
+import json
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
-from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.strategies import SingleDeviceStrategy
-from torch import Tensor
-from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_leaves
 
-from marble_lightning.cli import main
 from marble_lightning.command_line import QUIET
 from marble_lightning.module import DiffusionNFT
 from marble_lightning.policies import SD3Policy
+from tests.helpers import ROOT, collectives
+from tests.helpers.collectives import MarkCPU, mark_of
+from tests.helpers.command_line import options
 from tests.helpers.small_rewards import Brightness
 
 pytestmark = [pytest.mark.filterwarnings(f"ignore:{known}") for known in QUIET]
-
-
-class MarkCPU(TorchFunctionMode):
-    """Marks tensors that would be on the CPU if the run's device were a GPU.
-
-    `.cpu()`, `.to("cpu")` and factory functions without `device` return marked tensors; `.to(device)` and factory functions
-    with a device do not. Results computed from a marked tensor are marked too.
-    """
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        result = func(*args, **kwargs)
-        name = getattr(func, "__name__", "")
-        inputs = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
-        if name in ("cpu", "to") and any(result is tensor for tensor in inputs):
-            result = result.view_as(result)  # on a GPU it would be a new tensor
-        target = kwargs.get("device", args[1] if name == "to" and len(args) > 1 else None)
-        if name == "cpu" or isinstance(target, str):
-            mark = f"{name} in {caller()}"
-        elif isinstance(target, torch.device):
-            mark = ""
-        elif name == "to" and len(inputs) > 1:  # `.to(other)` takes the device of another tensor
-            mark = mark_of(inputs[1])
-        elif name == "__getitem__":  # indices may be on another device
-            mark = mark_of(inputs[0])
-        elif inputs:  # a 0-dimensional CPU tensor is allowed in operations on a GPU
-            mark = max(mark_of(tensor) if tensor.ndim or len(inputs) == 1 else "" for tensor in inputs)
-        else:
-            mark = f"{name} in {caller()}"
-        for leaf in tree_leaves(result):
-            if isinstance(leaf, Tensor):
-                leaf.mark = mark
-        return result
-
-
-def mark_of(tensor: Tensor) -> str:
-    """The line that created a CPU tensor; "" for other tensors."""
-    return getattr(tensor, "mark", "")
-
-
-def caller() -> str:
-    """The line outside torch that called a function."""
-    frames = [frame for frame in traceback.extract_stack() if "/torch/" not in frame.filename]
-    return f"{frames[-3].filename}:{frames[-3].lineno}"
 
 
 def test_marks_follow_devices():
@@ -82,39 +37,46 @@ def test_held_out_scores_are_gathered_on_the_device(checkpoints):
     assert module.evaluator.scores.device == torch.device("meta")
 
 
+def on_two_ranks(checkpoints, folder, commands):
+    """Run moments and commands one after another; returns the exit statuses, and the output and the counts of rank 0."""
+    two = {"trainer.devices": 2, "trainer.strategy": "ddp", "trainer.accelerator": "cpu", "model.micro_batch_size": 6}
+    two |= {"trainer.check_val_every_n_epoch": 1, "trainer.max_epochs": 2}
+    run = options(checkpoints, folder, **two)
+    runs = [(moment, [command, *run, *more]) for moment, command, *more in commands]
+    ended = subprocess.run(
+        [sys.executable, collectives.__file__, str(folder), json.dumps(runs)], cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=280,
+        check=False,
+    )  # fmt: skip
+    assert ended.returncode == 0, ended.stderr[-3000:]
+    outputs = [(folder / f"output_{index}.0").read_text() for index in range(len(runs))]
+    of_ranks = [[json.loads((folder / f"run_{n}.{rank}.json").read_text()) for rank in range(2)] for n in range(len(runs))]
+    assert all(first == second for first, second in of_ranks)
+    return json.loads(ended.stdout), outputs, [first for first, _ in of_ranks]
+
+
+PROBES = ["--gradient_alignment.probe_every", "1"]
+RESUMES = ["--ckpt_path", "last"]
+
+
 @pytest.mark.integration
-def test_no_cpu_tensor_is_sent(small, monkeypatch):
-    """In a run with every callback, validations, refreshes and steps between them, resumed once."""
-    sent: list[str] = []
+def test_two_ranks_send_no_cpu_tensor_and_few_others(checkpoints, tmp_path):
+    """In a run with every callback that is stopped, and in the round of a run that resumes from there."""
+    commands = [("SIGTERM in training", "fit", *PROBES), ("never", "fit", *RESUMES)]
+    statuses, outputs, counts = on_two_ranks(checkpoints, tmp_path, commands)
+    assert statuses == [[0, 0], [0, 0]], "\n\n".join(output[-2500:] for output in outputs)
+    assert "Stopped after 1 complete round(s)." in outputs[0]
+    phases = counts[1]
+    print(json.dumps(phases))
+    assert phases["plain step"]["allreduce"] == 2 and phases["refresh"]["allreduce"] == 5
+    assert not {"allgather", "gather", "reduce"} & (phases["plain step"].keys() | phases["refresh"].keys())
+    assert sum(phases["images of a round"].values()) <= 23  # however many images and batches of sampling
 
-    def check(value: Any, name: str) -> None:
-        sent.append(name)
-        marks = [mark_of(leaf) for leaf in tree_leaves(value) if isinstance(leaf, Tensor)]
-        assert not any(marks), f"{name} is on the CPU since {max(marks)}"
 
-    def log(self: Any, name: str, value: Any, *arguments: Any, sync_dist: bool = False, **options: Any) -> None:
-        if sync_dist:
-            check(value, name)
-        original_log(self, name, value, *arguments, sync_dist=sync_dist, **options)
-
-    def reduce(self: Any, tensor: Any, *arguments: Any, **options: Any) -> Any:
-        check(tensor, "reduce")
-        return tensor
-
-    def all_gather(self: Any, tensor: Tensor, *arguments: Any, **options: Any) -> Tensor:
-        check(tensor, "all_gather")
-        return tensor
-
-    def run_stage(self: Any) -> None:  # starts after weights are loaded and moved to their device
-        with MarkCPU():
-            original_run_stage(self)
-
-    original_log, original_run_stage = LightningModule.log, Trainer._run_stage
-    monkeypatch.setattr(Trainer, "_run_stage", run_stage)
-    monkeypatch.setattr(LightningModule, "log", log)
-    monkeypatch.setattr(SingleDeviceStrategy, "reduce", reduce)
-    monkeypatch.setattr(SingleDeviceStrategy, "all_gather", all_gather)
-    options = [*small, "--gradient_alignment.probe_every", "1", "--trainer.check_val_every_n_epoch", "1"]
-    main(["fit", *options, "--trainer.max_epochs", "1"])
-    main(["fit", *options, "--ckpt_path", "last"])
-    assert {"reduce", "all_gather", "held_out/pickscore", "train/ocr", "loss"} <= set(sent)
+@pytest.mark.slow
+def test_evaluations_and_a_failed_run_send_no_cpu_tensor(checkpoints, tmp_path):
+    others = [("never", command, *RESUMES) for command in ("validate", "test", "predict")]
+    commands = [("never", "fit"), *others, ("a reward fails", "fit", "--model.scoring.retries", "0")]
+    statuses, outputs, _ = on_two_ranks(checkpoints, tmp_path, commands)
+    assert statuses == [[0, 0]] * 4 + [[1, 1]], "\n\n".join(output[-2500:] for output in outputs)
+    assert "the reader is gone" in outputs[-1]
