@@ -6,7 +6,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 PACKAGE ?= balancers
 
-# bytecode of what a first process imports serves all later ones; nothing else is compiled, as pip and compileall would
+# packages are compiled as they are first imported: compiling all of them at installation takes longer
 export PYTHONDONTWRITEBYTECODE :=
 
 .PHONY: fit test quick lint docs notebooks clean

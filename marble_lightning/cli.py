@@ -29,9 +29,9 @@ logging.getLogger("transformers.utils.import_utils").addFilter(lambda record: "t
 
 
 def imported(module: str) -> ModuleType:
-    """Import a module; without collections of garbage meanwhile, which would be a fifth of the time.
+    """Import a module, without collections of garbage meanwhile: they would search all that was imported, again and again.
 
-    They look at all that was imported so far, again and again. Modules are never garbage, so later ones leave them out too.
+    Modules are never garbage, so later collections leave them out too.
     """
     if module in sys.modules:  # objects of an earlier command may be garbage by now
         return sys.modules[module]

@@ -35,7 +35,7 @@ def on_two_ranks(checkpoints: Path, folder: Path, names: list[str]) -> Path:
     """Train with these methods; returns the folder with the results of each rank."""
     command = [sys.executable, two_processes.__file__, str(checkpoints), str(folder), *names]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    ended = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=400, check=False)
+    ended = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=280, check=False)
     assert ended.returncode == 0, ended.stderr[-3000:]
     return folder
 
