@@ -123,9 +123,8 @@ def find_specialists(stages: Stages, options: argparse.Namespace, extra: Sequenc
     rounds, names = options.rounds or stages.rounds, stages.members[options.stage]
     folders, runs = Folders(options.folder, options.specialists), {}
     for name in names:
-        files = folders.results.glob(f"specialist_{name}_{rounds}_seed_*.json")
-        seeds = sorted(int(file.stem.rpartition("_")[2]) for file in files)
-        runs[name] = load_all(specialists(stages, [name], seeds, options_of(rounds, extra), rounds), folders)
+        fits = specialists(stages, [name], options.specialist_seeds, options_of(rounds, extra), rounds)
+        runs[name] = load_all(fits, folders)
     if missing := [name for name, of_reward in runs.items() if not of_reward]:
         return (
             f"No normalised gains: they need a run on each reward alone with {rounds} rounds. Found none on "
@@ -168,6 +167,7 @@ def parse() -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--folder", type=Path, default=Path("runs/methods"), help="of the runs")
     parser.add_argument("--results", type=Path, default=Path("benchmarks/results/methods"), help="of their figures")
     parser.add_argument("--specialists", type=Path, default=Path("benchmarks/results/stage"), help="results of `stage`")
+    parser.add_argument("--specialist-seeds", type=int, nargs="+", default=[0, 1], help="of these results")
     options, extra = parser.parse_known_args()
     if not 0 < options.level < 1:
         parser.error(f"`--level` must be between 0 and 1, such as 0.95. Found {options.level}.")
