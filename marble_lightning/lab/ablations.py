@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import pandas
 from jaxtyping import Float
@@ -15,6 +16,38 @@ from marble_lightning.lab.paper import ABLATIONS, FAILS, HARMONY, REFERENCE
 from marble_lightning.lab.report.collect import Collection
 from marble_lightning.lab.report.plots import panels
 from marble_lightning.lab.runs import Run
+
+
+def variants(optimizer_steps: int) -> dict[str, dict[str, dict[str, Any]]]:
+    """Settings of every ablation, by group and by the names of `paper.ABLATIONS`; each changes `balancers/marble_paper`.
+
+    Two of them needed a choice. In the authors' code a weight divides, so `weights` is the paper's 1:1:1:2:2 if its last two
+    are OCR and GenEval, and `preference` asks for the opposite. The probability of `dropout` is ours.
+
+    Args:
+        optimizer_steps: Those of a whole run, of which `final_uniform` ends the last fifth with equal coefficients.
+    """
+    averaged = {"estimate_share": 1, "ema_decay": 0, "gram_decay": 0.9}
+    options: dict[str, dict[str, dict[str, Any]]] = {
+        "normalisation": {"no_normalisation": {"normalize": False}},
+        "fixed alpha": {"fixed_alpha": {"uniform_after_step": 0}},
+        "cadence": {f"every_{steps}": {"refresh_every": steps} for steps in (1, 5, 20)},
+        "smoothing": {f"rho_{rho}": {"ema_decay": rho} for rho in (0, 0.1, 0.3, 0.5, 0.9)},
+        "weights": {
+            "weights": {"preference": {"ocr": 0.5, "geneval": 0.5}},
+            "preference": {"preference": {"ocr": 2, "geneval": 2}},
+        },
+        "dropout": {"dropout": {"dropout": 0.2}},
+        "final stage": {"final_uniform": {"uniform_after_step": int(0.8 * optimizer_steps)}},
+        "share": {"share_1": {"estimate_share": 1}},
+        "refresh alpha": {"smoothed_alpha": {"refresh_alpha": "smoothed"}},
+        "gram": {"gram_plain": averaged, "gram_split": {**averaged, "gram": "split"}},
+    }
+    settings = {
+        group: {name: {"balancer": {"init_args": changed}} for name, changed in of_group.items()}
+        for group, of_group in options.items()
+    }
+    return settings | {"advantages": {"std_group": {"model": {"objective": {"advantage_std": "group"}}}}}
 
 
 def same_order(difference: Interval, published: float) -> str:
@@ -45,46 +78,57 @@ def interval(changes: Float[Tensor, "seed prompt"]) -> Interval:
     return Interval(single.mean, single.mean - 1.96 * single.error, single.mean + 1.96 * single.error)
 
 
-def beside_paper(found: Collection, variants: Sequence[str], reference: str = REFERENCE) -> pandas.DataFrame:
-    """Differences of variants to a reference beside the published ones, a row for each variant and published reward.
-
-    Differences are paired by seed, prompt and noise. A variant has no row if it has not run, shares no seed with the
-    reference, or is not in the paper.
+def beside_paper(found: Collection, shown: Sequence[str], reference: str = REFERENCE) -> pandas.DataFrame:
+    """`differences_beside_paper` of runs. A variant has no row if it has not run or shares no seed with the reference.
 
     Args:
         found: The runs; methods have the names of `paper.ABLATIONS`.
-        variants: The variants of the table.
+        shown: The variants of the table.
+        reference: The variant that they are compared with.
+    """
+    differences = {}
+    for variant in shown:
+        if variant == reference or variant not in found.methods:
+            continue
+        if common := [seed for seed in found.methods[variant] if seed in found.methods[reference]]:
+            differences[variant] = found.changes(variant, common) - found.changes(reference, common)
+    return differences_beside_paper(differences, found.columns, reference)
+
+
+def differences_beside_paper(
+    differences: Mapping[str, Float[Tensor, "seed prompt reward"]], names: Sequence[str], reference: str = REFERENCE
+) -> pandas.DataFrame:
+    """Differences of variants to a reference beside the published ones, a row for each variant and published reward.
+
+    Args:
+        differences: Held-out change by each variant minus that by the reference, paired by seed, prompt and noise. A variant
+            that is not in the paper has no row.
+        names: The rewards of the last dimension.
         reference: The variant that they are compared with.
     """
     rows = []
-    for variant in variants:
-        if variant == reference or variant not in found.methods or variant not in ABLATIONS:
-            continue
-        common = [seed for seed in found.methods[variant] if seed in found.methods[reference]]
-        if not common:
-            continue
-        differences = found.changes(variant, common) - found.changes(reference, common)
-        for name, score in ABLATIONS[variant].items():
-            if name not in found.columns:
+    for variant, difference in differences.items():
+        for name, score in ABLATIONS.get(variant, {}).items():
+            if name not in names:
                 continue
             published = ABLATIONS[reference][name]
-            difference = interval(differences[:, :, found.columns.index(name)])
+            measured = interval(difference[:, :, list(names).index(name)])
             rows.append(
                 {
                     "variant": variant,
                     "reward": name,
-                    f"difference to {reference}": "{:+.4f} [{:+.4f}, {:+.4f}]".format(*difference),
+                    f"difference to {reference}": "{:+.4f} [{:+.4f}, {:+.4f}]".format(*measured),
                     f"paper: {reference}": f"{published:g}",
                     "paper: variant": "fails" if score == FAILS else f"{score:g}",
-                    "same order?": same_order(difference, score - published),
+                    "same order?": same_order(measured, score - published),
                 }
             )
     return pandas.DataFrame(rows)
 
 
-def change_figure(found: Collection, variants: Sequence[str]) -> Figure:
+def change_figure(found: Collection, shown: Sequence[str]) -> Figure:
     """The held-out change of each reward by variant with its 95 % interval, a panel for each reward."""
-    shown = [variant for variant in variants if variant in found.methods]
+    shown = [variant for variant in shown if variant in found.methods]
     figure, axes = panels(len(found.rewards), len(found.rewards))
     for column, (axis, name) in enumerate(zip(axes, found.rewards, strict=True)):
         intervals = [interval(found.changes(variant)[:, :, column]) for variant in shown]

@@ -8,7 +8,7 @@ from matplotlib import pyplot
 from torch.utils.tensorboard import SummaryWriter
 
 from marble_lightning.evaluation.statistics import Interval
-from marble_lightning.lab.ablations import beside_paper, change_figure, harmony_beside_paper, interval, same_order
+from marble_lightning.lab.ablations import beside_paper, change_figure, harmony_beside_paper, interval, same_order, variants
 from marble_lightning.lab.paper import ABLATIONS, HARMONY, REFERENCE
 from marble_lightning.lab.report.collect import collect
 from marble_lightning.lab.runs import Run
@@ -46,6 +46,13 @@ def found(tmp_path):
         for seed in range(3):
             finish(tmp_path / method / f"seed_{seed}" / "version_0", seed, of_method)
     return collect([tmp_path])
+
+
+def test_every_published_ablation_is_a_variant():
+    groups = variants(optimizer_steps=72)
+    settings = {name: of_variant for group in groups.values() for name, of_variant in group.items()}
+    assert not set(ABLATIONS) - {REFERENCE} - set(settings)
+    assert settings["final_uniform"]["balancer"]["init_args"] == {"uniform_after_step": 57}
 
 
 def test_variants_beside_the_paper(found):
