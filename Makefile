@@ -36,6 +36,7 @@ notebooks: .venv/installed
 
 .venv/installed: pyproject.toml
 	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet 'pip>=25' # an older one, such as Python 3.11 brings, takes three times as long to choose versions
 	$(BIN)/pip install --quiet --no-compile --editable '.[dev]'
 	touch $@
 

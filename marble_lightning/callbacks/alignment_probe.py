@@ -169,12 +169,14 @@ def gradients_of_halves(
     parts = torch.zeros(2 * size, sum(p.numel() for p in module.trainable), device=module.device)
     samples = torch.zeros(2, size, device=module.device)
     first = step * module.plan.per_step
-    with module.step.per_reward.capture():
-        for batch in islice(module.split_round(rollout, coefficients, seed), first, first + module.plan.per_step):
+    for batch in islice(module.split_round(rollout, coefficients, seed), first, first + module.plan.per_step):
+        halves = batch.coefficients.split(batch.in_first)
+        samples += halves.samples.unflatten(0, (2, -1))
+        with module.trainer.precision_plugin.forward_context():
+            old, _ = module.step.frozen_velocities(batch, with_kl=False)
+        with module.step.per_reward.capture():
             with module.trainer.precision_plugin.forward_context():
-                losses = module.step.sample_losses(batch, module.step.velocity(batch, "trained"))
-            halves = batch.coefficients.split(batch.in_first)
-            parts += module.step.per_reward(*losses, halves, module.scaler)
-            samples += halves.samples.unflatten(0, (2, -1))
+                plus, minus, _ = module.step.sample_losses_and_kl(batch, old, None)
+            parts += module.step.per_reward(plus, minus, halves, module.scaler)
     strategy = module.trainer.strategy
     return strategy.reduce(parts).unflatten(0, (2, -1)), strategy.reduce(samples)

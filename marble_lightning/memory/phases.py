@@ -141,11 +141,13 @@ class Phases:
         step = TrainingStep(self.policy, self.module.objective, self.trained, self.module.gradient_passes)
         with self.fakes.counting(*self.encoding[0].tensors.values(), *gradients) as ledger:
             batch = self._micro_batch(images, len(self.module.balancer.names))
+            with self._precision():
+                old, base = step.frozen_velocities(batch, with_kl)
             with step.per_reward.capture() if refresh else nullcontext():
-                self._forward(step, batch, refresh, with_kl).backward()
+                self._forward(step, batch, refresh, old, base).backward()
         return ledger
 
-    def _forward(self, step: TrainingStep, batch: MicroBatch, refresh: bool, with_kl: bool) -> Tensor:
+    def _forward(self, step: TrainingStep, batch: MicroBatch, refresh: bool, old: Tensor, base: Tensor | None) -> Tensor:
         """The loss of a micro-batch; on a refresh with the memory of the gradients that are summed and merged."""
         with self._precision():
             parts = batch.coefficients
@@ -153,7 +155,7 @@ class Phases:
                 parts = parts.split(batch.in_first)
             if refresh:
                 total = torch.empty(parts.plus.shape[1], sum(p.numel() for p in self.trained))
-            plus, minus, kl = step.sample_losses_and_kl(batch, with_kl)
+            plus, minus, kl = step.sample_losses_and_kl(batch, old, base)
             if not refresh:
                 return batch.coefficients.losses(plus, minus).sum() + (0 if kl is None else kl)
             total += step.per_reward(plus, minus, parts, None)

@@ -76,10 +76,11 @@ class TrainingStep:
         Returns:
             The loss, and the values to log by name.
         """
+        old, base = self.frozen_velocities(batch, with_kl)
         with ExitStack() as stack:
             if balancer.wants_gradients:
                 stack.enter_context(self.per_reward.capture())
-            plus, minus, kl = self.sample_losses_and_kl(batch, with_kl)
+            plus, minus, kl = self.sample_losses_and_kl(batch, old, base)
             losses = batch.coefficients.losses(plus, minus)
             logged = {"loss": losses.detach().sum() * per_step} | ({} if kl is None else {"kl": kl.detach()})
             weighted_kl = self.zero_loss() if kl is None else self.objective.kl_weight * self.objective.kl_every * kl
@@ -111,13 +112,26 @@ class TrainingStep:
         """End the capture of per-reward gradients, if the forward pass began one."""
         self._until_backward.close()
 
-    def sample_losses_and_kl(self, batch: MicroBatch, with_kl: bool) -> tuple[Tensor, Tensor, Tensor | None]:
-        """L+ and L- of each sample, and the KL term before it is weighted; None without one."""
+    def frozen_velocities(self, batch: MicroBatch, with_kl: bool) -> tuple[Tensor, Tensor | None]:
+        """Velocities of the adapter that sampled the round and of the base; the latter is None without a KL term.
+
+        They need no capture, so they run compiled on a refresh too.
+        """
+        return self.velocity(batch, "old"), self.velocity(batch, None) if with_kl else None
+
+    def sample_losses_and_kl(
+        self, batch: MicroBatch, old: Tensor, base: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """L+ and L- of each sample, and the KL term before it is weighted; None without the base's velocity.
+
+        Args:
+            batch: Some images, each at one flow time.
+            old: From `frozen_velocities`.
+            base: From `frozen_velocities`.
+        """
         velocity = self.velocity(batch, "trained")
-        plus, minus = self.sample_losses(batch, velocity)
-        if not with_kl:
-            return plus, minus, None
-        return plus, minus, (velocity - self.velocity(batch, None)).square().mean()
+        plus, minus = nft_losses(velocity, old, batch.noisy, batch.clean, batch.t, self.objective.beta)
+        return plus, minus, None if base is None else (velocity - base).square().mean()
 
     def zero_loss(self) -> Tensor:
         """A zero loss with a zero gradient for every parameter, since DistributedDataParallel waits for all of them."""
@@ -127,8 +141,3 @@ class TrainingStep:
         """v(x_t, t) with one adapter, or with none; with a graph for the trained adapter only."""
         with torch.set_grad_enabled(adapter == "trained"), self.policy.use_adapter(adapter):
             return self.policy.velocity(batch.noisy, batch.t, batch.conditions)
-
-    def sample_losses(self, batch: MicroBatch, velocity: Tensor) -> tuple[Tensor, Tensor]:
-        """L+ and L- of each sample."""
-        old = self.velocity(batch, "old")
-        return nft_losses(velocity, old, batch.noisy, batch.clean, batch.t, self.objective.beta)

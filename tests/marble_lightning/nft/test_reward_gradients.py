@@ -7,7 +7,13 @@ import torch
 from torch import nn
 
 from marble_lightning.nft.loss import coefficients, nft_losses
-from marble_lightning.nft.reward_gradients import LinearTaps, RewardGradients, add_flat, gradients_by_passes
+from marble_lightning.nft.reward_gradients import (
+    LinearTaps,
+    RewardGradients,
+    add_flat,
+    gradients_by_passes,
+    product_in_float32,
+)
 from marble_lightning.policies.sd3 import SD3Policy
 
 SAMPLES = 6
@@ -79,6 +85,18 @@ def test_two_passes_equal_one_pass_per_reward_under_autocast(policy):
     assert within.dtype == expected.dtype == torch.float32
     torch.testing.assert_close(within, outside)
     assert (within - expected).norm() < (expected - exact).norm()  # over all rewards: a short gradient is mostly rounding
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_is_multiplied_as_it_is_and_summed_in_float32(dtype):
+    """A sum in half precision would stop at 256 (bfloat16) or 2048 (float16) of these 4096 ones."""
+    generator = torch.Generator().manual_seed(0)
+    one, other = (torch.randn(3, 4096, size, generator=generator).to(dtype).cuda() for size in (8, 5))
+    product = product_in_float32(one.mT, other)
+    assert product.dtype == torch.float32
+    torch.testing.assert_close(product, (one.double().mT @ other.double()).float(), rtol=1e-4, atol=1e-3)
+    assert product_in_float32(torch.ones_like(one).mT, torch.ones_like(other)).eq(4096).all()
 
 
 def test_weighted_reward_gradients_equal_one_backward_pass(policy):

@@ -1,4 +1,4 @@
-"""The training step: what it leaves behind after an error."""
+"""The training step: what it captures on a refresh, and what it leaves behind after an error."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import torch
 from balancers import MARBLE
 from marble_lightning.command_line import QUIET
 from marble_lightning.module import DiffusionNFT
+from marble_lightning.nft.step import TrainingStep
 from tests.helpers.small_runs import run
 
 pytestmark = [pytest.mark.filterwarnings(f"ignore:{known}") for known in QUIET]
@@ -26,7 +27,7 @@ class FailsOnRefresh(DiffusionNFT):
             raise torch.OutOfMemoryError(self.where)
 
         if self.where == "forward":
-            self.step.sample_losses = fail  # type: ignore[method-assign]
+            self.step.sample_losses_and_kl = fail  # type: ignore[method-assign]
         else:
             self.trainable[0].register_hook(fail)
 
@@ -41,3 +42,15 @@ def test_an_error_on_a_refresh_leaves_no_capture_behind(checkpoints, tmp_path, m
         run(checkpoints, tmp_path, MARBLE(), kind=FailsOnRefresh)
     assert torch._dynamo.eval_frame._stance.stance == before
     assert not modules[0].step.per_reward.taps.on
+
+
+def test_only_the_trained_forward_pass_of_a_refresh_is_uncompiled(checkpoints, tmp_path, monkeypatch):
+    seen, velocity = [], TrainingStep.velocity
+
+    def watched(self, batch, adapter):
+        seen.append((adapter, torch._dynamo.eval_frame._stance.stance, self.per_reward.taps.on))
+        return velocity(self, batch, adapter)
+
+    monkeypatch.setattr(TrainingStep, "velocity", watched)
+    run(checkpoints, tmp_path, MARBLE())
+    assert seen[:3] == [("old", "default", False), (None, "default", False), ("trained", "force_eager", True)]
