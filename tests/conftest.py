@@ -5,6 +5,7 @@ Fixtures import what they use: the process that hands out the tests needs none o
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -25,6 +26,10 @@ LONG = [
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     places = {name: index for index, name in enumerate(LONG)}
     items.sort(key=lambda item: places.get(item.path.stem, len(LONG)))
+
+
+def pytest_collection_finish() -> None:
+    gc.freeze()  # what was imported is not garbage: collections need not search it in every test
 
 
 @pytest.fixture(scope="session")
