@@ -167,7 +167,7 @@ def parse() -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--folder", type=Path, default=Path("runs/methods"), help="of the runs")
     parser.add_argument("--results", type=Path, default=Path("benchmarks/results/methods"), help="of their figures")
     parser.add_argument("--specialists", type=Path, default=Path("benchmarks/results/stage"), help="results of `stage`")
-    parser.add_argument("--specialist-seeds", type=int, nargs="+", default=[0, 1], help="of these results")
+    parser.add_argument("--specialist-seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4], help="of these results")
     options, extra = parser.parse_known_args()
     if not 0 < options.level < 1:
         parser.error(f"`--level` must be between 0 and 1, such as 0.95. Found {options.level}.")

@@ -16,6 +16,7 @@ from balancers import MARBLE, Balancer, WeightedSum
 from benchmarks.phases import now
 from marble_lightning.data.datamodule import PromptDataModule
 from marble_lightning.module import DiffusionNFT
+from marble_lightning.nft.loss import Objective
 from marble_lightning.nft.sampling import Sampling
 from marble_lightning.policies.sd3 import SD3Policy
 from marble_lightning.tinyworld import PROMPTS
@@ -75,6 +76,13 @@ class Method:
     """Share of a step's two micro-batches whose gradients the solution uses; it applies to both."""
     gram: Literal["own", "split"] | None = "own"
     """Products to solve on; None: of whole gradients, without the parts from halves of the prompts."""
+    kl_every: int = 1
+    """`objective.kl_every`; 0: no KL term."""
+
+    @property
+    def objective(self) -> Objective:
+        """The NFT loss."""
+        return Objective(kl_every=self.kl_every) if self.kl_every else Objective(kl_weight=0.0)
 
     def balancer(self) -> Balancer:
         """A new balancer."""
@@ -99,6 +107,11 @@ METHODS = (
     WHOLE,
     Method("MARBLE, every step, half its images", "", every=1, share=0.5),
     K_PASSES,
+    *(
+        Method(f"{method.title}, {kl}", "", every=method.every, kl_every=kl_every)
+        for kl, kl_every in (("KL term on every other micro-batch", 2), ("no KL term", 0))
+        for method in (SUM, EVERY_STEP)
+    ),
 )
 """Two backward passes, and gradients in two parts (`measure_signal`), unless the title says otherwise."""
 
@@ -151,7 +164,8 @@ class Turns(Callback):
         method, k = self.turns[index]
         module.rewards = dict(list(self.rewards.items())[:k])
         module.balancer = self.balancers[index]
-        module.gradient_passes = method.passes
+        module.gradient_passes, module.objective = method.passes, method.objective
+        module.step.objective = method.objective
         module.step.per_reward.taps = self.taps if method.passes == "two" else None
         module.balancer.bind(list(module.rewards))
 
