@@ -63,6 +63,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", choices=["tiny", "sd35m"], default="tiny")
     parser.add_argument("--rewards", nargs="+", type=int, default=[2, 5, 10, 20], help="numbers of rewards K")
+    titles = [method.title for method in METHODS]
+    parser.add_argument("--methods", nargs="+", default=titles, choices=titles, metavar="METHOD", help="rows of the table")
     parser.add_argument("--cycles", type=int, default=5, help="measured rounds of each method and K")
     parser.add_argument("--device", default="auto", help="Lightning's accelerator")
     parser.add_argument("--folder", type=Path, help="folder of the random sd35m; default a temporary folder")
@@ -89,7 +91,8 @@ def main() -> None:
             )
             print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
             return
-        turns = Turns([(method, k) for k in options.rewards for method in METHODS], options.cycles)
+        methods = [method for method in METHODS if method.title in {SUM.title, *options.methods}]
+        turns = Turns([(method, k) for k in options.rewards for method in methods], options.cycles)
         if options.device == "cpu" or not torch.accelerator.is_available():
             # Peak memory needs a separate process for each turn. These run first, so that a failure loses no timings.
             arguments = ["--model", options.model, "--device", options.device, "--folder", str(path)]

@@ -186,7 +186,10 @@ class PipelinePolicy(FlowPolicy):
         """Compile the transformer's blocks: those of a kind share compiled code, and all take most of the run time."""
         # each kind of block has a variant for each adapter, with and without a graph; the default limit is 8
         torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)  # type: ignore[attr-defined]
-        self.transformer.compile_repeated_blocks()
+        kinds = self.transformer._repeated_blocks or self.transformer._no_split_modules  # SD3's model names only the latter
+        for module in self.transformer.modules():
+            if type(module).__name__ in kinds:
+                module.compile()
 
     # Prompts and images ---------------------------------------------------------------------------------------------
 
