@@ -13,6 +13,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from benchmarks.fingerprint import resolve
 from benchmarks.fits import ComparisonError, Fit, Folders, changes_of, fit_all
 from benchmarks.method_tables import Results, changes_table, difference_table, gains_table
 from benchmarks.methods import find_specialists
@@ -21,13 +22,10 @@ from benchmarks.stages import STAGES, Stages, options_of, read_stages
 from marble_lightning.lab.ablations import differences_beside_paper, variants
 from marble_lightning.lab.paper import REFERENCE
 
-STEPS_PER_ROUND = 3
-"""Optimizer steps of a round of configs/tiny.yaml."""
-
 
 def settings_of(rounds: int) -> dict[str, dict[str, object]]:
-    """Settings of the reference and of every variant, by name."""
-    groups = variants(STEPS_PER_ROUND * rounds).values()
+    """Settings of the reference and of every variant, by name, for runs of `-c tiny` with these rounds."""
+    groups = variants(rounds * resolve("-c", "tiny")["model"]["optimizer_steps_per_round"]).values()
     return {REFERENCE: {}} | {name: settings for group in groups for name, settings in group.items()}
 
 
@@ -88,15 +86,12 @@ def main() -> None:
         results = {variant: {seed: by_run[variant, seed] for seed in options.seeds} for variant in shown}
         found = find_specialists(stages, options, [])
         print(changes_table(results, [*names, *stages.metrics]), end="\n\n")
-        parts = (
-            [found]
-            if isinstance(found, str)
-            else [
-                gains_table(results, names, found),
-                difference_table(results, REFERENCE, names, found),
-            ]
-        )
-        print(*parts, paper_table(results, names), sep="\n\n")
+        if isinstance(found, str):
+            print(found, end="\n\n")
+        else:
+            print(gains_table(results, names, found), end="\n\n")
+            print(difference_table(results, REFERENCE, names, found), end="\n\n")
+        print(paper_table(results, names))
     except ComparisonError as error:
         sys.exit(f"error: {error}")
 

@@ -13,7 +13,6 @@ from contextlib import ExitStack, redirect_stderr, redirect_stdout
 from functools import cached_property
 from typing import Any
 
-import yaml
 from jsonargparse import Namespace, set_parsing_settings
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import ProgressBar as BaseProgressBar
@@ -146,10 +145,6 @@ class MarbleCLI(LightningCLI):
         """The settings of the run, as config.yaml has them."""
         config = self.config.get(str(self.subcommand), self.config)
         return self._parser(self.subcommand).dump(config, skip_none=False)
-
-    def _dump_config(self) -> None:
-        """The settings that `save_hyperparameters` finds in a subclass; Lightning would write all of them a second time."""
-        self.config_dump = yaml.safe_load(self._config_yaml)
 
     def after_instantiate_classes(self) -> None:
         """Keep the configuration for checkpoints, as in config.yaml but without secrets, since checkpoints are shared."""

@@ -16,18 +16,13 @@ def test_every_block_is_compiled_and_nothing_else(checkpoints, request, kind):
     """Code is compiled at its first call, so this takes no time."""
     if kind == "sd3":
         policy = SD3Policy(str(checkpoints / "sd3"), resolution=16, rank=2, compile=True)
-        blocks = policy_blocks(policy, "transformer_blocks")
     else:
         policy = ZImagePolicy(str(request.getfixturevalue("z_image")), resolution=16, rank=2, text_length=64, compile=True)
-        blocks = policy_blocks(policy, "layers")
-    compiled = [module for module in policy.transformer.modules() if module._compiled_call_impl is not None]
-    assert blocks and set(blocks) <= set(compiled)
-    assert {type(module) for module in compiled} == {type(blocks[0])}
-
-
-def policy_blocks(policy, name):
     policy.setup(0)
-    return list(getattr(policy.transformer, name))
+    blocks = getattr(policy.transformer, "transformer_blocks" if kind == "sd3" else "layers")
+    compiled = [module for module in policy.transformer.modules() if module._compiled_call_impl is not None]
+    assert len(blocks) and set(blocks) <= set(compiled)
+    assert {type(module) for module in compiled} == {type(blocks[0])}
 
 
 @pytest.mark.slow
