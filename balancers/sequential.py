@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 import torch
 from jaxtyping import Bool, Float, Int
+from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
 from balancers.base import Balancer
@@ -15,10 +16,11 @@ class Sequential(Balancer):
 
     In round $t = 0, 1, \dots$ with stages of $T$ rounds, the only reward is $R_{i, o(t)}$ with
     $o(t) = \text{order}[\lfloor t / T \rfloor \bmod \text{length}]$. Samples that it does not apply to are not trained on. A
-    run of $T$ times the length of `order` rounds trains each stage once; a longer run starts again with the first.
+    run of $T$ times the length of `order` rounds trains each stage once; a longer run starts again with the first, and a
+    shorter one does not reach the last.
 
     Args:
-        rounds: Rounds of a stage, >= 1.
+        rounds: Rounds of a stage, >= 1. Null: equal shares of the run's rounds (`trainer.max_epochs`), up to one round.
         order: Reward of each stage, by name; a reward may have several stages. Null: each once, in the order of the rewards.
 
     Raises:
@@ -29,13 +31,19 @@ class Sequential(Balancer):
 
     merged_name = "stage"
 
-    def __init__(self, rounds: int = 100, order: list[str] | None = None) -> None:
+    def __init__(self, rounds: int | None = None, order: list[str] | None = None) -> None:
         super().__init__()
-        if rounds < 1:
-            raise ValueError(f"`rounds` must be >= 1. Found {rounds}.")
+        if rounds is not None and rounds < 1:
+            raise ValueError(f"`rounds` must be null or >= 1. Found {rounds}.")
         if order == []:
             raise ValueError("`order` must name the reward of at least one stage. Found none; use null for all rewards.")
         self.rounds, self.order = rounds, order
+        self.run_rounds = 1
+        """Rounds of the whole run, known from `setup` on."""
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self.run_rounds = max(trainer.max_epochs or 1, 1)  # -1: without an end
+        super().setup(trainer, pl_module, stage)
 
     def bind(self, reward_names: Sequence[str]) -> None:
         check_known(self.order or [], reward_names, "order")
@@ -45,7 +53,8 @@ class Sequential(Balancer):
     def current(self) -> str:
         """Name of the reward of this round."""
         order, finished = self.order or self.reward_names, max(self.memory.get("begun", 0) - 1, 0)
-        return order[finished // self.rounds % len(order)]
+        stage = finished // self.rounds if self.rounds else finished * len(order) // self.run_rounds
+        return order[stage % len(order)]
 
     def begin_round(self, scores: Float[Tensor, "sample reward"], prompts: Int[Tensor, " sample"]) -> dict[str, float]:
         """Count the round. Returns 1 for its reward and 0 for the others."""

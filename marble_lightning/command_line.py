@@ -140,6 +140,19 @@ class MarbleCLI(LightningCLI):
         if options.get("return_predictions", True) is None:
             options.return_predictions = False
 
+    def instantiate_classes(self) -> None:
+        """Create everything. A class that refuses its settings is heard, and not the parser, which lists types."""
+        try:
+            self._create()
+        except ValueError as error:
+            refused = error.__cause__
+            if refused is None or not str(error).startswith("Does not validate against any of the Union subtypes"):
+                raise
+            raise refused from None
+
+    def _create(self) -> None:
+        super().instantiate_classes()
+
     @cached_property
     def _config_yaml(self) -> str:
         """The settings of the run, as config.yaml has them."""
@@ -236,8 +249,26 @@ def command_line(args: Sequence[str] | None = None, run: bool = True, kind: type
     )
 
 
+class _Check(MarbleCLI):
+    """Creates what the command would use, but for the trainer: this machine may lack its accelerator. Nothing runs."""
+
+    def _create(self) -> None:
+        config = self.config.clone()
+        del config[str(self.subcommand)].trainer
+        self.config_init = self.parser.instantiate_classes(config)
+
+    def after_instantiate_classes(self) -> None:
+        """Do nothing; there is no trainer and no run."""
+
+    def _set_seed(self) -> None:
+        """Do nothing: the seed is for the run."""
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        """Do nothing."""
+
+
 def check_fit(arguments: Sequence[str]) -> None:
-    """Parse arguments of `fit` in this process, without loading anything.
+    """Parse arguments of `fit` in this process and create what they name, without loading weights.
 
     Modules of the working folder can be imported, as in `python -m marble_lightning fit`.
 
@@ -251,7 +282,7 @@ def check_fit(arguments: Sequence[str]) -> None:
     sys.path.insert(0, os.getcwd())
     try:
         with redirect_stdout(io.StringIO()), redirect_stderr(errors):
-            command_line(["fit", *arguments, "--print_config"])
+            command_line(["fit", *arguments], kind=_Check)
     except SystemExit as end:
         if end.code:
             raise ValueError((errors.getvalue().partition("error: ")[2] or errors.getvalue()).strip()) from end

@@ -117,11 +117,15 @@ def test_sequential_trains_one_reward_after_another():
     assert balancer.names == ("stage",) and not balancer.needs_gradients
     ordered = bound(Sequential(1, ["pick", "pick", "clip"]))
     assert [ordered.begin_round(scores, PROMPTS) and ordered.current for _ in range(4)] == ["pick", "pick", "clip", "pick"]
+    shared = bound(Sequential())
+    shared.run_rounds = 7
+    shares = [shared.begin_round(scores, PROMPTS) and shared.current for _ in range(7)]
+    assert shares == ["clip", "clip", "clip", "ocr", "ocr", "pick", "pick"]
 
 
 def test_errors():
     for make, message in (
-        (lambda: Sequential(0), "`rounds` must be >= 1. Found 0"),
+        (lambda: Sequential(0), "`rounds` must be null or >= 1. Found 0"),
         (lambda: Sequential(order=[]), "`order` must name the reward of at least one stage"),
         (
             lambda: bound(Sequential(order=["typo"])),

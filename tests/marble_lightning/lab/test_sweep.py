@@ -110,6 +110,10 @@ def test_other_settings_in_the_same_folder_are_refused(tmp_path):
             {"settings": {"balancer": {"init_args": {"no_such": 1}}}},
             "(?s)`fit` must accept the settings of a. Found Parser key.*no_such",
         ),
+        (
+            {"settings": {"balancer": {"init_args": {"gram": "split"}}}},
+            "`fit` must accept the settings of a. Found `gram_shrinkage` needs `gram_decay` > 0",
+        ),
         ({"slurm": {"cluster": "none"}}, "`slurm` must be options that submitit accepts.*'cluster': 'none'"),
         ({"slurm": {"cluster": "local", "gpus": 1}}, "`slurm` must be options that submitit accepts.*'gpus': 1"),
     ],
@@ -135,6 +139,7 @@ def test_a_variant_is_checked_as_fit_checks_it(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     before = list(sys.path)
     check_fit(["-c", "tiny", "--balancer", "own_balancer.Own"])
+    check_fit(["-c", "sd35m"])  # this machine has no GPU
     assert sys.path == before and capsys.readouterr() == ("", "")
 
 
