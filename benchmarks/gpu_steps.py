@@ -6,6 +6,7 @@ import importlib.metadata
 import platform
 import subprocess
 import sys
+import threading
 import xml.etree.ElementTree as xml
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -114,6 +115,7 @@ def workspaces(run: Run) -> None:
         "bfloat16 convolution": (lambda: F.conv2d(pixels, kernel), None),
         "bfloat16 attention": (lambda: F.scaled_dot_product_attention(tokens, tokens, tokens), None),
     }
+    calls["float32 matmul in another thread"] = (lambda: in_thread(lambda: whole @ whole), None)
     first = allocated(run)
     for name, (call, stream) in calls.items():
         before = allocated(run)
@@ -121,6 +123,13 @@ def workspaces(run: Run) -> None:
             call()
         record[f"{name}, bytes"] = allocated(run) - before if cuda else "not counted on a CPU"
     record["all, bytes"] = allocated(run) - first if cuda else "not counted on a CPU"
+
+
+def in_thread(call: Callable[[], object]) -> None:
+    """Call a function in a thread of its own, as a reward is called; it has its own workspaces."""
+    thread = threading.Thread(target=call)
+    thread.start()
+    thread.join()
 
 
 def allocated(run: Run) -> int:

@@ -129,7 +129,7 @@ def last(folder: Path) -> Path | None:
 
 def state(file: Path) -> dict[str, Any]:
     """The part of a checkpoint that training depends on."""
-    checkpoint = torch.load(file, weights_only=True)
+    checkpoint = torch.load(file, map_location="cpu", weights_only=True)  # a process with CUDA cannot fork
     return {name: checkpoint[name] for name in ("state_dict", "optimizer_states", "global_step")}
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import asdict
 from typing import Any
 
@@ -202,9 +203,14 @@ class Evaluator:
         base = trainer.sanity_checking and self.policy.init_lora is None  # also if a run is resumed
         adapter = None if base else self.policy.adapter
         latents = self.policy.sample(conditions, noise, adapter, unconditional=empty, **options)
-        images = self.policy.decode(latents)
+        with self._without_autocast():
+            images = self.policy.decode(latents)
         self.finite.note(latents, images)
         return images
+
+    def _without_autocast(self) -> AbstractContextManager[object]:
+        """As in training: text encoders and autoencoder have a precision of their own, and T5 overflows in float16."""
+        return torch.autocast(self.policy.device.type, enabled=False)
 
     def _encode(self, trainer: Trainer, batch: HeldOut) -> tuple[Conditions, Conditions | None]:
         """The encoded prompts of a batch, and the encoded empty prompt if guidance needs it.
@@ -217,7 +223,8 @@ class Evaluator:
             of_rank = get_datamodule(trainer).held_out[batch[0][0] :: trainer.world_size]  # in the order of its loader
             to_encode = list(dict.fromkeys(empty + texts + [prompt.text for prompt in of_rank]))
             to_encode = to_encode[: max(ENCODE_AHEAD, len(empty + texts))]
-            self.encoded = dict(zip(to_encode, self.policy.encode(to_encode).split(), strict=True))
+            with self._without_autocast():
+                self.encoded = dict(zip(to_encode, self.policy.encode(to_encode).split(), strict=True))
         conditions = concat_conditions([self.encoded[text] for text in texts], self.policy.device)
         return conditions, concat_conditions([self.encoded[text] for text in empty], self.policy.device) if empty else None
 

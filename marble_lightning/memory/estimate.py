@@ -104,7 +104,7 @@ def estimate_memory(module: DiffusionNFT, gpus: int = 1, cuda: bool = True, shar
     if trainer.limit_val_batches and trainer.check_val_every_n_epoch:
         held_out, evaluation = get_datamodule(trainer).held_out_batch_size, module.evaluator.evaluation
         sample = count.sample(held_out, evaluation.guidance > 1, evaluation.resolution)
-        decode = count.decode(held_out, mixed=True, resolution=evaluation.resolution)
+        decode = count.decode(held_out, evaluation.resolution)
         scoring_bytes, beside = [count.score(name, held_out).peak for name in here], max(sample.peak, decode.peak)
         most = sum(scoring_bytes) + beside if overlap else max([beside, *scoring_bytes])  # there may be none here
         phases["held-out prompts"] = Phase((*working, "rewards"), most)

@@ -82,16 +82,15 @@ class Phases:
             del own, kept
         return ledger
 
-    def decode(self, images: int, mixed: bool = False, resolution: int | None = None) -> Ledger:
+    def decode(self, images: int, resolution: int | None = None) -> Ledger:
         """Decoding a batch.
 
         Args:
             images: Images of the batch.
-            mixed: Whether in the trainer's precision.
             resolution: Side of the images in pixels; None for the policy's.
         """
         latents = self.latents(images, resolution)
-        with self.fakes.counting(latents) as ledger, self._precision() if mixed else nullcontext():
+        with self.fakes.counting(latents) as ledger:
             self.policy.decode(latents)
         return ledger
 

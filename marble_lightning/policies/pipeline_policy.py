@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -186,6 +186,8 @@ class PipelinePolicy(FlowPolicy):
         """Compile the transformer's blocks: those of a kind share compiled code, and all take most of the run time."""
         # each kind of block has a variant for each adapter, with and without a graph; the default limit is 8
         torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)  # type: ignore[attr-defined]
+        # else DistributedDataParallel has each block cut where a bucket of gradients is full, and each part compiled alone
+        torch._dynamo.config.optimize_ddp = False  # type: ignore[attr-defined]
         kinds = self.transformer._repeated_blocks or self.transformer._no_split_modules  # SD3's model names only the latter
         for module in self.transformer.modules():
             if type(module).__name__ in kinds:
@@ -228,9 +230,7 @@ class PipelinePolicy(FlowPolicy):
         """Decode latents to images in [0, 1], float32."""
         config = self.vae.config
         latents = latents.to(self.vae.dtype) / config.scaling_factor + config.shift_factor
-        # autocast would override `vae_dtype`
-        with torch.autocast(latents.device.type, enabled=False) if self.vae_dtype else nullcontext():
-            pixels = self.vae.decode(latents).sample
+        pixels = self.vae.decode(latents).sample
         return self.sampler.image_processor.postprocess(pixels.float(), output_type="pt")
 
     def sigmas(self, steps: int) -> Float[Tensor, " step"]:

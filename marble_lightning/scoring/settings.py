@@ -25,7 +25,8 @@ class Scoring:
             `retries` use theirs instead.
         time_limit: Seconds that a reward may take for one batch, > 0, with `overlap` only; null for no limit.
         overlap: Whether a batch is scored while the next one is sampled, with one thread per reward. Set it to false where
-            rewards and sampling would compete for the same CPU.
+            rewards and sampling would compete for the same CPU. On one GPU kernels of both run one after another; what
+            overlaps is work of the CPU and of other machines, and a reward's seconds contain waiting for the sampling.
         devices: Device of a reward by its name, e.g. {geneval: cpu}; other rewards run on the policy's device. A numbered
             device, such as cuda:1, is the same one for every process of a machine.
         offload: Whether rewards are moved to the CPU between rounds. Their weights are not copied back.

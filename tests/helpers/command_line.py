@@ -81,7 +81,7 @@ def last(folder: Path, version: int = 0) -> Path:
 
 def state(path: Path) -> dict[str, Any]:
     """The content of a checkpoint, without the configuration and the lists of checkpoint files."""
-    content = torch.load(path, weights_only=True)
+    content = torch.load(path, map_location="cpu", weights_only=True)
     del content["config"]  # it names folders
     callbacks = {name: state for name, state in content["callbacks"].items() if "Checkpoint" not in name}
     return content | {"callbacks": callbacks}

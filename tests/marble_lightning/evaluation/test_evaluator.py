@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from lightning.pytorch.trainer.states import RunningStage
 
 from marble_lightning.cli import main
@@ -14,6 +16,7 @@ from marble_lightning.data.datamodule import PromptDataModule
 from marble_lightning.evaluation.evaluator import Evaluator
 from marble_lightning.evaluation.results import read
 from marble_lightning.evaluation.settings import Evaluation
+from marble_lightning.policies.sd3 import SD3Policy
 from marble_lightning.scoring.scorer import Scorer
 from marble_lightning.scoring.settings import Scoring
 from rewards import Prompt
@@ -45,6 +48,27 @@ def test_a_batch_is_scored_while_the_next_is_sampled(checkpoints, tmp_path, monk
     in_turns = ["sample", "submit", "collect"] * 3
     overlapped = ["sample", *["submit", "sample", "collect"] * 2, "submit", "collect"]
     assert calls == in_turns + overlapped
+
+
+@pytest.mark.integration
+def test_only_the_transformer_runs_in_the_precision_of_the_trainer(checkpoints, tmp_path, monkeypatch):
+    """As in training; the cache of prompts serves both."""
+    found = defaultdict(set)
+
+    def record(name):
+        real = getattr(SD3Policy, name)
+
+        def recorded(*given, **named):
+            found[name].add(torch.is_autocast_enabled("cpu"))
+            return real(*given, **named)
+
+        monkeypatch.setattr(SD3Policy, name, recorded)
+
+    for name in ("encode", "velocity", "decode"):
+        record(name)
+    one = {"trainer.max_epochs": 1, "trainer.check_val_every_n_epoch": 1, "trainer.precision": "bf16-mixed"}
+    main(["fit", *options(checkpoints, tmp_path, **one)])
+    assert found == {"encode": {False}, "velocity": {True}, "decode": {False}}
 
 
 def test_batches_that_are_sampled_ahead(monkeypatch):

@@ -279,8 +279,7 @@ def test_decoding_in_slices_and_tiles(checkpoints, side):
     assert difference.max() < 1e-6 if side == 8 else 0 < difference.mean() < 0.1
 
 
-@pytest.mark.parametrize("autocast", [True, False])
-def test_the_autoencoder_can_have_another_precision(checkpoints, autocast):
+def test_the_autoencoder_can_have_another_precision(checkpoints):
     """As in the published run, where the autoencoder always decodes in float32."""
     latents = torch.randn(1, 4, 8, 8, generator=generator("decode"))
     decoded = []
@@ -288,6 +287,5 @@ def test_the_autoencoder_can_have_another_precision(checkpoints, autocast):
         policy = SD3Policy(str(checkpoints / "sd3"), resolution=16, rank=2, dtype=dtype, vae_dtype=vae_dtype)
         policy.setup(seed=0)
         assert policy.transformer.dtype == getattr(torch, dtype) and policy.vae.dtype == getattr(torch, vae_dtype or dtype)
-        with torch.autocast("cpu", torch.bfloat16, enabled=autocast and vae_dtype is not None):
-            decoded.append(policy.decode(latents))
+        decoded.append(policy.decode(latents))
     assert torch.equal(decoded[0], decoded[1]) and not torch.equal(decoded[0], decoded[2])
