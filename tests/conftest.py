@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import gc
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -30,6 +31,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 def pytest_collection_finish() -> None:
     gc.freeze()  # what was imported is not garbage: collections need not search it in every test
+    if forks := sys.modules.get("tests.helpers.forks"):  # some test may call it
+        forks.prepare()
 
 
 @pytest.fixture(scope="session")

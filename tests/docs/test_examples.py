@@ -73,7 +73,7 @@ def test_all_of_them_train_together(small, tmp_path, balancer):
         [
             "fit", *options, "--model.policy", "toy_flow.ToyFlow", "--model.rewards.warmth", "warmth.Warmth",
             "--model.rewards.darkness", "darkness.Darkness", "--model.averaging", "schedule.Halfway",
-            "--balancer", balancer,
+            "--balancer", balancer, "--model.rewards.ocr", "null", "--model.metrics", "{}",
         ]
     )  # fmt: skip
     saved = torch.load(tmp_path / "tiny/version_0/checkpoints/last.ckpt", weights_only=True)["state_dict"]

@@ -1,12 +1,8 @@
-"""Runs on two ranks in which a tensor on the CPU may not be sent, as with NCCL, and which count what is sent.
-
-As a script it runs command lines one after another, each on two ranks, and prints their exit statuses.
-"""
+"""Runs on two ranks in which a tensor on the CPU may not be sent, as with NCCL, and which count what is sent."""
 
 from __future__ import annotations
 
 import json
-import sys
 import traceback
 from collections import Counter, defaultdict
 from collections.abc import Callable
@@ -143,8 +139,7 @@ def fail(*_: Any, **__: Any) -> Tensor:
     raise ConnectionResetError("the reader is gone")
 
 
-if __name__ == "__main__":
-    output, runs = Path(sys.argv[1]), json.loads(sys.argv[2])
-    sys.argv = ["marble-lightning"]
+def run_each(output: Path, runs: list[tuple[str, list[str]]]) -> list[list[int]]:
+    """Run moments and command lines one after another, each on two ranks; returns their exit statuses."""
     calls: list[Callable[[], None]] = [partial(on_a_rank, *run, str(output / f"run_{n}")) for n, run in enumerate(runs)]
-    print(json.dumps([on_two_ranks(call, output / f"output_{n}") for n, call in enumerate(calls)]))
+    return [on_two_ranks(call, output / f"output_{n}") for n, call in enumerate(calls)]

@@ -1,14 +1,11 @@
 """Estimated and measured memory of a run: peak bytes of live CPU tensors, from the profiler's records.
 
-As a script it measures in a separate process: torch 2.13 sometimes crashes when a profiler's record is freed, or read
+`measure` is for a separate process: torch 2.13 sometimes crashes when a profiler's record is freed, or read
 through `acc_events`. So records are kept until the end, and the process ends without freeing them.
 """
 
 from __future__ import annotations
 
-import json
-import os
-import sys
 import tempfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -125,8 +122,12 @@ def fitted(
     checkpointing: bool,
     accelerator: str = "cpu",
     measured: Callback | None = None,
+    prompts: int = 12,
 ) -> Estimated:
-    """Train one round with the batches of `configs/tiny.yaml`, on the bundled model or on a small random one."""
+    """Train one round with the batches of `configs/tiny.yaml`, on the bundled model or on a small random one.
+
+    With fewer prompts there are fewer batches, of the same sizes.
+    """
     tiny = path == WEIGHTS / "sd3"
     module = DiffusionNFT(
         SD3Policy(
@@ -144,7 +145,7 @@ def fitted(
         enable_progress_bar=False, enable_model_summary=False, default_root_dir=folder,
         callbacks=[getattr(balancers, balancer)(), estimated, *([measured] if measured else [])],
     )  # fmt: skip
-    data = PromptDataModule(str(PROMPTS), ["ocr", "geneval"], prompts_per_round=12, images_per_prompt=12)
+    data = PromptDataModule(str(PROMPTS), ["ocr", "geneval"], prompts_per_round=prompts, images_per_prompt=12)
     trainer.fit(module, datamodule=data)
     return estimated
 
@@ -166,13 +167,13 @@ def both(path: str, balancer: str, checkpointing: bool) -> dict[str, tuple[int, 
     measured = MeasuredPeaks()
     # without oneDNN, whose convolutions have their result twice, in its own layout and in torch's, as no GPU does
     with torch.backends.mkldnn.flags(enabled=False), tempfile.TemporaryDirectory() as folder:
-        expected = counted(fitted(Path(path), Path(folder), balancer, checkpointing, measured=measured).estimate)
+        run = fitted(Path(path), Path(folder), balancer, checkpointing, measured=measured, prompts=6)
+        expected = counted(run.estimate)
     if balancer == "MARBLE":  # the merged gradient, allocated before, is freed during the step
         del expected["optimizer"]
     return {name: (size, measured.peaks[name]) for name, size in expected.items()}
 
 
-if __name__ == "__main__":
-    results = [both(*case) for case in json.loads(sys.argv[1])]
-    print(json.dumps(results), flush=True)
-    os._exit(0)
+def measure(cases: list[tuple[str, str, bool]]) -> list[dict[str, tuple[int, int]]]:
+    """Estimated and measured bytes of each phase, by run."""
+    return [both(*case) for case in cases]

@@ -1,4 +1,4 @@
-"""A script that runs the command line in child processes that stop at a chosen moment; modules are imported once."""
+"""Runs of the command line in child processes that stop at a chosen moment, also as a script."""
 
 from __future__ import annotations
 
@@ -97,7 +97,12 @@ def run(moment: str, arguments: list[str]) -> None:
     main(arguments)
 
 
+def run_each(runs: list[tuple[str, list[str], str]]) -> list[int]:
+    """Run moments and command lines, each in a child process that writes to a file; returns the exit statuses."""
+    return [wait(start(partial(run, *arguments), Path(output))) for *arguments, output in runs]
+
+
 if __name__ == "__main__":
     runs = json.loads(sys.argv[1])
     sys.argv = ["marble-lightning"]
-    print(json.dumps([wait(start(partial(run, *arguments), Path(output))) for *arguments, output in runs]))
+    print(json.dumps(run_each(runs)))

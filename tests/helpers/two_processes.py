@@ -1,12 +1,10 @@
-"""A script that trains on two ranks, and saves the micro-batches and the results of each rank.
+"""Training on two ranks, which saves the micro-batches and the results of each rank.
 
 With a name of `sharded_runs.CASES` it trains by several strategies instead.
 """
 
 from __future__ import annotations
 
-import sys
-import warnings
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -31,7 +29,7 @@ from tests.helpers import sharded_runs
 from tests.helpers.forks import on_two_ranks
 from tests.helpers.small_rewards import Brightness, Contrast, Redness
 
-STEPS = 5
+STEPS = 4
 """Optimizer steps, one per round; with a refresh every other step, both kinds of steps occur."""
 
 
@@ -72,7 +70,7 @@ class Replay(DiffusionNFT):
 
 
 def train(kind: type[DiffusionNFT], checkpoints: Path, balancer: Balancer, recorded: Any = None, **options: Any) -> Any:
-    """Train five optimizer steps; returns the module, the recorder and the monitor of image drift."""
+    """Train four optimizer steps; returns the module, the recorder and the monitor of image drift."""
     module = kind(
         SD3Policy(str(checkpoints / "sd3"), resolution=16, rank=2, alpha=4, text_length=4, dtype="float32"),
         rewards={"bright": Brightness(), "red": Redness(), "contrast": Contrast()},
@@ -94,7 +92,7 @@ def train(kind: type[DiffusionNFT], checkpoints: Path, balancer: Balancer, recor
 
 
 def method(name: str) -> Balancer:
-    """A balancer, or `split` for MARBLE on the signal; gradient methods refresh and reuse weights within five steps."""
+    """A balancer, or `split` for MARBLE on the signal; gradient methods refresh and reuse weights within four steps."""
     if name == "split":
         return balancers.MARBLE(refresh_every=2, ema_decay=0.5, gram="split", gram_decay=0.5)
     kind: type[Balancer] = getattr(balancers, name)
@@ -129,11 +127,10 @@ def on_a_rank(name: str, checkpoints: Path, folder: Path) -> None:
     torch.save(result, folder / f"{name}_{module.global_rank}.pt")
 
 
-if __name__ == "__main__":
-    warnings.filterwarnings("ignore")
-    checkpoints, folder, *names = sys.argv[1:]
+def run_each(checkpoints: Path, folder: Path, names: list[str]) -> str:
+    """Run cases one after another; returns the end of what the first failing one printed."""
     for name in names:
         case = sharded_runs.on_a_rank if name in sharded_runs.CASES else on_a_rank
-        run = partial(case, name, Path(checkpoints), Path(folder))
-        if any(on_two_ranks(run, output := Path(folder, name))):
-            sys.exit(output.with_suffix(".0").read_text()[-3000:])
+        if any(on_two_ranks(partial(case, name, checkpoints, folder), output := folder / name)):
+            return output.with_suffix(".0").read_text()[-3000:]
+    return ""

@@ -49,8 +49,7 @@ def test_a_round_counts_once_whatever_probes_do(checkpoints, tmp_path):
     "kind", [lambda: WeightedSum("std"), lambda: Sequential(1), lambda: OutcomeGuard(window=1, rate=5.0)]
 )
 def test_a_resumed_run_equals_an_uninterrupted_one(checkpoints, tmp_path, kind):
-    whole = run(checkpoints, tmp_path, kind(), rounds=3)[0]
-    run(checkpoints, tmp_path, kind(), rounds=1, callbacks=[Saving(tmp_path / "round.ckpt")])
+    whole = run(checkpoints, tmp_path, kind(), rounds=3, callbacks=[Saving(tmp_path / "round.ckpt")])[0]
     resumed = run(checkpoints, tmp_path, kind(), rounds=3, ckpt_path=tmp_path / "round.ckpt")[0]
     for parameter, expected in zip(resumed.trainable, whole.trainable, strict=True):
         assert torch.equal(parameter, expected)

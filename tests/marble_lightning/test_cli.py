@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import math
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,10 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from marble_lightning.cli import main
 from marble_lightning.command_line import command_line
+from marble_lightning.evaluation.image_statistics import NAMES
+from marble_lightning.evaluation.settings import Evaluation
+from marble_lightning.nft.loss import Objective
+from marble_lightning.policies.averaging import Averaging
 from tests.helpers import ROOT
 from tests.helpers.command_line import column, small_options
 
@@ -31,6 +36,7 @@ def fitted(checkpoints, tmp_path_factory) -> tuple[Path, str]:
     """The folder and the output of a run, whose adapter `trained` was evaluated."""
     folder, shown = tmp_path_factory.mktemp("fitted"), io.StringIO()
     changes = ["--model.optimizer.init_args.lr", "0.05", "--model.policy.adapter", "trained"]
+    changes += ["--image_drift.patience", "3", "--image_drift.factor", ".inf"]
     with contextlib.redirect_stdout(shown):
         main(["fit", *small_options(checkpoints, folder), *changes])
     return folder, shown.getvalue()
@@ -67,6 +73,13 @@ def test_scores_with_other_settings_are_not_compared(small, fitted, capsys):
     assert "No scores of the base to compare with: it was not evaluated, or with other settings; evaluate it with" in shown
 
 
+def test_the_reference_of_image_drift_is_saved(fitted):
+    saved = torch.load(checkpoint(fitted[0]), weights_only=True)
+    state = next(state for name, state in saved["callbacks"].items() if name.startswith("Alarms"))
+    assert set(state["reference"]) == set(NAMES)
+    assert all(math.isfinite(value) for pair in state["reference"].values() for value in pair)
+
+
 def test_tensorboard_curves_and_images(fitted):
     events = EventAccumulator(str(fitted[0] / "tiny/version_0")).Reload()
     scalars = set(events.Tags()["scalars"])
@@ -101,9 +114,13 @@ def test_validate_without_a_checkpoint_evaluates_the_base(small, fitted, capsys)
     ("options", "message"),
     [
         (["--model.policy.path", "nowhere"], "must be a folder in diffusers format"),
-        (["--model.rewards", "{}"], "`rewards` must name at least one reward"),
+        pytest.param(["--model.rewards", "{}"], "`rewards` must name at least one reward", marks=pytest.mark.slow),
         (["--model.micro_batch_size", "7"], "must be a multiple of `micro_batch_size`"),
-        (["--data.prompts_per_round", "7"], "`prompts_per_round` must be a multiple of the sum of the shares"),
+        pytest.param(
+            ["--data.prompts_per_round", "7"],
+            "`prompts_per_round` must be a multiple of the sum of the shares",
+            marks=pytest.mark.slow,
+        ),
         (["--data.sources", "[pickscore, riddles]"], "Found 'riddles'; known: geneval, ocr, pickscore"),
         (["--model.sampling.times_per_image", "9"], "`sampling.times_per_image` must be 1 to"),
         (
@@ -114,26 +131,43 @@ def test_validate_without_a_checkpoint_evaluates_the_base(small, fitted, capsys)
         (["--balancer", "Marbel"], "Marbel"),
         (["--model.sampling.stepz", "3"], "stepz"),
         (["--model.policy.adapter", "old"], "Got value: old"),
+        pytest.param(["--model.policy.adapter", "emma"], "emma", marks=pytest.mark.slow),
         (["--model.policy.text_encoder_3", "t5"], "text_encoder_3"),
         (["--model.policy.dtype", "int8"], "Got value: int8"),
-        (["--model.policy.text_length", "0"], "`policy.text_length` must be >= 1. Found 0"),
+        pytest.param(
+            ["--model.policy.text_length", "0"], "`policy.text_length` must be >= 1. Found 0", marks=pytest.mark.slow
+        ),
         (["--model.policy.init_lora", "nowhere"], "Found no such file nowhere"),
         (["--model.evaluation.resolution", "20"], "`evaluation.resolution` must be a positive multiple of 16"),
-        (["--checkpoints.keep", "1"], "`checkpoints.keep` must be >= 2, or -1 for all. Found 1"),
+        pytest.param(
+            ["--checkpoints.keep", "1"], "`checkpoints.keep` must be >= 2, or -1 for all. Found 1", marks=pytest.mark.slow
+        ),
         (["--memory.check", "perhaps"], "perhaps"),
         (["--model.inner_epochs", "0"], "`inner_epochs` must be >= 1. Found 0"),
         (["--model.objective.advantage_mode", "best"], "Got value: best"),
-        (["--model.averaging.old_cap", "1"], "`averaging.old_cap` must be in [0, 1). Found 1"),
-        (["--model.averaging.old_rate", ".nan"], "`averaging.old_rate` must be >= 0 and finite. Found nan"),
+        pytest.param(
+            ["--model.averaging.old_cap", "1"], "`averaging.old_cap` must be in [0, 1). Found 1", marks=pytest.mark.slow
+        ),
+        pytest.param(
+            ["--model.averaging.old_rate", ".nan"],
+            "`averaging.old_rate` must be >= 0 and finite. Found nan",
+            marks=pytest.mark.slow,
+        ),
         (["--model.averaging.old_start", "-1"], "`averaging.old_start` must be >= 0. Found -1"),
-        (["--model.objective.kl_weight", ".inf"], "`objective.kl_weight` must be >= 0 and finite. Found inf"),
-        (["--model.objective.kl_every", "0"], "`objective.kl_every` must be >= 1. Found 0"),
+        pytest.param(
+            ["--model.objective.kl_weight", ".inf"],
+            "`objective.kl_weight` must be >= 0 and finite. Found inf",
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            ["--model.objective.kl_every", "0"], "`objective.kl_every` must be >= 1. Found 0", marks=pytest.mark.slow
+        ),
         (
             ["--model.objective.kl_every", "6"],
             "`objective.kl_every` must divide the micro-batches of an optimizer step, 4. Found 6; try 2",
         ),
         (["--model.objective.beta", ".inf"], "`objective.beta` must be > 0 and finite. Found inf"),
-        (["--model.evaluation.steps", "0"], "`evaluation.steps` must be >= 1. Found 0"),
+        pytest.param(["--model.evaluation.steps", "0"], "`evaluation.steps` must be >= 1. Found 0", marks=pytest.mark.slow),
         (
             ["--model.policy.prompt_cache", __file__],
             f"`policy.prompt_cache` must be a folder. Found a file, or a broken link, {__file__}",
@@ -141,28 +175,40 @@ def test_validate_without_a_checkpoint_evaluates_the_base(small, fitted, capsys)
         (["--trainer.accumulate_grad_batches", "4"], "`accumulate_grad_batches` follows from"),
         (["--trainer.max_epochs", "3"], "`max_epochs` must be a multiple"),
         (["--model.policy.adapter", "none"], "`policy.adapter` must be ema or trained for `fit`"),
-        (["--model.policy.adapter", "emma"], "emma"),
-        (["--model.evaluation.resolution", "40"], "`evaluation.resolution` must be a positive multiple of 16"),
+        pytest.param(
+            ["--model.evaluation.resolution", "40"],
+            "`evaluation.resolution` must be a positive multiple of 16",
+            marks=pytest.mark.slow,
+        ),
         (["--model.evaluation.resolution", "48"], "`model.evaluation.resolution` must be a multiple of 4, at most 32"),
         (["--model.policy.resolution", "64"], "`model.policy.resolution` must be a multiple of 4, at most 32"),
-        (["--model.evaluation.seed", "-1"], "`evaluation.seed` must be >= 0, or null. Found -1"),
-        (["--model.evaluation.guidance", "0.5"], "`evaluation.guidance` must be >= 1"),
+        pytest.param(
+            ["--model.evaluation.seed", "-1"], "`evaluation.seed` must be >= 0, or null. Found -1", marks=pytest.mark.slow
+        ),
+        pytest.param(["--model.evaluation.guidance", "0.5"], "`evaluation.guidance` must be >= 1", marks=pytest.mark.slow),
         (["--data.predict_images", "0"], "`predict_images` must be >= 1. Found 0"),
         (["--results.compare_with", "[nowhere]"], "must be a results.json or a run's folder with one. Found no file"),
         (["--results.columns", "[beauty]"], "`results.columns` must name rewards or metrics: pickscore"),
-        (["--trainer.limit_train_batches", "2"], "`limit_train_batches` must keep its default"),
+        pytest.param(
+            ["--trainer.limit_train_batches", "2"], "`limit_train_batches` must keep its default", marks=pytest.mark.slow
+        ),
         (["--trainer.limit_train_batches", "1"], "`limit_train_batches` must keep its default, 1.0, "),
         (["--trainer.fast_dev_run", "3"], "`trainer.fast_dev_run` must be true or false: a rehearsal has 2 rounds. Found 3"),
         (["--trainer.fast_dev_run", "true", "--ckpt_path", "last"], "`ckpt_path` must be null for a rehearsal"),
         (["--trainer.fast_dev_run", "true", "--model.micro_batch_size", "7"], "must be a multiple of `micro_batch_size`"),
         (["--trainer.overfit_batches", "1.0"], "`overfit_batches` must keep its default, 0.0, "),
-        (["--trainer.enable_checkpointing", "false"], "`trainer.enable_checkpointing` must be true or null"),
+        pytest.param(
+            ["--trainer.enable_checkpointing", "false"],
+            "`trainer.enable_checkpointing` must be true or null",
+            marks=pytest.mark.slow,
+        ),
         (["--trainer.max_steps", "3"], "`max_steps` must keep its default"),
         (["--trainer.max_time", "00:01:00:00"], "`max_time` must be null"),
         (["--trainer.precision", "bf16-true"], "`precision` must be one of 32-true, bf16-mixed, 16-mixed. Found bf16-true"),
-        (
+        pytest.param(
             ["--trainer.callbacks", "{class_path: GradientAccumulationScheduler, init_args: {scheduling: {0: 2}}}"],
             "`trainer.callbacks` must not add a GradientAccumulationScheduler. Found one: accumulation follows from",
+            marks=pytest.mark.slow,
         ),
         (
             ["--trainer.callbacks", "marble_lightning.callbacks.results_writer.Results"],
@@ -187,6 +233,24 @@ def test_bad_settings_fail_before_anything_is_loaded_or_written(small, options, 
         main(["fit", *small, *options])
     assert message in str(error.value) + capsys.readouterr().err
     assert sorted(tmp_path.iterdir()) == before
+
+
+@pytest.mark.parametrize(
+    ("settings", "option", "value", "message"),
+    [
+        (Averaging, "old_cap", 1.0, r"`averaging\.old_cap` must be in \[0, 1\)\. Found 1"),
+        (Averaging, "old_rate", math.nan, r"`averaging\.old_rate` must be >= 0 and finite\. Found nan"),
+        (Objective, "kl_weight", math.inf, r"`objective\.kl_weight` must be >= 0 and finite\. Found inf"),
+        (Objective, "kl_every", 0, r"`objective\.kl_every` must be >= 1\. Found 0"),
+        (Evaluation, "steps", 0, r"`evaluation\.steps` must be >= 1\. Found 0"),
+        (Evaluation, "seed", -1, r"`evaluation\.seed` must be >= 0, or null\. Found -1"),
+        (Evaluation, "guidance", 0.5, r"`evaluation\.guidance` must be >= 1"),
+    ],
+)
+def test_sections_refuse_bad_settings(settings, option, value, message):
+    """The command line makes an object of each section; above are options of the same sections."""
+    with pytest.raises(ValueError, match=message):
+        settings(**{option: value})
 
 
 def test_a_run_without_prompts_writes_no_files(small, tmp_path, monkeypatch):

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -13,7 +10,7 @@ import torch
 from marble_lightning.command_line import QUIET
 from marble_lightning.module import DiffusionNFT
 from marble_lightning.policies import SD3Policy
-from tests.helpers import ROOT, collectives
+from tests.helpers import collectives, forks
 from tests.helpers.collectives import MarkCPU, mark_of
 from tests.helpers.command_line import options
 from tests.helpers.small_rewards import Brightness
@@ -43,16 +40,11 @@ def on_two_ranks(checkpoints, folder, commands):
     two |= {"trainer.check_val_every_n_epoch": 1, "trainer.max_epochs": 2}
     run = options(checkpoints, folder, **two)
     runs = [(moment, [command, *run, *more]) for moment, command, *more in commands]
-    ended = subprocess.run(
-        [sys.executable, collectives.__file__, str(folder), json.dumps(runs)], cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=280,
-        check=False,
-    )  # fmt: skip
-    assert ended.returncode == 0, ended.stderr[-3000:]
+    statuses = forks.call(collectives.run_each, folder, runs)
     outputs = [(folder / f"output_{index}.0").read_text() for index in range(len(runs))]
     of_ranks = [[json.loads((folder / f"run_{n}.{rank}.json").read_text()) for rank in range(2)] for n in range(len(runs))]
     assert all(first == second for first, second in of_ranks)
-    return json.loads(ended.stdout), outputs, [first for first, _ in of_ranks]
+    return statuses, outputs, [first for first, _ in of_ranks]
 
 
 PROBES = ["--gradient_alignment.probe_every", "1"]

@@ -61,9 +61,15 @@ def test_rewards_merged_before_advantages_train_on_one_column(checkpoints, tmp_p
     torch.testing.assert_close(recorded.gradients[0], gradients[0], rtol=1e-4, atol=1e-6)
 
 
-def test_coefficients_are_normalised_over_the_whole_step(checkpoints, tmp_path):
+@pytest.fixture(scope="module")
+def uniform(checkpoints, tmp_path_factory):
+    """The module and the records of two rounds with uniform weights."""
+    return run(checkpoints, tmp_path_factory.mktemp("uniform"), FixedWeights(), rounds=2)
+
+
+def test_coefficients_are_normalised_over_the_whole_step(uniform):
     """Each reward's c+ and c- add up to A_max / beta over the step, for any micro-batch size."""
-    _, recorded = run(checkpoints, tmp_path, FixedWeights())
+    _, recorded = uniform
     sums = sum(batch.coefficients.plus.sum(0) + batch.coefficients.minus.sum(0) for batch in recorded.batches[0])
     torch.testing.assert_close(sums, torch.full((3,), 5.0 / 0.5))
 
@@ -94,17 +100,16 @@ def test_the_micro_batch_size_does_not_matter(checkpoints, tmp_path, balancer):
             checkpoints, tmp_path, balancer(**options), rounds=2, kind=Recut, micro_batch_size=size, max_advantage=0.5,
             kl_weight=0.5,
         )[1].gradients
-        for size in (3, 6, 12)
+        for size in (3, 12)
     ]  # fmt: skip
-    for others in gradients[1:]:
-        for expected, actual in zip(gradients[0], others, strict=True):
-            assert (expected - actual).norm() <= 1e-5 * expected.norm()
+    for expected, actual in zip(*gradients, strict=True):
+        assert (expected - actual).norm() <= 1e-5 * expected.norm()
 
 
 def test_all_ways_to_compute_per_reward_gradients_agree(checkpoints, tmp_path):
     plain, *others = (
         run(
-            checkpoints, tmp_path, MARBLE(refresh_every=2), rounds=3, gradient_passes=passes,
+            checkpoints, tmp_path, MARBLE(refresh_every=2), rounds=2, gradient_passes=passes,
             gradient_checkpointing=checkpointing,
         )[1].gradients
         for passes, checkpointing in (("per_reward", False), ("per_reward", True), ("two", False), ("two", True))
@@ -126,7 +131,7 @@ class Precisions(Callback):
         )
 
 
-@pytest.mark.parametrize("balancer", [WeightedSum, MARBLE])
+@pytest.mark.parametrize("balancer", [pytest.param(WeightedSum, marks=pytest.mark.slow), MARBLE])
 def test_mixed_precision_is_near_full_precision(checkpoints, tmp_path, balancer):
     """Sampling and training both run under autocast; gradients of a refresh and of the next step are similar."""
     precisions = Precisions()
@@ -136,7 +141,7 @@ def test_mixed_precision_is_near_full_precision(checkpoints, tmp_path, balancer)
         assert torch.nn.functional.cosine_similarity(actual, expected, dim=0) > 0.9
 
 
-@pytest.mark.parametrize("balancer", [WeightedSum, MARBLE])
+@pytest.mark.parametrize("balancer", [pytest.param(WeightedSum, marks=pytest.mark.slow), MARBLE])
 def test_the_default_loss_scale_fits_half_precision(checkpoints, tmp_path, balancer):
     scaler = torch.amp.GradScaler("cpu")
     default = scaler.get_scale()
@@ -148,7 +153,7 @@ def test_the_default_loss_scale_fits_half_precision(checkpoints, tmp_path, balan
 def test_a_too_large_loss_scale_shrinks_until_training_continues(checkpoints, tmp_path, balancer):
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**60, backoff_factor=2.0**-24)
     half = MixedPrecision("16-mixed", "cpu", scaler=scaler)
-    module, _ = run(checkpoints, tmp_path, balancer(), rounds=5, plugins=[half], kl_weight=0.5)
+    module, _ = run(checkpoints, tmp_path, balancer(), rounds=4, plugins=[half], kl_weight=0.5)
     assert scaler.get_scale() < 2.0**60
     first = SD3Policy(str(checkpoints / "sd3"), resolution=16, rank=2, alpha=4, dtype="float32")
     first.setup(module.seed)
@@ -206,8 +211,8 @@ class States(Callback):
         self.balancer.append(pl_module.balancer.state_dict())
 
 
-def test_the_base_never_changes(checkpoints, tmp_path):
-    module, _ = run(checkpoints, tmp_path, FixedWeights(), rounds=2)
+def test_the_base_never_changes(checkpoints, uniform):
+    module, _ = uniform
     fresh = SD3Policy(str(checkpoints / "sd3"), resolution=16, rank=2, alpha=4, dtype="float32")
     fresh.setup(seed=0)
     trained = module.policy.transformer.state_dict()

@@ -89,8 +89,18 @@ def renamings(warnings: pytest.WarningsRecorder) -> list[str]:
     return [str(warning.message) for warning in warnings if issubclass(warning.category, FutureWarning)]
 
 
-@pytest.mark.parametrize("form", ["words", "equals", "section", "text", "dotted", "file"])
-@pytest.mark.parametrize("old", SECTIONS)
+FORMS = ("words", "equals", "section", "text", "dotted", "file")
+"""All sections are renamed by the same code, so one of them in every form, and every one in a file, show most."""
+
+
+@pytest.mark.parametrize(
+    ("old", "form"),
+    [
+        *(("alarms", form) for form in FORMS),
+        *((old, "file") for old in SECTIONS if old != "alarms"),
+        *(pytest.param(old, form, marks=pytest.mark.slow) for old in SECTIONS if old != "alarms" for form in FORMS[:-1]),
+    ],
+)
 def test_an_old_section_sets_the_new_one_and_warns_once(parser, old, form, tmp_path):
     new, setting, value = SECTIONS[old]
     (tmp_path / "old.yaml").write_text(f"{old}:\n  {setting}: {value}\n")

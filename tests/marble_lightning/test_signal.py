@@ -96,7 +96,7 @@ def test_products_of_a_refresh_are_those_of_each_half_alone(checkpoints, tmp_pat
         assert kept["products"].split.isfinite().sum() >= 4  # one of three rewards may be absent from a half
 
 
-@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+@pytest.mark.parametrize("precision", [pytest.param("32-true", marks=pytest.mark.slow), "bf16-mixed"])
 def test_parts_change_the_update_by_rounding_only(checkpoints, tmp_path, precision):
     whole, _ = run(checkpoints, tmp_path, MARBLE(refresh_every=1, measure_signal=False), rounds=2, precision=precision)
     parts, _ = run(checkpoints, tmp_path, MARBLE(refresh_every=1), rounds=2, precision=precision)
@@ -157,8 +157,15 @@ def gradients_of_halves(module, recorded):
     return torch.stack(found)
 
 
+@pytest.fixture(scope="module")
+def by_reward(checkpoints, tmp_path_factory):
+    """Per-reward gradients of the first step and of its halves."""
+    folder, names = tmp_path_factory.mktemp("by_reward"), ("bright", "contrast")
+    return gradients_of_halves(*run(checkpoints, folder, FixedWeights(), kl_weight=0.0, rewards=names))
+
+
 @pytest.mark.parametrize("balancer", [AdvantageSum, FixedWeights, WeightedSum, split_marble])
-def test_split_cosines_of_a_probe_are_those_of_the_halves(checkpoints, tmp_path, balancer):
+def test_split_cosines_of_a_probe_are_those_of_the_halves(checkpoints, tmp_path, by_reward, balancer):
     """The update's parts with each reward's gradient from the other half; the first step has the same images always."""
     found = []
 
@@ -166,8 +173,7 @@ def test_split_cosines_of_a_probe_are_those_of_the_halves(checkpoints, tmp_path,
         def on_before_optimizer_step(self, trainer, pl_module, optimizer):
             found.append((probe(pl_module, trainer.global_step, fresh=False), pl_module.balancer.loss_weights))
 
-    names = ("bright", "contrast")
-    rewards = gradients_of_halves(*run(checkpoints, tmp_path, FixedWeights(), kl_weight=0.0, rewards=names))
+    names, rewards = ("bright", "contrast"), by_reward
     columns = gradients_of_halves(
         *run(checkpoints, tmp_path, balancer(), kl_weight=0.0, callbacks=[Probing()], rewards=names)
     )

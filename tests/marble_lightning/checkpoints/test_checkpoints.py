@@ -131,11 +131,3 @@ def test_a_full_disk(checkpoints, tmp_path, monkeypatch, caplog, room_for):
     assert newest in caplog.text
     assert not room_for or find_corruption(last(tmp_path)) is None
     assert all(file.suffix == ".ckpt" for file in folder.glob("*"))
-
-
-@pytest.mark.integration
-def test_the_last_round_has_a_checkpoint_at_any_interval(checkpoints, tmp_path):
-    main(["fit", *options(checkpoints, tmp_path, **{"checkpoints.every_n_rounds": 2})])
-    files = sorted(file.name for file in last(tmp_path).parent.iterdir())
-    assert files == ["last.ckpt", "round_0001.ckpt", "round_0002.ckpt"]
-    assert last(tmp_path).resolve().name == "round_0002.ckpt" and state(last(tmp_path))["global_step"] == 6

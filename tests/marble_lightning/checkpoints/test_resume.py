@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
-import subprocess
-import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -17,8 +14,9 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 
 from marble_lightning.cli import main
 from marble_lightning.command_line import QUIET
+from marble_lightning.evaluation.results import read
 from marble_lightning.scoring.failures import RewardError
-from tests.helpers import ROOT, stopped
+from tests.helpers import forks, stopped
 from tests.helpers.command_line import differences, fit_with, last, options, state
 
 pytestmark = pytest.mark.integration
@@ -34,13 +32,8 @@ def uninterrupted(checkpoints, tmp_path_factory):
 def stop(moments: list[str], runs: list[list[str]], folder: Path) -> list[tuple[int, str]]:
     """Run in processes that are stopped at these moments; returns the exit status and the output of each."""
     outputs = [folder / f"output_{index}.txt" for index in range(len(runs))]
-    arguments = json.dumps([(moment, run, str(file)) for moment, run, file in zip(moments, runs, outputs, strict=True)])
-    ended = subprocess.run(
-        [sys.executable, stopped.__file__, arguments], cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)},
-        capture_output=True, text=True, timeout=280, check=False,
-    )  # fmt: skip
-    assert ended.returncode == 0, ended.stderr[-3000:]
-    return list(zip(json.loads(ended.stdout), (file.read_text() for file in outputs), strict=True))
+    statuses = forks.call(stopped.run_each, list(zip(moments, runs, map(str, outputs), strict=True)))
+    return list(zip(statuses, (file.read_text() for file in outputs), strict=True))
 
 
 KILLS = ["training", "writing"]
@@ -90,14 +83,25 @@ def test_a_killed_run_resumes_bit_for_bit(checkpoints, uninterrupted, request, m
     assert differences(uninterrupted, state(last(folder, 1))) == []
 
 
-@pytest.mark.parametrize("moment", [*SIGNALS, *slow(SLOW_SIGNALS)])
-def test_a_signal_leaves_a_checkpoint_of_the_rounds_beginning(checkpoints, uninterrupted, request, moment):
-    folder, status, output = request.getfixturevalue("stops" if moment in SIGNALS else "slow_stops")[moment]
+def check_stop(stopped_runs: dict[str, Any], moment: str) -> Path:
+    """The folder of a run that a signal has stopped."""
+    folder, status, output = stopped_runs[moment]
     expected, rounds = (SIGNALS | SLOW_SIGNALS)[moment]
     assert status == expected, output
     checkpoint = folder / f"tiny/version_0/checkpoints/before_round_{rounds:04d}.ckpt"
     assert f"Stopped after {rounds} complete round(s). Resume from there: --ckpt_path {checkpoint}" in output
     assert last(folder).resolve() == checkpoint.resolve()
+    return folder
+
+
+@pytest.mark.parametrize("moment", SIGNALS)
+def test_a_signal_leaves_a_checkpoint_of_the_rounds_beginning(stops, moment):
+    check_stop(stops, moment)
+
+
+@pytest.mark.parametrize("moment", ["SIGTERM in training", "SIGTERM in validation", *slow(["SIGINT", *SLOW_SIGNALS])])
+def test_a_run_that_a_signal_stopped_resumes_bit_for_bit(checkpoints, uninterrupted, request, moment):
+    folder = check_stop(request.getfixturevalue("stops" if moment in SIGNALS else "slow_stops"), moment)
     main(["fit", *options(checkpoints, folder), "--ckpt_path", str(last(folder))])
     assert differences(uninterrupted, state(last(folder, 1))) == []
 
@@ -166,29 +170,20 @@ class ARewardFailsInSecondRound(Callback):
 
 @pytest.mark.parametrize("balancer", ["MARBLE", pytest.param("WeightedSum", marks=pytest.mark.slow)])
 @pytest.mark.filterwarnings(*(f"ignore:{known}" for known in QUIET))
-def test_a_run_with_a_failed_reward_resumes_bit_for_bit(checkpoints, tmp_path, caplog, balancer):
+def test_a_run_with_a_failed_reward_resumes_bit_for_bit(checkpoints, uninterrupted, tmp_path, caplog, balancer):
     """The base scores are also those of the uninterrupted run."""
     run = options(checkpoints, tmp_path, balancer=balancer, **{"model.scoring.retries": 0})
-    fit_with(run)
+    whole = uninterrupted
+    if balancer != "MARBLE":
+        other = tmp_path / "whole"
+        fit_with(options(checkpoints, other, balancer=balancer))
+        whole = state(last(other))
     with pytest.raises(RewardError, match=r"`rewards\.jpeg` .*the reader is gone\. .*last checkpoint"):
         fit_with(run, ARewardFailsInSecondRound())
-    newest = last(tmp_path, 1).with_name("round_0000.ckpt")
+    newest = last(tmp_path).with_name("round_0000.ckpt")
     assert f"Stopped after 1 complete round(s). Resume from there: --ckpt_path {newest}" in caplog.text
     fit_with([*run, "--ckpt_path", "last"])
-    assert differences(state(last(tmp_path)), state(last(tmp_path, 2))) == []
-
-
-@pytest.mark.filterwarnings(*(f"ignore:{known}" for known in QUIET))
-def test_a_base_evaluated_with_other_settings_is_evaluated_again(checkpoints, tmp_path):
-    """The base is sampled, not the policy of the checkpoint."""
-    one = {"trainer.max_epochs": 1, "trainer.check_val_every_n_epoch": 1}
-    main(["fit", *options(checkpoints, tmp_path, **one)])
-    settings = one | {"model.evaluation.steps": 3}
-    main(["fit", *options(checkpoints, tmp_path, **settings)])
-    base = state(last(tmp_path, 1))["base_scores"]
-    more = options(checkpoints, tmp_path, **settings | {"trainer.max_epochs": 2})
-    main(["fit", *more, "--ckpt_path", str(last(tmp_path))])
-    assert differences(base, state(last(tmp_path, 2))["base_scores"]) == []
+    assert differences(whole, state(last(tmp_path, 1))) == []
 
 
 def user_callbacks(folder: Path) -> list[Callback]:
@@ -202,21 +197,35 @@ def user_callbacks(folder: Path) -> list[Callback]:
 
 @pytest.mark.filterwarnings(*(f"ignore:{known}" for known in QUIET))
 def test_checkpoints_of_other_callbacks(checkpoints, tmp_path):
-    """During a round they hold its beginning, and after its validation its end; both resume bit for bit."""
-    run = options(checkpoints, tmp_path, **{"trainer.check_val_every_n_epoch": 1, "checkpoints.keep": -1})
+    """During a round they hold its beginning, and after its validation its end; both resume bit for bit.
+
+    The results name the checkpoint of the round, not theirs.
+    """
+    two = {"trainer.max_epochs": 2, "trainer.check_val_every_n_epoch": 1, "checkpoints.keep": -1}
+    run = options(checkpoints, tmp_path, **two)
     fit_with(run, *user_callbacks(tmp_path / "whole"))
-    rounds = [state(last(tmp_path).with_name(f"round_{index:04d}.ckpt")) for index in range(3)]
-    for index in range(3):
+    assert read(tmp_path / "tiny/version_0")["evaluated"]["checkpoint"] == str(last(tmp_path).resolve())
+    rounds = [state(last(tmp_path).with_name(f"round_{index:04d}.ckpt")) for index in range(2)]
+    for index in range(2):
         assert differences(rounds[index], state(tmp_path / f"whole/validated/epoch={index}.ckpt")) == []
     for version, (step, beginning) in enumerate([(1, 0), (4, 2)], start=1):  # in the first round and in the second
         middle = tmp_path / f"whole/steps/step={step}.ckpt"
         assert state(middle)["global_step"] == beginning
         fit_with([*run, "--ckpt_path", str(middle)], *user_callbacks(tmp_path / f"again_{version}"))
-        assert differences(rounds[2], state(last(tmp_path, version))) == []
+        assert differences(rounds[1], state(last(tmp_path, version))) == []
 
 
 @pytest.mark.filterwarnings(*(f"ignore:{known}" for known in QUIET))
-@pytest.mark.parametrize(("every", "kept"), [(1, [bytes, Path, Path]), (10, [bytes, bytes, bytes])])
+@pytest.mark.parametrize(
+    ("every", "kept"),
+    [
+        (2, [bytes, bytes, Path]),
+        *(
+            pytest.param(every, kept, marks=pytest.mark.slow)
+            for every, kept in ((1, [bytes, Path, Path]), (10, [bytes] * 3))
+        ),
+    ],
+)
 def test_a_rounds_beginning_is_kept_in_memory_only_without_a_file_of_it(checkpoints, tmp_path, every, kept):
     class Kept(Callback):
         def __init__(self):
@@ -228,3 +237,6 @@ def test_a_rounds_beginning_is_kept_in_memory_only_without_a_file_of_it(checkpoi
     recorded = Kept()
     fit_with(options(checkpoints, tmp_path, **{"checkpoints.every_n_rounds": every}), recorded)
     assert recorded.types == kept
+    files = sorted(file.name for file in last(tmp_path).parent.iterdir())
+    assert last(tmp_path).resolve().name == "round_0002.ckpt" and state(last(tmp_path))["global_step"] == 6
+    assert every != 2 or files == ["last.ckpt", "round_0001.ckpt", "round_0002.ckpt"]  # the last round's at any interval

@@ -10,7 +10,6 @@ import pytest
 import torch
 import yaml
 from diffusers import SD3Transformer2DModel
-from lightning.pytorch.callbacks import ModelCheckpoint
 
 from marble_lightning.cli import main
 from marble_lightning.command_line import QUIET, command_line
@@ -19,7 +18,7 @@ from marble_lightning.hub import export
 from marble_lightning.policies.sd3 import TARGETS
 from marble_lightning.tinyworld import ColourBlobs
 from rewards import GenEval
-from tests.helpers.command_line import fit_with, last, options, state
+from tests.helpers.command_line import differences, last, options, state
 
 pytestmark = [pytest.mark.integration, *(pytest.mark.filterwarnings(f"ignore:{known}") for known in QUIET)]
 
@@ -104,7 +103,6 @@ def test_the_optimizer_keeps_its_options_with_a_warning(checkpoints, first, tmp_
     warning = f"keeps the options of {first}: lr 0.0015 instead of 1e-09, weight_decay 0.0001 instead of 0.5"
     assert warning in caplog.text
     caplog.clear()
-    main(["fit", *options(checkpoints, tmp_path, **TWO), "--ckpt_path", str(first)])
     main(["fit", *options(checkpoints, tmp_path, **TWO), "--ckpt_path", str(last(tmp_path, 1))])
     assert "The optimizer keeps" not in caplog.text
 
@@ -152,24 +150,24 @@ def test_a_resumed_run_from_a_lora_has_no_base(checkpoints, first, tmp_path, cap
     assert "The base is not evaluated" in caplog.text and state(last(tmp_path, 3))["base_scores"] is None
 
 
-def test_nothing_left_to_train(checkpoints, first, tmp_path, capsys):
+def test_a_base_evaluated_with_other_settings_is_evaluated_again(checkpoints, first, tmp_path):
+    """The base is sampled, not the policy of the checkpoint."""
+    steps = {"model.evaluation.steps": 3}
+    main(["fit", *options(checkpoints, tmp_path, **ONE | steps)])
+    base = state(last(tmp_path, 1))["base_scores"]
+    main(["fit", *options(checkpoints, tmp_path, **TWO | steps), "--ckpt_path", str(first)])
+    assert differences(base, state(last(tmp_path, 2))["base_scores"]) == []
+
+
+def test_results_of_a_run_that_was_killed_after_its_last_round(checkpoints, first, tmp_path, capsys, caplog):
+    """The resumed run has nothing left to train, and writes the results of the evaluation before."""
     capsys.readouterr()
     main(["fit", *options(checkpoints, tmp_path, **ONE), "--ckpt_path", "last"])
     shown = capsys.readouterr().out
     assert f"Nothing was left to train: {first} is after 1 rounds" in shown and "Evaluate again" not in shown
-
-
-def test_results_of_a_run_that_was_killed_after_its_last_round(checkpoints, first, tmp_path):
-    """The resumed run has nothing left to train, and writes the results of the evaluation before."""
-    main(["fit", *options(checkpoints, tmp_path, **ONE), "--ckpt_path", "last"])
+    assert "The optimizer keeps" not in caplog.text
     written, resumed = (read(tmp_path / f"tiny/version_{version}") for version in (0, 1))
     assert resumed["evaluated"] == written["evaluated"] | {"checkpoint": str(first.resolve())}
     assert resumed["prompts"] == written["prompts"] and resumed["evaluated"]["optimizer_step"] > 0
     main(["fit", *options(checkpoints, tmp_path, **ONE | {"model.policy.adapter": "trained"}), "--ckpt_path", str(first)])
     assert not (tmp_path / "tiny/version_2/results.json").exists()  # those are the scores of another adapter
-
-
-def test_results_name_the_rounds_checkpoint_despite_another_callback(checkpoints, tmp_path):
-    best = ModelCheckpoint(tmp_path / "best", monitor="held_out/jpeg", mode="max", save_on_train_epoch_end=False)
-    fit_with(options(checkpoints, tmp_path, **ONE), best)
-    assert read(tmp_path / "tiny/version_0")["evaluated"]["checkpoint"] == str(last(tmp_path).resolve())

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
+import copy
+from dataclasses import replace
 from itertools import product
 
 import pytest
@@ -24,7 +22,7 @@ from marble_lightning.policies.sd3 import SD3Policy
 from marble_lightning.scoring.settings import Scoring
 from marble_lightning.tinyworld import PROMPTS, WEIGHTS
 from rewards import CLIPScore
-from tests.helpers import ROOT, measured_memory
+from tests.helpers import forks, measured_memory
 from tests.helpers.measured_memory import Estimated, fitted
 from tests.helpers.small_rewards import Brightness, Contrast, Redness
 from tests.helpers.small_runs import run
@@ -41,12 +39,7 @@ SETTINGS = list(product(("WeightedSum", "MARBLE"), (False, True)))
 def test_every_phase_is_near_what_a_run_takes(checkpoints, bundled, settings):
     path = str(WEIGHTS / "sd3" if bundled else checkpoints / "sd3")
     cases = [(path, balancer, checkpointing) for balancer, checkpointing in settings]
-    ended = subprocess.run(
-        [sys.executable, measured_memory.__file__, json.dumps(cases)], cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    assert ended.returncode == 0, ended.stdout + ended.stderr
-    for case, sizes in zip(cases, json.loads(ended.stdout.splitlines()[-1]), strict=True):
+    for case, sizes in zip(cases, forks.call(measured_memory.measure, cases), strict=True):
         off = {phase: estimated / measured - 1 for phase, (estimated, measured) in sizes.items()}
         print(case, {phase: (*sizes[phase], f"{share:+.1%}") for phase, share in off.items()})
         assert all(abs(share) < 0.15 for share in off.values()), (case, off)
@@ -128,23 +121,19 @@ def test_two_gpus_share_a_round_and_have_buckets(whole, estimated):
     assert two.parts["gradients"] == 2 * one.parts["gradients"]
 
 
-def test_an_estimate_changes_nothing_in_the_run(checkpoints, tmp_path):
-    options = {"gradient_checkpointing": True, "precision": "bf16-mixed"}
-    plain, _ = run(checkpoints, tmp_path, MARBLE(), **options)
-    watched, _ = run(checkpoints, tmp_path, MARBLE(), callbacks=[Estimated()], **options)
-    for ours, theirs in zip(plain.trainable, watched.trainable, strict=True):
-        assert torch.equal(ours, theirs)
-
-
 @pytest.mark.parametrize(
-    ("balancer", "checkpointing", "kl_every"),
+    ("balancer", "kl_every", "options"),
     [
-        (WeightedSum(), False, 4),
-        pytest.param(MARBLE(refresh_every=1), False, 1, marks=pytest.mark.slow),
-        (MARBLE(estimate_share=0.5, refresh_every=2), True, 2),
+        (WeightedSum(), 4, {}),
+        pytest.param(MARBLE(refresh_every=1), 1, {}, marks=pytest.mark.slow),
+        (
+            MARBLE(estimate_share=0.5, refresh_every=2), 2,
+            {"gradient_checkpointing": True, "precision": "bf16-mixed"},
+        ),
     ],
-)
-def test_the_work_of_rounds_is_what_they_compute(checkpoints, tmp_path, balancer, checkpointing, kl_every):
+)  # fmt: skip
+def test_the_work_of_rounds_is_what_they_compute(checkpoints, tmp_path, balancer, kl_every, options):
+    """And an estimate changes nothing in the run."""
     counter, totals = FlopCounterMode(display=False), []
 
     class Counted(Estimated):
@@ -161,26 +150,23 @@ def test_the_work_of_rounds_is_what_they_compute(checkpoints, tmp_path, balancer
             counter.__exit__(None, None, None)
             totals.append(counter.get_total_flops())
 
-    counted = Counted()
-    options = {"gradient_checkpointing": checkpointing, "kl_every": kl_every}
-    run(checkpoints, tmp_path, balancer, rounds=2, callbacks=[counted], **options)
+    counted, options = Counted(), {"rounds": 2, "kl_every": kl_every, **options}
+    fresh = copy.deepcopy(balancer)
+    watched, _ = run(checkpoints, tmp_path, balancer, callbacks=[counted], **options)
     assert sum(totals) == pytest.approx(2 * counted.estimate.flops, rel=0.01)
+    if "precision" in options:
+        plain, _ = run(checkpoints, tmp_path, fresh, **options)
+        for ours, theirs in zip(plain.trainable, watched.trainable, strict=True):
+            assert torch.equal(ours, theirs)
 
 
-@pytest.mark.parametrize(
-    ("option", "value", "phase"),
-    [
-        ("gradient_checkpointing", True, "training"),
-        ("vae_slicing", True, "decoding"),
-        ("dtype", "bfloat16", "loading weights"),
-    ],
-)
-def test_settings_that_save_memory(setup_module, estimated, option, value, phase):
-    assert estimate_memory(setup_module(**{option: value})).total(phase) < estimated.total(phase)
-
-
-def test_a_refresh_takes_more_than_a_single_loss(setup_module, estimated):
-    assert estimated.total("training") > estimate_memory(setup_module(WeightedSum())).total("training")
+def test_settings_that_save_memory(setup_module, estimated):
+    """A setting for training and one for decoding, each without an effect on the other phase; and one for all."""
+    saving = estimate_memory(setup_module(gradient_checkpointing=True, vae_slicing=True))
+    assert saving.total("training") < estimated.total("training")
+    assert saving.total("decoding") < estimated.total("decoding")
+    half = estimate_memory(setup_module(dtype="bfloat16"))
+    assert half.total("loading weights") < estimated.total("loading weights")
 
 
 def test_text_encoders_that_are_offloaded_only_visit_a_gpu(setup_module, estimated):
@@ -192,26 +178,27 @@ def test_text_encoders_that_are_offloaded_only_visit_a_gpu(setup_module, estimat
         assert there == [name == "encoding prompts", True], name
 
 
-def test_held_out_prompts_where_no_reward_is_on_this_gpu(setup_module):
+def test_a_single_loss_and_held_out_prompts_where_no_reward_is_on_this_gpu(setup_module, estimated):
+    """A single loss takes less than a refresh."""
     scoring = Scoring(devices=dict.fromkeys(("bright", "red", "contrast"), "cpu"), overlap=False)
-    estimated = estimate_memory(setup_module(scoring=scoring))
-    assert "rewards" not in {name for name, size in estimated.parts.items() if size}
-    assert estimated.phases["held-out prompts"].beyond > 0
+    single = estimate_memory(setup_module(WeightedSum(), scoring=scoring))
+    assert "rewards" not in {name for name, size in single.parts.items() if size}
+    assert single.phases["held-out prompts"].beyond > 0
+    assert estimated.phases["training"].beyond > single.phases["training"].beyond
+    assert estimated.total("training") > single.total("training")
 
 
 def test_rewards_count_where_they_are_and_a_shared_model_once(setup_module, checkpoints):
     clip = str(checkpoints / "clip")
 
-    def found(overlap):
-        rewards = {"clip": CLIPScore(clip), "same": CLIPScore(clip), "other": CLIPScore(clip, dtype="bfloat16")}
-        module = setup_module(rewards=rewards, scoring=Scoring(devices={"other": "cpu"}, offload=True, overlap=overlap))
-        return module, estimate_memory(module)
-
-    module, estimated = found(overlap=True)
+    rewards = {"clip": CLIPScore(clip), "same": CLIPScore(clip), "other": CLIPScore(clip, dtype="bfloat16")}
+    module = setup_module(rewards=rewards, scoring=Scoring(devices={"other": "cpu"}, offload=True, overlap=True))
+    estimated = estimate_memory(module)
     assert estimated.parts["rewards"] == bytes_of(tensors_of(module.rewards["clip"]))
     assert "rewards" not in estimated.phases["training"].parts
     assert "rewards" not in estimated.phases["loading weights"].parts  # the scorer brings them there when they score
     scoring = estimated.phases["scoring"]
     assert scoring.beyond > estimated.phases["sampling"].beyond
-    assert scoring.beyond > found(overlap=False)[1].phases["scoring"].beyond > 0
+    module.scorer.settings = replace(module.scorer.settings, overlap=False)
+    assert scoring.beyond > estimate_memory(module).phases["scoring"].beyond > 0
     assert not estimated.unknown

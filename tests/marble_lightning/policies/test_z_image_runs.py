@@ -67,7 +67,7 @@ def test_the_memory_estimate_counts_the_longest_prompts(checkpoints, z_image, tm
 
 def z_image_options(checkpoints: Path, z_image: Path, folder: Path) -> list[str]:
     """A run of the tiny configuration with another policy."""
-    given = options(checkpoints, folder)
+    given = options(checkpoints, folder, **{"trainer.max_epochs": 2, "trainer.check_val_every_n_epoch": 2})
     pairs = [pair for pair in zip(given[::2], given[1::2], strict=True) if not pair[0].startswith("--model.policy")]
     flags = [part for pair in pairs for part in pair]
     settings = {"path": z_image, "resolution": 16, "rank": 2, "alpha": 4, "text_length": 96, "dtype": "float32"}
@@ -83,7 +83,7 @@ class FailsInTheSecondRound(Callback):
 
 @pytest.fixture(scope="module")
 def finished(checkpoints, z_image, tmp_path_factory) -> Path:
-    """The folder of a run of three rounds, and of one that fails in the second and is resumed."""
+    """The folder of a run of two rounds, and of one that fails in the second and is resumed."""
     folder = tmp_path_factory.mktemp("run")
     main(["fit", *z_image_options(checkpoints, z_image, folder / "whole")])
     stopped = z_image_options(checkpoints, z_image, folder / "stopped")
@@ -95,7 +95,7 @@ def finished(checkpoints, z_image, tmp_path_factory) -> Path:
 
 def test_a_resumed_run_is_equal_bit_for_bit(finished):
     whole, resumed = state(last(finished / "whole")), state(last(finished / "stopped", 1))
-    assert whole["epoch"] == 2 and whole["base_model"]["pipeline"] == "ZImagePipeline"
+    assert whole["epoch"] == 1 and whole["base_model"]["pipeline"] == "ZImagePipeline"
     assert differences(whole, resumed) == []
 
 

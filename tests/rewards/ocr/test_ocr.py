@@ -140,16 +140,25 @@ def test_rendered_words(ocr: OCR, render: Render) -> None:
     assert ocr.missing == 0
 
 
-@pytest.mark.parametrize("size", [512, 256, 64])
-def test_rendered_words_of_every_size(render: Render, size: int) -> None:
+def test_rendered_words_of_every_size(render: Render) -> None:
     reward = OCR(upscale_to=128)
     reward.setup()
     sign = Prompt('a sign that says "HELLO"', "ocr")
-    images = torch.stack([render(word, size, size // 4) for word in ("HELLO", "HELPO", "")])
-    assert reward(images=images, prompts=[sign] * 3).tolist() == pytest.approx([1.0, 0.8, 0.0])
+    for size in (512, 256, 64):
+        images = torch.stack([render(word, size, size // 4) for word in ("HELLO", "HELPO", "")])
+        assert reward(images=images, prompts=[sign] * 3).tolist() == pytest.approx([1.0, 0.8, 0.0]), size
 
 
-@pytest.mark.parametrize("kind", ["thread", pytest.param("process", marks=pytest.mark.integration)])
+@pytest.mark.parametrize(
+    ("ocr", "kind"),
+    [
+        (True, "thread"),
+        (False, "thread"),
+        pytest.param(True, "process", marks=pytest.mark.integration),
+        pytest.param(False, "process", marks=[pytest.mark.integration, pytest.mark.slow]),
+    ],
+    indirect=["ocr"],
+)
 def test_workers_agree_with_one_engine(ocr: OCR, render: Render, kind: str) -> None:
     shared = OCR(detect=ocr.detect, workers=2, worker_kind=kind)
     shared.setup()
