@@ -99,7 +99,10 @@ class Clean:
 def prepare() -> None:
     """Fork the clean process."""
     here, there = Pipe()
-    if not (process := os.fork()):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # Python 3.12 warns of threads, such as those of xdist
+        process = os.fork()
+    if not process:
         here.close()
         os.setsid()
         _forget_pytest()
