@@ -74,6 +74,28 @@ def test_values_in_the_table():
     assert (readable(12345.678), readable(False), escape("a|b")) == ("1.235e+04", "NO", r"a\|b")
 
 
+@pytest.mark.integration
+def test_the_command_runs_the_named_steps(tmp_path):
+    """In processes of their own, which need seconds here; the slow test below runs all."""
+    command = [
+        sys.executable,
+        "-m",
+        "benchmarks.gpu_check",
+        "--device",
+        "cpu",
+        "--small",
+        "--steps",
+        "machine",
+        "workspaces",
+    ]
+    ended = subprocess.run([*command, "--output", str(tmp_path)], cwd=ROOT, capture_output=True, text=True, check=False)
+    steps = {record["name"]: record for record in read(tmp_path)["steps"]}
+    assert {name: record["state"] for name, record in steps.items()} == {"machine": "done", "workspaces": "done"}, ended
+    assert steps["machine"]["values"]["card"] == "no GPU"
+    assert steps["workspaces"]["values"]["float32 matmul in another thread, bytes"] == "not counted on a CPU"
+    assert (tmp_path / "gpu_check.md").read_text() in ended.stdout
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
 def test_small_steps_run_on_a_cpu(tmp_path):
