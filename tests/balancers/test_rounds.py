@@ -1,6 +1,7 @@
 """Methods that use the scores of each round: WeightedSum with `weights: std`, Sequential and OutcomeGuard."""
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -117,8 +118,8 @@ def test_sequential_trains_one_reward_after_another():
     assert balancer.names == ("stage",) and not balancer.needs_gradients
     ordered = bound(Sequential(1, ["pick", "pick", "clip"]))
     assert [ordered.begin_round(scores, PROMPTS) and ordered.current for _ in range(4)] == ["pick", "pick", "clip", "pick"]
-    shared = bound(Sequential())
-    shared.run_rounds = 7
+    shared = Sequential()
+    shared.setup(SimpleNamespace(max_epochs=7), SimpleNamespace(rewards=dict.fromkeys(NAMES)), "fit")
     shares = [shared.begin_round(scores, PROMPTS) and shared.current for _ in range(7)]
     assert shares == ["clip", "clip", "clip", "ocr", "ocr", "pick", "pick"]
 

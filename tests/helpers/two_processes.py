@@ -29,7 +29,7 @@ from tests.helpers import sharded_runs
 from tests.helpers.forks import on_two_ranks
 from tests.helpers.small_rewards import Brightness, Contrast, Redness
 
-STEPS = 4
+STEPS = 5
 """Optimizer steps, one per round; with a refresh every other step, both kinds of steps occur."""
 
 
@@ -70,7 +70,7 @@ class Replay(DiffusionNFT):
 
 
 def train(kind: type[DiffusionNFT], checkpoints: Path, balancer: Balancer, recorded: Any = None, **options: Any) -> Any:
-    """Train four optimizer steps; returns the module, the recorder and the monitor of image drift."""
+    """Train five optimizer steps; returns the module, the recorder and the monitor of image drift."""
     module = kind(
         SD3Policy(str(checkpoints / "sd3"), resolution=16, rank=2, alpha=4, text_length=4, dtype="float32"),
         rewards={"bright": Brightness(), "red": Redness(), "contrast": Contrast()},
@@ -92,7 +92,7 @@ def train(kind: type[DiffusionNFT], checkpoints: Path, balancer: Balancer, recor
 
 
 def method(name: str) -> Balancer:
-    """A balancer, or `split` for MARBLE on the signal; gradient methods refresh and reuse weights within four steps."""
+    """A balancer, or `split` for MARBLE on the signal; gradient methods refresh and reuse weights within five steps."""
     if name == "split":
         return balancers.MARBLE(refresh_every=2, ema_decay=0.5, gram="split", gram_decay=0.5)
     kind: type[Balancer] = getattr(balancers, name)

@@ -23,6 +23,7 @@ def test_every_block_is_compiled_and_nothing_else(checkpoints, request, kind):
     compiled = [module for module in policy.transformer.modules() if module._compiled_call_impl is not None]
     assert len(blocks) and set(blocks) <= set(compiled)
     assert {type(module) for module in compiled} == {type(blocks[0])}
+    assert torch._dynamo.config.optimize_ddp is False
 
 
 @pytest.mark.slow

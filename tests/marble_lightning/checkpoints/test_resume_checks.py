@@ -103,6 +103,7 @@ def test_the_optimizer_keeps_its_options_with_a_warning(checkpoints, first, tmp_
     warning = f"keeps the options of {first}: lr 0.0015 instead of 1e-09, weight_decay 0.0001 instead of 0.5"
     assert warning in caplog.text
     caplog.clear()
+    main(["fit", *options(checkpoints, tmp_path, **TWO), "--ckpt_path", str(first)])
     main(["fit", *options(checkpoints, tmp_path, **TWO), "--ckpt_path", str(last(tmp_path, 1))])
     assert "The optimizer keeps" not in caplog.text
 

@@ -92,17 +92,19 @@ def test_images_and_results_do_not_depend_on_batch_size_and_ranks(small, trained
     assert np.abs(pixels(tmp_path / "tiny/one/held_out.png") - pixels(tmp_path / "tiny/two/held_out.png")).max() <= 1
 
     in_a_run(small, "predict", "p1", "--data.held_out_batch_size", "1")
-    first, other = (tmp_path / f"tiny/{name}/predictions" for name in ("p1", "p2"))
+    in_a_run(small, "predict", "p3", "--data.held_out_batch_size", "3")
+    first, *others = (tmp_path / f"tiny/{name}/predictions" for name in ("p1", "p3", "p2"))
     files = sorted(file.name for file in first.glob("*.png"))
     assert files == [f"{index:05d}.png" for index in range(9)]
-    assert sorted(file.name for file in other.glob("*.png")) == files
-    for file in files:
-        assert np.abs(pixels(first / file) - pixels(other / file)).max() <= 1
-        assert facts_of(first / file) == facts_of(other / file)
-    lines = [records(predictions) for predictions in (first, other)]
-    for expected, actual in zip(*lines, strict=True):
-        assert actual | {"scores": None} == expected | {"scores": None}
-        assert actual["scores"] == pytest.approx(expected["scores"], abs=1e-4)
+    for other in others:
+        assert sorted(file.name for file in other.glob("*.png")) == files
+        for file in files:
+            assert np.abs(pixels(first / file) - pixels(other / file)).max() <= 1
+            assert facts_of(first / file) == facts_of(other / file)
+        lines = [records(predictions) for predictions in (first, other)]
+        for expected, actual in zip(*lines, strict=True):
+            assert actual | {"scores": None} == expected | {"scores": None}
+            assert actual["scores"] == pytest.approx(expected["scores"], abs=1e-4)
     predicted = [record["scores"] for record in records(first)]
     assert [list(by_name.values()) for by_name in predicted] == [pytest.approx(row, abs=1e-4) for row in scores(one)]
 
