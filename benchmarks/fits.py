@@ -24,6 +24,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from benchmarks.fingerprint import fingerprint
+from marble_lightning.lab.report.harmony import CHANCE
 from marble_lightning.lab.runs import Run
 
 Result = dict[str, Any]
@@ -191,7 +192,10 @@ def call_marble(arguments: Sequence[str], output: Path, title: str, environment:
 def figures_of(run: Run) -> Result:
     """A run's held-out scores (prompt, reward), and the cosines (refresh, reward) of its updates with each reward.
 
-    The cosines are those of the weights that most steps use: the reused ones, if not all steps solve.
+    `cosines` are those of the weights that most steps use: the reused ones, if not all steps solve. `solved` are then those of
+    the weights that a refresh has just found, as in the paper. Cosines by products of halves are of reused weights wherever
+    there are any: weights found on the same images follow their noise. `chance` is the share of conflicts of a direction
+    without any signal, `signal_to_noise` the last ratio of each trained reward.
 
     Scores have four digits, cosines three. They are null where a reward does not apply or has no estimate. `kl` is the mean
     squared distance to the base's velocity in the last tenth of the steps, which a run's gains are to be seen beside.
@@ -209,18 +213,33 @@ def figures_of(run: Run) -> Result:
         values = ([prompt[key].get(name) for name in names] for prompt in prompts)
         return [[None if value is None else round(value, 4) for value in row] for row in values]
 
-    trained = [name for name in names if run.curve(f"cosine/update/own/{name}").values]
-    kind = "reused" if run.evaluated.get("refresh_every", 1) > 1 else "update"
-    cosines = {}
-    for place in ("own", "split"):
-        curves = [dict(zip(*run.curve(f"cosine/{kind}/{place}/{name}"), strict=True)) for name in trained]
-        steps = sorted({step for curve in curves for step in curve})
-        cosines[place] = [[round(curve[step], 3) if step in curve else None for curve in curves] for step in steps]
     scores = {"rewards": names, "base": rows("base"), "trained": rows("scores")}
     distances = run.curve("kl").values
     last = distances[-max(1, len(distances) // 10) :]
     kl = round(sum(last) / len(last), 5) if last else None
-    return scores | {"balancer": run.balancer, "kl": kl, "trained_rewards": trained, "cosines": cosines}
+    return scores | {"balancer": run.balancer, "kl": kl, **alignment_of(run, names)}
+
+
+def alignment_of(run: Run, names: Sequence[str]) -> Result:
+    """The part of `figures_of` about gradients: the rewards that have some, their cosines, and the chance and signal."""
+    trained = [name for name in names if run.curve(f"cosine/update/own/{name}").values]
+
+    def cosines(kind: str, place: str) -> list[list[float | None]]:
+        curves = [dict(zip(*run.curve(f"cosine/{kind}/{place}/{name}"), strict=True)) for name in trained]
+        steps = sorted({step for curve in curves for step in curve})
+        return [[round(curve[step], 3) if step in curve else None for curve in curves] for step in steps]
+
+    reuses = run.evaluated.get("refresh_every", 1) > 1 and bool(cosines("reused", "own"))
+    split = cosines("reused", "split") or cosines("update", "split")
+    shown = {"own": cosines("reused" if reuses else "update", "own"), "split": split}
+    found: Result = {"trained_rewards": trained, "cosines": shown}
+    if reuses:
+        found["solved"] = cosines("update", "own")
+    if chance := next((values for name in CHANCE if (values := run.curve(name).values)), None):
+        found["chance"] = round(sum(chance) / len(chance), 3)
+    ratios = [run.curve(f"signal_to_noise/{name}").values[-1:] for name in trained]
+    found["signal_to_noise"] = [round(ratio[0], 3) if ratio else None for ratio in ratios]
+    return found
 
 
 def as_tensor(rows: Sequence[Sequence[float | None]]) -> Float[Tensor, "row column"]:

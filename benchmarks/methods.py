@@ -28,6 +28,7 @@ from benchmarks.method_tables import (
     stack_specialists,
 )
 from benchmarks.stages import STAGES, Stages, options_of, read_stages, specialists
+from marble_lightning.lab.paper import REFERENCE
 
 PROBES = ("--gradient_alignment.probe_every", "5", "--gradient_alignment.fresh", "false")
 """For methods without refreshes: the same figures of alignment, on the images that the update comes from."""
@@ -51,6 +52,7 @@ METHODS: dict[str, tuple[str, ...]] = {
     "fixed_weights": ("-c", "balancers/fixed_weights", *PROBES),
     "fixed_weights_normalised": ("-c", "balancers/fixed_weights_normalized"),
     "outcome_guard": ("-c", "balancers/outcome_guard", *PROBES),
+    "sequential": ("-c", "balancers/sequential", *PROBES),
     "marble": (),
     "marble_every_10": ("--balancer.refresh_every", "10"),
     "marble_floor": ("--balancer.floor", "0.05"),
@@ -59,10 +61,16 @@ METHODS: dict[str, tuple[str, ...]] = {
     "pcgrad": ("-c", "balancers/pcgrad"),
     "cagrad": ("-c", "balancers/cagrad"),
     "mgda": ("-c", "balancers/mgda"),
+    "gem": ("-c", "balancers/gem"),
     "upgrad": ("-c", "balancers/torchjd"),
     **{
         name: ("-c", "balancers/torchjd", "--balancer.aggregator", aggregator)
-        for name, aggregator in (("aligned_mtl", "AlignedMTL"), ("nash_mtl", "NashMTL"), ("imtl_g", "IMTLG"))
+        for name, aggregator in {
+            "aligned_mtl": "AlignedMTL",
+            "nash_mtl": "NashMTL",
+            "imtl_g": "IMTLG",
+            "gradvac": "GradVac",
+        }.items()
     },
     "fairgrad": ("-c", "balancers/torchjd", "--balancer.aggregator", "FairGrad", "--balancer.arguments", "{alpha: 1.0}"),
 }
@@ -71,9 +79,10 @@ COMPARED = tuple(METHODS)
 """The methods that run by default; the others are methods at MARBLE's cadence, and variants of `split`."""
 
 METHODS |= {
-    f"{name}_cadence_marble": (*METHODS[name], "-c", "balancers/cadence_marble")
-    for name in ("pcgrad", "cagrad", "mgda", "upgrad", "aligned_mtl", "nash_mtl", "imtl_g", "fairgrad")
+    f"{name}_cadence_marble": (*METHODS[name], "-c", "balancers/cadence_marble", "--balancer.refresh_every", "5")
+    for name in ("pcgrad", "cagrad", "mgda", "upgrad", "aligned_mtl", "nash_mtl", "imtl_g", "gradvac", "fairgrad")
 }
+"""5: the one of `marble` here, which has twice the paper's."""
 
 METHODS["marble_every_1"] = ("--balancer.refresh_every", "1")
 METHODS |= {
@@ -91,6 +100,9 @@ METHODS |= {f"split_{name}_{value}": (*SPLIT, f"--balancer.{option}", value) for
 
 METHODS |= {f"{name}_std_round": (*options, "--model.objective.advantage_std", "round") for name, options in METHODS.items()}
 """Each method once more with advantages divided by the standard deviation of the whole round, as published."""
+
+METHODS["marble_paper"] = ("-c", f"balancers/{REFERENCE}")
+"""MARBLE as published: `marble_std_round` has another cadence, and weights that are smoothed at refreshes too."""
 
 
 def run_of(stages: Stages, stage: str, method: str, seed: int, rounds: int, extra: Sequence[str]) -> Fit:

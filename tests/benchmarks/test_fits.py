@@ -124,6 +124,9 @@ class FakeRun:
             "cosine/update/own/a": ([5], [0.1]),
             "cosine/reused/own/a": ([0, 5], [0.98765, 0.5]),
             "cosine/reused/split/a": ([5], [-0.5]),
+            "cosine/update/split/a": ([5], [-0.9]),
+            "probe/reused/own/chance": ([5, 9], [0.0, 1.0]),
+            "signal_to_noise/a": ([5, 9], [0.5, 0.1]),
         }
         return Curve(*curves.get(name, ([], [])))
 
@@ -132,7 +135,16 @@ def test_figures_have_scores_and_the_cosines_of_reused_weights():
     figures = fits.figures_of(FakeRun())
     assert figures["base"] == figures["trained"] == [[0.1235, None], [1.0, 2.0]]
     assert figures["trained_rewards"] == ["a"] and figures["kl"] == 0.02
-    assert figures["cosines"] == {"own": [[0.988], [0.5]], "split": [[-0.5]]}
+    assert figures["cosines"] == {"own": [[0.988], [0.5]], "split": [[-0.5]]} and figures["solved"] == [[0.1]]
+    assert figures["chance"] == 0.5 and figures["signal_to_noise"] == [0.1]
     assert json.loads(json.dumps(figures)) == figures
     with pytest.raises(ComparisonError, match="num_sanity_val_steps"):
         fits.figures_of(FakeRun(base=False))
+
+
+def test_a_method_that_solves_on_every_step_has_split_cosines_of_earlier_weights():
+    """Those that it has just found depend on the same images."""
+    run = FakeRun()
+    run.evaluated = {"refresh_every": 1}
+    figures = fits.figures_of(run)
+    assert figures["cosines"] == {"own": [[0.1]], "split": [[-0.5]]} and "solved" not in figures

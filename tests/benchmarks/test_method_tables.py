@@ -108,8 +108,8 @@ def test_variants_are_not_run_by_default():
         "split_every_10", "split_shrinkage_false",
     }  # fmt: skip
     assert {name.removesuffix("_cadence_marble") for name in variants if not name.startswith("split")} == {
-        "pcgrad", "cagrad", "mgda", "upgrad", "aligned_mtl", "nash_mtl", "imtl_g", "fairgrad",
-        "marble_every_1",
+        "pcgrad", "cagrad", "mgda", "upgrad", "aligned_mtl", "nash_mtl", "imtl_g", "gradvac", "fairgrad",
+        "marble_every_1", "marble_paper",
         "marble_kl_0.01", "marble_kl_0.1", "advantage_sum_kl_0.01", "advantage_sum_kl_0.1",
     }  # fmt: skip
 
