@@ -10,8 +10,9 @@ answer two requests with JSON:
         {"images": [PNG, ...], "prompts": [{"text": str, "source": str, "metadata": {...}}, ...]}
         -> {"scores": [number or null, ...]}
 
-Images are 8-bit RGB PNGs in base64, all of the same size, one per prompt. Scores are in the order of the images; higher is
-better, and null marks a missing score. Any status other than 200 is an error, described by {"error": text}.
+Images are 8-bit RGB PNGs in base64, all of the same size, one per prompt, without texts and colour profiles. Scores are in
+the order of the images; higher is better, and null marks a missing score. Any status other than 200 is an error, described
+by {"error": text}; 400, 413, 415 and 422 refuse the images or prompts of one request.
 """
 
 from rewards.remote.client import RemoteReward

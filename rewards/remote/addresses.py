@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from urllib.parse import urlsplit
+from urllib.request import getproxies, proxy_bypass
 
 from rewards.redaction import strip_secrets
 
@@ -42,6 +43,12 @@ def check_url(owner: str, name: str, url: str) -> str:
             "Write it as http://host:8000."
         )
     return url.rstrip("/")
+
+
+def proxy_of(url: str) -> str | None:
+    """Return the proxy of a URL by the environment (http_proxy, https_proxy, no_proxy); None if there is none."""
+    parts = urlsplit(url)
+    return None if proxy_bypass(parts.hostname or "") else getproxies().get(parts.scheme)
 
 
 def is_token(text: str) -> bool:

@@ -18,6 +18,8 @@ from rewards.remote.http_client import JsonClient
 from rewards.remote.messages import Answer, Request
 from rewards.remote.transport import eight_bit, encode_png, quote
 
+REFUSED = (400, 413, 415, 422)
+"""HTTP statuses of a server that refuses the content of a request; another request may be accepted."""
 LARGEST = torch.finfo(torch.float32).max
 REMEDY = "Set `url` to a server that speaks the protocol in `rewards.remote`, for instance `marble-lightning-serve`."
 
@@ -107,9 +109,10 @@ class RemoteReward(Reward):
         """Return the server's scores; null becomes NaN.
 
         Raises:
-            ConnectionError: if all servers are unreachable, or still answer errors after all retries.
+            ConnectionError: if all servers are unreachable, or still answer errors after all retries, or one refuses the
+                token or does not know the URL.
             TypeError: if a prompt's metadata is not JSON.
-            ValueError: if a server rejects the request, or does not answer with one number or null per image.
+            ValueError: if a server rejects the images or prompts, or does not answer with one number or null per image.
         """
         client, pixels = self._require_loaded(self._ready), eight_bit(images)
         parts = [slice(start, start + self.request_size) for start in range(0, len(prompts), self.request_size)]
@@ -123,7 +126,7 @@ class RemoteReward(Reward):
         return torch.tensor([score for part in scores for score in part], dtype=torch.float32, device=images.device)
 
     def _scores(self, client: JsonClient, count: int, answer: Answer) -> list[float]:
-        if 400 <= answer.status < 500:
+        if answer.status in REFUSED:
             raise ValueError(
                 f"RemoteReward: {answer.url} must accept the request. Found {answer}. "
                 "Fix the prompts, or send fewer images per request: lower `request_size`."

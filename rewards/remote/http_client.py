@@ -19,7 +19,7 @@ from urllib.parse import urlsplit
 import aiohttp
 
 from rewards.redaction import strip_secrets
-from rewards.remote.addresses import is_token
+from rewards.remote.addresses import is_token, proxy_of
 from rewards.remote.messages import Answer, Failed, Request, describe, retry_after
 from rewards.remote.replicas import Replicas
 from rewards.remote.transport import quote
@@ -137,7 +137,6 @@ class JsonClient:
             auto_decompress=False,  # a small answer may expand to any size
             # no total: `asyncio.timeout` limits each attempt
             timeout=aiohttp.ClientTimeout(sock_connect=CONNECTING if len(self.urls) > 1 else None),
-            trust_env=True,  # proxies
         ) as session:
 
             async def send(request: Request) -> Any:
@@ -216,8 +215,8 @@ class JsonClient:
         """Return the answer of a server and the pause in seconds that it requests (Retry-After)."""
         method, content = "GET" if body is None else "POST", bytearray()
         data = None if body is None else BytesIO(body)  # sent in chunks
-        # No redirects: they would turn a POST into a GET.
-        async with session.request(method, url, data=data, allow_redirects=False) as response:
+        # No redirects: they would turn a POST into a GET. No `trust_env`: it would also send passwords of ~/.netrc.
+        async with session.request(method, url, data=data, proxy=proxy_of(url), allow_redirects=False) as response:
             answer = Answer(strip_secrets(url), response.status, response.reason or "", b"")
             async for part in response.content.iter_any():
                 content += part
@@ -232,6 +231,11 @@ class JsonClient:
             ConnectionError: if the answer has another status.
             ValueError: if the answer is not JSON.
         """
+        if 400 <= answer.status < 500:
+            raise ConnectionError(
+                f"{self.owner}: {answer.url} must accept the request. Found {answer}. "
+                "Correct what the answer names: for 401 the token or key, for 404 the URL."
+            )
         if answer.status != 200:
             raise self._failure(answer.url, str(answer))
         try:
@@ -275,5 +279,14 @@ def run_in_new_loop(work: Callable[[], Coroutine[Any, Any, Result]]) -> Result:
         except BaseException as error:  # noqa: BLE001 - the caller receives it
             outcome.set_exception(error)
 
-    Thread(target=lambda: asyncio.run(run()), daemon=True).start()
+    def in_thread() -> None:
+        try:
+            with asyncio.Runner() as runner:
+                runner.run(run())
+        except BaseException as error:
+            if outcome.done():
+                raise
+            outcome.set_exception(error)  # no loop could start, for instance because too many files are open
+
+    Thread(target=in_thread, daemon=True).start()
     return outcome.result()

@@ -10,6 +10,7 @@ import logging
 import socket
 from collections.abc import Awaitable, Callable
 from concurrent.futures import Executor, ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -114,7 +115,7 @@ def make_app(
         limits: Limits on requests. None: the defaults.
         access: A middleware that refuses requests, see `server_access.guard`. None: refuse other sites' pages.
     """
-    name, limits = type(reward).__name__, limits or Limits()
+    name, place, limits = type(reward).__name__, torch.device(device), limits or Limits()
     scorer = ThreadPoolExecutor(max_workers=1, thread_name_prefix=name)
     parser = ThreadPoolExecutor(max_workers=limits.max_requests, thread_name_prefix="parse")
     slots = asyncio.Semaphore(limits.max_requests)
@@ -124,7 +125,8 @@ def make_app(
 
     def run_reward(images: Tensor, prompts: list[Prompt]) -> list[float | None]:
         try:
-            scores = reward(images=images.to(device), prompts=prompts).tolist()
+            with torch.cuda.device(place) if place.type == "cuda" else nullcontext():  # a new thread uses the first GPU
+                scores = reward(images=images.to(place), prompts=prompts).tolist()
         except SystemExit as error:  # it would end the server without an error
             raise RuntimeError(
                 f"`{name}` must not end the program. Found {excerpt(error)}. Raise another error on failure."

@@ -65,17 +65,17 @@ def parse(body: bytes, max_pixels: int) -> tuple[Float[Tensor, "b 3 h w"], list[
     if len(images) > MAX_IMAGES:
         raise BadRequest(f"`images` must hold at most {MAX_IMAGES}. Found {len(images)}. Send fewer images per request.")
     parsed_prompts = [to_prompt(index, prompt) for index, prompt in enumerate(prompts)]
-    opened = [with_index(index, open_png, image) for index, image in enumerate(images)]
-    sizes = sorted({image.size[::-1] for image in opened})
+    # One image is open at a time, because Pillow copies the file and keeps what its chunks hold.
+    sizes = sorted({with_index(index, open_png, image).size[::-1] for index, image in enumerate(images)})
     if len(sizes) > 1:
         raise BadRequest(f"`images` must be of the same size. Found {sizes}. Send a request for each size.")
     height, width = sizes[0]
-    if len(opened) * height * width > max_pixels:
+    if len(images) * height * width > max_pixels:
         raise BadRequest(
-            f"`images` must have at most {max_pixels} pixels together. Found {len(opened)} of {width} x {height}. "
+            f"`images` must have at most {max_pixels} pixels together. Found {len(images)} of {width} x {height}. "
             "Send fewer or smaller ones, or raise --max_pixels."
         )
-    pixels = torch.stack([with_index(index, decode, image) for index, image in enumerate(opened)])
+    pixels = torch.stack([with_index(index, decode, image) for index, image in enumerate(images)])
     return pixels.float().div_(255), parsed_prompts
 
 

@@ -1,6 +1,7 @@
 """Functions shared by remote rewards and their server: encoded images, short quotes for error messages."""
 
 import base64
+import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
 from io import BytesIO
@@ -14,6 +15,12 @@ from PIL.PngImagePlugin import PngImageFile
 from torch import Tensor
 
 from rewards.redaction import strip_secrets
+
+SIGNATURE = b"\x89PNG\r\n\x1a\n"
+"""The first bytes of a PNG; its chunks follow."""
+PLAIN_CHUNKS = frozenset(b"IHDR PLTE IDAT IEND tRNS gAMA cHRM sRGB sBIT bKGD pHYs tIME eXIf".split())
+"""Chunks of which Pillow keeps at most as much memory as the file has bytes. Compressed texts and colour profiles expand a
+thousandfold, already when a PNG is opened."""
 
 
 def eight_bit(images: Float[Tensor, "b 3 h w"]) -> UInt8[Tensor, "b 3 h w"]:
@@ -42,29 +49,49 @@ def open_png(text: Any) -> Image.Image:
     Check `size` before decoding images from untrusted clients.
 
     Raises:
-        ValueError: if `text` is not base64 of an 8-bit RGB PNG.
+        ValueError: if `text` is not base64 of an 8-bit RGB PNG, or the PNG has a chunk that is not among `PLAIN_CHUNKS`.
     """
     if not isinstance(text, str):
         raise ValueError(f"an image must be a base64 string. Found {type(text).__name__}. Encode an 8-bit RGB PNG.")
     with _unreadable():
-        # not `Image.open`, because it warns above its own limit of pixels
-        image = PngImageFile(BytesIO(base64.b64decode(text, validate=True)))
+        png = base64.b64decode(text, validate=True)
+    if other := next((name for name in chunk_names(png) if name not in PLAIN_CHUNKS), None):
+        raise ValueError(
+            "an image must be a PNG without texts and colour profile. "
+            f"Found a chunk {other.decode('latin-1')!a}. Save only its pixels."
+        )
+    with _unreadable():
+        image = PngImageFile(BytesIO(png))  # not `Image.open`, because it warns above its own limit of pixels
     if image.mode != "RGB":
         raise ValueError(f"an image must be an RGB PNG. Found mode {image.mode}. Convert it to RGB first.")
     return image
 
 
-def decode(image: Image.Image) -> UInt8[Tensor, "3 h w"]:
-    """Decode the pixels of an opened image.
+def chunk_names(png: bytes) -> Iterator[bytes]:
+    """Yield the names of a PNG's chunks until its end or damage, and none of another file.
+
+    >>> list(chunk_names(base64.b64decode(encode_png(torch.zeros(3, 1, 2, dtype=torch.uint8)))))
+    [b'IHDR', b'IDAT', b'IEND']
+    """
+    start, name = len(SIGNATURE) if png.startswith(SIGNATURE) else len(png), b""
+    while name != b"IEND" and start + 8 <= len(png):
+        length, name = struct.unpack_from(">I4s", png, start)
+        yield name
+        start += 12 + length  # with length, name and checksum
+
+
+def decode(text: Any) -> UInt8[Tensor, "3 h w"]:
+    """Decode the pixels of a text of `encode_png`.
 
     >>> red = torch.zeros(3, 1, 2, dtype=torch.uint8)
     >>> red[0] = 255
-    >>> decode(open_png(encode_png(red))).tolist()
+    >>> decode(encode_png(red)).tolist()
     [[[255, 255]], [[0, 0]], [[0, 0]]]
 
     Raises:
-        ValueError: if the image data is damaged.
+        ValueError: as `open_png`, or if the image data is damaged.
     """
+    image = open_png(text)
     with _unreadable():
         return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 

@@ -23,12 +23,12 @@ PNG = encode_png(torch.zeros(3, 4, 4, dtype=torch.uint8))
 
 
 @contextmanager
-def serve_reward(reward: Reward, access: Any = None, **limits: Any) -> Iterator[str]:
+def serve_reward(reward: Reward, access: Any = None, device: str = "cpu", **limits: Any) -> Iterator[str]:
     """Serve `reward` in a thread of this process, and yield the URL."""
     loop, started, urls = asyncio.new_event_loop(), threading.Event(), []
 
     async def start() -> web.AppRunner:
-        runner = web.AppRunner(make_app(reward, limits=Limits(**limits), access=access), **RUNNING)
+        runner = web.AppRunner(make_app(reward, device, Limits(**limits), access), **RUNNING)
         await runner.setup()
         site = web.TCPSite(runner, "127.0.0.1", 0)
         await site.start()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import errno
 import gzip
 import itertools
 import os
@@ -9,11 +11,14 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import pytest
 import torch
 
+from rewards import RemoteReward
 from tests.helpers.remote_scores import PROMPT, expected, ready, score_shades, shades
 from tests.helpers.scripted_server import CUT, DROP, ScriptedServer, remote_reward
 
@@ -61,15 +66,21 @@ def test_permanent_failures_report_the_servers_message() -> None:
     assert len(bodies) == 3
 
 
-@pytest.mark.parametrize(("status", "error"), [(400, ValueError), (404, ValueError), (301, ConnectionError)])
-def test_rejected_requests_are_not_retried(status: int, error: type[Exception]) -> None:
+@pytest.mark.parametrize(
+    ("status", "error", "remedy"),
+    [(status, ValueError, "Fix the prompts") for status in (400, 413, 415, 422)]
+    + [(status, ConnectionError, "Correct what the answer names") for status in (401, 403, 404, 405)]
+    + [(301, ConnectionError, "Check that the server runs")],
+)
+def test_rejected_requests_are_not_retried(status: int, error: type[Exception], remedy: str) -> None:
+    """Only an error in the content of a request may depend on an image; connection errors are not repeated for each."""
     bodies: list[Any] = []
 
     def answer(body: Any) -> Any:
         bodies.append(body)
         return status, {"error": "not like this"}
 
-    with pytest.raises(error, match=rf"{status} .*not like this"):
+    with pytest.raises(error, match=rf"{status} .*not like this.*{remedy}"):
         score_shades(answer)
     assert len(bodies) == 1
 
@@ -182,3 +193,62 @@ def test_waiting_for_scores_can_be_interrupted() -> None:
     finally:
         signal.signal(signal.SIGUSR1, old)
     assert time.monotonic() - start < 2
+
+
+@pytest.mark.timeout(10)
+def test_an_event_loop_that_cannot_start_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail() -> None:
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    with ScriptedServer(remote_reward) as server:
+        reward = ready(server)
+        monkeypatch.setattr("asyncio.events.new_event_loop", fail)
+        with pytest.raises(OSError, match="Too many open files"):
+            reward(images=shades(1), prompts=[PROMPT])
+
+
+@pytest.fixture
+def environment(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    """An environment without proxies."""
+    for name in ("http_proxy", "https_proxy", "all_proxy", "no_proxy"):
+        monkeypatch.delenv(name, raising=False)
+        monkeypatch.delenv(name.upper(), raising=False)
+    return monkeypatch
+
+
+@pytest.mark.parametrize(("variable", "sent"), [(None, None), ("MINE", "Bearer s3cret")])
+def test_passwords_of_netrc_are_not_sent(
+    variable: str | None, sent: str | None, environment: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "netrc").write_text("default login me password pass\n")
+    environment.setenv("NETRC", str(tmp_path / "netrc"))
+    environment.setenv("MINE", "s3cret")
+    with ScriptedServer(remote_reward) as server:
+        ready(server, token_variable=variable)(images=shades(1), prompts=[PROMPT])
+        assert server.headers[-1]["Authorization"] == sent
+
+
+def test_a_proxy_of_the_environment_is_used(environment: pytest.MonkeyPatch) -> None:
+    paths: list[str] = []
+
+    def answer(path: str, body: Any) -> Any:
+        paths.append(path)
+        return remote_reward(urlsplit(path).path, body)
+
+    with ScriptedServer(answer) as proxy:
+        environment.setenv("http_proxy", proxy.url.replace("://", "://me:pass@"))
+        reward = RemoteReward("http://scores.invalid", retries=0)
+        reward.setup()
+        torch.testing.assert_close(reward(images=shades(2), prompts=[PROMPT] * 2), expected(2))
+        assert paths == ["http://scores.invalid/health", "http://scores.invalid/score"]
+        assert proxy.headers[-1]["Proxy-Authorization"] == "Basic " + base64.b64encode(b"me:pass").decode()
+        proxy.stop()
+        with pytest.raises(ConnectionError, match="http://scores.invalid/score must answer.*refused") as error:
+            reward(images=shades(1), prompts=[PROMPT])
+    assert "pass" not in str(error.value)
+
+
+def test_servers_in_no_proxy_are_asked_directly(environment: pytest.MonkeyPatch) -> None:
+    environment.setenv("http_proxy", "http://127.0.0.1:1")
+    environment.setenv("no_proxy", "localhost,127.0.0.1")
+    torch.testing.assert_close(score_shades(lambda body: remote_reward("/score", body)), expected(2))

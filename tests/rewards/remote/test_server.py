@@ -9,7 +9,8 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -195,6 +196,25 @@ def test_a_reward_that_ends_the_program_is_an_error() -> None:
             answer = requests.post(f"{url}/score", json={"images": [PNG], "prompts": [PROMPT]}, timeout=10)
             assert answer.status_code == 500
             assert "`Ending` must not end the program" in answer.json()["error"]
+
+
+def test_the_thread_that_scores_uses_the_gpu_of_the_reward(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A new thread uses the first one, and a reward may allocate on "cuda"."""
+    chosen, seen = list[Any](), list[Any]()
+
+    @contextmanager
+    def device(gpu: torch.device) -> Iterator[None]:
+        chosen.append(gpu)
+        yield
+        chosen.pop()
+
+    monkeypatch.setattr(torch.cuda, "device", device)
+    monkeypatch.setattr(torch.Tensor, "to", lambda self, *_: self)
+    monkeypatch.setattr(JPEGCompressibility, "applies_to", lambda *_: seen.append(list(chosen)) or True)
+    for gpu, expected in (("cuda:1", [torch.device("cuda:1")]), ("cpu", [])):
+        with serve_reward(JPEGCompressibility(), device=gpu) as url:
+            answer = requests.post(f"{url}/score", json={"images": [PNG], "prompts": [PROMPT]}, timeout=10)
+        assert (answer.status_code, seen.pop(), chosen) == (200, expected, [])
 
 
 def test_errors_of_other_paths_are_json(plain_url: str) -> None:

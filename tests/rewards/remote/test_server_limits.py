@@ -5,19 +5,25 @@ from __future__ import annotations
 import asyncio
 import base64
 import gzip
+import json
 import socket
 import struct
 import time
+import tracemalloc
+import weakref
 import zlib
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
 import requests
 from aiohttp import web
+from PIL.PngImagePlugin import PngImageFile
 
 from marble_lightning.serve import main
 from rewards import JPEGCompressibility, Prompt
 from rewards.remote.server_access import guard, hosts_of
+from rewards.remote.server_body import parse
 from tests.helpers.reward_server import PNG, PROMPT, Slow, random_images, remote, serve_reward
 
 
@@ -32,7 +38,7 @@ def test_a_too_large_body_is_refused(plain_url: str) -> None:
 )
 def test_pixels_are_counted_before_they_are_decoded(plain_url: str, side: int, count: int, message: str) -> None:
     """Black PNGs are small files. Without the limit, a 9000 x 9000 PNG took 46 seconds and 3.7 GB."""
-    png = black_png(side, side)
+    png = png_of(pixels(side, side))
     body = {"images": [png] * count, "prompts": [PROMPT] * count}
     start = time.monotonic()
     answer = requests.post(f"{plain_url}/score", json=body, timeout=60)
@@ -42,14 +48,55 @@ def test_pixels_are_counted_before_they_are_decoded(plain_url: str, side: int, c
     assert message in answer.json()["error"]
 
 
-def black_png(height: int, width: int) -> str:
-    """Encode a PNG with a valid header and dummy pixel data, which no test decodes."""
+def pixels(height: int, width: int) -> list[tuple[bytes, bytes]]:
+    """The chunks of a black image. Only one pixel can be decoded."""
     header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    chunks = ((b"IHDR", header), (b"IDAT", zlib.compress(bytes(100))), (b"IEND", b""))
+    return [(b"IHDR", header), (b"IDAT", zlib.compress(bytes(4)))]
+
+
+def png_of(chunks: Sequence[tuple[bytes, bytes]]) -> str:
+    """Encode a PNG from names and contents of its chunks but the last."""
     parts = [
-        struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data)) for name, data in chunks
+        struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+        for name, data in (*chunks, (b"IEND", b""))
     ]
     return base64.b64encode(b"\x89PNG\r\n\x1a\n" + b"".join(parts)).decode()
+
+
+@pytest.mark.parametrize(
+    ("name", "start"),
+    [("zTXt", b"\0\0"), ("iTXt", b"\0\1\0\0\0"), ("iCCP", b"\0\0")],
+    ids=["text", "international text", "profile"],
+)
+@pytest.mark.parametrize("place", [1, 2], ids=["before the pixels", "after them"])
+def test_compressed_texts_in_images_are_not_expanded(plain_url: str, name: str, start: bytes, place: int) -> None:
+    """A text of 1 MiB has 1 kB, and an image may have 64 of them."""
+    text, (header, data) = start + zlib.compress(bytes(2**20)), pixels(1, 1)
+    texts = [(name.encode(), b"%d" % index + text) for index in range(60)]
+    png = png_of([header, *texts, data] if place == 1 else [header, data, *texts])
+    tracemalloc.start()
+    try:
+        answer = requests.post(f"{plain_url}/score", json={"images": [png], "prompts": [PROMPT]}, timeout=10)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert answer.status_code == 400
+    assert f"without texts and colour profile. Found a chunk '{name}'" in answer.json()["error"]
+    assert peak < 2**21
+
+
+def test_one_image_is_open_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    opened, together = weakref.WeakValueDictionary[int, Any](), list[int]()
+
+    class Opened(PngImageFile):
+        def __init__(self, *arguments: Any) -> None:
+            super().__init__(*arguments)
+            opened[len(together)] = self
+            together.append(len(opened))
+
+    monkeypatch.setattr("rewards.remote.transport.PngImageFile", Opened)
+    parse(json.dumps({"images": [PNG] * 3, "prompts": [PROMPT] * 3}).encode(), max_pixels=1000)
+    assert together and max(together) == 1
 
 
 def test_a_compressed_body_is_not_expanded(plain_url: str) -> None:
