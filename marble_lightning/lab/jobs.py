@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from marble_lightning.command_line import check_fit
+from marble_lightning.evaluation.results import read
 from marble_lightning.utils.run_files import RESULTS, SWEEP
 
 OUTPUT = "output.txt"
@@ -35,8 +37,8 @@ class Job:
 
     @property
     def finished(self) -> bool:
-        """Whether the last of its runs has held-out results."""
-        return any(self.folder.glob(f"version_*/{RESULTS}"))
+        """Whether a run of it has ended, with held-out results."""
+        return any(command_of(file) == "fit" for file in self.folder.glob(f"version_*/{RESULTS}"))
 
     @property
     def rounds(self) -> int:
@@ -55,28 +57,48 @@ class Job:
         """The command that begins or resumes the run."""
         return [sys.executable, "-m", "marble_lightning", "fit", *self.arguments, "--ckpt_path", "last"]
 
-    def prepare(self) -> None:
-        """Write its settings, or check that earlier ones are the same.
+    @property
+    def content(self) -> str:
+        """Content of the file of its settings."""
+        return f"# after {' '.join(self.configs)}\n{self.settings}"
+
+    def check_earlier_runs(self) -> None:
+        """Check that its runs so far have its settings; those that failed before they had a folder do not count.
 
         Raises:
-            ValueError: The folder has runs with other settings.
+            ValueError: They have other settings.
         """
-        file, text = self.folder / SWEEP, f"# after {' '.join(self.configs)}\n{self.settings}"
-        if file.exists() and file.read_text(encoding="utf-8") != text:
+        file, begun = self.folder / SWEEP, any(self.folder.glob("version_*"))
+        if begun and file.exists() and file.read_text(encoding="utf-8") != self.content:
             raise ValueError(
                 f"The settings of {self.name} must be those of its earlier runs. Found others in {file}; "
                 "choose another `folder` or another name of the variant, or delete the folder."
             )
-        self.folder.mkdir(parents=True, exist_ok=True)
-        file.write_text(text, encoding="utf-8")
 
     def check(self) -> None:
-        """Parse its configuration in this process.
+        """Parse its configuration in this process; nothing is written to its folder.
 
         Raises:
             ValueError: `fit` would refuse it.
         """
-        try:
-            check_fit(self.arguments)
-        except ValueError as error:
-            raise ValueError(f"`fit` must accept the settings of {self.variant}. Found {error}") from error
+        with TemporaryDirectory() as scratch:
+            copy = replace(self, folder=Path(scratch))
+            copy.prepare()
+            try:
+                check_fit(copy.arguments)
+            except ValueError as error:
+                raise ValueError(f"`fit` must accept the settings of {self.variant}. Found {error}") from error
+
+    def prepare(self) -> None:
+        """Write its settings to its folder."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        (self.folder / SWEEP).write_text(self.content, encoding="utf-8")
+
+
+def command_of(file: Path) -> str | None:
+    """The command that wrote a results.json, since `validate` and `test` write theirs beside those of `fit`."""
+    try:
+        command: str | None = read(file).get("evaluated", {}).get("command")
+    except (OSError, ValueError):  # damaged or removed: the run resumes from its last round and writes its results again
+        return None
+    return command

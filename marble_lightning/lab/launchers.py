@@ -27,7 +27,11 @@ class Launcher(Protocol):
     """Runs that may be started at a time."""
 
     def start(self, command: Sequence[str], output: Path) -> Process:
-        """Start a command that writes its messages to the end of a file."""
+        """Start a command that writes its messages to the end of a file.
+
+        Raises:
+            OSError, RuntimeError: It cannot be started.
+        """
 
 
 class Local:
@@ -85,13 +89,18 @@ class Slurm:
         try:
             self.executor = submitit.AutoExecutor(folder, cluster=cluster)
             self.executor.update_parameters(**{name: value for name, value in options.items() if name != "cluster"})
-        except (NameError, RuntimeError, TypeError, ValueError) as error:
+        except (AssertionError, NameError, RuntimeError, TypeError, ValueError) as error:
             raise ValueError(
                 f"`slurm` must be options that submitit accepts on this machine. Found {options}: {error}"
             ) from error
 
     def start(self, command: Sequence[str], output: Path) -> Process:
-        """Submit a job."""
+        """Submit a job; it creates the file of messages when it begins.
+
+        Raises:
+            OSError: There is no sbatch, or a file of submitit cannot be written.
+            RuntimeError: sbatch refuses the job; with its message.
+        """
         return SlurmJob(self.executor.submit(run, list(command), str(output)))
 
 

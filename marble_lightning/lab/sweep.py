@@ -49,7 +49,7 @@ def sweep(
         configs: Configurations of all runs, as for `-c`, such as [tiny, balancers/mgda].
         variants: Configurations and settings of each variant by its name; `{}` for none.
         seeds: Seeds of each variant; `seed_everything` of the runs.
-        settings: Settings of all runs, as in a configuration file.
+        settings: Settings of all runs, as in a configuration file, without `trainer.logger`.
         jobs: Number of runs at a time, >= 1.
         threads: CPU threads of each run; null for the machine's default.
         slurm: Options of a SLURM job for submitit, such as {slurm_partition: gpu, gpus_per_node: 1, timeout_min: 600}; null
@@ -59,21 +59,38 @@ def sweep(
         ValueError: A name, number or configuration is wrong, or the folder has runs with other settings.
         SystemExit: Some runs failed, or the sweep was stopped.
     """
-    for name in variants:
-        require(
-            bool(re.fullmatch(r"[\w.+-]+", name)), "A variant's name must be letters, digits, and any of _.+-", repr(name)
-        )
+    check_variants(variants, settings or {})
     require(bool(variants) and bool(seeds), "A sweep needs variants and seeds", f"{len(variants)} and {len(seeds)}")
     require(len(set(seeds)) == len(seeds) and min(seeds) >= 0, "`seeds` must be different numbers >= 0", seeds)
     require(jobs >= 1, "`jobs` must be >= 1", jobs)
     planned = plan(folder, configs, variants, seeds, settings or {})
     for job in planned:
-        job.prepare()
+        job.check_earlier_runs()
         require(not in_use(job.output), "A sweep must not be started twice", f"{job.name}, which is still running")
     launcher: Launcher = Local(jobs, threads) if slurm is None else Slurm(jobs, folder / "slurm", slurm)
     for job in {job.variant: job for job in planned if not job.finished}.values():
         job.check()
+    for job in planned:  # only now, so that a refused sweep leaves nothing behind
+        job.prepare()
     sys.exit(follow(planned, launcher))
+
+
+def check_variants(variants: dict[str, Variant], settings: dict[str, Any]) -> None:
+    """Check the names of variants, and that the logger is left to the sweep, which needs it in each run's folder.
+
+    Raises:
+        ValueError: A name has other characters, or settings have a logger.
+    """
+    for name, variant in variants.items():
+        require(
+            bool(re.fullmatch(r"[\w.+-]+", name)), "A variant's name must be letters, digits, and any of _.+-", repr(name)
+        )
+        trainer = merged(settings, variant.settings).get("trainer")
+        if isinstance(trainer, dict) and "logger" in trainer:
+            raise ValueError(
+                f"The settings of {name} must have no `trainer.logger`, since each run logs to TensorBoard in its own "
+                f"folder. Found {trainer['logger']}; remove it."
+            )
 
 
 def plan(

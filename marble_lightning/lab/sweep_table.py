@@ -65,14 +65,18 @@ def follow(jobs: Sequence[Job], launcher: Launcher) -> int:
     Returns:
         Exit status: 0 if all have finished, 1 if some failed, or 128 + the number of the signal that stopped the sweep.
     """
-    states, running, console = States(jobs), dict[Job, Process](), Console()
+    states, running, refused, console = States(jobs), dict[Job, Process](), dict[Job, str](), Console()
     waiting, caught, passed_on = deque(states.having("waiting")), list[int](), 0
     with catching(caught), Live(states.table(), console=console, refresh_per_second=2) as live:
         while running or (waiting and not caught):
             while waiting and not caught and len(running) < launcher.places:
                 job = waiting.popleft()
-                running[job] = launcher.start(job.command, job.output)
                 states.begin(job)
+                try:
+                    running[job] = launcher.start(job.command, job.output)
+                except (OSError, RuntimeError) as error:
+                    states.end(job, "stopped" if caught else "failed")
+                    refused[job] = f"{type(error).__name__}: {error}"
             if len(caught) > passed_on:  # a second signal stops them at once
                 passed_on = len(caught)
                 for process in running.values():
@@ -84,7 +88,8 @@ def follow(jobs: Sequence[Job], launcher: Launcher) -> int:
                     del running[job]
             live.update(states.table())
     for job in states.having("failed"):
-        message = f"{job.name} failed: {last_line(job.output)}\n  All messages: {job.output}"
+        message = f"{job.name} failed: {refused.get(job) or last_line(job.output)}"
+        message += f"\n  All messages: {job.output}" if job.output.exists() else ""
         console.print(message, markup=False, soft_wrap=True)  # paths stay whole
     if caught:
         return STOPPED + caught[0]
@@ -107,6 +112,8 @@ def catching(caught: list[int]) -> Iterator[None]:
 
 
 def last_line(file: Path) -> str:
-    """The last line of a file that is not empty."""
+    """The last line of a file that is not empty; a job that was lost before it began has no file."""
+    if not file.exists():
+        return "no messages"
     lines = [line for line in file.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
     return lines[-1].strip() if lines else "no messages"

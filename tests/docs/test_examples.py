@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from lightning.pytorch import Trainer
 
 import balancers
@@ -137,6 +138,12 @@ def exists(path: str) -> bool:
 def test_paths_exist(page):
     modules = [f"benchmarks/{name}.py" for name in re.findall(r"-m benchmarks\.(\w+)", PAGES[page])]
     assert not [path for path in [*PATH.findall(PAGES[page]), *modules] if not exists(path)]
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_yaml_can_be_read(page):
+    for block in re.findall(r"```yaml\n(.*?)```", PAGES[page], re.DOTALL):
+        assert isinstance(yaml.safe_load(block), dict)
 
 
 @pytest.mark.parametrize("file", TOP, ids=lambda file: file.name)

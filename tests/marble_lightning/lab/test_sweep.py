@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import sys
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
@@ -15,7 +17,7 @@ import yaml
 from marble_lightning.cli import main
 from marble_lightning.command_line import check_fit
 from marble_lightning.lab.jobs import Job
-from marble_lightning.lab.launchers import Local, in_use
+from marble_lightning.lab.launchers import Local, Slurm, in_use
 from marble_lightning.lab.sweep import Variant, merged, plan, sweep
 from marble_lightning.lab.sweep_table import follow
 
@@ -32,9 +34,14 @@ def job(folder: Path, name: str, script: str) -> Job:
     return Script(name, 0, folder / name, [], "")
 
 
+def results(command: str) -> str:
+    """The content of a results.json."""
+    return json.dumps({"settings": {}, "rewards": [], "all": {}, "prompts": [], "evaluated": {"command": command}})
+
+
 def finish(folder: Path, name: str) -> str:
     """A script that finishes a job."""
-    return f"import pathlib; pathlib.Path({str(folder / name / 'version_0/results.json')!r}).touch()"
+    return f"import pathlib; pathlib.Path({str(folder / name / 'version_0/results.json')!r}).write_text({results('fit')!r})"
 
 
 def test_variants_and_seeds_make_jobs(tmp_path):
@@ -53,7 +60,7 @@ def test_a_failure_does_not_stop_the_others(tmp_path, capsys):
     """Two at a time; a run that exits without results has failed as well; finished ones are not repeated."""
     jobs = [job(tmp_path, name, finish(tmp_path, name)) for name in ("good", "done")]
     jobs += [job(tmp_path, "bad", "raise ValueError('no such reward')"), job(tmp_path, "empty", "")]
-    (jobs[1].folder / "version_0/results.json").touch()
+    (jobs[1].folder / "version_0/results.json").write_text(results("fit"))
     before = jobs[1].folder.stat().st_mtime_ns
     assert follow(jobs, Local(2, None)) == 1
     printed = capsys.readouterr().out
@@ -62,6 +69,40 @@ def test_a_failure_does_not_stop_the_others(tmp_path, capsys):
     assert not jobs[1].output.exists()
     assert jobs[1].folder.stat().st_mtime_ns == before
     assert follow(jobs[:2], Local(2, None)) == 0
+
+
+def test_jobs_that_slurm_refuses_or_loses_do_not_stop_the_others(tmp_path, monkeypatch, capsys):
+    """sbatch's message is in the list at the end. Only the node creates the file of messages."""
+    for name, script in {"srun": "", "sbatch": "echo 'sbatch: error: invalid partition' >&2; exit 1"}.items():
+        (tmp_path / name).write_text(f"#!/bin/sh\n{script}\n")
+        (tmp_path / name).chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    slurm = Slurm(1, tmp_path / "slurm", {"slurm_partition": "none"})
+
+    class Cluster(Local):
+        def start(self, command, output):
+            if output.parent.name == "refused":
+                return slurm.start(command, output)
+            return SimpleNamespace(poll=lambda: 1) if output.parent.name == "lost" else super().start(command, output)
+
+    jobs = [job(tmp_path, name, finish(tmp_path, name)) for name in ("first", "refused", "lost", "last")]
+    assert follow(jobs, Cluster(2, None)) == 1
+    printed = capsys.readouterr().out
+    assert "2 finished, 2 failed" in printed
+    assert printed.endswith(
+        "refused, seed 0 failed: FailedJobError: sbatch: error: invalid partition\nlost, seed 0 failed: no messages\n"
+    )
+
+
+def test_only_results_of_fit_finish_a_job(tmp_path):
+    """`validate` and `test` have written theirs beside an interrupted run; a damaged file is none."""
+    single = job(tmp_path, "a", "")
+    for version, content in enumerate([results("validate"), results("test"), "{"], start=1):
+        (single.folder / f"version_{version}").mkdir()
+        (single.folder / f"version_{version}/results.json").write_text(content)
+    assert not single.finished
+    (single.folder / "version_0/results.json").write_text(results("fit"))
+    assert single.finished
 
 
 def test_a_signal_stops_the_runs_and_begins_no_more(tmp_path):
@@ -91,12 +132,20 @@ def test_a_run_that_outlives_its_sweep_is_noticed(tmp_path):
     assert not in_use(tmp_path / "output.txt")
 
 
-def test_other_settings_in_the_same_folder_are_refused(tmp_path):
+def test_other_settings_than_those_of_earlier_runs_are_refused(tmp_path):
+    """They may be corrected until a run has begun. A refused sweep leaves nothing in the folders of its other runs."""
     first, second = (plan(tmp_path, ["tiny"], {"a": Variant(settings=more)}, [0], {})[0] for more in ({}, {"data": {}}))
     first.prepare()
-    first.prepare()
-    with pytest.raises(ValueError, match="settings of a, seed 0 must be those of its earlier runs.*another `folder`"):
-        second.prepare()
+    second.check_earlier_runs()
+    (first.folder / "version_0").mkdir()
+    first.check_earlier_runs()
+    message = "settings of a, seed 0 must be those of its earlier runs.*another `folder`"
+    with pytest.raises(ValueError, match=message):
+        second.check_earlier_runs()
+    with pytest.raises(ValueError, match=message):
+        sweep(tmp_path, ["tiny"], {"new": Variant(), "a": Variant(settings={"data": {}})}, [0])
+    assert (first.folder / "sweep.yaml").read_text() == first.content
+    assert not (tmp_path / "new").exists()
 
 
 @pytest.mark.parametrize(
@@ -107,6 +156,14 @@ def test_other_settings_in_the_same_folder_are_refused(tmp_path):
         ({"seeds": [1, 1]}, "`seeds` must be different numbers"),
         ({"jobs": 0}, "`jobs` must be >= 1"),
         (
+            {"settings": {"trainer": {"logger": False}}},
+            "settings of a must have no `trainer.logger`.*Found False; remove it",
+        ),
+        (
+            {"variants": {"a": Variant(settings={"trainer": {"logger": [{"class_path": "WandbLogger"}]}})}},
+            "settings of a must have no `trainer.logger`.*Found .*WandbLogger.*; remove it",
+        ),
+        (
             {"settings": {"balancer": {"init_args": {"no_such": 1}}}},
             "(?s)`fit` must accept the settings of a. Found Parser key.*no_such",
         ),
@@ -116,6 +173,10 @@ def test_other_settings_in_the_same_folder_are_refused(tmp_path):
         ),
         ({"slurm": {"cluster": "none"}}, "`slurm` must be options that submitit accepts.*'cluster': 'none'"),
         ({"slurm": {"cluster": "local", "gpus": 1}}, "`slurm` must be options that submitit accepts.*'gpus': 1"),
+        (
+            {"slurm": {"cluster": "local", "timeout_min": "9h"}},
+            "`slurm` must be options that submitit accepts.*expected type",
+        ),
     ],
 )
 def test_wrong_sweeps_are_refused_before_the_first_run(tmp_path, monkeypatch, change, message):
@@ -123,6 +184,7 @@ def test_wrong_sweeps_are_refused_before_the_first_run(tmp_path, monkeypatch, ch
     options = {"folder": tmp_path, "configs": ["tiny"], "variants": {"a": Variant()}, "seeds": [0]} | change
     with pytest.raises(ValueError, match=message):
         sweep(**options)
+    assert {place.name for place in tmp_path.iterdir()} <= {"slurm"}  # which submitit creates, and no run
 
 
 def test_a_variant_is_checked_as_fit_checks_it(tmp_path, monkeypatch, capsys):
@@ -157,6 +219,7 @@ def test_the_command_reads_a_file(tmp_path, monkeypatch):
     assert end.value.code == 0
     assert [(job.variant, job.seed) for job in seen[0]] == [("a", 0), ("b", 0), ("a", 1), ("b", 1)]
     assert seen[1] == 2
+    assert all((job.folder / "sweep.yaml").read_text() == job.content for job in seen[0])
 
 
 def test_classes_in_settings_stay_settings(tmp_path, monkeypatch):
