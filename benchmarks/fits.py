@@ -192,10 +192,10 @@ def call_marble(arguments: Sequence[str], output: Path, title: str, environment:
 def figures_of(run: Run) -> Result:
     """A run's held-out scores (prompt, reward), and the cosines (refresh, reward) of its updates with each reward.
 
-    `cosines` are those of the weights that most steps use: the reused ones, if not all steps solve. `solved` are then those of
-    the weights that a refresh has just found, as in the paper. Cosines by products of halves are of reused weights wherever
-    there are any: weights found on the same images follow their noise. `chance` is the share of conflicts of a direction
-    without any signal, `signal_to_noise` the last ratio of each trained reward.
+    `cosines` are those of the weights that most steps use: the reused ones, if not all steps solve. `solved` are then those
+    of the weights that a refresh has just found, as in the paper. Cosines by products of halves are of reused weights
+    wherever there are any: weights found on the same images follow their noise. `chance` is the share of conflicts of a
+    direction without any signal, `signal_to_noise` the last ratio of each trained reward.
 
     Scores have four digits, cosines three. They are null where a reward does not apply or has no estimate. `kl` is the mean
     squared distance to the base's velocity in the last tenth of the steps, which a run's gains are to be seen beside.

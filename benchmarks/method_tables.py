@@ -123,31 +123,34 @@ def difference_table(results: Results, against: str, names: Sequence[str], speci
 def cosines_table(results: Results, names: Sequence[str]) -> str:
     """Mean cosine of a method's updates with each reward's gradient ± standard error over refreshes and seeds.
 
-    `own` are cosines on the images that the update comes from, `split` those by products of halves. The last column is how
-    often the least cosine of a refresh is negative.
+    `own` are cosines on the images that the update comes from, and `own, just solved` those of the weights that a refresh
+    has just found, before most steps reuse them. `split` are cosines by products of halves. The last columns are how often
+    the least cosine of a refresh is negative, and how often it would be by chance, without any signal. A dash stands for
+    figures that an older result does not have.
 
     Args:
         results: Figures of runs.
         names: The rewards that the methods train on.
     """
     rows = []
-    for method, place in product(results, ("own", "split")):
-        runs = [run for run in results[method].values() if run["trained_rewards"]]
-        if not runs:
-            continue
-        cosines = torch.cat([cosines_of(run, place, names) for run in runs])
-        if not len(cosines):
+    for (method, runs), place in product(results.items(), ("own", "solved", "split")):
+        having = [run for run in runs.values() if run["trained_rewards"]]
+        if not having or not len(cosines := torch.cat([cosines_of(run, place, names) for run in having])):
             continue
         complete = cosines[cosines.isfinite().all(1)]
         conflicts = f"{(complete.amin(1) < 0).double().mean():.0%}" if len(complete) else "-"
+        chances = [run["chance"] for run in having if "chance" in run]
+        chance = f"{sum(chances) / len(chances):.0%}" if place == "split" and chances else "-"
         cells = [with_error(column, 3) for column in cosines.unbind(1)]
-        rows.append([method, place, str(len(cosines)), *cells, conflicts])
-    return table(["method", "products", "refreshes", *names, "conflicts"], rows)
+        title = "own, just solved" if place == "solved" else place
+        rows.append([method, title, str(len(cosines)), *cells, conflicts, chance])
+    return table(["method", "products", "refreshes", *names, "conflicts", "by chance"], rows)
 
 
 def cosines_of(run: Result, place: str, names: Sequence[str]) -> Float[Tensor, "refresh reward"]:
     """Cosines of a run's updates with each of these rewards' gradients; NaN for those that it has none of."""
-    rows, trained = as_tensor(run["cosines"][place]), run["trained_rewards"]
+    found = run.get("solved", []) if place == "solved" else run["cosines"][place]
+    rows, trained = as_tensor(found), run["trained_rewards"]
     if not len(rows):
         return torch.empty(0, len(names), dtype=torch.float64)
     missing = torch.full_like(rows[:, 0], torch.nan)

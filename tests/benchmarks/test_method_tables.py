@@ -88,10 +88,18 @@ def test_the_difference_of_least_gains_has_an_interval(specialists):
 
 def test_cosines_are_means_over_refreshes_and_seeds():
     cosines = {"own": [[0.5, 0.3], [0.7, -0.1]], "split": [[0.1, None]]}
-    text = cosines_table({"one": {0: result([1, 1], cosines=cosines)}, "two": {0: result([1, 1])}}, NAMES)
-    assert "| one | own | 2 | +0.600 ± 0.100 | +0.100 ± 0.200 | 50% |" in text
-    assert "| one | split | 1 | +0.100 | - | - |" in text
-    assert "two" not in text
+    run = result([1, 1], cosines=cosines)
+    text = cosines_table({"one": {0: run}, "two": {0: result([1, 1])}}, NAMES)
+    assert "| one | own | 2 | +0.600 ± 0.100 | +0.100 ± 0.200 | 50% | - |" in text
+    assert "| one | split | 1 | +0.100 | - | - | - |" in text
+    assert "two" not in text and "just solved" not in text
+
+
+def test_cosines_of_weights_just_solved_and_conflicts_by_chance():
+    run = result([1, 1], cosines={"own": [[0.5, 0.3]], "split": [[0.1, -0.1]]})
+    text = cosines_table({"one": {0: {**run, "solved": [[0.4, 0.4]], "chance": 0.75}}}, NAMES)
+    assert "| one | own, just solved | 1 | +0.400 | +0.400 | 0% | - |" in text
+    assert "| one | split | 1 | +0.100 | -0.100 | 100% | 75% |" in text
 
 
 def test_cosines_are_selected_by_name():
