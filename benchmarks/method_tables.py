@@ -11,8 +11,13 @@ from torch import Tensor
 
 from benchmarks.fits import Result, as_tensor, changes_of
 from benchmarks.stage_tables import number, table
-from marble_lightning.evaluation.gains import least_gain_difference, normalised_gains
-from marble_lightning.evaluation.statistics import crossed_interval, summarise
+from marble_lightning.evaluation.gains import (
+    least_gain_difference,
+    least_gain_p_value,
+    mean_gain_difference,
+    normalised_gains,
+)
+from marble_lightning.evaluation.statistics import crossed_interval, holm, probability_of_improvement, summarise
 
 Results = Mapping[str, Mapping[int, Result]]
 """Figures of runs by method and seed."""
@@ -96,9 +101,10 @@ def gains_table(results: Results, names: Sequence[str], specialists: Specialists
 
 
 def difference_table(results: Results, against: str, names: Sequence[str], specialists: Specialists) -> str:
-    """Difference of each method's least normalised gain and that of another, with a 99 % interval.
+    """Differences of each method's least and mean normalised gain to those of another method, with 99 % intervals.
 
-    Only seeds that both methods have are compared.
+    `p, Holm` is the p-value of equal least gains, corrected for the number of methods in the table. `better` is how often
+    a run's mean gain is above that of a run of the other method. Only seeds that both methods have are compared.
 
     Args:
         results: Figures of runs.
@@ -106,18 +112,29 @@ def difference_table(results: Results, against: str, names: Sequence[str], speci
         names: The rewards that the methods train on.
         specialists: As in `gains_table`.
     """
-    rows, other = [], results[against]
+    rows, p_values, other = [], list[float](), results[against]
     for method, runs in results.items():
         seeds = [seed for seed in runs if seed in other]
         if method == against:
             continue
         if min(len(seeds), len(specialists)) < 2:
-            rows.append([method, str(len(seeds)), "needs 2 seeds of both methods and of the specialists"])
+            rows.append([method, str(len(seeds)), "needs 2 seeds of both methods and of the specialists", "-", "-", "-"])
             continue
         one, two = (changes_of([of_method[seed] for seed in seeds], names) for of_method in (runs, other))
-        interval = least_gain_difference(one, two, specialists)
-        rows.append([method, str(len(seeds)), f"{interval.mean:+.3f} [{interval.low:+.3f}, {interval.high:+.3f}]"])
-    return table(["method", "seeds", f"least gain - that of {against}, 99 % interval"], rows)
+        intervals = [difference(one, two, specialists) for difference in (least_gain_difference, mean_gain_difference)]
+        least, mean = (f"{found.mean:+.3f} [{found.low:+.3f}, {found.high:+.3f}]" for found in intervals)
+        better = probability_of_improvement(mean_gains(one, specialists), mean_gains(two, specialists))
+        p_values.append(least_gain_p_value(one, two, specialists))
+        rows.append([method, str(len(seeds)), least, "p", mean, f"{better:.0%}"])
+    corrected = iter(holm(torch.tensor(p_values)).tolist() if p_values else [])
+    cells = [[f"{next(corrected):.3f}" if cell == "p" else cell for cell in row] for row in rows]
+    titles = [f"least gain - that of {against}, 99 % interval", "p, Holm", "mean gain - its mean gain", "better"]
+    return table(["method", "seeds", *titles], cells)
+
+
+def mean_gains(changes: Float[Tensor, "seed prompt reward"], specialists: Specialists) -> Float[Tensor, " seed"]:
+    """The mean normalised gain of each run, over the rewards whose specialists gain enough."""
+    return torch.stack([normalised_gains(of_run[None], specialists).nanmean() for of_run in changes])
 
 
 def cosines_table(results: Results, names: Sequence[str]) -> str:

@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from marble_lightning.evaluation.statistics import Interval, crossed_error, draw_counts, studentised_interval
+from marble_lightning.evaluation.statistics import (
+    Interval,
+    crossed_error,
+    draw_counts,
+    studentised_interval,
+    studentised_p_value,
+)
 from marble_lightning.utils.validation import require
 
+Merge = Callable[..., list[Tensor]]
+"""Merges the gains of all rewards, and the parts of their errors, over the first dimension."""
 LEAST_RATIO = 3.0
 """A specialist's gain must be as many standard errors; otherwise it measures nothing to divide by."""
 
@@ -75,6 +84,41 @@ def least_gain_difference(
     Raises:
         ValueError: Shapes differ, there are fewer than 2 seeds, or no specialist gains enough.
     """
+    return studentised_interval(*gain_draws(one, other, specialists, _least, resamples, seed), level)
+
+
+def mean_gain_difference(
+    one: Float[Tensor, "seed prompt reward"],
+    other: Float[Tensor, "seed prompt reward"],
+    specialists: Float[Tensor, "seed_of_specialist prompt reward"],
+    level: float = 0.99,
+    resamples: int = 4000,
+    seed: int = 0,
+) -> Interval:
+    """Difference of the mean normalised gains of two methods over the rewards, as `least_gain_difference`."""
+    return studentised_interval(*gain_draws(one, other, specialists, _mean, resamples, seed), level)
+
+
+def least_gain_p_value(
+    one: Float[Tensor, "seed prompt reward"],
+    other: Float[Tensor, "seed prompt reward"],
+    specialists: Float[Tensor, "seed_of_specialist prompt reward"],
+    resamples: int = 4000,
+    seed: int = 0,
+) -> float:
+    """Two-sided p-value of equal least gains, by the bootstrap of `least_gain_difference`."""
+    return studentised_p_value(*gain_draws(one, other, specialists, _least, resamples, seed))
+
+
+def gain_draws(
+    one: Float[Tensor, "seed prompt reward"],
+    other: Float[Tensor, "seed prompt reward"],
+    specialists: Float[Tensor, "seed_of_specialist prompt reward"],
+    merge: Merge,
+    resamples: int,
+    seed: int,
+) -> tuple[Float[Tensor, ""], Float[Tensor, ""], Float[Tensor, " draw"], Float[Tensor, " draw"]]:
+    """The difference of two methods' merged gains and its standard error, and those of each draw of the bootstrap."""
     require(
         one.shape == other.shape and one.shape[1:] == specialists.shape[1:],
         "Both methods must have the same seeds, prompts and rewards, and the specialists the same prompts and rewards",
@@ -85,36 +129,46 @@ def least_gain_difference(
     require(bool(defined.any()), "A specialist must gain at least 3 standard errors", "none")
     values = [changes[:, :, defined].double() for changes in (one, other, specialists)]
     sizes, draws = (len(one), one.shape[1], len(specialists)), torch.Generator().manual_seed(seed)
-    difference, error = _difference(values, *(torch.ones(1, size, dtype=torch.float64) for size in sizes))
-    of_draws = _difference(values, *(draw_counts(resamples, size, draws) for size in sizes))
-    return studentised_interval(difference[0], error[0], *of_draws, level)
+    difference, error = _difference(values, merge, *(torch.ones(1, size, dtype=torch.float64) for size in sizes))
+    return (difference[0], error[0], *_difference(values, merge, *(draw_counts(resamples, size, draws) for size in sizes)))
 
 
 def _difference(
-    values: list[Tensor], by_seed: Tensor, by_prompt: Tensor, by_specialist: Tensor
+    values: list[Tensor], merge: Merge, by_seed: Tensor, by_prompt: Tensor, by_specialist: Tensor
 ) -> tuple[Float[Tensor, " draw"], Float[Tensor, " draw"]]:
-    """The difference of the least gains in each draw, and its standard error by linearisation."""
+    """The difference of the merged gains in each draw, and its standard error by linearisation."""
     one, other, specialists = values
     counts = (by_seed, by_prompt, by_specialist)
-    (least, *parts), (least_of_other, *others) = (_least(changes, specialists, *counts) for changes in (one, other))
-    variance = torch.zeros_like(least)
+    merged, *parts = merge(*_gains(one, specialists, *counts))
+    merged_of_other, *others = merge(*_gains(other, specialists, *counts))
+    variance = torch.zeros_like(merged)
     for part, of_other, count in zip(parts, others, counts, strict=True):
         size = count.shape[1]
         variance += (count * (part - of_other).square()).sum(1) / size / (size - 1)
-    return least - least_of_other, variance.sqrt()
+    return merged - merged_of_other, variance.sqrt()
 
 
-def _least(changes: Tensor, specialists: Tensor, by_seed: Tensor, by_prompt: Tensor, by_specialist: Tensor) -> list[Tensor]:
-    """The least gain in each draw, and what each seed, prompt and specialist's seed adds to it, (draw, seed) and so on."""
-    gains, parts = [], []
+def _gains(changes: Tensor, specialists: Tensor, by_seed: Tensor, by_prompt: Tensor, by_specialist: Tensor) -> list[Tensor]:
+    """The gains in each draw, and what each seed, prompt and specialist's seed adds to them; (reward, draw, ...)."""
+    found = []
     for own, special in zip(changes.unbind(2), specialists.unbind(2), strict=True):
         a, b = _means(own, by_seed, by_prompt), _means(special, by_specialist, by_prompt)
         gain = a.mean / b.mean
-        gains.append(gain[:, 0])
-        parts.append((a.of_seeds / b.mean, (a.of_prompts - gain * b.of_prompts) / b.mean, -gain * b.of_seeds / b.mean))
-    least, which = torch.stack(gains).min(0)
+        parts = a.of_seeds / b.mean, (a.of_prompts - gain * b.of_prompts) / b.mean, -gain * b.of_seeds / b.mean
+        found.append((gain[:, 0], *parts))
+    return [torch.stack(of_all) for of_all in zip(*found, strict=True)]
+
+
+def _least(gains: Tensor, *parts: Tensor) -> list[Tensor]:
+    """The least gain in each draw, and its parts."""
+    least, which = gains.min(0)
     draws = torch.arange(len(which))
-    return [least, *(torch.stack(part)[which, draws] for part in zip(*parts, strict=True))]
+    return [least, *(part[which, draws] for part in parts)]
+
+
+def _mean(gains: Tensor, *parts: Tensor) -> list[Tensor]:
+    """The mean gain in each draw, and its parts."""
+    return [gains.mean(0), *(part.mean(0) for part in parts)]
 
 
 def _means(changes: Tensor, by_seed: Tensor, by_prompt: Tensor) -> _Means:

@@ -177,7 +177,13 @@ def crossed_p_value(changes: Float[Tensor, "seed prompt"], resamples: int = 4000
     Raises:
         ValueError: As `crossed_interval`.
     """
-    mean, error, means, errors = _crossed_draws(changes, resamples, seed)
+    return studentised_p_value(*_crossed_draws(changes, resamples, seed))
+
+
+def studentised_p_value(
+    mean: Float[Tensor, ""], error: Float[Tensor, ""], means: Float[Tensor, " draw"], errors: Float[Tensor, " draw"]
+) -> float:
+    """Two-sided p-value of a figure of 0 from its standard error and those of bootstrap draws."""
     if error == 0:
         return float(mean == 0)
     t = ((means - mean) / errors)[errors > 0]

@@ -77,11 +77,15 @@ def test_a_reward_without_a_specialist_that_gains_does_not_count(specialists):
     assert "| one | 3 | - | - | - | - |" in gains_table(results(one=[0.1, 0.5]), NAMES, specialists)
 
 
-def test_the_difference_of_least_gains_has_an_interval(specialists):
-    text = difference_table(results(one=[0.5, 0.5], two=[0.2, 0.5]), "two", NAMES, specialists)
+def test_differences_of_gains_have_intervals(specialists):
+    text = difference_table(results(one=[0.5, 0.5], two=[0.2, 0.5], three=[0.2, 0.5]), "two", NAMES, specialists)
     assert "least gain - that of two" in text and "| two |" not in text
-    mean, low, high = map(float, re.search(r"\| one \| 3 \| (\S+) \[(\S+), (\S+)\] \|$", text).groups())
+    row = re.search(r"\| one \| 3 \| (\S+) \[(\S+), (\S+)\] \| (\S+) \| (\S+) \[.*\] \| 100% \|$", text, re.MULTILINE)
+    mean, low, high, p_value, mean_gain = map(float, row.groups())
     assert low < 0.3 < high and mean == pytest.approx(0.3, abs=0.01)
+    assert mean_gain == pytest.approx(0.15, abs=0.01)
+    alone = difference_table(results(one=[0.5, 0.5], two=[0.2, 0.5]), "two", NAMES, specialists)
+    assert p_value == pytest.approx(2 * float(alone.split(" | ")[-3]), abs=0.0011)  # of two methods
     one_seed = {"one": {0: result([0.5, 0.5])}, "two": {0: result([0.2, 0.5]), 1: result([0.2, 0.5])}}
     assert "| one | 1 | needs 2 seeds" in difference_table(one_seed, "two", NAMES, specialists)
 
