@@ -39,16 +39,14 @@ class Balancer(Callback):
 
     A reward is inactive if its gradient is not finite or is zero (below 3.5e-4 of the largest, the level of rounding
     errors). It is left out of the solution and keeps its $\bar\alpha_k$, with $s_k = 1$; a reward that was never active has
-    its weight from `initial_weights`. The weights of the active rewards are not scaled down for it, so the sum
-    may exceed 1 until the next solution. Otherwise, if a reward with all the weight became inactive, the others would have
-    none.
+    its weight from `initial_weights`. The weights of the active rewards are not scaled down for it, so the sum may exceed 1
+    until the next solution. Otherwise, if a reward with all the weight became inactive, the others would have none.
 
     Between refreshes the loss of a reward is the mean over the samples that it applies to, as on a refresh. The authors'
     code sets a missing advantage to 0 there and divides by all samples, so a reward that applies to a third of the samples
     then has a third of the weight that it has on a refresh.
 
-    With a loss scaler (16-mixed) a gradient that is not finite counts as an overflow: the optimizer step is skipped, and
-    the state does not change.
+    With a loss scaler (16-mixed) a gradient that is not finite is an overflow: the step is skipped, and the state is kept.
 
     Args:
         **options: See `GradientOptions`.
@@ -97,6 +95,10 @@ class Balancer(Callback):
     def merge_advantages(self, advantages: Float[Tensor, "sample column"]) -> Float[Tensor, "sample column"]:
         """Merge per-reward advantages, NaN where missing: (N, K) -> (N, K) or (N, 1). Identity unless overridden."""
         return advantages
+
+    def covered(self, applies: Bool[Tensor, "sample reward"]) -> Bool[Tensor, "sample 1"]:
+        """Which samples a merged column can have a value for: those with any reward. If none has one, merging has failed."""
+        return applies.any(1, keepdim=True)
 
     def weights(self, gram: Float[Tensor, "active active"]) -> Float[Tensor, " active"]:
         """Weights of the active rewards (see `self.active`) from their inner products, float64 on the CPU."""
@@ -227,10 +229,8 @@ class Balancer(Callback):
                 continue  # a reward was absent from a half, or there were none
             found |= {prefix + key: value for key, value in compare(own, directions, signal).items()}
             for name, coefficients in directions.items():
-                with_each = torch.full_like(products.own[0], torch.nan).masked_scatter(
-                    active, cosines(own, coefficients, signal)
-                )
-                self.diagnostics[f"cosine/{name}/{place}"] = with_each
+                values, nothing = cosines(own, coefficients, signal), torch.full_like(products.own[0], torch.nan)
+                self.diagnostics[f"cosine/{name}/{place}"] = nothing.masked_scatter(active, values)
         return found
 
     def _left_out(self, norms: Float[Tensor, " reward"]) -> dict[str, str]:

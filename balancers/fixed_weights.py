@@ -18,7 +18,8 @@ class FixedWeights(Balancer):
     Args:
         weights: Weight of each reward by name, > 0; 1 for those not named, then divided by the sum. Null: all equal.
         refresh_every: Optimizer steps between two computations of the norms, >= 1. Used with `normalize` only.
-        ema_decay: How much of the old norm ratios a computation keeps, in [0, 1). Used with `normalize` only.
+        ema_decay: How much of the old weights a computation keeps, in [0, 1). It has no effect, since the weights are
+            constant; `gram_decay` averages the squared norms over computations.
         normalize: Whether to rescale every gradient to the mean norm before weighting it.
 
     Source: the fixed-coefficient ablation of MARBLE, arXiv 2605.06507.

@@ -37,22 +37,31 @@ def checked_weights(method: Level) -> Level:
 
 
 def checked_columns(method: Level) -> Level:
-    """Wrap `merge_rewards` or `merge_advantages`: the result has the dtype of the input and no infinity."""
+    """Wrap `merge_rewards` or `merge_advantages`: the result is a tensor with the dtype of the input."""
 
     @wraps(method)
     def merge(self: Any, values: Tensor, *arguments: Any) -> Tensor:
         merged = method(self, values, *arguments)
         if not isinstance(merged, Tensor):
             raise ValueError(f"`{method.__qualname__}` must return a tensor. Found {type(merged).__name__}.")
-        merged = merged.to(values.dtype)
-        if merged.isinf().any():
-            raise ValueError(
-                f"`{method.__qualname__}` must return numbers that are finite in {values.dtype}, or NaN where "
-                "a sample has none. Found infinity; use smaller weights."
-            )
-        return merged
+        return merged.to(values.dtype)
 
     return merge
+
+
+def without_infinity(method: Level, values: Tensor, *arguments: Any) -> Tensor:
+    """Call `merge_rewards` or `merge_advantages` on harmless values.
+
+    Raises:
+        ValueError: The result has an infinity.
+    """
+    merged: Tensor = method(values, *arguments)
+    if merged.isinf().any():
+        raise ValueError(
+            f"`{method.__qualname__}` must return numbers that are finite in {values.dtype}, or NaN where "
+            "a sample has none. Found infinity; use smaller weights."
+        )
+    return merged
 
 
 def checked_gram(gram: Float[Tensor, "row row"], names: Sequence[str] = ()) -> Float[Tensor, "row row"]:
@@ -104,13 +113,14 @@ def dry_run(balancer: Any) -> None:
         balancer: A `Balancer` with names.
 
     Raises:
-        ValueError: A level returned a wrong shape.
+        ValueError: A level returned a wrong shape, or `merge_rewards` or `merge_advantages` an infinity.
         TypeError: Several columns remain and the method does not override `weights`.
     """
     # Lightning sets these bound methods of the module: copying them would copy module and trainer
     loggers = [vars(balancer).get(name) for name in ("log", "log_dict")]
     copy, k = deepcopy(balancer, {id(logger): logger for logger in loggers}), len(balancer.reward_names)
-    columns = copy.merge_advantages(copy.merge_rewards(torch.eye(k), torch.ones(k, k, dtype=torch.bool)))
+    merged = without_infinity(copy.merge_rewards, torch.eye(k), torch.ones(k, k, dtype=torch.bool))
+    columns = without_infinity(copy.merge_advantages, merged)
     if tuple(columns.shape) != (k, len(balancer.names)):
         raise ValueError(
             f"{type(balancer).__name__} must turn (samples, {k}) rewards into one column for each of "

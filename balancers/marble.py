@@ -12,7 +12,7 @@ from balancers.per_reward_options import group_rows, weights_by_name
 from balancers.qp import check_floor, min_norm_weights, sensitivity
 
 CANCELLED = 1e-3
-"""A group's gradients count as cancelling if their mean is shorter than this share of the longest mean gradient."""
+"""Gradients of a group of two or more count as cancelling if their mean is shorter than this share of the longest mean."""
 
 
 class MARBLE(Balancer):
@@ -81,9 +81,11 @@ class MARBLE(Balancer):
     def weights(self, gram: Float[Tensor, "active active"]) -> Float[Tensor, " active"]:
         means = self.rows[:, self.active] * self._kept()
         means = means[means.any(1)]
-        means = means / means.sum(1, keepdim=True)
+        members = means.sum(1, keepdim=True)
+        means = means / members
         lengths = ((means @ gram) * means).sum(1).clamp(min=0).sqrt()
-        nonzero = lengths > CANCELLED * lengths.max()  # the mean of gradients that cancel has no direction
+        shortest = torch.where(members[:, 0] > 1, CANCELLED * lengths.max(), 0)  # a mean that cancels has no direction
+        nonzero = lengths > shortest
         rows = means[nonzero] / self.preference[self.active]
         units = rows / lengths[nonzero, None] if self.options.normalize else rows
         merged = units @ gram @ units.T

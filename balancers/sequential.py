@@ -1,14 +1,18 @@
 """Training on one reward after another."""
 
+import logging
 from collections.abc import Sequence
 
 import torch
 from jaxtyping import Bool, Float, Int
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 
 from balancers.base import Balancer
 from balancers.per_reward_options import check_known
+
+log = logging.getLogger(__name__)
 
 
 class Sequential(Balancer):
@@ -17,14 +21,15 @@ class Sequential(Balancer):
     In round $t = 0, 1, \dots$ with stages of $T$ rounds, the only reward is $R_{i, o(t)}$ with
     $o(t) = \text{order}[\lfloor t / T \rfloor \bmod \text{length}]$. Samples that it does not apply to are not trained on. A
     run of $T$ times the length of `order` rounds trains each stage once; a longer run starts again with the first, and a
-    shorter one does not reach the last.
+    shorter one does not reach the last. In a round where the reward applies to no image, only the KL term has a gradient.
 
     Args:
-        rounds: Rounds of a stage, >= 1. Null: equal shares of the run's rounds (`trainer.max_epochs`), up to one round.
+        rounds: Rounds of a stage, >= 1. Null: equal shares of the run's rounds (`trainer.max_epochs`, which then sets their
+            number), up to one round.
         order: Reward of each stage, by name; a reward may have several stages. Null: each once, in the order of the rewards.
 
     Raises:
-        ValueError: `rounds` is below 1, `order` is empty, or it has an unknown name.
+        ValueError: `rounds` is below 1, or null in a run without an end; `order` is empty, or it has an unknown name.
 
     Source: the sequential baseline of MARBLE, arXiv 2605.06507.
     """
@@ -42,7 +47,12 @@ class Sequential(Balancer):
         """Rounds of the whole run, known from `setup` on."""
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        self.run_rounds = max(trainer.max_epochs or 1, 1)  # -1: without an end
+        if stage == "fit" and self.rounds is None and trainer.max_epochs in (None, -1):
+            raise ValueError(
+                "`rounds` must be set in a run without an end, since null is equal shares of the run's rounds. Found null "
+                f"and `trainer.max_epochs` {trainer.max_epochs}; set `rounds`."
+            )
+        self.run_rounds = max(trainer.max_epochs or 1, 1)
         super().setup(trainer, pl_module, stage)
 
     def bind(self, reward_names: Sequence[str]) -> None:
@@ -56,9 +66,18 @@ class Sequential(Balancer):
         stage = finished // self.rounds if self.rounds else finished * len(order) // self.run_rounds
         return order[stage % len(order)]
 
+    @property
+    def column(self) -> int:
+        """Index of the reward of this round."""
+        return self.reward_names.index(self.current)
+
     def begin_round(self, scores: Float[Tensor, "sample reward"], prompts: Int[Tensor, " sample"]) -> dict[str, float]:
         """Count the round. Returns 1 for its reward and 0 for the others."""
         self.memory["begun"] = self.memory.get("begun", 0) + 1
+        if scores[:, self.column].isnan().all():
+            rank_zero_only(log.warning)(
+                "`%s`, the reward of this stage, applies to no image of this round: no reward is trained on.", self.current
+            )
         return {f"stage/{name}": float(name == self.current) for name in self.reward_names}
 
     def merge_rewards(
@@ -69,5 +88,7 @@ class Sequential(Balancer):
         Shape:
             rewards (N, K), applies (N, K) -> (N, 1).
         """
-        column = self.reward_names.index(self.current)
-        return torch.where(applies, rewards, torch.nan)[:, [column]]
+        return torch.where(applies, rewards, torch.nan)[:, [self.column]]
+
+    def covered(self, applies: Bool[Tensor, "sample reward"]) -> Bool[Tensor, "sample 1"]:
+        return applies[:, [self.column]]

@@ -9,6 +9,7 @@ from math import ceil, gcd
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import Timer
 from lightning.pytorch.callbacks.timer import Interval
+from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 
 from balancers import Balancer
 from marble_lightning.data.datamodule import PromptDataModule, get_datamodule
@@ -211,8 +212,17 @@ def check_held_out_prompts(trainer: Trainer) -> None:
         check_held_out_batches(get_datamodule(trainer), trainer.world_size)
 
 
-def check_sharding(trainer: Trainer, policy: FlowPolicy) -> None:
-    """Refuse settings that a sharded base does not support."""
+def check_strategy(trainer: Trainer, policy: FlowPolicy) -> None:
+    """Refuse strategies that shard adapters or step by themselves, and settings that a sharded base does not support.
+
+    A balancer writes the merged gradient into the adapters' own `grad`, once in an optimizer step.
+    """
+    known = isinstance(trainer.strategy, SingleDeviceStrategy | DDPStrategy)
+    if not known or trainer.strategy.handles_gradient_accumulation:  # the latter: DeepSpeed's, a subclass of DDP's
+        raise ValueError(
+            "`trainer.strategy` must keep whole adapters on every device: auto, ddp, or, where the base does not fit, "
+            f"marble_lightning.ShardedBaseStrategy. Found {type(trainer.strategy).__name__}."
+        )
     if not isinstance(trainer.strategy, ShardedBaseStrategy):
         return
     if trainer.num_devices == 1:

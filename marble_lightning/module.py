@@ -98,7 +98,7 @@ class DiffusionNFT(LightningModule):
         require_positive(inner_epochs=inner_epochs)
         self.sizes = (micro_batch_size, optimizer_steps_per_round, inner_epochs)
         self.gradient_passes = gradient_passes
-        self.scorer = Scorer(self.reward_models, scoring)
+        self.scorer = Scorer(self.reward_models, scoring, self.metrics)
         self.finite = Finite()
         self.evaluator = Evaluator(policy, self.scorer, evaluation, seed, self.finite)
         self.held_out_scores = self.evaluator.scores  # registered here, so that Lightning moves it to the device
@@ -123,7 +123,7 @@ class DiffusionNFT(LightningModule):
             self.plan = checks.plan_round(trainer, self.sampling, self.objective, *self.sizes)
             checks.check_training(self.policy, self.rewards, data)
         checks.check_precision(trainer)
-        checks.check_sharding(trainer, self.policy)
+        checks.check_strategy(trainer, self.policy)
         use_whole_files(trainer)
         check_callbacks(trainer.callbacks)  # type: ignore[attr-defined]
         if stage != "fit" or trainer.limit_val_batches:
@@ -154,6 +154,7 @@ class DiffusionNFT(LightningModule):
                 _ = self.step.per_reward  # raises now if per-reward gradients cannot be computed
 
     def teardown(self, stage: str) -> None:
+        self.scorer.stop()
         self.scorer.move_to_cpu()  # as Lightning does with the policy
         if stage == "fit":
             self.trainer.accumulate_grad_batches = 1

@@ -117,14 +117,13 @@ def compute_coefficients(
     """
     strategy, rank = trainer.strategy, trainer.global_rank
     all_scores, all_groups = gather_round(scores, groups, trainer)
-    merged = all_scores
+    merged, applies = all_scores, ~all_scores.isnan()
     if balancer:
-        merged = balancer.merge_rewards(all_scores, ~all_scores.isnan())
-        names = balancer.reward_names if merged.shape == all_scores.shape else balancer.names
-        merged = infinite_to_nan(merged, all_scores, names, scoring)
+        merged = balancer.merge_rewards(all_scores, applies)
+        merged = infinite_to_nan(merged, applies, balancer, scoring)
     advantages = group_advantages(merged, all_groups, objective.advantage_std)
     if balancer:
-        advantages = infinite_to_nan(balancer.merge_advantages(advantages), all_scores, balancer.names, scoring)
+        advantages = infinite_to_nan(balancer.merge_advantages(advantages), applies, balancer, scoring)
     advantages = apply_advantage_mode(advantages[rank * len(scores) : (rank + 1) * len(scores)], objective.advantage_mode)
 
     per_inner_epoch = []

@@ -72,14 +72,16 @@ class Sampling:
 class ScoredRollout(NamedTuple):
     """A sampled and scored round on this rank.
 
-    `images` (image, 3, pixel, pixel) are in [0, 1]. `scores` (image, reward) are NaN where there is none. `skipped` is the
-    number of images that each reward failed on, over all ranks. `encoded` is the time that the prompts took, and `waited`
-    that from the last sampled image to the last score, in seconds.
+    `images` (image, 3, pixel, pixel) are in [0, 1]. `scores` (image, reward) are NaN where there is none. `missing` is the
+    number of images that each reward applies to and has no score for, and `skipped` that of images that it failed on, over
+    all ranks. `encoded` is the time that the prompts took, and `waited` that from the last sampled image to the last score,
+    in seconds.
     """
 
     rollout: Rollout
     images: Float[Tensor, "image 3 pixel pixel"]
     scores: Float[Tensor, "image reward"]
+    missing: Mapping[str, float]
     skipped: Mapping[str, float]
     encoded: float
     waited: float
@@ -87,10 +89,8 @@ class ScoredRollout(NamedTuple):
     def metrics(self, trainer: Trainer, rewards: Mapping[str, Reward], scorer: Scorer) -> dict[str, Tensor | float]:
         """Metrics over all ranks: each reward's mean, and its missing scores, skipped scores and seconds; time waited."""
         means = trainer.strategy.all_gather(self.scores).reshape(-1, len(rewards)).nanmean(0)
-        missing = torch.tensor([float(reward.missing) for reward in rewards.values()], device=means.device)
-        missing = trainer.strategy.reduce(missing, reduce_op="sum")
         metrics: dict[str, Tensor | float] = {f"train/{name}": mean for name, mean in zip(rewards, means, strict=True)}
-        metrics |= {f"missing/{name}": count for name, count in zip(rewards, missing, strict=True)}
+        metrics |= {f"missing/{name}": self.missing[name] for name in rewards}
         metrics |= {f"skipped/{name}": self.skipped[name] for name in rewards}
         metrics |= {"time/encoding": self.encoded, "time/waiting_for_scores": self.waited}
         return metrics | {f"time/scoring/{name}": seconds for name, seconds in scorer.seconds.items()}
@@ -156,7 +156,7 @@ def sample_round(
     scorer.release()
     halves = first_half(len(prompts), trainer.global_rank, trainer.world_size, (seed, trainer.current_epoch, "halves"))
     rollout = Rollout(conditions, groups.to(device), torch.cat(latents), halves[groups].to(device))
-    return ScoredRollout(rollout, images, scores, skipped, encoded, waited)
+    return ScoredRollout(rollout, images, scores, scorer.unscored, skipped, encoded, waited)
 
 
 def progress(trainer: Trainer, iterable: Any, task: str) -> Any:

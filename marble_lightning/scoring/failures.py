@@ -9,11 +9,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch import Tensor
 
+from balancers import Balancer
 from marble_lightning.scoring.settings import Scoring
 from marble_lightning.utils.distributed import OnAllRanks
 from rewards import Prompt, Reward
@@ -59,24 +60,25 @@ def load_rewards(rewards: Mapping[str, Reward]) -> None:
 
 
 def infinite_to_nan(
-    values: Float[Tensor, "sample column"], scores: Float[Tensor, "sample reward"], names: Sequence[str], settings: Scoring
+    values: Float[Tensor, "sample column"], applies: Bool[Tensor, "sample reward"], balancer: Balancer, settings: Scoring
 ) -> Float[Tensor, "sample column"]:
     """Replace infinities in merged rewards or advantages by NaN, and count them as failures of the reward.
 
-    A column with nothing but NaN counts as a failure on all images that have a score.
+    A column with nothing but NaN counts as a failure on all images that it can have a value for.
 
     Args:
         values: Merged rewards or advantages of all ranks. They are the same on each rank, so all ranks raise or none.
-        scores: The scores that were merged.
-        names: Of the columns.
+        applies: Where there is a score.
+        balancer: Has merged the scores.
         settings: What happens on failure.
 
     Raises:
         RewardError: There are infinities and `on_error` is not `skip`, or there are more than `max_skipped` allows.
     """
     share = settings.max_skipped if settings.on_error == "skip" else 0.0
-    scored = ~scores.isnan() if scores.shape == values.shape else ~scores.isnan().all(1, keepdim=True)
-    wrong = values.isinf() | (values.isnan().all(0) & scored)
+    each = values.shape == applies.shape
+    covered, names = (applies, balancer.reward_names) if each else (balancer.covered(applies), balancer.names)
+    wrong = values.isinf() | (values.isnan().all(0) & covered)
     counts, totals = wrong.sum(0).tolist(), (wrong | ~values.isnan()).sum(0).tolist()
     for name, count, total in zip(names, counts, totals, strict=True):
         if not count:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from concurrent.futures import Future, wait
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -58,21 +58,27 @@ class Scorer:
     `collect` raises no RewardError, since other ranks would wait for this one; `check` raises it on all ranks.
 
     Args:
-        rewards: By name.
+        rewards: Rewards and metrics, by name.
         settings: What happens on failure, and where rewards run.
+        metrics: Names of those that are metrics, for messages.
 
     Raises:
         ValueError: `devices` has a key that is not the name of a reward.
     """
 
-    def __init__(self, rewards: Mapping[str, Reward], settings: Scoring) -> None:
+    def __init__(self, rewards: Mapping[str, Reward], settings: Scoring, metrics: Container[str] = ()) -> None:
         if unknown := sorted(set(settings.devices) - set(rewards)):
             raise ValueError(f"`scoring.devices` must use names of rewards: {', '.join(rewards)}. Found {unknown[0]!r}.")
         self.rewards, self.settings = rewards, settings
+        self.labels = {name: f"{'metrics' if name in metrics else 'rewards'}.{name}" for name in rewards}
+        """How messages name each reward."""
         self.seconds: dict[str, float] = {}
         """Time that each reward took for the last collected scores, while the other rewards and the sampling ran."""
+        self.unscored: dict[str, float] = {}
+        """Images without a score among those that each reward applies to, over all ranks, as counted by the last `check`."""
         self.stopping: Callable[[], bool] = lambda: False
         """Whether the run is about to stop. If so, `collect` does not wait: scores that are not ready are NaN."""
+        self._workers: dict[str, Worker] = {}
         self.setup(Path(), "")
 
     def setup(self, folder: Path, rank: str) -> None:
@@ -82,14 +88,14 @@ class Scorer:
             folder: Folder for images that a reward failed on.
             rank: Suffix of this process's image files; empty for a single process.
         """
+        self.stop()  # workers of a run that ended with an error
         self.folder, self.rank = folder, rank
-        self._workers: dict[str, Worker] = {}
         self._jobs: list[_Job] = []
         self._placed, self._on_cpu = False, CPUWeights()
         self._reset_counts()
 
-    def _stop(self) -> None:
-        """Stop all workers; queued batches are not scored."""
+    def stop(self) -> None:
+        """Stop all workers; queued batches are not scored. Later batches start new ones."""
         for worker in self._workers.values():
             worker.stop()
         self._workers = {}
@@ -145,17 +151,16 @@ class Scorer:
     def check(self, strategy: Strategy) -> dict[str, float]:
         """Number of images that each reward failed on, over all ranks, since the last check; all ranks must call it.
 
-        A reward that has no score on any rank has failed on all images that it applies to.
-
         Raises:
-            RewardError: A reward failed on any rank and `on_error` is not `skip`, or it failed too often.
+            RewardError: A reward failed on any rank and `on_error` is not `skip`, or it failed too often, or it has no score
+                on any rank.
         """
         failure, counts = self.failure, (self.skipped, self.applied, self.missing)
         of_rank = [float(failure is not None), *(count for by_name in counts for count in by_name.values())]
         failed, *totals = strategy.reduce(torch.tensor(of_rank, device=strategy.root_device), reduce_op="sum").tolist()
         self._reset_counts()
         if failure is not None or failed:
-            self._stop()
+            self.stop()
         if failure is not None:
             raise failure
         if failed:
@@ -164,17 +169,17 @@ class Scorer:
         skipped, applied, missing = (dict(zip(self.rewards, totals[i * number :], strict=False)) for i in range(3))
         for name, total in applied.items():
             if 0 < total == missing[name]:
-                skipped[name] = total
-                rank_zero_only(log.warning)(
-                    f"`rewards.{name}` must score some of the images that it applies to. Found NaN for all {total:.0f} of "
-                    "them; they count as images that it failed on."
+                why = "the log above says why" if skipped[name] else "correct its `score`, or narrow its `applies_to`"
+                raise RewardError(
+                    f"`{self.labels[name]}` must score some of the images that it applies to. Found no score for any of the "
+                    f"{total:.0f}; {why}."
                 )
             if skipped[name] > self.settings.max_skipped * total:
                 raise RewardError(
-                    f"`rewards.{name}` may fail on a share of {self.settings.max_skipped} of the images "
-                    f"(`scoring.max_skipped`). Found {skipped[name]:.0f} of {total:.0f}; the log above says why, and "
-                    f"{self.folder} has an image where it raised an error."
+                    f"`{self.labels[name]}` may fail on a share of {self.settings.max_skipped} of the images "
+                    f"(`scoring.max_skipped`). Found {skipped[name]:.0f} of {total:.0f}; the log above says why."
                 )
+        self.unscored = missing
         return skipped
 
     def release(self) -> None:
@@ -222,10 +227,13 @@ class Scorer:
         return self._workers[job.name].submit(lambda: self._score(job))
 
     def _score(self, job: _Job) -> Outcome:
-        begun = time.perf_counter()
-        images = job.images.to(self._devices[job.name])
+        begun, reward = time.perf_counter(), self.rewards[job.name]
+        try:
+            images = job.images.to(self._devices[job.name])
+        except Exception as error:  # noqa: BLE001 - such as too little memory; `check` raises it on all ranks
+            return Outcome(*failed_batch(reward, job.images, job.prompts, error), time.perf_counter() - begun)
         with torch.cuda.device(images.device) if images.is_cuda else nullcontext():  # a new thread uses the first GPU
-            scores, failures = score_with_retries(self.rewards[job.name], images, job.prompts, self.settings.retries)
+            scores, failures = score_with_retries(reward, images, job.prompts, self.settings.retries)
         return Outcome(scores, failures, time.perf_counter() - begun)
 
     def _outcome(self, job: _Job, later: Sequence[_Job]) -> Outcome:
@@ -237,7 +245,7 @@ class Scorer:
         limit, worker, report_at = self.settings.time_limit, self._workers[job.name], REPORT_EVERY
         while not job.future.done():
             if self.stopping():
-                self._stop()
+                self.stop()
                 return not_scored
             if limit is not None and worker.busy_for > limit:
                 self._workers.pop(job.name).stop()
@@ -249,7 +257,8 @@ class Scorer:
             if worker.busy_for > report_at:
                 report_at += REPORT_EVERY
                 rank = getattr(rank_zero_only, "rank", 0)
-                log.warning("Rank %d waits for `rewards.%s`, which took %.0f s so far.", rank, job.name, worker.busy_for)
+                label = self.labels[job.name]
+                log.warning("Rank %d waits for `%s`, which took %.0f s so far.", rank, label, worker.busy_for)
             wait([job.future], timeout=POLL)
         return job.future.result()
 
@@ -257,12 +266,15 @@ class Scorer:
         """Save the first image that failed, then log a warning (`on_error: skip`) or keep an error for `check`."""
         index, error = next(iter(failures.items()))
         file = self.folder / f"failed_{job.name}{self.rank}.png"
-        with atomic_write(file) as scratch:
-            to_image(job.images[index]).save(scratch)
+        place = f"image in {file}"
+        try:
+            with atomic_write(file) as scratch:
+                to_image(job.images[index]).save(scratch)
+        except OSError as os_error:  # the failure of the reward matters more than its image
+            place = f"its image could not be saved as {file}: {reason(os_error)}"
         message = (
-            f"`rewards.{job.name}` must score every image. Found {type(error).__name__} on {len(failures)} of "
-            f"{len(job.prompts)} images, first on the prompt {excerpt(job.prompts[index].text)} "
-            f"(image in {file}): {reason(error)}"
+            f"`{self.labels[job.name]}` must score every image. Found {type(error).__name__} on {len(failures)} of "
+            f"{len(job.prompts)} images, first on the prompt {excerpt(job.prompts[index].text)} ({place}): {reason(error)}"
         ).rstrip(".")
         if self.settings.on_error == "skip":
             log.warning("%s. Their scores are left out.", message)

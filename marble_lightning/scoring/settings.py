@@ -20,7 +20,8 @@ class Scoring:
         on_error: `raise` stops the run and names reward, prompt and image; `skip` treats failed scores as missing, counts
             them and continues.
         max_skipped: With `skip`, the share of a round's images in [0, 1) that a reward may fail on before the run stops. A
-            reward without a single score in a round has failed on all its images. Infinite advantages count as failures.
+            reward without a single score in a round always stops it. An infinite value among the balancer's merged rewards
+            or advantages counts as a failure.
         retries: Further attempts after an external failure (connections, time-outs, files), >= 0. Rewards with a setting
             `retries` use theirs instead.
         time_limit: Seconds that a reward may take for one batch, > 0, with `overlap` only; null for no limit.

@@ -192,6 +192,18 @@ def test_groups_share_one_weight():
             bound(MARBLE(groups=wrong), ("a", "b", "c"))
 
 
+def test_a_short_gradient_counts_as_in_mgda():
+    """Without `normalize`, lengths decide; only the mean of several rewards counts as cancelled."""
+    gram = torch.tensor([[1.0, 0.0], [0.0, 2.5e-7]], dtype=torch.float64)  # lengths 1 and 5e-4
+    expected = bound(MGDA(), ("a", "b")).weights(gram)
+    assert expected[1] > 0.999
+    torch.testing.assert_close(bound(MARBLE(normalize=False), ("a", "b")).weights(gram), expected, rtol=0, atol=1e-9)
+    opposed = torch.tensor([[1.0, 5e-7 - 1.0], [5e-7 - 1.0, 1.0]], dtype=torch.float64)  # the mean has length 5e-4 too
+    grouped = bound(MARBLE(normalize=False, groups={"pair": ["c", "d"]}), ("a", "b", "c", "d"))
+    weights = grouped.weights(torch.block_diag(gram, opposed))
+    torch.testing.assert_close(weights, torch.cat([expected, torch.zeros(2)]), rtol=0, atol=1e-9)
+
+
 def progress(balancer: MARBLE, gradients: torch.Tensor, combinations: torch.Tensor) -> torch.Tensor:
     """Cosines of the update of a refresh with combinations of the unit gradients, one per row of `combinations`."""
     balancer.begin_step(1)

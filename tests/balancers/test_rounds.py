@@ -124,6 +124,26 @@ def test_sequential_trains_one_reward_after_another():
     assert shares == ["clip", "clip", "clip", "ocr", "ocr", "pick", "pick"]
 
 
+@pytest.mark.parametrize("max_epochs", [-1, None])
+def test_a_run_without_an_end_needs_the_rounds_of_a_stage(max_epochs):
+    trainer, module = SimpleNamespace(max_epochs=max_epochs), SimpleNamespace(rewards=dict.fromkeys(NAMES))
+    with pytest.raises(ValueError, match=f"`rounds` must be set in a run without an end.*max_epochs` {max_epochs};"):
+        Sequential().setup(trainer, module, "fit")
+    Sequential().setup(trainer, module, "validate")
+    endless = Sequential(rounds=1)
+    endless.setup(trainer, module, "fit")
+    assert [endless.begin_round(scores_of(0), PROMPTS) and endless.current for _ in range(4)] == [*NAMES, "clip"]
+
+
+def test_a_stage_without_images_is_reported(caplog):
+    balancer, scores = bound(Sequential(rounds=1)), scores_of(0)
+    scores[:, 1] = torch.nan
+    balancer.begin_round(scores, PROMPTS)
+    assert not caplog.text
+    balancer.begin_round(scores, PROMPTS)
+    assert "`ocr`, the reward of this stage, applies to no image of this round" in caplog.text
+
+
 def test_errors():
     for make, message in (
         (lambda: Sequential(0), "`rounds` must be null or >= 1. Found 0"),

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from balancers import FixedWeights, WeightedSum
+from balancers import FixedWeights, Sequential, WeightedSum
 from marble_lightning.nft.loss import Coefficients, Objective
 from marble_lightning.nft.rollout import Plan, Rollout, compute_coefficients, image_order, micro_batches
 from marble_lightning.policies.base import Conditions
@@ -46,16 +46,15 @@ def coefficients_of(
 
 @pytest.mark.parametrize("level", ["merge_rewards", "merge_advantages"])
 def test_merged_rewards_and_advantages_must_be_finite(level, caplog):
-    """An infinite value is left out and counts as a failure; so does a column of NaN."""
+    """An infinite value that a method returns is left out and counts as a failure; so does a column of NaN."""
     scores, groups = torch.arange(8.0)[:, None].repeat(1, 2), torch.arange(2).repeat_interleave(4)
     plan = Plan(images=8, times=1, batch_size=8, optimizer_steps=1)
 
     def returning(value, rows):
-        balancer = FixedWeights()
-        setattr(
-            balancer, level, lambda values, *_: values.index_put((torch.arange(rows), torch.tensor(1)), torch.tensor(value))
-        )
-        return balancer
+        def merge(self, values, *_):
+            return values.index_put((torch.arange(rows), torch.tensor(1)), torch.tensor(value))
+
+        return type("Returning", (FixedWeights,), {level: merge})()
 
     def compute(balancer, **scoring):
         balancer.bind(["a", "b"])
@@ -73,6 +72,28 @@ def test_merged_rewards_and_advantages_must_be_finite(level, caplog):
     plus, minus = compute(returning(torch.inf, 1), on_error="skip", max_skipped=0.2)
     assert plus.isfinite().all() and (plus + minus)[0, 1] == 0 and ((plus + minus)[1:, 1] > 0).all()
     assert "Found 1 of 8 of `b`" in caplog.text
+
+
+def test_a_single_column_must_not_be_lost(caplog):
+    """It has a value for every image that any reward applies to."""
+
+    class Lost(WeightedSum):
+        def merge_rewards(self, rewards, applies):
+            return torch.full_like(rewards[:, :1], torch.nan)
+
+    scores = torch.tensor([[1.0, torch.nan], [torch.nan, 2.0], [torch.nan, torch.nan], [3.0, 4.0]])
+    with pytest.raises(RewardError, match="Found 3 of 3 of `sum`"):
+        coefficients_of(scores, torch.tensor([0, 0, 1, 1]), Lost(), Plan(4, 1, 2, 1))
+
+
+def test_a_stage_without_images_has_no_coefficients(caplog):
+    """Sequential's column is then NaN although the other reward applies."""
+    scores, groups, plan = torch.rand(4, 2), torch.tensor([0, 0, 1, 1]), Plan(4, 1, 2, 1)
+    scores[:, 0] = torch.nan
+    plus, minus = coefficients_of(scores, groups, Sequential(rounds=1), plan)
+    assert plus.tolist() == minus.tolist() == [[0.0]] * 4 and not caplog.text
+    plus, minus = coefficients_of(scores, groups, Sequential(rounds=1, order=["reward1"]), plan)
+    assert ((plus + minus) > 0).all()
 
 
 def test_each_image_is_used_once_at_distinct_times():

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from lightning.pytorch import Trainer
-from lightning.pytorch.strategies import DDPStrategy
+from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, ModelParallelStrategy
 from torch import distributed, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
@@ -17,6 +17,12 @@ from marble_lightning.policies.base import is_adapter
 from marble_lightning.policies.sd3 import SD3Policy
 from marble_lightning.policies.sharding import ShardedBaseStrategy, blocks_of, shard_base
 from tests.helpers.small_policies import outputs, shake
+
+
+class SteppingStrategy(DDPStrategy):
+    """Accumulates gradients and steps by itself, as DeepSpeed's does."""
+
+    handles_gradient_accumulation = True
 
 
 @pytest.fixture
@@ -64,8 +70,14 @@ def test_evaluations_run_without_inference_mode(monkeypatch):
 def test_settings_that_a_sharded_base_does_not_support(devices, settings, message):
     policy = SimpleNamespace(**settings)
     with pytest.raises(ValueError, match=message):
-        checks.check_sharding(SimpleNamespace(strategy=ShardedBaseStrategy(), num_devices=devices), policy)
-    checks.check_sharding(SimpleNamespace(strategy=DDPStrategy(), num_devices=devices), policy)
+        checks.check_strategy(SimpleNamespace(strategy=ShardedBaseStrategy(), num_devices=devices), policy)
+    checks.check_strategy(SimpleNamespace(strategy=DDPStrategy(), num_devices=devices), policy)
+
+
+@pytest.mark.parametrize("strategy", [FSDPStrategy(), ModelParallelStrategy(), SteppingStrategy()])
+def test_other_strategies_are_refused_before_anything_is_loaded(strategy):
+    with pytest.raises(ValueError, match=f"`trainer.strategy` must keep whole adapters .* Found {type(strategy).__name__}"):
+        checks.check_strategy(SimpleNamespace(strategy=strategy, num_devices=1), SimpleNamespace())
 
 
 @pytest.mark.parametrize(("images", "size", "larger"), [(9, 2, 3), (5, 1, 3), (13, 3, 4), (25, 2, 5)])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import threading
 import time
 import weakref
@@ -16,7 +17,7 @@ from marble_lightning.scoring.failures import RewardError
 from marble_lightning.scoring.scorer import Scorer
 from marble_lightning.scoring.settings import Scoring
 from rewards import Prompt
-from tests.helpers.scored_images import IMAGES, PROMPTS, Brightness, Broken, Even, Flaky, Ranks, scores
+from tests.helpers.scored_images import IMAGES, PROMPTS, Blocked, Brightness, Broken, Even, Flaky, Ranks, scores
 
 
 @pytest.mark.parametrize("infinite", [True, False])
@@ -54,6 +55,32 @@ def test_the_share_is_of_the_images_a_reward_applies_to(tmp_path):
 
     with pytest.raises(RewardError, match="Found 1 of 2"):
         scores({"rare": Rare(["image 2"])}, tmp_path, on_error="skip", max_skipped=0.4)
+
+
+def test_an_image_that_cannot_be_saved_hides_no_failure(tmp_path, caplog):
+    """The folder is below a file."""
+    (tmp_path / "file").touch()
+    rewards, folder = {"spelling": Broken(["image 3"])}, tmp_path / "file/run"
+    result, skipped = scores(rewards, folder, on_error="skip", max_skipped=0.2)
+    assert result[:, 0].isnan().tolist() == [False, False, False, True, False, False] and skipped == {"spelling": 1}
+    assert re.search(r"ZeroDivisionError .* could not be saved as .*failed_spelling\.png: .*\): no letters", caplog.text)
+    with pytest.raises(RewardError, match=r"ZeroDivisionError .* could not be saved as .*: no letters"):
+        scores(rewards, folder)
+
+
+class NoMemory(torch.Tensor):
+    """Images that do not fit on a reward's device."""
+
+    def to(self, *arguments, **options):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+
+def test_images_that_do_not_fit_on_the_device_have_failed(tmp_path):
+    scorer = Scorer({"bright": Brightness()}, Scoring())
+    scorer.setup(tmp_path, "")
+    assert scorer(IMAGES.as_subclass(NoMemory), PROMPTS).isnan().all()
+    with pytest.raises(RewardError, match=r"OutOfMemoryError on 6 of 6 images, .*'image 0' \(image in .*CUDA out of memory"):
+        scorer.check(Ranks())
 
 
 def test_external_failures_are_retried(tmp_path):
@@ -141,9 +168,30 @@ def test_a_reward_without_a_single_score_has_failed(tmp_path, caplog, on_error):
     scorer(IMAGES, PROMPTS)
     assert scorer.check(Ranks([0, 0, 0, 0, 1, 0, 0])) == {"bright": 0, "silent": 0} and not caplog.text
     scorer(IMAGES, PROMPTS)
-    with pytest.raises(RewardError, match=r"`rewards\.silent` may fail on a share of 0\.1 .* Found 5 of 5"):
+    with pytest.raises(
+        RewardError,
+        match=r"`rewards\.silent` must score some of the images that it applies to\. Found no score for any of the 5; "
+        r"correct its `score`, or narrow its `applies_to`\.$",
+    ):
         scorer.check(Ranks([0, 0, 0, 0, 2, 0, 2]))
-    assert "`rewards.silent` must score some of the images that it applies to. Found NaN for all 5" in caplog.text
+
+
+def test_a_reward_that_fails_on_all_images_has_no_score(tmp_path, caplog):
+    with pytest.raises(RewardError, match="Found no score for any of the 6; the log above says why"):
+        scores({"spelling": Broken([prompt.text for prompt in PROMPTS])}, tmp_path, on_error="skip")
+    assert "no letters" in caplog.text
+
+
+def test_messages_call_a_metric_a_metric(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr("marble_lightning.scoring.scorer.REPORT_EVERY", 0.1)
+    slow = Blocked()
+    threading.Timer(0.4, slow.released.set).start()
+    scorer = Scorer({"bright": Brightness(), "slow": slow, "spelling": Broken(["image 3"])}, Scoring(), ["slow", "spelling"])
+    scorer.setup(tmp_path, "")
+    scorer(IMAGES, PROMPTS)
+    assert "Rank 0 waits for `metrics.slow`" in caplog.text
+    with pytest.raises(RewardError, match=r"^`metrics\.spelling` must score every image"):
+        scorer.check(Ranks())
 
 
 def test_a_reward_that_applies_to_nothing_has_not_failed(tmp_path):
