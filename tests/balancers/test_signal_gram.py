@@ -113,6 +113,26 @@ def test_without_a_signal_the_estimate_is_near_the_own_gram(shared):
     assert sum(shrinkage) / 40 > 0.8
 
 
+@pytest.mark.parametrize("dimension", [20, 60])
+def test_split_cosines_without_a_signal_lean_below_zero(dimension):
+    """By the norms, which hold the same noise, and more for weights that were found on it; the products do not lean."""
+    first, second = torch.randn(2, 4000, K, dimension, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    mean = (first + second) / 2
+    own, across = mean @ mean.mT, first @ second.mT
+    split, solved = (across + across.mT) / 2, unit_weights(own)
+    found = {}
+    for kind, weights in {"fixed": torch.ones_like(solved) / K, "reused": solved.roll(1, 0), "just solved": solved}.items():
+        lengths = (weights[:, None] @ mean)[:, 0].norm(dim=1, keepdim=True) * mean.norm(dim=2)
+        inner = (split @ weights[..., None])[..., 0]
+        by_figure = [figure.mean(1) for figure in (inner / lengths, inner / lengths.mean(0))]
+        found[kind] = [(float(values.mean()), float(values.std() / 4000**0.5)) for values in by_figure]
+        (cosine, error), (product, error_of_product) = found[kind]
+        print(f"{dimension}, {kind}: cosine {cosine:+.4f} ± {error:.4f}, product {product:+.4f} ± {error_of_product:.4f}")
+        assert cosine < -3 * error
+        assert kind == "just solved" or abs(product) < 3 * error_of_product
+    assert found["just solved"][0][0] < 1.5 * found["reused"][0][0]
+
+
 def test_a_single_refresh_tells_no_noise():
     mu, found = means(0), estimator(0.9)
     found.update(products(*halves(mu, 1.0, torch.Generator().manual_seed(0))))
