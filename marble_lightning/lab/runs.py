@@ -48,12 +48,16 @@ class Run:
         return events_of(self.folder)
 
     @cached_property
-    def _all_events(self) -> list[EventAccumulator]:
+    def folders(self) -> list[Path]:
         """Those of the interrupted runs that this one resumes, oldest first, and its own."""
         folders = [self.folder]
         while earlier := resumed(folders[0]):
             folders.insert(0, earlier)
-        return [*map(events_of, folders[:-1]), self._events]
+        return folders
+
+    @cached_property
+    def _all_events(self) -> list[EventAccumulator]:
+        return [*map(events_of, self.folders[:-1]), self._events]
 
     def load(self) -> None:
         """Read all curves now; otherwise they are read when the first one is needed."""
@@ -74,6 +78,22 @@ class Run:
         events = self._events.Images(name) if name in self._events.Tags()["images"] else []
         return [Image.open(io.BytesIO(event.encoded_image_string)) for event in events]
 
+    def sheet(self, step: int) -> Path | None:
+        """The file of held-out images after an optimizer step, 0 for the base; None if no part of the run has it.
+
+        A resumed run does not evaluate the base again, so its images are in the folder of an earlier part.
+        """
+        files = (folder / f"held_out_{step:06d}.png" for folder in reversed(self.folders))
+        return next(filter(Path.is_file, files), None)
+
+    @property
+    def trained_sheet(self) -> Path | None:
+        """The file of held-out images of the evaluated policy; the last one where results.json does not name its step."""
+        if (step := self.evaluated.get("optimizer_step")) is not None:
+            return self.sheet(step)
+        files = [file for folder in self.folders for file in folder.glob("held_out_*.png") if file != self.sheet(0)]
+        return max(files, key=lambda file: file.name, default=None)
+
     @cached_property
     def results(self) -> Mapping[str, Any]:
         """The content of results.json: settings, the evaluated model, means by set and reward, scores of each prompt."""
@@ -82,9 +102,7 @@ class Run:
     @cached_property
     def config(self) -> Mapping[str, Any]:
         """The content of config.yaml; empty if the run was started in Python."""
-        file = self.folder / CONFIG
-        found: Mapping[str, Any] = yaml.safe_load(file.read_text(encoding="utf-8")) if file.exists() else {}
-        return found
+        return config_of(self.folder)
 
     @property
     def seed(self) -> int | None:
@@ -99,8 +117,13 @@ class Run:
     @property
     def evaluated(self) -> Mapping[str, Any]:
         """Facts of the evaluated policy: model, adapter, checkpoint, and after `fit` the balancer and its cadence."""
-        facts: Mapping[str, Any] = self.results["evaluated"]
+        facts: Mapping[str, Any] = self.results.get("evaluated", {})
         return facts
+
+    @property
+    def command(self) -> str:
+        """The command that wrote the results: fit, validate or test; results of earlier versions count as those of fit."""
+        return self.evaluated.get("command") or "fit"
 
     @property
     def balancer(self) -> str:
@@ -138,21 +161,32 @@ def events_of(folder: Path) -> EventAccumulator:
     return EventAccumulator(str(folder), size_guidance={"scalars": 0, "images": 0}).Reload()
 
 
+def config_of(folder: Path) -> Mapping[str, Any]:
+    """The content of a folder's config.yaml; empty if it has none."""
+    file = folder / CONFIG
+    found: Mapping[str, Any] = yaml.safe_load(file.read_text(encoding="utf-8")) if file.exists() else {}
+    return found
+
+
 def resumed(folder: Path) -> Path | None:
     """The folder of the run that the run of a folder has resumed, or None if it began with the first round."""
-    file = folder / CONFIG
-    checkpoint = yaml.safe_load(file.read_text(encoding="utf-8")).get("ckpt_path") if file.exists() else None
+    checkpoint = config_of(folder).get("ckpt_path")
     if checkpoint is None:
         return None
     if checkpoint != "last":
         return Path(checkpoint).parents[1]
+    earlier = [other for other in earlier_versions(folder) if (other / "checkpoints").exists()]
+    return max(earlier, key=version, default=None)
 
-    def number(other: Path) -> int:
-        return int(match[1]) if (match := re.fullmatch(r"version_(\d+)", other.name)) else -1
 
-    earlier = [other for other in folder.parent.glob("version_*") if number(other) < number(folder)]
-    earlier = [other for other in earlier if (other / "checkpoints").exists()]
-    return max(earlier, key=number, default=None)
+def earlier_versions(folder: Path) -> list[Path]:
+    """The folders `version_N` beside a folder `version_M` with N < M."""
+    return [other for other in folder.parent.glob("version_*") if 0 <= version(other) < version(folder)]
+
+
+def version(folder: Path) -> int:
+    """The N of a folder `version_N`, -1 for another name."""
+    return int(match[1]) if (match := re.fullmatch(r"version_(\d+)", folder.name)) else -1
 
 
 class Comparison(NamedTuple):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 import yaml
@@ -17,18 +19,43 @@ REWARDS = ("ocr", "geneval")
 PROMPTS = 12
 
 
-def begin(folder: Path, seed: int, rewards=REWARDS, ckpt_path: str | None = None) -> None:
-    """A run with its configuration."""
+def begin(
+    folder: Path, seed: int, rewards=REWARDS, ckpt_path: str | None = None, settings: Mapping[str, Any] | None = None
+) -> None:
+    """A run with its configuration, to which top-level `settings` are added."""
     folder.mkdir(parents=True)
     config = {"seed_everything": seed, "ckpt_path": ckpt_path, "model": {"rewards": {name: {} for name in rewards}}}
+    config |= settings or {}
     (folder / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
 
 
 def finish(
-    folder: Path, seed: int, gains=(0.2, 0.1), rewards=REWARDS, prompts=PROMPTS, steps=8, scorer=Brightness, **facts
+    folder: Path,
+    seed: int,
+    gains=(0.2, 0.1),
+    rewards=REWARDS,
+    prompts=PROMPTS,
+    steps=8,
+    scorer=Brightness,
+    ckpt_path: str | None = None,
+    settings: Mapping[str, Any] | None = None,
+    **facts,
 ) -> None:
-    """A finished run with curves, images and held-out scores that change by `gains`, and noise."""
-    begin(folder, seed, rewards)
+    """A finished run with curves, images and held-out scores that change by `gains`, and noise.
+
+    Args:
+        folder: Folder of the run.
+        seed: Its seed, also of its scores.
+        gains: Change of each score.
+        rewards: Rewards that it was trained on.
+        prompts: Number of held-out prompts.
+        steps: Optimizer steps, each a round; a resumed run does them all, and has no images of the base.
+        scorer: Class of the reward models.
+        ckpt_path: As in `config.yaml`.
+        settings: As in `begin`.
+        facts: More facts of the evaluated policy.
+    """
+    begin(folder, seed, rewards, ckpt_path, settings)
     draw = torch.Generator().manual_seed(seed)
     with SummaryWriter(str(folder)) as writer:
         for step in range(steps):
@@ -41,12 +68,12 @@ def finish(
             writer.add_scalar("harmony/split/chance", 0.7, step)
             writer.add_scalar("images/brightness", 1 - 0.05 * step, step)
             writer.add_scalar("time/training", 2.0, step)
-    for step in (0, steps):
+    for step in (0, steps) if ckpt_path is None else (steps,):
         Image.new("RGB", (40, 20)).save(folder / f"held_out_{step:06d}.png")
     base = torch.rand(prompts, 2, generator=draw)
     trained = base + torch.tensor(gains) + 0.05 * torch.randn(prompts, 2, generator=draw)
     named = {index: Prompt(f"prompt {index}", "x") for index in range(prompts)}
     held_out = HeldOutScores({name: scorer() for name in REWARDS}, named, trained, base)
-    evaluated = {"balancer": "MARBLE", "optimizer_step": steps, "refresh_every": 5}
+    evaluated = {"balancer": "MARBLE", "optimizer_step": steps, "refresh_every": 5, **facts}
     peak = {"of": "process", "gib": 1.5 + seed / 4}
-    write(folder, document(held_out, evaluated=evaluated, settings={"steps": 24, "seed": seed}, peak_memory=peak, **facts))
+    write(folder, document(held_out, evaluated=evaluated, settings={"steps": 24, "seed": seed}, peak_memory=peak))

@@ -3,22 +3,30 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from marble_lightning.evaluation.comparison import evaluation_differences, scorer_differences
+from marble_lightning.evaluation.comparison import scorer_differences
+from marble_lightning.lab.report.comparable import (
+    check_base,
+    check_evaluation,
+    check_same,
+    notes_on_settings,
+    notes_on_training,
+)
 from marble_lightning.lab.report.progress import progress
-from marble_lightning.lab.runs import Run
+from marble_lightning.lab.runs import Run, config_of, earlier_versions
 from marble_lightning.utils.run_files import CONFIG, RESULTS, SWEEP
 from marble_lightning.utils.validation import require
 
 NUMBERED = re.compile(r"(version|seed)_\d+(_\d+)?")
+OF_EVALUATIONS = {"verbose", "return_predictions"}
+"""Settings that only validate, test and predict have."""
 
 
 @dataclass
@@ -29,7 +37,8 @@ class Collection:
         methods: Runs on several rewards, by method and seed.
         specialists: Runs on a single reward, by reward and seed.
         unfinished: Folders of runs without results, which are left out.
-        notes: What a reader must know before comparing: other rewards, other settings of reward models.
+        notes: What a reader must know before comparing: results that are left out, other rewards, rounds, learning rates
+            or settings of reward models.
     """
 
     methods: dict[str, dict[int, Run]] = field(default_factory=dict)
@@ -48,6 +57,12 @@ class Collection:
         return [*self.runs, *(run for seeds in self.specialists.values() for run in seeds.values())]
 
     @property
+    def groups(self) -> dict[str, list[Run]]:
+        """The runs of each method, and of each reward alone."""
+        alone = {f"{name} alone": list(seeds.values()) for name, seeds in self.specialists.items()}
+        return {name: list(seeds.values()) for name, seeds in self.methods.items()} | alone
+
+    @property
     def rewards(self) -> list[str]:
         """Rewards that some method was trained on and that all runs have scores of, in the order of the first run."""
         trained = dict.fromkeys(name for run in self.runs for name in run.rewards)
@@ -64,12 +79,16 @@ class Collection:
         runs = self.methods[method]
         return torch.stack([changes(runs[seed], self.columns) for seed in (runs if seeds is None else seeds)])
 
+    def used_seeds(self, reward: str) -> list[int]:
+        """The seeds of a specialist that are used: as many as the specialist with the fewest has."""
+        fewest = min(len(self.specialists[name]) for name in self.rewards)
+        return list(self.specialists[reward])[:fewest]
+
     def changes_of_specialists(self) -> Float[Tensor, "seed prompt reward"] | None:
         """Change of each reward by the runs on it alone; None if a reward has no run."""
         if any(name not in self.specialists for name in self.rewards):
             return None
-        seeds = min(len(self.specialists[name]) for name in self.rewards)
-        alone = [list(self.specialists[name].values())[:seeds] for name in self.rewards]
+        alone = [[self.specialists[name][seed] for seed in self.used_seeds(name)] for name in self.rewards]
         columns = zip(self.rewards, alone, strict=True)
         return torch.stack([torch.stack([changes(run, [name])[:, 0] for run in runs]) for name, runs in columns], dim=2)
 
@@ -90,69 +109,47 @@ def collect(places: Sequence[Path]) -> Collection:
     Raises:
         ValueError: There is no finished run; two have the same method and seed; or their evaluations differ.
     """
-    found = Collection()
+    found, begun = Collection(), list[Path]()
     for place in places:
         require(place.is_dir(), "A report needs folders of runs", f"{place}, which is no folder")
-        finished = sorted(file.parent for file in place.rglob(RESULTS))
-        begun = sorted(begun_in(place))
-        require(bool(finished), "A report needs finished runs", f"none in {place}, and {len(begun)} that have not finished")
-        superseded = {folder.parent for folder in finished}
-        found.unfinished += [folder for folder in begun if folder not in finished and folder.parent not in superseded]
-        for folder in progress(finished, f"Reading {place}", "run"):
-            add(found, Run(folder), method_of(folder, place))
+        begun += (of_place := sorted(begun_in(place)))
+        runs = [Run(file.parent) for file in sorted(place.rglob(RESULTS))]
+        fits = [run for run in progress(runs, f"Reading {place}", "run") if run.command == "fit"]
+        require(bool(fits), "A report needs finished runs", f"none in {place}, and {len(of_place)} that have not finished")
+        found.notes += [f"Left out, since `{run.command}` wrote it: {run.folder}." for run in runs if run.command != "fit"]
+        for run in fits:
+            add(found, run, method_of(run.folder, place))
     require(bool(found.methods), "A report needs a run on several rewards", "only runs on single rewards")
-    for seeds in found.methods.values():
-        check_same(list(seeds.values()))
+    for runs in found.groups.values():
+        check_same(runs)
     for run in found.everything[1:]:
+        check_base(found.runs[0], run)
         check_evaluation(found.runs[0], run)
     require(bool(found.rewards), "The runs of a report must have a reward in common", "none")
-    found.notes = [*notes_on_rewards(found), *notes_on_scorers(found)]
+    done = {folder.resolve() for run in found.everything for folder in [run.folder, *continued(run)]}
+    found.unfinished = [folder for folder in begun if folder.resolve() not in done]
+    found.notes += [*notes_on_rewards(found), *notes_on_training(found.groups), *notes_on_settings(found.groups)]
+    found.notes += notes_on_scorers(found)
     return found
 
 
+def continued(run: Run) -> list[Path]:
+    """Folders of interrupted runs whose work a finished run has done.
+
+    They are those that it resumed, and with `--ckpt_path last` also earlier ones that left no checkpoint to resume.
+    """
+    last = run.config.get("ckpt_path") == "last"
+    empty = [folder for folder in earlier_versions(run.folder) if not (folder / "checkpoints").exists()]
+    return [*run.folders[:-1], *(empty if last else [])]
+
+
 def begun_in(place: Path) -> Iterator[Path]:
-    """Folders of all runs, and those of a sweep's runs that have failed before they had one."""
+    """Folders of all runs that have no results, and those of a sweep's runs that have failed before they had one."""
     folders = [file.parent for file in place.rglob(CONFIG)]
-    yield from folders
+    without = (folder for folder in folders if not (folder / RESULTS).exists())
+    yield from (folder for folder in without if OF_EVALUATIONS.isdisjoint(config_of(folder)))
     parents = {parent for folder in folders for parent in folder.parents}
     yield from (file.parent for file in place.rglob(SWEEP) if file.parent not in parents)
-
-
-def check_same(runs: Sequence[Run]) -> None:
-    """Check that the runs of a method differ only in their seed.
-
-    Raises:
-        ValueError: Rewards, balancer, cadence or number of optimizer steps differ.
-    """
-    facts = [
-        {"rewards": ", ".join(run.rewards), "balancer": run.balancer, "optimizer steps": run.evaluated.get("optimizer_step")}
-        for run in runs
-    ]
-    for run, of_run in zip(runs, facts, strict=True):
-        differences = [
-            f"{name} {value} instead of {facts[0][name]}" for name, value in of_run.items() if value != facts[0][name]
-        ]
-        require(
-            not differences,
-            "Runs of one method must differ only in their seed",
-            f"{run.folder} beside {runs[0].folder}, with {'; '.join(differences)}; put methods into folders of their own",
-        )
-
-
-def check_evaluation(first: Run, run: Run) -> None:
-    """Check that two runs were evaluated on the same prompts, with the same settings and classes of reward models.
-
-    Raises:
-        ValueError: They were not.
-    """
-    common = [name for name in first.reward_models if name in run.reward_models]
-    differences = evaluation_differences(without_seed(first.results), without_seed(run.results), common)
-    require(
-        not differences,
-        "The runs of a report must be evaluated alike",
-        f"{run.folder} beside {first.folder}, with {', '.join(differences)}; evaluate both with the same `evaluation` "
-        "settings, held-out prompts and rewards, or write a report of each",
-    )
 
 
 def notes_on_rewards(found: Collection) -> list[str]:
@@ -179,11 +176,6 @@ def notes_on_scorers(found: Collection) -> list[str]:
         for difference in scorer_differences(first.results, run.results, first.reward_models)
     }
     return [f"Scored with other settings, in {folder}: {difference}." for difference, folder in differences.items()]
-
-
-def without_seed(results: Mapping[str, Any]) -> dict[str, Any]:
-    """Results without the seed of the held-out noise, which is the run's seed."""
-    return {**results, "settings": {name: value for name, value in results["settings"].items() if name != "seed"}}
 
 
 def add(found: Collection, run: Run, method: str) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from statistics import mean, median
+from statistics import median
 from typing import Any
 
 import pandas
@@ -13,6 +13,8 @@ from marble_lightning.evaluation.statistics import summarise
 from marble_lightning.lab.report.collect import Collection
 from marble_lightning.lab.runs import Run
 
+PLACES = ("own", "split")
+"""Kinds of products: on the images that an update came from, and of halves of them, which share no noise."""
 CHANCE = (
     "harmony/split/chance",
     *(f"probe/{kind}/{place}/chance" for kind in ("reused", "solved") for place in ("split", "own")),
@@ -23,6 +25,7 @@ CHANCE = (
 def harmony_of_methods(found: Collection) -> pandas.DataFrame:
     """Mean cosines of each method's update with each reward's gradient, on its own images and by products of halves.
 
+    `weights` says whose cosines: of the update that a step has solved, or of weights that are reused until the next refresh.
     `conflicts` is how often the least of a step is negative, `by chance` what a direction without any signal would have.
     """
     rows = [
@@ -47,35 +50,49 @@ def harmony_of_runs(found: Collection) -> pandas.DataFrame:
 
 def cosines(rewards: Sequence[str], runs: Sequence[Run]) -> list[dict[str, Any]]:
     """A row for each kind of products that some runs have logged."""
-    chance = next((values for name in CHANCE if (values := logged(runs, name))), [])
-    rows = []
-    for place in ("own", "split"):
-        kinds = ("reused", "update")
-        kind = next((kind for kind in kinds if any(logged(runs, f"cosine/{kind}/{place}/{name}") for name in rewards)), None)
-        if kind is None:
+    chance, rows = chance_of(runs), []
+    for place in PLACES:
+        least, kind = least_of_steps(rewards, runs, place), weights_of(rewards, runs, place)
+        if least.empty:
             continue
         by_reward = {name: logged(runs, f"cosine/{kind}/{place}/{name}") for name in rewards}
-        least = [value for run in runs for value in least_of_steps(run, f"cosine/{kind}/{place}", rewards)]
-        means = {name: summarise(torch.tensor(values)) for name, values in by_reward.items() if values}
+        means = {name: summarise(torch.tensor(of_reward.to_numpy())) for name, of_reward in by_reward.items()}
         rows.append(
             {
                 "products": place,
+                "weights": kind,
                 "steps": len(least),
-                **{name: f"{of_reward.mean:+.3f} ± {of_reward.error:.3f}" for name, of_reward in means.items()},
-                "conflicts": f"{mean(value < 0 for value in least):.0%}",
-                "by chance": f"{mean(chance):.0%}" if chance else "",
+                **{name: f"{summary.mean:+.3f} ± {summary.error:.3f}" for name, summary in means.items() if summary.n},
+                "conflicts": f"{(least < 0).mean():.0%}",
+                "by chance": "" if chance.empty else f"{chance.mean():.0%}",
             }
         )
     return rows
 
 
-def least_of_steps(run: Run, prefix: str, rewards: Sequence[str]) -> list[float]:
-    """The least cosine of each step, over the rewards that have one."""
-    least: dict[int, float] = {}
-    for name in rewards:
-        for step, value in zip(*run.curve(f"{prefix}/{name}"), strict=True):
-            least[step] = min(value, least.get(step, value))
-    return list(least.values())
+def weights_of(rewards: Sequence[str], runs: Sequence[Run], place: str) -> str:
+    """The weights of most steps of a method: `reused` ones if not all steps solve and there are cosines of them.
+
+    By products of halves they are the reused ones wherever there are any, since weights just solved for follow the noise.
+    """
+    reuses = place == "split" or runs[0].evaluated.get("refresh_every", 1) > 1
+    has_reused = any(run.curve(f"cosine/reused/{place}/{name}").values for run in runs for name in rewards)
+    return "reused" if reuses and has_reused else "update"
+
+
+def chance_of(runs: Sequence[Run]) -> pandas.Series[float]:
+    """The share of conflicts without any signal, by step, of all runs."""
+    return next((values for name in CHANCE if len(values := logged(runs, name))), pandas.Series(dtype=float))
+
+
+def least_of_steps(rewards: Sequence[str], runs: Sequence[Run], place: str) -> pandas.Series[float]:
+    """The least cosine of each step and run, over the rewards that have one, by step."""
+    kind = weights_of(rewards, runs, place)
+    of_runs = [
+        pandas.DataFrame({name: logged([run], f"cosine/{kind}/{place}/{name}") for name in rewards}).min(axis=1)
+        for run in runs
+    ]
+    return pandas.concat(of_runs)
 
 
 def noise(found: Collection) -> pandas.DataFrame:
@@ -90,6 +107,8 @@ def signal_to_noise(rewards: Sequence[str], runs: Sequence[Run]) -> Mapping[str,
     return {name: f"{median(values):.2f}" for name, values in last.items() if values}
 
 
-def logged(runs: Sequence[Run], name: str) -> list[float]:
-    """All values that the runs logged under a name."""
-    return [value for run in runs for value in run.curve(name).values]
+def logged(runs: Sequence[Run], name: str) -> pandas.Series[float]:
+    """All values that the runs logged under a name, by step."""
+    curves = [run.curve(name) for run in runs]
+    steps, values = ([item for curve in curves for item in curve[part]] for part in range(2))
+    return pandas.Series(values, index=steps, dtype=float)

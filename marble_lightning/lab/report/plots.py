@@ -6,11 +6,13 @@ import itertools
 from typing import Any
 
 import matplotlib
+import pandas
 import torch
 from PIL import Image
 
 from marble_lightning.evaluation.gains import normalised_gains
 from marble_lightning.lab.report.collect import Collection
+from marble_lightning.lab.report.harmony import PLACES, chance_of, least_of_steps
 from marble_lightning.lab.runs import Run
 
 matplotlib.use("Agg")  # writes files; needs no display
@@ -93,9 +95,47 @@ def weights(found: Collection) -> Figure | None:
     for axis, method in zip(axes, having, strict=True):
         for reward, colour in zip(found.rewards, itertools.cycle(palette)):
             plot_runs(axis, list(found.methods[method].values()), f"alpha_smoothed/{reward}", colour, reward)
-        axis.set(title=method, xlabel="optimizer step", ylim=(0, 1))
+        low, high = axis.get_ylim()
+        axis.set(title=method, xlabel="optimizer step", ylim=(min(low, 0), max(high, 0)))
     legend(figure, axes[0])
     return figure
+
+
+def harmony(found: Collection) -> Figure | None:
+    """Least cosine of the update over time, and the share of conflicts so far; None if no method has cosines."""
+    least = {
+        (place, method): least_of_steps(found.rewards, list(runs.values()), place)
+        for place in PLACES
+        for method, runs in found.methods.items()
+    }
+    places = [place for place in PLACES if any(len(least[place, method]) for method in found.methods)]
+    if not places:
+        return None
+    figure, axes = panels(2 * len(places), 2)
+    for row, place in enumerate(places):
+        cosines, conflicts = axes[2 * row : 2 * row + 2]
+        for method, colour in colours(found).items():
+            of_method = least[place, method]
+            plot_series(cosines, of_method.groupby(level=0).mean(), color=colour, label=method)
+            plot_series(conflicts, so_far(of_method < 0), color=colour)
+            if place == "split":
+                plot_series(conflicts, so_far(chance_of(list(found.methods[method].values()))), color=colour, linestyle="--")
+        cosines.axhline(0, color="grey", linewidth=0.6)
+        cosines.set(title=f"least cosine, {place}", xlabel="optimizer step")
+        conflicts.set(title=f"conflicts so far, {place}", xlabel="optimizer step", ylim=(-0.05, 1.05))
+    legend(figure, axes[0])
+    return figure
+
+
+def so_far(values: pandas.Series[Any]) -> pandas.Series[float]:
+    """Mean of all values up to each step."""
+    return values.sort_index().expanding().mean().groupby(level=0).last()
+
+
+def plot_series(axis: Any, series: pandas.Series[float], **style: Any) -> None:
+    """A line by step; nothing for an empty series."""
+    if len(series):
+        axis.plot(series.index, series, linewidth=1.2, **style)
 
 
 def plot_runs(axis: Any, runs: list[Run], name: str, colour: Any, label: str) -> None:
@@ -128,10 +168,7 @@ def trade_offs(found: Collection) -> Figure | None:
 
 def sheets(found: Collection) -> dict[str, Image.Image]:
     """Held-out images of the base and, of each method, of the run with the lowest seed."""
-    images: dict[str, Image.Image] = {}
-    for method, seeds in found.methods.items():
-        files = sorted(seeds[min(seeds)].folder.glob("held_out_*.png"))
-        if len(files) > 1:
-            images.setdefault("base", Image.open(files[0]).convert("RGB"))
-            images[method] = Image.open(files[-1]).convert("RGB")
-    return images
+    shown = {method: seeds[min(seeds)] for method, seeds in found.methods.items()}
+    base = next(filter(None, (run.sheet(0) for run in shown.values())), None)
+    files = {"base": base} | {method: run.trained_sheet for method, run in shown.items()}
+    return {name: Image.open(file).convert("RGB") for name, file in files.items() if file is not None}

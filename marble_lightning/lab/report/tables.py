@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from statistics import median
+from statistics import mean, median
 
 import pandas
 import torch
+from jaxtyping import Bool
 from torch import Tensor
 
 from marble_lightning.evaluation.gains import least_gain_difference, normalised_gains
@@ -20,9 +21,12 @@ from marble_lightning.evaluation.statistics import (
     summarise,
 )
 from marble_lightning.lab.report.collect import Collection
+from marble_lightning.lab.report.collect import changes as changes_of
 from marble_lightning.lab.runs import Run
 
 PHASES = ("sampling", "waiting_for_scores", "training")
+LEAST_SEEDS = 5
+"""Common seeds that a verdict needs; intervals of fewer are too narrow."""
 
 
 def scores(found: Collection) -> pandas.DataFrame:
@@ -41,7 +45,7 @@ def scores(found: Collection) -> pandas.DataFrame:
 
 
 def methods(found: Collection) -> pandas.DataFrame:
-    """What ran: seeds, rewards, balancer with its cadence, optimizer steps, seconds of a round, peak memory of a run."""
+    """What ran: seeds, rewards, balancer with its cadence, optimizer steps, time, and peak memory of a run."""
     rows = {}
     for method, seeds in found.methods.items():
         run = next(iter(seeds.values()))
@@ -51,6 +55,7 @@ def methods(found: Collection) -> pandas.DataFrame:
             "balancer": run.balancer,
             "optimizer steps": run.evaluated.get("optimizer_step"),
             "seconds a round": round(median(seconds_of_round(run) for run in seeds.values()), 1),
+            "hours a run": float(f"{median(hours_of_rounds(run) for run in seeds.values()):.3g}"),
             "peak memory": memory(list(seeds.values())),
         }
     return pandas.DataFrame.from_dict(rows, orient="index")
@@ -61,6 +66,11 @@ def seconds_of_round(run: Run) -> float:
     return sum(median(values) for phase in PHASES if (values := run.curve(f"time/{phase}").values))
 
 
+def hours_of_rounds(run: Run) -> float:
+    """Time of all rounds together, of all parts of a resumed run; a round that was done again counts once."""
+    return sum(sum(run.curve(f"time/{phase}").values) for phase in PHASES) / 3600
+
+
 def memory(runs: list[Run]) -> str:
     """Median peak memory of runs, of the GPU or of the process; empty if none has recorded it."""
     recorded = [run.peak_memory for run in runs if run.peak_memory is not None]
@@ -69,12 +79,36 @@ def memory(runs: list[Run]) -> str:
 
 
 def changes(found: Collection) -> pandas.DataFrame:
-    """Held-out change of each reward and metric, with its 95 % interval over seeds and prompts."""
+    """Held-out change of each reward and metric, with its 95 % interval over seeds and prompts.
+
+    `prompts` is the number of prompts with a score.
+    """
+    prompts = scored(found).sum(0).tolist()
     rows = {"base": {name: f"{float(base):.4f}" for name, base in zip(found.columns, base_means(found), strict=True)}}
     for method in found.methods:
         columns = found.changes(method).unbind(2)
         rows[method] = {name: written(column) for name, column in zip(found.columns, columns, strict=True)}
+    rows["prompts"] = {name: str(count) for name, count in zip(found.columns, prompts, strict=True)}
     return pandas.DataFrame.from_dict(rows, orient="index")
+
+
+def scored(found: Collection) -> Bool[Tensor, "prompt column"]:
+    """Which prompts have a score in any run."""
+    return torch.stack([changes_of(run, found.columns).isfinite() for run in found.runs]).any(0)
+
+
+def left_out(found: Collection) -> list[str]:
+    """Prompts that means and intervals of a method leave out, since a seed has no score, though some run has one."""
+    groups = {method: found.changes(method) for method in found.methods}
+    if (specialists := found.changes_of_specialists()) is not None:
+        groups["the runs on single rewards"] = specialists
+    sentences = []
+    for group, of_group in groups.items():
+        columns = scored(found)[:, : of_group.shape[2]]
+        missing = (columns & ~of_group.isfinite().all(0)).sum(0).tolist()
+        counts = zip(missing, columns.sum(0).tolist(), found.columns, strict=False)  # specialists have no metrics
+        sentences += [f"{count} of {of} prompts of {name} by {group}" for count, of, name in counts if count]
+    return sentences
 
 
 def base_means(found: Collection) -> Tensor:
@@ -131,7 +165,10 @@ def gains(found: Collection, reference: str) -> pandas.DataFrame | None:
 
 
 def verdicts(found: Collection, reference: str) -> pandas.DataFrame:
-    """Each method beside the reference: paired difference, probability of improvement, p-value by Holm over the table."""
+    """Each method beside the reference: paired difference, probability of improvement, p-value by Holm over the table.
+
+    With fewer than `LEAST_SEEDS` common seeds the verdict is `too few seeds`.
+    """
     rows = []
     for method, seeds in found.methods.items():
         common = [seed for seed in seeds if seed in found.methods[reference]]
@@ -146,6 +183,7 @@ def verdicts(found: Collection, reference: str) -> pandas.DataFrame:
                     "method": method,
                     "reward": name,
                     "seeds": len(common),
+                    "prompts": int(difference.isfinite().all(0).sum()),
                     "difference": of_interval(crossed_interval(difference)),
                     "probability of improvement": round(probability_of_improvement(*means), 2),
                     "p": crossed_p_value(difference),
@@ -157,7 +195,8 @@ def verdicts(found: Collection, reference: str) -> pandas.DataFrame:
     frame = pandas.DataFrame(rows)
     frame["p (Holm)"] = holm(torch.tensor(frame["p"].to_numpy())).numpy()
     better = frame["sign"].map(lambda sign: "better" if sign > 0 else "worse")
-    frame["verdict"] = better.where(frame["p (Holm)"] <= 0.05, "not separable")
+    verdict = better.where(frame["p (Holm)"] <= 0.05, "not separable")
+    frame["verdict"] = verdict.where(frame["seeds"] >= LEAST_SEEDS, "too few seeds")
     return frame.drop(columns="sign").round({"p": 4, "p (Holm)": 4})
 
 
@@ -169,7 +208,18 @@ def images(found: Collection) -> pandas.DataFrame:
         for name in NAMES:
             curves = [values for run in seeds.values() if (values := run.curve(f"images/{name}").values)]
             if curves:
-                ratios = [torch.tensor(values[-max(1, len(values) // 10) :]).mean().item() / values[0] for values in curves]
+                ratios = [factor(values[0], mean(values[-max(1, len(values) // 10) :])) for values in curves]
                 row[name] = f"x {sum(ratios) / len(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
         rows[method] = row
     return pandas.DataFrame.from_dict(rows, orient="index")
+
+
+def factor(first: float, last: float) -> float:
+    """How many times the first figure the last one is; 1 if both are 0, infinite if only the first is.
+
+    >>> factor(0.5, 1.0), factor(0.0, 0.0), factor(0.0, 0.1)
+    (2.0, 1.0, inf)
+    """
+    if first == 0:
+        return 1.0 if last == 0 else float("inf")
+    return last / first

@@ -48,7 +48,7 @@ def test_the_page_and_its_files(folder, capsys):
     for title in ("Normalised gains", "Beside greedy", "Learning curves", "Weights over time", "Image statistics"):
         assert title in page
         assert f"## {title}" in text
-    assert page.count("data:image/png;base64,") == len(list((folder / "report").glob("*.png"))) == 7
+    assert page.count("data:image/png;base64,") == len(list((folder / "report").glob("*.png"))) == 8
     assert "http" not in page  # nothing is loaded from elsewhere
     found = collect([folder])
     changes = pandas.read_csv(folder / "report/changes.csv", index_col=0)
@@ -59,10 +59,14 @@ def test_the_page_and_its_files(folder, capsys):
     assert gains.loc["greedy", "least"] == pytest.approx(float(expected.min()), abs=0.006)
     assert gains.loc["greedy", "least"] < gains.loc["fair", "least"]
     verdicts = pandas.read_csv(folder / "report/verdicts.csv")
-    assert dict(zip(verdicts.reward, verdicts.verdict, strict=True)) == {"ocr": "worse", "geneval": "better"}
+    assert dict(zip(verdicts.reward, verdicts.verdict, strict=True)) == {
+        "ocr": "too few seeds",
+        "geneval": "too few seeds",
+    }
     assert len(pandas.read_csv(folder / "report/scores.csv")) == 10 * PROMPTS * 2
     costs = pandas.read_csv(folder / "report/methods.csv", index_col=0)
-    assert costs.loc["fair", ["seconds a round", "peak memory"]].tolist() == [2.0, "1.75 GiB (process)"]
+    columns = ["seconds a round", "hours a run", "peak memory"]
+    assert costs.loc["fair", columns].tolist() == [2.0, 0.00444, "1.75 GiB (process)"]
     statistics = pandas.read_csv(folder / "report/image_statistics.csv", index_col=0)
     assert statistics.loc["fair", "brightness"].startswith("x 0.65")
 
@@ -78,6 +82,7 @@ def test_honest_cosines_stand_beside_those_of_own_images(folder):
     harmony = pandas.read_csv(folder / "report/harmony.csv")
     assert harmony["method"].tolist() == ["fair", "fair", "greedy", "greedy"]
     assert harmony["products"].tolist() == ["own", "split"] * 2
+    assert harmony["weights"].tolist() == ["update"] * 4  # steps between refreshes have logged none
     assert harmony["steps"].tolist() == [24] * 4  # eight of each of three seeds
     assert harmony["conflicts"].tolist() == ["25%", "75%"] * 2
     assert harmony["by chance"].tolist() == ["70%"] * 4
@@ -92,8 +97,7 @@ def test_honest_cosines_stand_beside_those_of_own_images(folder):
 def test_cosines_of_probes_have_the_chance_of_probes(tmp_path):
     """Methods without refreshes log cosines at probes; those without probes are named."""
     for name in ("plain", "probed"):
-        begin(tmp_path / name, 0)
-        (tmp_path / name / "results.json").write_text("{}")
+        finish(tmp_path / name, 0, steps=0)
     with SummaryWriter(str(tmp_path / "probed")) as writer:
         for name in REWARDS:
             writer.add_scalar(f"cosine/update/split/{name}", 0.2, 3)
@@ -146,12 +150,34 @@ def test_a_run_of_a_sweep_that_never_began_is_named(folder):
     assert collect([folder]).unfinished == [folder / "fair" / "seed_9"]
 
 
-def test_a_killed_run_that_was_resumed_is_not_missing(folder):
-    begin(folder / "fair" / "seed_9" / "version_0", 9)
-    finish(folder / "fair" / "seed_9" / "version_1", 9)
+def test_killed_runs_that_were_resumed_are_not_missing(folder):
+    """A run that left no checkpoint is repeated by the next one; an independent run replaces none."""
+    versions = [folder / "fair" / "seed_9" / f"version_{number}" for number in range(4)]
+    for version, checkpoints in zip(versions, (True, True, False), strict=False):
+        begin(version, 9)
+        if checkpoints:
+            (version / "checkpoints").mkdir()
+    finish(versions[3], 9, ckpt_path="last")
     found = collect([folder])
-    assert found.unfinished == []
+    assert found.unfinished == [versions[0]]
     assert 9 in found.methods["fair"]
+
+
+def test_other_commands_are_no_killed_runs(folder):
+    begin(folder / "fair" / "seed_0" / "version_1", 0, settings={"return_predictions": False})
+    assert collect([folder]).unfinished == []
+
+
+def test_evaluations_beside_a_run_are_named(folder):
+    """`validate` writes results too; those of earlier versions name no command and count as runs."""
+    place = folder / "fair" / "seed_0"
+    finish(place / "version_1", 0, command="validate")
+    finish(folder / "third" / "seed_0", 0, command="fit")
+    found = collect([folder])
+    assert found.methods["fair"][0].folder == place / "version_0"
+    assert found.notes == [f"Left out, since `validate` wrote it: {place / 'version_1'}."]
+    with pytest.raises(ValueError, match="needs finished runs.*none in .*version_1, and 0 that have not finished"):
+        collect([place / "version_1"])
 
 
 def test_a_resumed_run_has_the_curve_of_all_its_parts(tmp_path):
@@ -200,6 +226,44 @@ def test_seeds_of_a_method_differ_in_nothing_else(folder):
     finish(folder / "fair" / "seed_5" / "version_0", 5, steps=9)
     with pytest.raises(ValueError, match="differ only in their seed. Found .*seed_5.*optimizer steps 9 instead of 8; put"):
         collect([folder])
+
+
+def test_seeds_of_a_method_have_the_same_settings(tmp_path):
+    """The first difference is named. Settings that earlier versions did not have are named without being compared."""
+    objective = {"beta": 0.1, "kl_weight": 0.03, "kl_every": 1}
+    model = {"rewards": {"ocr": {}, "geneval": {}}, "lr_scheduler": None, "objective": objective, "evaluation": {"seed": 1}}
+    others = {"trainer": {"logger": {"name": "a"}, "default_root_dir": "a"}}
+    finish(tmp_path / "a" / "seed_0", 0, settings={"model": model, **others}, steps=1)
+    older = model | {"objective": {"beta": 0.1, "kl_weight": 0.03}, "evaluation": {"seed": 2}}
+    finish(tmp_path / "a" / "seed_1", 1, settings={"model": older, "trainer": {"logger": None}}, steps=1)
+    assert collect([tmp_path]).notes == [
+        "Not all runs of a have these settings, which were not compared: model.objective.kl_every."
+    ]
+    changed = model | {"objective": objective | {"kl_weight": 0.1, "beta": 1}}
+    finish(tmp_path / "a" / "seed_2", 2, settings={"model": changed}, steps=1)
+    with pytest.raises(ValueError, match="seed_2 beside .*seed_0, with `model.objective.beta` 1 instead of 0.1; put"):
+        collect([tmp_path])
+
+
+def test_another_base_is_refused(folder):
+    finish(folder / "third" / "seed_0", 0, model="a")
+    finish(folder / "fourth" / "seed_0", 0, model="b")
+    with pytest.raises(
+        ValueError, match="must have the same base. Found .*third/seed_0 beside .*fourth/seed_0, with model a"
+    ):
+        collect([folder / "fourth", folder / "third"])
+
+
+def test_other_rounds_and_learning_rates_are_said(folder):
+    rewards = {"ocr": {}, "geneval": {}}
+    for name, rounds, rate in (("long", 9, 0.1), ("fast", 8, 0.2), ("usual", 8, 0.1)):
+        model = {"rewards": rewards, "optimizer": {"init_args": {"lr": rate}}}
+        settings = {"trainer": {"max_epochs": rounds}, "model": model}
+        finish(folder / name / "seed_0", 0, steps=rounds, settings=settings)
+    assert collect([folder / "usual", folder / "long", folder / "fast"]).notes == [
+        "long was trained otherwise than usual: rounds 9 instead of 8, optimizer steps 9 instead of 8.",
+        "fast was trained otherwise than usual: learning rate 0.2 instead of 0.1.",
+    ]
 
 
 def test_other_rewards_are_said(folder):
