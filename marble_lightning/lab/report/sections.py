@@ -78,8 +78,8 @@ def verdicts(found: Collection, reference: str) -> Section | None:
     text = (
         f"Differences to {reference}, paired by seed, prompt and noise, with 95 % intervals. P-values are corrected for the "
         f"number of rows by Holm's method; a verdict needs 0.05 and {tables.LEAST_SEEDS} common seeds. With fewer seeds "
-        "intervals are too narrow and p-values too small: in simulations a nominal 99 % interval covers about 96.5 % with 3 "
-        "seeds, and 98.4 % with 5."
+        "intervals are too narrow and p-values too small: in simulations a nominal 99 % interval covers 96.7 % with 3 "
+        "seeds, and 98.2 % with 5, where seeds vary most."
     )
     table = tables.verdicts(found, reference)
     return Section("verdicts", f"Beside {reference}", text, table) if len(table) else None

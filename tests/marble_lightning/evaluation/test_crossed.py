@@ -54,6 +54,18 @@ def test_95_percent_intervals_cover_a_known_difference(seeds, sizes):
     assert covered >= 0.93
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize(("seeds", "least"), [(2, 0.8), (3, 0.94), (5, 0.975)])
+@pytest.mark.parametrize("sizes", [(1.0, 0.3, 0.3), (0.0, 1.0, 1.0)], ids=["seeds_dominate", "seeds_negligible"])
+def test_99_percent_intervals_of_few_seeds_cover_less(seeds, least, sizes):
+    """1000 simulations; with few seeds the bootstrap has too few distinct draws for the tails."""
+    intervals = [crossed_interval(0.25 + sample(trial, seeds, sizes=sizes), 0.99) for trial in range(1000)]
+    covered = sum(interval.low <= 0.25 <= interval.high for interval in intervals) / 1000
+    print(f"{seeds} seeds, effects {sizes}: {covered:.1%} of 1000 intervals cover")
+    assert covered >= least
+
+
 def test_scale_shift_and_order_do_not_matter():
     values = sample(0)
     one, other = crossed_interval(values), crossed_interval(2 * values + 1)
