@@ -46,7 +46,7 @@ class Balancer(Callback):
     code sets a missing advantage to 0 there and divides by all samples, so a reward that applies to a third of the samples
     then has a third of the weight that it has on a refresh.
 
-    With a loss scaler (16-mixed) a gradient that is not finite is an overflow: the step is skipped, and the state is kept.
+    With a loss scaler (16-mixed) a step whose reward gradients overflow is skipped and not counted; the state is kept.
 
     Args:
         **options: See `GradientOptions`.
@@ -265,7 +265,7 @@ class Balancer(Callback):
         return self.options.cadence if self.needs_gradients else {}
 
     def end_step(self) -> None:
-        """End an optimizer step, after the optimizer has stepped; a skipped step is not counted."""
+        """End an optimizer step, after the optimizer has stepped; one whose reward gradients overflowed is not counted."""
         self.step += not self.any_gradient_overflowed
         self._sum, self._solved = GradientSum(), None
 
