@@ -127,9 +127,14 @@ def difference_table(results: Results, against: str, names: Sequence[str], speci
         p_values.append(least_gain_p_value(one, two, specialists))
         rows.append([method, str(len(seeds)), least, "p", mean, f"{better:.0%}"])
     corrected = iter(holm(torch.tensor(p_values)).tolist() if p_values else [])
-    cells = [[f"{next(corrected):.3f}" if cell == "p" else cell for cell in row] for row in rows]
+    cells = [[shown_p(next(corrected)) if cell == "p" else cell for cell in row] for row in rows]
     titles = [f"least gain - that of {against}, 99 % interval", "p, Holm", "mean gain - its mean gain", "better"]
     return table(["method", "seeds", *titles], cells)
+
+
+def shown_p(p_value: float) -> str:
+    """A p-value with three digits."""
+    return "< 0.001" if p_value < 0.001 else f"{p_value:.3f}"
 
 
 def mean_gains(changes: Float[Tensor, "seed prompt reward"], specialists: Specialists) -> Float[Tensor, " seed"]:

@@ -78,16 +78,23 @@ def test_a_reward_without_a_specialist_that_gains_does_not_count(specialists):
 
 
 def test_differences_of_gains_have_intervals(specialists):
-    text = difference_table(results(one=[0.5, 0.5], two=[0.2, 0.5], three=[0.2, 0.5]), "two", NAMES, specialists)
+    text = difference_table(results(one=[0.5, 0.5], two=[0.2, 0.5]), "two", NAMES, specialists)
     assert "least gain - that of two" in text and "| two |" not in text
-    row = re.search(r"\| one \| 3 \| (\S+) \[(\S+), (\S+)\] \| (\S+) \| (\S+) \[.*\] \| 100% \|$", text, re.MULTILINE)
-    mean, low, high, p_value, mean_gain = map(float, row.groups())
+    pattern = r"\| one \| 3 \| (\S+) \[(\S+), (\S+)\] \| < 0.001 \| (\S+) \[.*\] \| 100% \|$"
+    mean, low, high, mean_gain = map(float, re.search(pattern, text).groups())
     assert low < 0.3 < high and mean == pytest.approx(0.3, abs=0.01)
     assert mean_gain == pytest.approx(0.15, abs=0.01)
-    alone = difference_table(results(one=[0.5, 0.5], two=[0.2, 0.5]), "two", NAMES, specialists)
-    assert p_value == pytest.approx(2 * float(alone.split(" | ")[-3]), abs=0.0011)  # of two methods
     one_seed = {"one": {0: result([0.5, 0.5])}, "two": {0: result([0.2, 0.5]), 1: result([0.2, 0.5])}}
     assert "| one | 1 | needs 2 seeds" in difference_table(one_seed, "two", NAMES, specialists)
+
+
+def test_p_values_are_corrected_for_the_number_of_methods(specialists):
+    runs = {"one": {seed: result([0.202, 0.5], seed + 10) for seed in (0, 1, 2)}, **results(two=[0.2, 0.5])}
+    same = {**runs, "three": runs["two"]}
+    alone, corrected = (
+        float(difference_table(each, "two", NAMES, specialists).splitlines()[2].split(" | ")[3]) for each in (runs, same)
+    )
+    assert 0.01 < alone < 0.5 and corrected == pytest.approx(2 * alone, abs=0.0011)
 
 
 def test_cosines_are_means_over_refreshes_and_seeds():
