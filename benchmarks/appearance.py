@@ -23,6 +23,7 @@ from benchmarks.before_after import read_image, records
 from benchmarks.fits import ComparisonError, call_marble
 from benchmarks.stage_tables import table
 from marble_lightning.evaluation.image_statistics import NAMES, image_statistics
+from marble_lightning.lab.report.tables import factor
 from marble_lightning.tinyworld import ColourBlobs
 from marble_lightning.tinyworld.scenes import PAINTS
 from marble_lightning.utils.run_files import CONFIG
@@ -88,17 +89,6 @@ def appearance(images: Float[Tensor, "image 3 height width"], prompts: Sequence[
         raise ComparisonError("Some prompts must name no colour. Found none; use more `--prompts`.")
     shares = nearest[free][:, :, None].eq(torch.arange(len(CATEGORIES))).double().mean(1)
     return figures | {f"no colour named: {name}": share for name, share in zip(CATEGORIES, shares.T, strict=True)}
-
-
-def factor(base: float, trained: float) -> float:
-    """How many times the base's figure the trained one is; 1 if both are 0, infinite if only the base's is.
-
-    >>> factor(0.5, 1.0), factor(0.0, 0.0), factor(0.0, 0.1)
-    (2.0, 1.0, inf)
-    """
-    if base == 0:
-        return 1.0 if trained == 0 else float("inf")
-    return trained / base
 
 
 def appearance_table(figures: Mapping[str, tuple[Mapping[str, Tensor], Mapping[str, Tensor]]]) -> str:

@@ -12,6 +12,7 @@ from torch import Tensor
 from benchmarks.fits import Result, as_tensor, changes_of
 from benchmarks.stage_tables import number, table
 from marble_lightning.evaluation.gains import (
+    Specialists,
     least_gain_difference,
     least_gain_p_value,
     mean_gain_difference,
@@ -21,8 +22,6 @@ from marble_lightning.evaluation.statistics import crossed_interval, holm, proba
 
 Results = Mapping[str, Mapping[int, Result]]
 """Figures of runs by method and seed."""
-Specialists = Float[Tensor, "seed prompt reward"]
-"""Changes of reward k, in column k, by runs trained on reward k alone."""
 
 
 def changes_table(results: Results, names: Sequence[str], level: float = 0.95) -> str:

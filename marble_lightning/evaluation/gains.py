@@ -18,6 +18,8 @@ from marble_lightning.evaluation.statistics import (
 )
 from marble_lightning.utils.validation import require
 
+Specialists = Float[Tensor, "seed_of_specialist prompt reward"]
+"""Change of reward $k$ in column $k$, by runs trained on reward $k$ alone."""
 Merge = Callable[..., list[Tensor]]
 """Merges the gains of all rewards, and the parts of their errors, over the first dimension."""
 LEAST_RATIO = 3.0
@@ -59,7 +61,7 @@ class _Means(NamedTuple):
 def least_gain_difference(
     one: Float[Tensor, "seed prompt reward"],
     other: Float[Tensor, "seed prompt reward"],
-    specialists: Float[Tensor, "seed_of_specialist prompt reward"],
+    specialists: Specialists,
     level: float = 0.99,
     resamples: int = 4000,
     seed: int = 0,
@@ -88,37 +90,35 @@ def least_gain_difference(
 
 
 def mean_gain_difference(
-    one: Float[Tensor, "seed prompt reward"],
-    other: Float[Tensor, "seed prompt reward"],
-    specialists: Float[Tensor, "seed_of_specialist prompt reward"],
-    level: float = 0.99,
-    resamples: int = 4000,
-    seed: int = 0,
+    one: Float[Tensor, "seed prompt reward"], other: Float[Tensor, "seed prompt reward"], specialists: Specialists
 ) -> Interval:
-    """Difference of the mean normalised gains of two methods over the rewards, as `least_gain_difference`."""
-    return studentised_interval(*gain_draws(one, other, specialists, _mean, resamples, seed), level)
+    """Difference of the mean normalised gains of two methods over the rewards, with a 99 % interval.
+
+    Arguments and errors are those of `least_gain_difference`.
+    """
+    return studentised_interval(*gain_draws(one, other, specialists, _mean), 0.99)
 
 
 def least_gain_p_value(
-    one: Float[Tensor, "seed prompt reward"],
-    other: Float[Tensor, "seed prompt reward"],
-    specialists: Float[Tensor, "seed_of_specialist prompt reward"],
-    resamples: int = 4000,
-    seed: int = 0,
+    one: Float[Tensor, "seed prompt reward"], other: Float[Tensor, "seed prompt reward"], specialists: Specialists
 ) -> float:
-    """Two-sided p-value of equal least gains, by the bootstrap of `least_gain_difference`."""
-    return studentised_p_value(*gain_draws(one, other, specialists, _least, resamples, seed))
+    """Two-sided p-value of equal least gains, by the bootstrap of `least_gain_difference`, with its arguments and errors."""
+    return studentised_p_value(*gain_draws(one, other, specialists, _least))
 
 
 def gain_draws(
     one: Float[Tensor, "seed prompt reward"],
     other: Float[Tensor, "seed prompt reward"],
-    specialists: Float[Tensor, "seed_of_specialist prompt reward"],
+    specialists: Specialists,
     merge: Merge,
-    resamples: int,
-    seed: int,
+    resamples: int = 4000,
+    seed: int = 0,
 ) -> tuple[Float[Tensor, ""], Float[Tensor, ""], Float[Tensor, " draw"], Float[Tensor, " draw"]]:
-    """The difference of two methods' merged gains and its standard error, and those of each draw of the bootstrap."""
+    """The difference of two methods' merged gains and its standard error, and those of each draw of the bootstrap.
+
+    Raises:
+        ValueError: As `least_gain_difference`.
+    """
     require(
         one.shape == other.shape and one.shape[1:] == specialists.shape[1:],
         "Both methods must have the same seeds, prompts and rewards, and the specialists the same prompts and rewards",
