@@ -169,7 +169,8 @@ class MarbleCLI(LightningCLI):
         added = settings.callbacks if isinstance(settings.callbacks, list) else [settings.callbacks]
         sections = {name: self._get(self.config_init, name) for name in parser.callback_keys}
         check_trainer(settings.enable_checkpointing, added, sections)
-        defaults: list[Callback] = [RunFolder(self._config_yaml), Stops()]
+        self._run_folder = RunFolder(self._config_yaml)
+        defaults: list[Callback] = [self._run_folder, Stops()]
         if self._rehearsal:
             defaults.append(self._rehearsal)
         if settings.enable_progress_bar is not False and not any(isinstance(item, BaseProgressBar) for item in added):
@@ -192,7 +193,9 @@ class MarbleCLI(LightningCLI):
             raise ValueError(f"`ckpt_path` must be a file, or last. Found {options.ckpt_path}.")
         if options.ckpt_path is None and self.subcommand == "fit" and (checkpoint := checkpoint_of_job(folder)):
             warn(f"SLURM has queued this job again; it resumes from {checkpoint}.")
-            options.ckpt_path = str(checkpoint)
+            options.ckpt_path = self.config[self.subcommand].ckpt_path = str(checkpoint)
+            del self._config_yaml  # config.yaml names the checkpoint: a report finds the earlier part of the run by it
+            self._run_folder.config = self._config_yaml
         if options.ckpt_path == "last":
             checkpoint = last_of(self.trainer)
             if checkpoint is None and self.subcommand != "fit":

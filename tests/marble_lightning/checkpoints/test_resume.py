@@ -15,6 +15,8 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from marble_lightning.cli import main
 from marble_lightning.command_line import QUIET
 from marble_lightning.evaluation.results import read
+from marble_lightning.lab import Run
+from marble_lightning.lab.report.collect import collect
 from marble_lightning.scoring.failures import RewardError
 from tests.helpers import forks, stopped
 from tests.helpers.command_line import differences, fit_with, last, options, state
@@ -130,6 +132,8 @@ def test_a_requeued_slurm_job_resumes_bit_for_bit(uninterrupted, stops):
     _, status, output = stops["queued again"]
     assert status == 0 and f"SLURM has queued this job again; it resumes from {checkpoint}." in output
     assert differences(uninterrupted, state(last(folder, 1))) == []
+    parts = [folder / "tiny/version_0", folder / "tiny/version_1"]
+    assert Run(parts[1]).folders == parts and collect([folder]).unfinished == []
 
 
 @pytest.mark.slow
