@@ -71,7 +71,7 @@ class GradientOptions:
             )
 
     def is_uniform(self, step: int) -> bool:
-        """Whether an optimizer step lies in the final stage with uniform weights."""
+        """Whether an optimizer step lies in the last part of the run, with uniform weights."""
         return self.uniform_after_step is not None and step >= self.uniform_after_step
 
     def is_due(self, step: int) -> bool:

@@ -18,15 +18,15 @@ log = logging.getLogger(__name__)
 class Sequential(Balancer):
     r"""Train on a single reward for some rounds, then on the next one, in the same run.
 
-    In round $t = 0, 1, \dots$ with stages of $T$ rounds, the only reward is $R_{i, o(t)}$ with
+    In round $t = 0, 1, \dots$ with turns of $T$ rounds, the only reward is $R_{i, o(t)}$ with
     $o(t) = \text{order}[\lfloor t / T \rfloor \bmod \text{length}]$. Samples that it does not apply to are not trained on. A
-    run of $T$ times the length of `order` rounds trains each stage once; a longer run starts again with the first, and a
+    run of $T$ times the length of `order` rounds has each turn once; a longer run starts again with the first, and a
     shorter one does not reach the last. In a round where the reward applies to no image, only the KL term has a gradient.
 
     Args:
-        rounds: Rounds of a stage, >= 1. Null: equal shares of the run's rounds (`trainer.max_epochs`, which then sets their
+        rounds: Rounds of a turn, >= 1. Null: equal shares of the run's rounds (`trainer.max_epochs`, which then sets their
             number), up to one round.
-        order: Reward of each stage, by name; a reward may have several stages. Null: each once, in the order of the rewards.
+        order: Reward of each turn, by name; a reward may have several turns. Null: each once, in the order of the rewards.
 
     Raises:
         ValueError: `rounds` is below 1, or null in a run without an end; `order` is empty, or it has an unknown name.
@@ -34,14 +34,14 @@ class Sequential(Balancer):
     Source: the sequential baseline of MARBLE, arXiv 2605.06507.
     """
 
-    merged_name = "stage"
+    merged_name = "turn"
 
     def __init__(self, rounds: int | None = None, order: list[str] | None = None) -> None:
         super().__init__()
         if rounds is not None and rounds < 1:
             raise ValueError(f"`rounds` must be null or >= 1. Found {rounds}.")
         if order == []:
-            raise ValueError("`order` must name the reward of at least one stage. Found none; use null for all rewards.")
+            raise ValueError("`order` must name the reward of at least one turn. Found none; use null for all rewards.")
         self.rounds, self.order = rounds, order
         self.run_rounds = 1
         """Rounds of the whole run, known from `setup` on."""
@@ -63,8 +63,8 @@ class Sequential(Balancer):
     def current(self) -> str:
         """Name of the reward of this round."""
         order, finished = self.order or self.reward_names, max(self.memory.get("begun", 0) - 1, 0)
-        stage = finished // self.rounds if self.rounds else finished * len(order) // self.run_rounds
-        return order[stage % len(order)]
+        turn = finished // self.rounds if self.rounds else finished * len(order) // self.run_rounds
+        return order[turn % len(order)]
 
     @property
     def column(self) -> int:
@@ -76,9 +76,9 @@ class Sequential(Balancer):
         self.memory["begun"] = self.memory.get("begun", 0) + 1
         if scores[:, self.column].isnan().all():
             rank_zero_only(log.warning)(
-                "`%s`, the reward of this stage, applies to no image of this round: no reward is trained on.", self.current
+                "`%s`, the reward of this turn, applies to no image of this round: no reward is trained on.", self.current
             )
-        return {f"stage/{name}": float(name == self.current) for name in self.reward_names}
+        return {f"turn/{name}": float(name == self.current) for name in self.reward_names}
 
     def merge_rewards(
         self, rewards: Float[Tensor, "sample reward"], applies: Bool[Tensor, "sample reward"]

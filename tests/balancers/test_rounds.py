@@ -113,9 +113,9 @@ def test_sequential_trains_one_reward_after_another():
         torch.testing.assert_close(
             balancer.merge_rewards(scores, ~scores.isnan())[:, 0], scores[:, NAMES.index(trained[-1])], equal_nan=True
         )
-        assert figures == {f"stage/{name}": float(name == trained[-1]) for name in NAMES}
+        assert figures == {f"turn/{name}": float(name == trained[-1]) for name in NAMES}
     assert trained == ["clip", "clip", "ocr", "ocr", "pick", "pick", "clip", "clip"]
-    assert balancer.names == ("stage",) and not balancer.needs_gradients
+    assert balancer.names == ("turn",) and not balancer.needs_gradients
     ordered = bound(Sequential(1, ["pick", "pick", "clip"]))
     assert [ordered.begin_round(scores, PROMPTS) and ordered.current for _ in range(4)] == ["pick", "pick", "clip", "pick"]
     shared = Sequential()
@@ -125,7 +125,7 @@ def test_sequential_trains_one_reward_after_another():
 
 
 @pytest.mark.parametrize("max_epochs", [-1, None])
-def test_a_run_without_an_end_needs_the_rounds_of_a_stage(max_epochs):
+def test_a_run_without_an_end_needs_the_rounds_of_a_turn(max_epochs):
     trainer, module = SimpleNamespace(max_epochs=max_epochs), SimpleNamespace(rewards=dict.fromkeys(NAMES))
     with pytest.raises(ValueError, match=f"`rounds` must be set in a run without an end.*max_epochs` {max_epochs};"):
         Sequential().setup(trainer, module, "fit")
@@ -135,19 +135,19 @@ def test_a_run_without_an_end_needs_the_rounds_of_a_stage(max_epochs):
     assert [endless.begin_round(scores_of(0), PROMPTS) and endless.current for _ in range(4)] == [*NAMES, "clip"]
 
 
-def test_a_stage_without_images_is_reported(caplog):
+def test_a_turn_without_images_is_reported(caplog):
     balancer, scores = bound(Sequential(rounds=1)), scores_of(0)
     scores[:, 1] = torch.nan
     balancer.begin_round(scores, PROMPTS)
     assert not caplog.text
     balancer.begin_round(scores, PROMPTS)
-    assert "`ocr`, the reward of this stage, applies to no image of this round" in caplog.text
+    assert "`ocr`, the reward of this turn, applies to no image of this round" in caplog.text
 
 
 def test_errors():
     for make, message in (
         (lambda: Sequential(0), "`rounds` must be null or >= 1. Found 0"),
-        (lambda: Sequential(order=[]), "`order` must name the reward of at least one stage"),
+        (lambda: Sequential(order=[]), "`order` must name the reward of at least one turn"),
         (
             lambda: bound(Sequential(order=["typo"])),
             "`order` must use the names of the rewards: clip, ocr, pick. Found typo",
