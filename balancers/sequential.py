@@ -54,6 +54,11 @@ class Sequential(Balancer):
             )
         self.run_rounds = max(trainer.max_epochs or 1, 1)
         super().setup(trainer, pl_module, stage)
+        if stage == "fit" and trainer.max_epochs not in (None, -1) and (skipped := self.without_turn()):
+            rank_zero_only(log.warning)(
+                "%d rounds are too few for all turns: %s will not be trained on. Set `trainer.max_epochs` or `rounds`.",
+                self.run_rounds, ", ".join(skipped),
+            )  # fmt: skip
 
     def bind(self, reward_names: Sequence[str]) -> None:
         check_known(self.order or [], reward_names, "order")
@@ -62,9 +67,18 @@ class Sequential(Balancer):
     @property
     def current(self) -> str:
         """Name of the reward of this round."""
-        order, finished = self.order or self.reward_names, max(self.memory.get("begun", 0) - 1, 0)
+        return self.reward_of(max(self.memory.get("begun", 0) - 1, 0))
+
+    def reward_of(self, finished: int) -> str:
+        """Name of the reward of the round after so many finished ones."""
+        order = self.order or self.reward_names
         turn = finished // self.rounds if self.rounds else finished * len(order) // self.run_rounds
         return order[turn % len(order)]
+
+    def without_turn(self) -> list[str]:
+        """Names of the rewards of `order` that no round of the run trains on."""
+        trained = {self.reward_of(finished) for finished in range(self.run_rounds)}
+        return [name for name in dict.fromkeys(self.order or self.reward_names) if name not in trained]
 
     @property
     def column(self) -> int:

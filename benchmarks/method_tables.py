@@ -9,16 +9,24 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from balancers.gramian import in_conflict
 from benchmarks.fits import Result, as_tensor, changes_of
 from benchmarks.stage_tables import number, table
 from marble_lightning.evaluation.gains import (
     Specialists,
     least_gain_difference,
-    least_gain_p_value,
     mean_gain_difference,
     normalised_gains,
 )
-from marble_lightning.evaluation.statistics import crossed_interval, holm, probability_of_improvement, summarise
+from marble_lightning.evaluation.statistics import (
+    Interval,
+    crossed_interval,
+    holm,
+    interquartile_mean,
+    probability_of_improvement,
+    scored_by_all,
+    summarise,
+)
 
 Results = Mapping[str, Mapping[int, Result]]
 """Figures of runs by method and seed."""
@@ -45,11 +53,16 @@ def changes_table(results: Results, names: Sequence[str], level: float = 0.95) -
 
 
 def change_cell(changes: Float[Tensor, "seed prompt"], level: float) -> str:
-    """A mean change with its interval, or for a single seed with its standard error."""
-    if len(changes) == 1:
-        return with_error(changes[0], 4)
-    interval = crossed_interval(changes, level)
-    return f"{interval.mean:+.4f} [{interval.low:+.4f}, {interval.high:+.4f}]"
+    """A mean change with its interval; for a single seed or prompt with its standard error over the other."""
+    values = scored_by_all(changes)
+    if min(values.shape) < 2:
+        return with_error(values.flatten(), 4)
+    return of_interval(crossed_interval(values, level), 4)
+
+
+def of_interval(interval: Interval, digits: int) -> str:
+    """A mean with the ends of its interval."""
+    return f"{interval.mean:+.{digits}f} [{interval.low:+.{digits}f}, {interval.high:+.{digits}f}]"
 
 
 def with_error(values: Float[Tensor, " value"], digits: int) -> str:
@@ -78,7 +91,7 @@ def stack_specialists(runs: Mapping[str, Sequence[Result]]) -> Specialists:
 
 
 def gains_table(results: Results, names: Sequence[str], specialists: Specialists) -> str:
-    """Normalised gains of each method: the least with its reward, the mean, then all.
+    """Normalised gains of each method: the least with its reward, the mean, the interquartile mean of its runs, then all.
 
     A dash stands for a reward whose specialist gains less than 3 standard errors; it does not count.
 
@@ -89,14 +102,17 @@ def gains_table(results: Results, names: Sequence[str], specialists: Specialists
     """
     rows = []
     for method, runs in results.items():
-        gains = normalised_gains(changes_of(list(runs.values()), names), specialists).tolist()
+        changes = changes_of(list(runs.values()), names)
+        gains = normalised_gains(changes, specialists).tolist()
         defined = {name: gain for name, gain in zip(names, gains, strict=True) if gain == gain}
         least = min(defined, key=lambda name: defined[name], default=None)
         first = "-" if least is None else f"{defined[least]:+.2f} ({least})"
         mean = sum(defined.values()) / len(defined) if defined else None
-        cells = (number(defined.get(name), "+.2f") for name in names)
-        rows.append([method, str(len(runs)), first, number(mean, "+.2f"), *cells])
-    return table(["method", "seeds", "least gain", "mean gain", *names], rows)
+        of_runs = torch.stack([normalised_gains(of_run[None], specialists) for of_run in changes])
+        middle = interquartile_mean(of_runs[of_runs.isfinite()]) if defined else None
+        cells = (number(gain, "+.2f") for gain in (mean, middle, *map(defined.get, names)))
+        rows.append([method, str(len(runs)), first, *cells])
+    return table(["method", "seeds", "least gain", "mean gain", "interquartile mean", *names], rows)
 
 
 def difference_table(results: Results, against: str, names: Sequence[str], specialists: Specialists) -> str:
@@ -120,11 +136,11 @@ def difference_table(results: Results, against: str, names: Sequence[str], speci
             rows.append([method, str(len(seeds)), "needs 2 seeds of both methods and of the specialists", "-", "-", "-"])
             continue
         one, two = (changes_of([of_method[seed] for seed in seeds], names) for of_method in (runs, other))
-        intervals = [difference(one, two, specialists) for difference in (least_gain_difference, mean_gain_difference)]
-        least, mean = (f"{found.mean:+.3f} [{found.low:+.3f}, {found.high:+.3f}]" for found in intervals)
+        least, mean = least_gain_difference(one, two, specialists), mean_gain_difference(one, two, specialists)
         better = probability_of_improvement(mean_gains(one, specialists), mean_gains(two, specialists))
-        p_values.append(least_gain_p_value(one, two, specialists))
-        rows.append([method, str(len(seeds)), least, "p", mean, f"{better:.0%}"])
+        assert least.p_value is not None
+        p_values.append(least.p_value)
+        rows.append([method, str(len(seeds)), of_interval(least, 3), "p", of_interval(mean, 3), f"{better:.0%}"])
     corrected = iter(holm(torch.tensor(p_values)).tolist() if p_values else [])
     cells = [[shown_p(next(corrected)) if cell == "p" else cell for cell in row] for row in rows]
     titles = [f"least gain - that of {against}, 99 % interval", "p, Holm", "mean gain - its mean gain", "better"]
@@ -159,7 +175,8 @@ def cosines_table(results: Results, names: Sequence[str]) -> str:
         if not having or not len(cosines := torch.cat([cosines_of(run, place, names) for run in having])):
             continue
         complete = cosines[cosines.isfinite().all(1)]
-        conflicts = f"{(complete.amin(1) < 0).double().mean():.0%}" if len(complete) else "-"
+        opposed = [in_conflict(least) for least in complete.amin(1).tolist()] if len(complete) else []
+        conflicts = f"{sum(opposed) / len(opposed):.0%}" if opposed else "-"
         chances = [run["chance"] for run in having if "chance" in run]
         chance = f"{sum(chances) / len(chances):.0%}" if place == "split" and chances else "-"
         cells = [with_error(column, 3) for column in cosines.unbind(1)]

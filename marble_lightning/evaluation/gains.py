@@ -14,7 +14,6 @@ from marble_lightning.evaluation.statistics import (
     crossed_error,
     draw_counts,
     studentised_interval,
-    studentised_p_value,
 )
 from marble_lightning.utils.validation import require
 
@@ -66,7 +65,7 @@ def least_gain_difference(
     resamples: int = 4000,
     seed: int = 0,
 ) -> Interval:
-    """Difference of the least normalised gains of two methods, with a confidence interval.
+    """Difference of the least normalised gains of two methods, with a confidence interval and a p-value.
 
     A studentised crossed bootstrap, as in `crossed_interval`: prompts are resampled for all runs together, seeds for both
     methods together (they share the training prompts and the noise), and the specialists' seeds on their own. Each draw
@@ -97,13 +96,6 @@ def mean_gain_difference(
     Arguments and errors are those of `least_gain_difference`.
     """
     return studentised_interval(*gain_draws(one, other, specialists, _mean), 0.99)
-
-
-def least_gain_p_value(
-    one: Float[Tensor, "seed prompt reward"], other: Float[Tensor, "seed prompt reward"], specialists: Specialists
-) -> float:
-    """Two-sided p-value of equal least gains, by the bootstrap of `least_gain_difference`, with its arguments and errors."""
-    return studentised_p_value(*gain_draws(one, other, specialists, _least))
 
 
 def gain_draws(

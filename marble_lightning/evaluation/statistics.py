@@ -96,11 +96,12 @@ def summaries(
 
 
 class Interval(NamedTuple):
-    """A mean and the ends of its confidence interval."""
+    """A mean, the ends of its confidence interval, and the two-sided p-value of a mean of 0; None if it was not computed."""
 
     mean: float
     low: float
     high: float
+    p_value: float | None = None
 
 
 def crossed_error(changes: Float[Tensor, "seed prompt"]) -> Float[Tensor, ""]:
@@ -112,7 +113,9 @@ def crossed_error(changes: Float[Tensor, "seed prompt"]) -> Float[Tensor, ""]:
 def crossed_interval(
     changes: Float[Tensor, "seed prompt"], level: float = 0.95, resamples: int = 4000, seed: int = 0
 ) -> Interval:
-    """Confidence interval of the mean by a studentised crossed bootstrap: seeds and prompts are resampled independently.
+    """Confidence interval and p-value of the mean by a studentised crossed bootstrap.
+
+    Seeds and prompts are resampled independently.
 
     Each draw is divided by its own standard error, which makes intervals of few seeds wide enough: in simulations (1000 runs
     of each case in the tests) 95 % intervals of 5 and 10 seeds cover in 94 to 96 %, whether seeds or prompts vary most. With
@@ -131,11 +134,16 @@ def crossed_interval(
     return studentised_interval(mean, error, means, errors, level)
 
 
+def scored_by_all(changes: Float[Tensor, "seed prompt"]) -> Float[Tensor, "seed scored_prompt"]:
+    """The changes of the prompts that have a score with every seed."""
+    return changes[:, changes.isfinite().all(0)]
+
+
 def _crossed_draws(
     changes: Float[Tensor, "seed prompt"], resamples: int, seed: int
 ) -> tuple[Float[Tensor, ""], Float[Tensor, ""], Float[Tensor, " draw"], Float[Tensor, " draw"]]:
     """The mean and its standard error, and those of each draw of the bootstrap."""
-    values = changes[:, changes.isfinite().all(0)].double()
+    values = scored_by_all(changes).double()
     n, m = values.shape
     require(min(n, m) >= 2, "An interval needs at least 2 seeds and 2 prompts with a score", f"{n} and {m}")
     draws = torch.Generator().manual_seed(seed)
@@ -160,35 +168,19 @@ def studentised_interval(
     errors: Float[Tensor, " draw"],
     level: float,
 ) -> Interval:
-    """Confidence interval of a figure and its standard error from those of bootstrap draws."""
+    """Confidence interval and p-value of a figure and its standard error from those of bootstrap draws.
+
+    Both have equal tails: an interval of level 1 - p has 0 at one of its ends. The draws of a quotient are skewed, and a
+    p-value of their absolute values would contradict its interval.
+    """
     t = ((means - mean) / errors)[errors > 0]
     if len(t) == 0:  # nothing varies
-        return Interval(float(mean), float(mean), float(mean))
+        return Interval(float(mean), float(mean), float(mean), float(mean == 0))
     tails = torch.tensor([(1 + level) / 2, (1 - level) / 2], dtype=torch.float64)
     low, high = mean - t.quantile(tails) * error
-    return Interval(float(mean), float(low), float(high))
-
-
-def crossed_p_value(changes: Float[Tensor, "seed prompt"], resamples: int = 4000, seed: int = 0) -> float:
-    """Two-sided p-value of a mean of 0, by the bootstrap of `crossed_interval`.
-
-    An interval of level 1 - p has 0 at one of its ends, but for the asymmetry of its tails.
-
-    Raises:
-        ValueError: As `crossed_interval`.
-    """
-    return studentised_p_value(*_crossed_draws(changes, resamples, seed))
-
-
-def studentised_p_value(
-    mean: Float[Tensor, ""], error: Float[Tensor, ""], means: Float[Tensor, " draw"], errors: Float[Tensor, " draw"]
-) -> float:
-    """Two-sided p-value of a figure of 0 from its standard error and those of bootstrap draws."""
-    if error == 0:
-        return float(mean == 0)
-    t = ((means - mean) / errors)[errors > 0]
-    extreme = (t.abs() >= (mean / error).abs()).sum()
-    return float((extreme + 1) / (len(t) + 1))  # never 0
+    ratio = mean / error
+    rarer = min(int((t >= ratio).sum()), int((t <= ratio).sum()))
+    return Interval(float(mean), float(low), float(high), min(1.0, 2 * (rarer + 1) / (len(t) + 1)))  # never 0
 
 
 def interquartile_mean(scores: Float[Tensor, " score"]) -> float:

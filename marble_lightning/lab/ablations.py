@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from balancers.gramian import in_conflict
-from marble_lightning.evaluation.statistics import Interval, crossed_interval, summarise
+from marble_lightning.evaluation.statistics import Interval, crossed_interval, scored_by_all, summarise
 from marble_lightning.lab.paper import ABLATIONS, FAILS, HARMONY, REFERENCE
 from marble_lightning.lab.report.collect import Collection
 from marble_lightning.lab.report.plots import panels
@@ -71,10 +71,11 @@ def same_order(difference: Interval, published: float) -> str:
 
 
 def interval(changes: Float[Tensor, "seed prompt"]) -> Interval:
-    """95 % interval of a mean: over seeds and prompts, or with one seed over prompts only, by its standard error."""
-    if len(changes) > 1:
-        return crossed_interval(changes)
-    single = summarise(changes[0])
+    """95 % interval of a mean: over seeds and prompts, or with one seed or prompt over the other, by its standard error."""
+    values = scored_by_all(changes)
+    if min(values.shape) > 1:
+        return crossed_interval(values)
+    single = summarise(values.flatten())
     return Interval(single.mean, single.mean - 1.96 * single.error, single.mean + 1.96 * single.error)
 
 

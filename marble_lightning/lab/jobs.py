@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+import yaml
+
 from marble_lightning.command_line import check_fit
+from marble_lightning.config_files import locate
 from marble_lightning.evaluation.results import read
 from marble_lightning.utils.run_files import RESULTS, SWEEP
 
@@ -59,8 +64,9 @@ class Job:
 
     @property
     def content(self) -> str:
-        """Content of the file of its settings."""
-        return f"# after {' '.join(self.configs)}\n{self.settings}"
+        """Content of the file of its settings; it tells whether a configuration has been edited since."""
+        before = "".join(f"# after {config} ({digest(config)})\n" for config in self.configs)
+        return f"{before}{self.settings}"
 
     def check_earlier_runs(self) -> None:
         """Check that its runs so far have its settings; those that failed before they had a folder do not count.
@@ -71,8 +77,8 @@ class Job:
         file, begun = self.folder / SWEEP, any(self.folder.glob("version_*"))
         if begun and file.exists() and file.read_text(encoding="utf-8") != self.content:
             raise ValueError(
-                f"The settings of {self.name} must be those of its earlier runs. Found others in {file}; "
-                "choose another `folder` or another name of the variant, or delete the folder."
+                f"The settings of {self.name}, and the configurations before them, must be those of its earlier runs. Found "
+                f"others in {file}; choose another `folder` or another name of the variant, or delete the folder."
             )
 
     def check(self) -> None:
@@ -93,6 +99,20 @@ class Job:
         """Write its settings to its folder."""
         self.folder.mkdir(parents=True, exist_ok=True)
         (self.folder / SWEEP).write_text(self.content, encoding="utf-8")
+
+
+def digest(config: str) -> str:
+    """Twelve digits of the sha256 of a configuration's content, without its comments.
+
+    Args:
+        config: A name, file or text, as for `-c`.
+
+    Raises:
+        ValueError: There is no such file or configuration.
+    """
+    found = locate(config)
+    content = yaml.safe_load(Path(found).read_text(encoding="utf-8")) if Path(found).is_file() else found
+    return hashlib.sha256(json.dumps(content, default=str).encode()).hexdigest()[:12]
 
 
 def command_of(file: Path) -> str | None:

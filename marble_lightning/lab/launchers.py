@@ -44,7 +44,7 @@ class Local:
 
     def __init__(self, jobs: int, threads: int | None) -> None:
         self.places = jobs
-        self.environment = {**os.environ} | ({} if threads is None else {"OMP_NUM_THREADS": str(threads)})
+        self.environment = {**os.environ, **of_threads(threads)}
 
     def start(self, command: Sequence[str], output: Path) -> Process:
         """Start a process; it gets no signals from the terminal, only from `terminate`."""
@@ -72,6 +72,7 @@ class Slurm:
 
     Args:
         jobs: Jobs that run at a time.
+        threads: CPU threads of each; None for the default.
         folder: Folder of submitit's files.
         options: Options of `submitit.AutoExecutor.update_parameters`, and `cluster` for another of its executors.
 
@@ -79,12 +80,12 @@ class Slurm:
         ValueError: submitit is not installed, or refuses the options.
     """
 
-    def __init__(self, jobs: int, folder: Path, options: dict[str, Any]) -> None:
+    def __init__(self, jobs: int, threads: int | None, folder: Path, options: dict[str, Any]) -> None:
         try:
             import submitit
         except ImportError as error:
             raise ValueError("`slurm` needs submitit. Found none; install it: pip install submitit") from error
-        self.places = jobs
+        self.places, self.variables = jobs, of_threads(threads)
         cluster = options.get("cluster", "slurm")
         try:
             self.executor = submitit.AutoExecutor(folder, cluster=cluster)
@@ -101,7 +102,7 @@ class Slurm:
             OSError: There is no sbatch, or a file of submitit cannot be written.
             RuntimeError: sbatch refuses the job; with its message.
         """
-        return SlurmJob(self.executor.submit(run, list(command), str(output)))
+        return SlurmJob(self.executor.submit(run, list(command), str(output), self.variables))
 
 
 class SlurmJob:
@@ -119,7 +120,13 @@ class SlurmJob:
         self.job.cancel(check=False)
 
 
-def run(command: list[str], output: str) -> None:
-    """Run a command on the node, and fail as it does."""
+def run(command: list[str], output: str, variables: dict[str, str]) -> None:
+    """Run a command on the node with more environment variables, and fail as it does."""
     with open(output, "a") as messages:
-        subprocess.run(command, check=True, stdout=messages, stderr=subprocess.STDOUT)
+        environment = {**os.environ, **variables}
+        subprocess.run(command, check=True, stdout=messages, stderr=subprocess.STDOUT, env=environment)
+
+
+def of_threads(threads: int | None) -> dict[str, str]:
+    """The environment variables that set the CPU threads of a run; none for the default."""
+    return {} if threads is None else {"OMP_NUM_THREADS": str(threads)}

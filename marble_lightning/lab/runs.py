@@ -111,8 +111,9 @@ class Run:
 
     @property
     def rewards(self) -> list[str]:
-        """Names of the rewards that it was trained on."""
-        return list(self.config.get("model", {}).get("rewards") or {})
+        """Names of the rewards that it was trained on; config.yaml has null for those that were dropped."""
+        rewards: Mapping[str, Any] = self.config.get("model", {}).get("rewards") or {}
+        return [name for name, reward in rewards.items() if reward is not None]
 
     @property
     def evaluated(self) -> Mapping[str, Any]:

@@ -15,6 +15,9 @@ from marble_lightning.lab.launchers import Launcher, Local, Slurm, in_use
 from marble_lightning.lab.sweep_table import follow
 from marble_lightning.utils.validation import require
 
+TAKEN = re.compile(r"\.+|slurm|(version|seed)_\d+(_\d+)?")
+"""Names of folders that are none of a variant: of parents, of submitit, of runs and of seeds."""
+
 
 @dataclass(frozen=True)
 class Variant:
@@ -67,7 +70,7 @@ def sweep(
     for job in planned:
         job.check_earlier_runs()
         require(not in_use(job.output), "A sweep must not be started twice", f"{job.name}, which is still running")
-    launcher: Launcher = Local(jobs, threads) if slurm is None else Slurm(jobs, folder / "slurm", slurm)
+    launcher: Launcher = Local(jobs, threads) if slurm is None else Slurm(jobs, threads, folder / "slurm", slurm)
     for job in {job.variant: job for job in planned if not job.finished}.values():
         job.check()
     for job in planned:  # only now, so that a refused sweep leaves nothing behind
@@ -79,12 +82,13 @@ def check_variants(variants: dict[str, Variant], settings: dict[str, Any]) -> No
     """Check the names of variants, and that the logger is left to the sweep, which needs it in each run's folder.
 
     Raises:
-        ValueError: A name has other characters, or settings have a logger.
+        ValueError: A name has other characters or means another folder, or settings have a logger.
     """
     for name, variant in variants.items():
         require(
             bool(re.fullmatch(r"[\w.+-]+", name)), "A variant's name must be letters, digits, and any of _.+-", repr(name)
         )
+        require(not TAKEN.fullmatch(name), "A variant's name must not be that of another folder of a sweep", repr(name))
         trainer = merged(settings, variant.settings).get("trainer")
         if isinstance(trainer, dict) and "logger" in trainer:
             raise ValueError(

@@ -19,6 +19,8 @@ from marble_lightning.lab.launchers import Launcher, Process
 
 STOPPED = 128
 """Added to the number of a signal, it is the exit status of a stopped sweep."""
+STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+"""Ctrl-C, a request to end, and a lost terminal."""
 EVERY = 0.5
 """Seconds between two looks at the runs."""
 COLOURS = {"finished": "green", "failed": "red", "running": "cyan", "stopped": "yellow", "waiting": "dim"}
@@ -103,7 +105,7 @@ def catching(caught: list[int]) -> Iterator[None]:
     def note(number: int, frame: FrameType | None) -> None:
         caught.append(number)
 
-    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: signal.signal(number, note) for number in STOPS}
     try:
         yield
     finally:

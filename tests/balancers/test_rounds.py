@@ -124,6 +124,17 @@ def test_sequential_trains_one_reward_after_another():
     assert shares == ["clip", "clip", "clip", "ocr", "ocr", "pick", "pick"]
 
 
+@pytest.mark.parametrize(("rounds", "skipped"), [(2, "pick will"), (None, "pick will"), (1, None)])
+def test_rewards_without_a_turn_are_named(caplog, rounds, skipped):
+    """Three rewards in four rounds by twos, in two rounds, and in three."""
+    trainer = SimpleNamespace(max_epochs=3 if skipped is None else 4 if rounds else 2)
+    module = SimpleNamespace(rewards=dict.fromkeys(NAMES))
+    Sequential(rounds).setup(trainer, module, "validate")
+    assert not caplog.text
+    Sequential(rounds).setup(trainer, module, "fit")
+    assert f"too few for all turns: {skipped} not be trained on" in caplog.text if skipped else not caplog.text
+
+
 @pytest.mark.parametrize("max_epochs", [-1, None])
 def test_a_run_without_an_end_needs_the_rounds_of_a_turn(max_epochs):
     trainer, module = SimpleNamespace(max_epochs=max_epochs), SimpleNamespace(rewards=dict.fromkeys(NAMES))

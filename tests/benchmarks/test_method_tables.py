@@ -64,15 +64,15 @@ def test_changes_have_intervals_or_errors():
 
 def test_the_least_gain_comes_first(specialists):
     text = gains_table(results(one=[0.5, 0.5], two=[0.2, 0.5]), NAMES, specialists)
-    assert "| one | 3 | +0.50 (a) | +0.75 | +0.50 | +1.00 |" in text
-    assert "| two | 3 | +0.20 (a) | +0.60 | +0.20 | +1.00 |" in text
+    assert "| one | 3 | +0.50 (a) | +0.75 | +0.75 | +0.50 | +1.00 |" in text
+    assert "| two | 3 | +0.20 (a) | +0.60 | +0.60 | +0.20 | +1.00 |" in text
 
 
 def test_a_reward_without_a_specialist_that_gains_does_not_count(specialists):
     specialists[:, :, 0] = torch.randn(2, 20)
     specialists[:, :, 0] -= specialists[:, :, 0].mean()
     text = gains_table(results(one=[0.1, 0.5]), NAMES, specialists)
-    assert "| one | 3 | +1.00 (b) | +1.00 | - | +1.00 |" in text
+    assert "| one | 3 | +1.00 (b) | +1.00 | +1.00 | - | +1.00 |" in text
     specialists[:, :, 1] = specialists[:, :, 0]
     assert "| one | 3 | - | - | - | - |" in gains_table(results(one=[0.1, 0.5]), NAMES, specialists)
 

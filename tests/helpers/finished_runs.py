@@ -22,9 +22,10 @@ PROMPTS = 12
 def begin(
     folder: Path, seed: int, rewards=REWARDS, ckpt_path: str | None = None, settings: Mapping[str, Any] | None = None
 ) -> None:
-    """A run with its configuration, to which top-level `settings` are added."""
+    """A run with its configuration, to which top-level `settings` are added; a dropped reward is null, as in config.yaml."""
     folder.mkdir(parents=True)
-    config = {"seed_everything": seed, "ckpt_path": ckpt_path, "model": {"rewards": {name: {} for name in rewards}}}
+    of_rewards = {name: {} for name in rewards} | {name: None for name in (*REWARDS, "dropped") if name not in rewards}
+    config = {"seed_everything": seed, "ckpt_path": ckpt_path, "model": {"rewards": of_rewards}}
     config |= settings or {}
     (folder / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
 

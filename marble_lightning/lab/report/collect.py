@@ -52,6 +52,12 @@ class Collection:
         return [run for seeds in self.methods.values() for run in seeds.values()]
 
     @property
+    def examples(self) -> dict[str, Run]:
+        """A run of each method whose images are shown: with the lowest seed that all have, or else its own lowest seed."""
+        common = set.intersection(*map(set, self.methods.values()))
+        return {method: seeds[min(common or seeds)] for method, seeds in self.methods.items()}
+
+    @property
     def everything(self) -> list[Run]:
         """All runs, on several rewards and on single ones."""
         return [*self.runs, *(run for seeds in self.specialists.values() for run in seeds.values())]

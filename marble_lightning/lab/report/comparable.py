@@ -16,6 +16,8 @@ OUTPUT = {
     "results", "predictions", "model.policy.init_args.prompt_cache",
 }  # fmt: skip
 """Settings that change where a run begins and what it writes, but not what it trains."""
+OF_METHODS = ("balancer", "model.rewards", "model.metrics", "gradient_alignment", "trainer.check_val_every_n_epoch")
+"""Settings that methods may differ in, and what follows from them: a report says these elsewhere."""
 BASE = ("model", "revision", "text_length", "text_encoder_3", "quantised")
 """Facts of results.json that make another base."""
 MISSING = object()
@@ -124,23 +126,19 @@ def notes_on_settings(groups: Mapping[str, Sequence[Run]]) -> list[str]:
 
 
 def notes_on_training(groups: Mapping[str, Sequence[Run]]) -> list[str]:
-    """Methods that were trained for other rounds or with another learning rate than the first one."""
+    """Methods that were trained for other steps, or with other settings besides their rule, than the first one."""
     (first, (reference, *_)), *others = groups.items()
-    found = {method: different(training_of(reference), training_of(run)) for method, (run, *_) in others}
-    return [
-        f"{method} was trained otherwise than {first}: {', '.join(differences)}."
-        for method, differences in found.items()
-        if differences
-    ]
-
-
-def training_of(run: Run) -> dict[str, Any]:
-    """How long a run was trained, and how fast."""
-    return {
-        "rounds": setting(run, "trainer.max_epochs"),
-        "optimizer steps": run.evaluated.get("optimizer_step"),
-        "learning rate": setting(run, "model.optimizer.init_args.lr"),
-    }
+    notes = []
+    for method, (run, *_) in others:
+        steps = ({"optimizer steps": each.evaluated.get("optimizer_step")} for each in (reference, run))
+        settings = [
+            f"{name} {value} instead of {expected}"
+            for name, expected, value in differing(reference.config, run.config)
+            if MISSING not in (expected, value) and not any(f"{name}.".startswith(f"{part}.") for part in OF_METHODS)
+        ]
+        if differences := [*different(*steps), *settings]:
+            notes.append(f"{method} was trained otherwise than {first}: {', '.join(differences)}.")
+    return notes
 
 
 def setting(run: Run, name: str) -> Any:

@@ -9,6 +9,7 @@ from typing import Any
 import pandas
 import torch
 
+from balancers.gramian import in_conflict
 from marble_lightning.evaluation.statistics import summarise
 from marble_lightning.lab.report.collect import Collection
 from marble_lightning.lab.runs import Run
@@ -63,7 +64,7 @@ def cosines(rewards: Sequence[str], runs: Sequence[Run]) -> list[dict[str, Any]]
                 "weights": kind,
                 "steps": len(least),
                 **{name: f"{summary.mean:+.3f} ± {summary.error:.3f}" for name, summary in means.items() if summary.n},
-                "conflicts": f"{(least < 0).mean():.0%}",
+                "conflicts": f"{least.map(in_conflict).mean():.0%}",
                 "by chance": "" if chance.empty else f"{chance.mean():.0%}",
             }
         )

@@ -10,6 +10,7 @@ import pandas
 import torch
 from PIL import Image
 
+from balancers.gramian import in_conflict
 from marble_lightning.evaluation.gains import normalised_gains
 from marble_lightning.lab.report.collect import Collection
 from marble_lightning.lab.report.harmony import PLACES, chance_of, least_of_steps
@@ -117,7 +118,7 @@ def harmony(found: Collection) -> Figure | None:
         for method, colour in colours(found).items():
             of_method = least[place, method]
             plot_series(cosines, of_method.groupby(level=0).mean(), color=colour, label=method)
-            plot_series(conflicts, so_far(of_method < 0), color=colour)
+            plot_series(conflicts, so_far(of_method.map(in_conflict)), color=colour)
             if place == "split":
                 plot_series(conflicts, so_far(chance_of(list(found.methods[method].values()))), color=colour, linestyle="--")
         cosines.axhline(0, color="grey", linewidth=0.6)
@@ -167,8 +168,7 @@ def trade_offs(found: Collection) -> Figure | None:
 
 
 def sheets(found: Collection) -> dict[str, Image.Image]:
-    """Held-out images of the base and, of each method, of the run with the lowest seed."""
-    shown = {method: seeds[min(seeds)] for method, seeds in found.methods.items()}
-    base = next(filter(None, (run.sheet(0) for run in shown.values())), None)
-    files = {"base": base} | {method: run.trained_sheet for method, run in shown.items()}
+    """Held-out images of the base and of a run of each method."""
+    base = next(filter(None, (run.sheet(0) for run in found.examples.values())), None)
+    files = {"base": base} | {method: run.trained_sheet for method, run in found.examples.items()}
     return {name: Image.open(file).convert("RGB") for name, file in files.items() if file is not None}

@@ -140,13 +140,19 @@ def image_statistics(found: Collection, reference: str) -> Section:
 
 def images(found: Collection, reference: str) -> Section:
     """Held-out images."""
-    shown = {method: seeds[min(seeds)] for method, seeds in found.methods.items()}
+    shown = found.examples
     missing = {
         "of the base": [method for method, run in shown.items() if run.sheet(0) is None],
         "after training": [method for method, run in shown.items() if run.trained_sheet is None],
     }
     without = "".join(f" No images {of}: {', '.join(methods)}." for of, methods in missing.items() if methods)
-    text = f"Held-out images of the run with the lowest seed; the same prompts and noise.{without}"
+    seeds = {run.seed for run in shown.values()}
+    of_all = (
+        f"with seed {seeds.pop()}; the same prompts and noise"
+        if len(seeds) == 1
+        else ("with its lowest seed; the same prompts, but the noise of each seed")
+    )
+    text = f"Held-out images of a run of each method, {of_all}.{without}"
     sheets = {f"images_{name.replace('/', '_')}": sheet for name, sheet in plots.sheets(found).items()}
     return Section("images", "Images", text, None, sheets)
 

@@ -6,7 +6,7 @@ from statistics import mean, median
 
 import pandas
 import torch
-from jaxtyping import Bool
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from marble_lightning.evaluation.gains import least_gain_difference, normalised_gains
@@ -14,10 +14,10 @@ from marble_lightning.evaluation.image_statistics import NAMES
 from marble_lightning.evaluation.statistics import (
     Interval,
     crossed_interval,
-    crossed_p_value,
     holm,
     interquartile_mean,
     probability_of_improvement,
+    scored_by_all,
     summarise,
 )
 from marble_lightning.lab.report.collect import Collection
@@ -121,12 +121,15 @@ def base_means(found: Collection) -> Tensor:
     return torch.stack(means).mean(0)
 
 
-def written(changes: Tensor) -> str:
-    """A mean with its interval; with one seed, with its standard error over prompts."""
+def written(changes: Float[Tensor, "seed prompt"]) -> str:
+    """A mean with its interval; with one seed, with its standard error over prompts; with one prompt, alone; or a dash."""
+    values = scored_by_all(changes)
+    if values.shape[1] < 2:
+        return f"{float(values.mean()):+.4f}" if values.shape[1] else "-"
     if len(changes) == 1:
         single = summarise(changes[0])
         return f"{single.mean:+.4f} ± {single.error:.4f}"
-    return of_interval(crossed_interval(changes))
+    return of_interval(crossed_interval(values))
 
 
 def of_interval(interval: Interval) -> str:
@@ -150,7 +153,7 @@ def gains(found: Collection, reference: str) -> pandas.DataFrame | None:
         known = of_runs[of_runs.isfinite()]
         rows[method] = {
             "least": f"{float(of_rewards[of_rewards.isfinite()].min()):+.2f}" if len(known) else "",
-            "mean": f"{float(of_rewards.nanmean()):+.2f}",
+            "mean": f"{float(of_rewards.nanmean()):+.2f}" if len(known) else "",
             "interquartile mean": f"{interquartile_mean(known):+.2f}" if len(known) else "",
             **{
                 name: f"{gain:+.2f}" if gain == gain else "-"
@@ -167,7 +170,8 @@ def gains(found: Collection, reference: str) -> pandas.DataFrame | None:
 def verdicts(found: Collection, reference: str) -> pandas.DataFrame:
     """Each method beside the reference: paired difference, probability of improvement, p-value by Holm over the table.
 
-    With fewer than `LEAST_SEEDS` common seeds the verdict is `too few seeds`.
+    With fewer than `LEAST_SEEDS` common seeds the verdict is `too few seeds`. A reward with scores on fewer than two prompts
+    has no row.
     """
     rows = []
     for method, seeds in found.methods.items():
@@ -177,17 +181,20 @@ def verdicts(found: Collection, reference: str) -> pandas.DataFrame:
         one, other = found.changes(method, common), found.changes(reference, common)
         for index, name in enumerate(found.columns):
             means = [changes[:, :, index].nanmean(1) for changes in (one, other)]
-            difference = (one - other)[:, :, index]
+            difference = scored_by_all((one - other)[:, :, index])
+            if difference.shape[1] < 2:  # no interval
+                continue
+            interval = crossed_interval(difference)
             rows.append(
                 {
                     "method": method,
                     "reward": name,
                     "seeds": len(common),
-                    "prompts": int(difference.isfinite().all(0).sum()),
-                    "difference": of_interval(crossed_interval(difference)),
+                    "prompts": difference.shape[1],
+                    "difference": of_interval(interval),
                     "probability of improvement": round(probability_of_improvement(*means), 2),
-                    "p": crossed_p_value(difference),
-                    "sign": float(difference.nanmean()),
+                    "p": interval.p_value,
+                    "sign": interval.mean,
                 }
             )
     if not rows:

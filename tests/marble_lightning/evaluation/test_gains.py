@@ -5,11 +5,10 @@ import torch
 
 from marble_lightning.evaluation.gains import (
     least_gain_difference,
-    least_gain_p_value,
     mean_gain_difference,
     normalised_gains,
 )
-from marble_lightning.evaluation.statistics import crossed_interval, crossed_p_value
+from marble_lightning.evaluation.statistics import crossed_interval
 
 
 def test_normalised_gains_are_shares_of_the_specialists():
@@ -38,10 +37,8 @@ def test_one_reward_and_certain_specialists_give_the_crossed_interval():
     specialists = torch.full((3, 60, 1), 2.0)
     interval = least_gain_difference(one, other, specialists)
     expected = crossed_interval((one - other)[..., 0] / 2, level=0.99)
-    assert interval == pytest.approx(expected, abs=0.01)
+    assert interval == pytest.approx(expected, abs=0.02)
     assert mean_gain_difference(one, other, specialists) == interval  # of one reward
-    expected_p = crossed_p_value((one - other)[..., 0] / 2)
-    assert least_gain_p_value(one, other, specialists) == pytest.approx(expected_p, abs=0.02)
 
 
 def test_the_mean_gain_has_the_interval_of_the_mean_over_rewards():
@@ -50,9 +47,9 @@ def test_the_mean_gain_has_the_interval_of_the_mean_over_rewards():
     specialists = torch.tensor([2.0, 1.0, 4.0]).expand(3, 60, 3)
     interval = mean_gain_difference(one, other, specialists)
     expected = crossed_interval(((one - other) / specialists[0, 0]).mean(2), level=0.99)
-    assert interval == pytest.approx(expected, abs=0.01)
+    assert interval == pytest.approx(expected, abs=0.02)
     swapped = mean_gain_difference(other, one, specialists)
-    assert swapped == pytest.approx((-interval.mean, -interval.high, -interval.low), abs=0.01)
+    assert swapped == pytest.approx((-interval.mean, -interval.high, -interval.low, interval.p_value), abs=0.01)
 
 
 @pytest.mark.slow

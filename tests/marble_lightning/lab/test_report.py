@@ -254,15 +254,17 @@ def test_another_base_is_refused(folder):
         collect([folder / "fourth", folder / "third"])
 
 
-def test_other_rounds_and_learning_rates_are_said(folder):
+def test_other_settings_of_methods_are_said(folder):
     rewards = {"ocr": {}, "geneval": {}}
-    for name, rounds, rate in (("long", 9, 0.1), ("fast", 8, 0.2), ("usual", 8, 0.1)):
+    for name, rounds, rate, images in (("long", 9, 0.1, 12), ("fast", 8, 0.2, 24), ("usual", 8, 0.1, 12)):
         model = {"rewards": rewards, "optimizer": {"init_args": {"lr": rate}}}
-        settings = {"trainer": {"max_epochs": rounds}, "model": model}
+        settings = {"trainer": {"max_epochs": rounds}, "model": model, "data": {"images_per_prompt": images}}
+        settings["balancer"] = {"class_path": name}  # not told: it is the method
         finish(folder / name / "seed_0", 0, steps=rounds, settings=settings)
     assert collect([folder / "usual", folder / "long", folder / "fast"]).notes == [
-        "long was trained otherwise than usual: rounds 9 instead of 8, optimizer steps 9 instead of 8.",
-        "fast was trained otherwise than usual: learning rate 0.2 instead of 0.1.",
+        "long was trained otherwise than usual: optimizer steps 9 instead of 8, trainer.max_epochs 9 instead of 8.",
+        "fast was trained otherwise than usual: model.optimizer.init_args.lr 0.2 instead of 0.1, data.images_per_prompt 24 "
+        "instead of 12.",
     ]
 
 

@@ -160,3 +160,56 @@ def test_prompts_that_are_left_out_are_counted(tmp_path):
     assert section.text.endswith("since not every seed has a score: 2 of 11 prompts of ocr by b.")
     assert section.table.loc["prompts"].tolist() == ["11", "12"]
     assert tables.verdicts(found, "a")["prompts"].tolist() == [9, 12]
+
+
+def test_rounding_is_no_conflict(tmp_path):
+    """An update on the border of a reward's half-space has a cosine of 0, but for rounding."""
+    finish(tmp_path / "a" / "seed_0", 0, steps=0)
+    with SummaryWriter(str(tmp_path / "a" / "seed_0")) as writer:
+        for step, value in enumerate((-1e-8, 0.0, -0.1)):
+            writer.add_scalar("cosine/update/own/ocr", value, step)
+            writer.add_scalar("cosine/update/own/geneval", 0.9, step)
+    found = collect([tmp_path])
+    (own,) = cosines(REWARDS, found.runs)
+    assert own["conflicts"] == "33%"
+    figure = plots.harmony(found)
+    assert figure.axes[1].lines[0].get_ydata().tolist() == pytest.approx([0, 0, 1 / 3])
+    pyplot.close(figure)
+
+
+def test_a_reward_with_a_score_on_one_prompt_or_none(tmp_path):
+    """It has no interval and no verdict, and the report is written all the same."""
+    for name in ("a", "b"):
+        for seed in range(2):
+            finish(tmp_path / name / f"seed_{seed}", seed)
+    for file in tmp_path.glob("*/*/results.json"):
+        results = json.loads(file.read_text())
+        for prompt in results["prompts"][1 if "a" in file.parts else 0 :]:
+            del prompt["scores"]["ocr"], prompt["base"]["ocr"]
+        file.write_text(json.dumps(results))
+    found = collect([tmp_path])
+    changes = tables.changes(found)["ocr"]
+    assert "[" not in changes["a"] and float(changes["a"]) and changes["b"] == "-"
+    assert set(tables.verdicts(found, "a")["reward"]) == {"geneval"}
+
+
+def test_gains_without_a_specialist_that_gains_enough_are_empty(tmp_path):
+    finish(tmp_path / "a" / "seed_0", 0)
+    for name in REWARDS:
+        finish(tmp_path / f"only_{name}" / "seed_0", 0, gains=(0, 0), rewards=(name,))
+    gains = tables.gains(collect([tmp_path]), "a").loc["a"]
+    assert gains["least"] == gains["mean"] == "" and gains["ocr"] == "-"
+
+
+def test_images_are_those_of_a_common_seed(tmp_path):
+    """Where there is none, the noise differs, and the page says so."""
+    for name, seeds in (("a", (0, 1)), ("b", (1, 2))):
+        for seed in seeds:
+            finish(tmp_path / name / f"seed_{seed}", seed)
+    found = collect([tmp_path])
+    assert {name: run.seed for name, run in found.examples.items()} == {"a": 1, "b": 1}
+    assert "with seed 1; the same prompts and noise." in sections.images(found, "a").text
+    finish(tmp_path / "c" / "seed_3", 3)
+    found = collect([tmp_path])
+    assert {name: run.seed for name, run in found.examples.items()} == {"a": 0, "b": 1, "c": 3}
+    assert "with its lowest seed; the same prompts, but the noise of each seed." in sections.images(found, "a").text

@@ -77,7 +77,7 @@ def test_jobs_that_slurm_refuses_or_loses_do_not_stop_the_others(tmp_path, monke
         (tmp_path / name).write_text(f"#!/bin/sh\n{script}\n")
         (tmp_path / name).chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
-    slurm = Slurm(1, tmp_path / "slurm", {"slurm_partition": "none"})
+    slurm = Slurm(1, None, tmp_path / "slurm", {"slurm_partition": "none"})
 
     class Cluster(Local):
         def start(self, command, output):
@@ -139,7 +139,7 @@ def test_other_settings_than_those_of_earlier_runs_are_refused(tmp_path):
     second.check_earlier_runs()
     (first.folder / "version_0").mkdir()
     first.check_earlier_runs()
-    message = "settings of a, seed 0 must be those of its earlier runs.*another `folder`"
+    message = "settings of a, seed 0, and the .* must be those of its earlier runs.*another `folder`"
     with pytest.raises(ValueError, match=message):
         second.check_earlier_runs()
     with pytest.raises(ValueError, match=message):
@@ -148,10 +148,39 @@ def test_other_settings_than_those_of_earlier_runs_are_refused(tmp_path):
     assert not (tmp_path / "new").exists()
 
 
+def test_an_edited_configuration_is_refused(tmp_path):
+    """A comment is no edit."""
+    file = tmp_path / "mine.yaml"
+    file.write_text("trainer: {max_epochs: 3}\n")
+    (before,) = plan(tmp_path / "runs", ["tiny", str(file)], {"a": Variant()}, [0], {})
+    before.prepare()
+    (before.folder / "version_0").mkdir()
+    file.write_text("# three rounds\ntrainer:\n  max_epochs: 3\n")
+    (same,) = plan(tmp_path / "runs", ["tiny", str(file)], {"a": Variant()}, [0], {})
+    same.check_earlier_runs()
+    file.write_text("trainer: {max_epochs: 4}\n")
+    (edited,) = plan(tmp_path / "runs", ["tiny", str(file)], {"a": Variant()}, [0], {})
+    with pytest.raises(ValueError, match="a, seed 0, and the configurations before them, must be those of its earlier runs"):
+        edited.check_earlier_runs()
+
+
+def test_threads_of_a_job_on_a_cluster(tmp_path):
+    """submitit's own executor for this machine runs the job as SLURM would."""
+    slurm = Slurm(1, 3, tmp_path / "slurm", {"cluster": "local"})
+    process = slurm.start([sys.executable, "-c", "import os; print(os.environ['OMP_NUM_THREADS'])"], tmp_path / "output.txt")
+    while process.poll() is None:
+        time.sleep(0.05)
+    assert process.poll() == 0 and (tmp_path / "output.txt").read_text() == "3\n"
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         ({"variants": {"a/b": Variant()}}, "A variant's name must be letters.*'a/b'"),
+        ({"variants": {"..": Variant()}}, "must not be that of another folder of a sweep. Found '..'"),
+        ({"variants": {"slurm": Variant()}}, "must not be that of another folder of a sweep. Found 'slurm'"),
+        ({"variants": {"seed_1": Variant()}}, "must not be that of another folder of a sweep. Found 'seed_1'"),
+        ({"configs": ["no_such"]}, "`-c` must be a file, or the name of a configuration.*'no_such'"),
         ({"variants": {}}, "needs variants and seeds.*0 and 1"),
         ({"seeds": [1, 1]}, "`seeds` must be different numbers"),
         ({"jobs": 0}, "`jobs` must be >= 1"),
