@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from itertools import product
+from statistics import median
 
 import torch
 from jaxtyping import Float
@@ -163,15 +164,20 @@ def cosines_table(results: Results, names: Sequence[str]) -> str:
     `own` are cosines on the images that the update comes from, and `own, just solved` those of the weights that a refresh
     has just found, before most steps reuse them. `split` are cosines by products of halves. The last columns are how often
     the least cosine of a refresh is negative, and how often it would be by chance, without any signal. A dash stands for
-    figures that an older result does not have.
+    figures that an older result does not have. `signal / noise` is the ratio of the norms of a gradient's signal and noise
+    in one step, at the end of a run: the median over seeds.
 
     Args:
         results: Figures of runs.
         names: The rewards that the methods train on.
     """
     rows = []
-    for (method, runs), place in product(results.items(), ("own", "solved", "split")):
+    for (method, runs), place in product(results.items(), ("own", "solved", "split", "signal / noise")):
         having = [run for run in runs.values() if run["trained_rewards"]]
+        if place == "signal / noise":
+            if any(shown := [ratio_of(having, name) for name in names]):
+                rows.append([method, place, "-", *(number(ratio, ".2f") for ratio in shown), "-", "-"])
+            continue
         if not having or not len(cosines := torch.cat([cosines_of(run, place, names) for run in having])):
             continue
         complete = cosines[cosines.isfinite().all(1)]
@@ -183,6 +189,13 @@ def cosines_table(results: Results, names: Sequence[str]) -> str:
         title = "own, just solved" if place == "solved" else place
         rows.append([method, title, str(len(cosines)), *cells, conflicts, chance])
     return table(["method", "products", "refreshes", *names, "conflicts", "by chance"], rows)
+
+
+def ratio_of(runs: Sequence[Result], name: str) -> float | None:
+    """The median over runs of a reward's last signal-to-noise ratio; None if no run has recorded one."""
+    recorded = [dict(zip(run["trained_rewards"], run.get("signal_to_noise", []), strict=False)).get(name) for run in runs]
+    ratios = [ratio for ratio in recorded if ratio is not None]
+    return median(ratios) if ratios else None
 
 
 def cosines_of(run: Result, place: str, names: Sequence[str]) -> Float[Tensor, "refresh reward"]:
