@@ -1,8 +1,8 @@
 """The paper's ablations on a stage, beside the published ones: `python -m benchmarks.ablations --seeds 0 1 --jobs 2`.
 
-Every variant changes one setting of `balancers/marble_paper`, but for two: `gram_plain` and `gram_split` average inner products
-over refreshes, and differ from each other in one. Prints the held-out change of each reward, the normalised
-gains, the difference of the least gains to those of `marble_paper`, and the difference of each reward beside the paper's.
+Every variant changes one setting of `balancers/marble_paper`, but for two: `gram_plain` and `gram_split` average inner
+products over refreshes, and differ from each other in one. Prints the held-out change of each reward, the normalised gains,
+the difference of the least gains to those of `marble_paper`, and the difference of each reward beside the paper's.
 Runs and results are kept as by `benchmarks.methods`; `notebooks/03_ablations.ipynb` explains and fits the same variants.
 """
 

@@ -13,6 +13,8 @@ from benchmarks.training_speed import table
 from tests.helpers import ROOT
 
 SMALL = {
+    "averaged_specialists": "--stage aligned --rounds 1 --folder {folder} --results {folder}/averaged "
+    "--specialists {folder}/figures --data.held_out_per_source 3",
     "kill_and_resume": "--kills 1 --folder {folder}",
     "memory": "--frugal --no-overlap --prompts 3 --held-out 2 --sampling 2 --micro 2 --checkpointing",
     "methods": "--stage aligned --methods split plain_sum --seeds 0 --rounds 1 --folder {folder} --results {folder}/results "
