@@ -97,6 +97,8 @@ class MarbleCLI(LightningCLI):
         self._commands = {words[0]: commands[words[0]]} if words and words[0] in commands else commands
         self._rehearsal: Rehearsal | None = None
         with ExitStack() as self._until_end:  # Lightning runs the command here
+            # nothing here saves hyper-parameters, for which Lightning would write and read the whole configuration once more
+            options = {"load_from_checkpoint_support": False, **options}
             super().__init__(model, data, args=None if args is None else list(args), **options)
 
     def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override]
@@ -157,7 +159,7 @@ class MarbleCLI(LightningCLI):
     def _config_yaml(self) -> str:
         """The settings of the run, as config.yaml has them."""
         config = self.config.get(str(self.subcommand), self.config)
-        return self._parser(self.subcommand).dump(config, skip_none=False)
+        return self._parser(self.subcommand).dump(config, skip_none=False, skip_validation=True)  # parsing has validated it
 
     def after_instantiate_classes(self) -> None:
         """Keep the configuration for checkpoints, as in config.yaml but without secrets, since checkpoints are shared."""

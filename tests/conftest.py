@@ -24,6 +24,11 @@ LONG = [
 """Files of tests that take about a minute. They start first, so that no process ends with a long one."""
 
 
+def pytest_xdist_auto_num_workers() -> int:
+    """One process more than cores: tests wait for files, servers and child processes for a tenth of their time."""
+    return len(os.sched_getaffinity(0)) + 1
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     places = {name: index for index, name in enumerate(LONG)}
     items.sort(key=lambda item: places.get(item.path.stem, len(LONG)))

@@ -24,6 +24,7 @@ def small_options(checkpoints: Path, folder: Path) -> list[str]:
         "trainer.check_val_every_n_epoch": 2,
         "trainer.enable_progress_bar": False,
         "data.folder": ROOT / "marble_lightning/tinyworld/prompts",
+        "data.cap_per_source": 60,
         "data.prompts_per_round": 6,
         "data.images_per_prompt": 4,
         "data.held_out_per_source": 2,

@@ -97,7 +97,9 @@ def run(
         enable_model_summary=False, callbacks=[balancer, recorded, *callbacks], limit_val_batches=0, default_root_dir=folder,
         precision=None if plugins else precision, plugins=plugins, gradient_clip_val=clip,
     )  # fmt: skip
-    data = data or PromptDataModule(str(PROMPTS), ["ocr", "geneval"], prompts_per_round=4, images_per_prompt=3)
+    data = data or PromptDataModule(
+        str(PROMPTS), ["ocr", "geneval"], prompts_per_round=4, images_per_prompt=3, cap_per_source=60
+    )
     trainer.fit(module, datamodule=data, ckpt_path=ckpt_path)
     return module, recorded
 

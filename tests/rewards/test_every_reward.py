@@ -44,7 +44,7 @@ NAMES += ["geneval2", "hpsv3", "remote", "unified", "unified2", "vlm"]
 QUESTION = "How well does it show the caption? Text caption: {prompt}"
 
 
-@pytest.fixture(params=NAMES)
+@pytest.fixture(params=NAMES, scope="module")
 def build(
     request: pytest.FixtureRequest,
     clip_folder: Path,
@@ -73,7 +73,7 @@ def build(
     }[request.param]
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def reward(build: Build) -> Reward:
     reward = build()
     reward.setup()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import html
-import io
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -50,7 +49,7 @@ def write_report(runs: Sequence[Path], to: Path, reference: str | None) -> Path:
         for name, image in (section.images or {}).items():
             image.save(to / f"{name}.png", optimize=True)
     (to / "report.md").write_text("\n".join(map(markdown, sections)), encoding="utf-8")
-    (to / "report.html").write_text(page(sections), encoding="utf-8")
+    (to / "report.html").write_text(page(sections, to), encoding="utf-8")
     return to / "report.html"
 
 
@@ -61,11 +60,11 @@ def markdown(section: Section) -> str:
     return "\n".join([f"## {section.title}\n", section.text, "", rows, "", images, ""])
 
 
-def page(sections: list[Section]) -> str:
-    """The page, with everything in it."""
+def page(sections: list[Section], folder: Path) -> str:
+    """The page, with everything in it; its images are the files in the folder."""
     parts = []
     for section in sections:
-        images = "".join(figure(section, name, image) for name, image in (section.images or {}).items())
+        images = "".join(figure(section, folder / f"{name}.png", image) for name, image in (section.images or {}).items())
         parts.append(
             f"<section><h2>{html.escape(section.title)}</h2><p>{html.escape(section.text)}</p>"
             f"{table(section)}{images}</section>"
@@ -83,12 +82,10 @@ def table(section: Section) -> str:
     return re.sub(r"\[[^\]]*\]", r"<span>\g<0></span>", section.table.to_html(border=0, index=not numbered))
 
 
-def figure(section: Section, name: str, image: Image.Image) -> str:
+def figure(section: Section, file: Path, image: Image.Image) -> str:
     """An image inside the page; one of several has its name below."""
-    buffer = io.BytesIO()
-    image.save(buffer, "PNG", optimize=True)
-    data = base64.b64encode(buffer.getvalue()).decode()
-    caption = html.escape(name.removeprefix(f"{section.name}_"))
+    data = base64.b64encode(file.read_bytes()).decode()
+    caption = html.escape(file.stem.removeprefix(f"{section.name}_"))
     below = f"<figcaption>{caption}</figcaption>" if len(section.images or {}) > 1 else ""
     width = round(image.width * 96 / image.info.get("dpi", (96, 96))[0])  # a browser has 96 pixels an inch
     return f"<figure><img alt='{caption}' width='{width}' src='data:image/png;base64,{data}'>{below}</figure>"
