@@ -24,7 +24,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from benchmarks.fingerprint import fingerprint
-from marble_lightning.lab.report.harmony import CHANCE
+from marble_lightning.lab.report.harmony import PLACES, chance_of, weights_of
 from marble_lightning.lab.runs import Run
 
 Result = dict[str, Any]
@@ -229,14 +229,12 @@ def alignment_of(run: Run, names: Sequence[str]) -> Result:
         steps = sorted({step for curve in curves for step in curve})
         return [[round(curve[step], 3) if step in curve else None for curve in curves] for step in steps]
 
-    reuses = run.evaluated.get("refresh_every", 1) > 1 and bool(cosines("reused", "own"))
-    split = cosines("reused", "split") or cosines("update", "split")
-    shown = {"own": cosines("reused" if reuses else "update", "own"), "split": split}
-    found: Result = {"trained_rewards": trained, "cosines": shown}
-    if reuses:
+    kinds = {place: weights_of(trained, [run], place) for place in PLACES}
+    found: Result = {"trained_rewards": trained, "cosines": {place: cosines(kind, place) for place, kind in kinds.items()}}
+    if kinds["own"] == "reused":
         found["solved"] = cosines("update", "own")
-    if chance := next((values for name in CHANCE if (values := run.curve(name).values)), None):
-        found["chance"] = round(sum(chance) / len(chance), 3)
+    if len(chance := chance_of([run])):
+        found["chance"] = round(chance.mean(), 3)
     ratios = [run.curve(f"signal_to_noise/{name}").values[-1:] for name in trained]
     found["signal_to_noise"] = [round(ratio[0], 3) if ratio else None for ratio in ratios]
     return found
