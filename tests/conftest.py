@@ -26,7 +26,7 @@ LONG = [
 
 def pytest_xdist_auto_num_workers() -> int:
     """One process more than cores: tests wait for files, servers and child processes for a tenth of their time."""
-    return len(os.sched_getaffinity(0)) + 1
+    return (os.cpu_count() or 1) + 1
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
