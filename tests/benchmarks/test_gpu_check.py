@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import subprocess
 import sys
 import time
+from contextlib import redirect_stdout
 from types import SimpleNamespace
 
 import pytest
 
 from benchmarks import gpu_check
 from benchmarks.gpu_check import STEPS, Step, check, escape, readable, table
-from tests.helpers import ROOT
+from tests.helpers import ROOT, forks
 
 
 def good(run, number=1.0):
@@ -74,26 +76,24 @@ def test_values_in_the_table():
     assert (readable(12345.678), readable(False), escape("a|b")) == ("1.235e+04", "NO", r"a\|b")
 
 
+def printed(arguments):
+    """What the command prints; it runs in this process."""
+    sys.argv = ["gpu_check", *arguments]
+    with redirect_stdout(io.StringIO()) as shown:
+        gpu_check.main()
+    return shown.getvalue()
+
+
 @pytest.mark.integration
 def test_the_command_runs_the_named_steps(tmp_path):
-    """In processes of their own, which need seconds here; the slow test below runs all."""
-    command = [
-        sys.executable,
-        "-m",
-        "benchmarks.gpu_check",
-        "--device",
-        "cpu",
-        "--small",
-        "--steps",
-        "machine",
-        "workspaces",
-    ]
-    ended = subprocess.run([*command, "--output", str(tmp_path)], cwd=ROOT, capture_output=True, text=True, check=False)
+    """In processes of their own, which need seconds here; the slow test below runs all, and starts an interpreter."""
+    arguments = ["--device", "cpu", "--small", "--steps", "machine", "workspaces", "--output", str(tmp_path)]
+    shown = forks.call(printed, arguments)  # an exit with any status fails it
     steps = {record["name"]: record for record in read(tmp_path)["steps"]}
-    assert {name: record["state"] for name, record in steps.items()} == {"machine": "done", "workspaces": "done"}, ended
+    assert {name: record["state"] for name, record in steps.items()} == {"machine": "done", "workspaces": "done"}, shown
     assert steps["machine"]["values"]["card"] == "no GPU"
     assert steps["workspaces"]["values"]["float32 matmul in another thread, bytes"] == "not counted on a CPU"
-    assert (tmp_path / "gpu_check.md").read_text() in ended.stdout
+    assert (tmp_path / "gpu_check.md").read_text() in shown
 
 
 @pytest.mark.slow

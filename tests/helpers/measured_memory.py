@@ -78,16 +78,22 @@ class MeasuredPeaks(Callback):
 
     def __init__(self) -> None:
         self.peaks: dict[str, int] = {}
+        self.sizes: dict[str, int] = {}
 
     def _keep(self, name: str, peak: int) -> None:
         self.peaks[name] = max(self.peaks.get(name, 0), peak)
 
     def on_fit_start(self, trainer, pl_module):
-        for name in ("encode", "sample", "decode"):
-            setattr(pl_module.policy, name, self._recorded(name, getattr(pl_module.policy, name)))
+        for name, place in (("encode", 0), ("sample", 1), ("decode", 0)):  # the arguments texts, generators and latents
+            setattr(pl_module.policy, name, self._recorded(name, getattr(pl_module.policy, name), place))
 
-    def _recorded(self, name: str, method: Any) -> Any:
+    def _recorded(self, name: str, method: Any, place: int) -> Any:
         def recorded(*arguments: Any, **options: Any) -> Any:
+            size = len(arguments[place])
+            if name in self.sizes:  # records take seconds, and those of a smaller batch cannot raise the peak
+                assert size <= self.sizes[name], f"{name}: a batch of {size} after the recorded one of {self.sizes[name]}"
+                return method(*arguments, **options)
+            self.sizes[name] = size
             with recorder() as profiler:
                 result = method(*arguments, **options)
             self._keep(name, peak_bytes(profiler))

@@ -154,7 +154,7 @@ def test_the_default_loss_scale_fits_half_precision(checkpoints, tmp_path, balan
 def test_a_too_large_loss_scale_shrinks_until_training_continues(checkpoints, tmp_path, balancer):
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**60, backoff_factor=2.0**-24)
     half = MixedPrecision("16-mixed", "cpu", scaler=scaler)
-    module, _ = run(checkpoints, tmp_path, balancer(), rounds=5, plugins=[half], kl_weight=0.5)
+    module, _ = run(checkpoints, tmp_path, balancer(), rounds=4, plugins=[half], kl_weight=0.5)
     assert scaler.get_scale() < 2.0**60
     first = SD3Policy(str(checkpoints / "sd3"), resolution=16, rank=2, alpha=4, dtype="float32")
     first.setup(module.seed)

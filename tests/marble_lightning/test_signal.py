@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from dataclasses import replace
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -157,27 +158,34 @@ def gradients_of_halves(module, recorded):
     return torch.stack(found)
 
 
+class Probing(Callback):
+    """Keeps the figures of a probe, and the balancer's weights, before every optimizer step."""
+
+    def __init__(self) -> None:
+        self.found: list[Any] = []
+
+    def on_before_optimizer_step(self, trainer, pl_module, optimizer):
+        self.found.append((probe(pl_module, trainer.global_step, fresh=False), pl_module.balancer.loss_weights))
+
+
+def probed(checkpoints, folder, balancer):
+    """The balancer's gradients of the first step and of its halves, and the figures and weights of a probe."""
+    probing, names = Probing(), ("bright", "contrast")
+    columns = gradients_of_halves(*run(checkpoints, folder, balancer, kl_weight=0.0, callbacks=[probing], rewards=names))
+    return columns, *probing.found[0]
+
+
 @pytest.fixture(scope="module")
 def by_reward(checkpoints, tmp_path_factory):
-    """Per-reward gradients of the first step and of its halves."""
-    folder, names = tmp_path_factory.mktemp("by_reward"), ("bright", "contrast")
-    return gradients_of_halves(*run(checkpoints, folder, FixedWeights(), kl_weight=0.0, rewards=names))
+    """Of a balancer whose gradients are those of the rewards."""
+    return probed(checkpoints, tmp_path_factory.mktemp("by_reward"), FixedWeights())
 
 
 @pytest.mark.parametrize("balancer", [AdvantageSum, FixedWeights, WeightedSum, split_marble])
 def test_split_cosines_of_a_probe_are_those_of_the_halves(checkpoints, tmp_path, by_reward, balancer):
     """The update's parts with each reward's gradient from the other half; the first step has the same images always."""
-    found = []
-
-    class Probing(Callback):
-        def on_before_optimizer_step(self, trainer, pl_module, optimizer):
-            found.append((probe(pl_module, trainer.global_step, fresh=False), pl_module.balancer.loss_weights))
-
-    names, rewards = ("bright", "contrast"), by_reward
-    columns = gradients_of_halves(
-        *run(checkpoints, tmp_path, balancer(), kl_weight=0.0, callbacks=[Probing()], rewards=names)
-    )
-    figures, weights = found[0]
+    rewards = by_reward[0]
+    columns, figures, weights = by_reward if balancer is FixedWeights else probed(checkpoints, tmp_path, balancer())
     update, first, second = (weights[:, None] * columns).sum(1)
     products = (rewards[2] @ first + rewards[1] @ second) / 2
     expected = products / update.norm() / rewards[0].norm(dim=1)

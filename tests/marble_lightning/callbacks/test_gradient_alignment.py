@@ -39,10 +39,19 @@ def summed(checkpoints, tmp_path_factory):
     return run(checkpoints, folder, WeightedSum(), rounds=2, kl_weight=0.0, callbacks=[probes])[0], probes
 
 
+@pytest.fixture(scope="module")
+def refreshed(checkpoints, tmp_path_factory):
+    """The module, the records and the probes of a run with MARBLE: a refresh, a step without one, and a refresh."""
+    probes, folder = Probes(), tmp_path_factory.mktemp("refreshed")
+    return *run(checkpoints, folder, MARBLE(refresh_every=2), rounds=3, kl_weight=0.5, callbacks=[probes]), probes
+
+
 @pytest.mark.parametrize("balancer", [MARBLE, WeightedSum, pytest.param(PCGrad, marks=pytest.mark.slow)])
-def test_a_probe_changes_nothing(checkpoints, tmp_path, summed, balancer):
+def test_a_probe_changes_nothing(checkpoints, tmp_path, summed, refreshed, balancer):
     if balancer is WeightedSum:
         plain, probed = run(checkpoints, tmp_path, balancer(), rounds=2, kl_weight=0.0)[0], summed[0]
+    elif balancer is MARBLE:
+        plain, probed = run(checkpoints, tmp_path, MARBLE(refresh_every=2), rounds=3, kl_weight=0.5)[0], refreshed[0]
     else:
         plain, _ = run(checkpoints, tmp_path, balancer(), rounds=2)
         probed, _ = run(checkpoints, tmp_path, balancer(), rounds=2, callbacks=[Probes()])
@@ -66,9 +75,8 @@ def test_a_probe_of_own_images_against_plain_autograd(checkpoints, tmp_path):
         assert -0.5 < figures["random/cos_min"] < 0.5
 
 
-def test_the_update_of_a_refresh_is_the_optimizers_gradient(checkpoints, tmp_path):
-    probes = Probes()
-    _, recorded = run(checkpoints, tmp_path, MARBLE(refresh_every=2), rounds=3, kl_weight=0.5, callbacks=[probes])
+def test_the_update_of_a_refresh_is_the_optimizers_gradient(refreshed):
+    _, recorded, probes = refreshed
     for update, gradient in zip(probes.updates, recorded.gradients, strict=True):
         torch.testing.assert_close(update, gradient)
     solved = probes.figures[0]["own"]

@@ -30,8 +30,9 @@ from tests.helpers.stock_pipeline import (
 MEDIUM = "stabilityai/stable-diffusion-3.5-medium"
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def policy(checkpoints) -> SD3Policy:
+    """A policy that tests only read."""
     return make_three_adapters(checkpoints)
 
 

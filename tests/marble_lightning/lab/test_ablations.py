@@ -38,14 +38,15 @@ def test_interval_of_one_seed_is_over_prompts():
     assert found.high - found.mean == pytest.approx(1.96 * 0.1)
 
 
-@pytest.fixture
-def found(tmp_path):
+@pytest.fixture(scope="module")
+def found(tmp_path_factory):
     """The published settings; a variant that loses both rewards; one that is not in the paper."""
+    folder = tmp_path_factory.mktemp("found")
     gains = {REFERENCE: (0.2, 0.2), "no_normalisation": (-0.5, -0.5), "rho_0.1": (0.2, 0.2), "other": (0.1, 0.1)}
     for method, of_method in gains.items():
         for seed in range(3):
-            finish(tmp_path / method / f"seed_{seed}" / "version_0", seed, of_method)
-    return collect([tmp_path])
+            finish(folder / method / f"seed_{seed}" / "version_0", seed, of_method)
+    return collect([folder])
 
 
 def test_every_published_ablation_is_a_variant():

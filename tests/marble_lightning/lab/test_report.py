@@ -5,6 +5,8 @@ from __future__ import annotations
 import io
 import json
 import re
+import shutil
+from contextlib import redirect_stdout
 
 import pandas
 import pytest
@@ -21,16 +23,32 @@ from tests.helpers.finished_runs import PROMPTS, REWARDS, begin, finish
 from tests.helpers.small_rewards import Redness
 
 
-@pytest.fixture
-def folder(tmp_path):
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
     """Two methods, of which the second neglects the second reward, with three seeds, and two specialists of each reward."""
+    folder = tmp_path_factory.mktemp("finished")
     for seed in range(3):
-        finish(tmp_path / "fair" / f"seed_{seed}" / "version_0", seed, (0.2, 0.1))
-        finish(tmp_path / "greedy" / f"seed_{seed}" / "version_0", seed, (0.4, 0.0))
+        finish(folder / "fair" / f"seed_{seed}" / "version_0", seed, (0.2, 0.1))
+        finish(folder / "greedy" / f"seed_{seed}" / "version_0", seed, (0.4, 0.0))
     for seed in range(2):
-        finish(tmp_path / "only" / f"ocr_{seed}", seed, (0.4, -0.1), ("ocr",))
-        finish(tmp_path / "only" / f"geneval_{seed}", seed, (0.0, 0.2), ("geneval",))
-    return tmp_path
+        finish(folder / "only" / f"ocr_{seed}", seed, (0.4, -0.1), ("ocr",))
+        finish(folder / "only" / f"geneval_{seed}", seed, (0.0, 0.2), ("geneval",))
+    return folder
+
+
+@pytest.fixture
+def folder(finished, tmp_path):
+    """A copy of these runs, which a test may change."""
+    return shutil.copytree(finished, tmp_path, dirs_exist_ok=True)
+
+
+@pytest.fixture(scope="module")
+def report(finished, tmp_path_factory):
+    """The folder of a report on them, with what the command has printed in `shown.txt`."""
+    folder = tmp_path_factory.mktemp("written")
+    with (folder / "shown.txt").open("w") as shown, redirect_stdout(shown):
+        main(["report", str(finished), "--to", str(folder), "--reference", "greedy"])
+    return folder
 
 
 def test_runs_are_found_by_method_and_seed(folder):
@@ -41,45 +59,39 @@ def test_runs_are_found_by_method_and_seed(folder):
     assert found.changes("greedy").mean((0, 1)).tolist() == pytest.approx([0.4, 0.0], abs=0.05)
 
 
-def test_the_page_and_its_files(folder, capsys):
-    main(["report", str(folder), "--to", str(folder / "report"), "--reference", "greedy"])
-    assert capsys.readouterr().out.strip() == str(folder / "report/report.html")
-    page, text = ((folder / "report" / name).read_text() for name in ("report.html", "report.md"))
+def test_the_page_and_its_files(finished, report):
+    page, text, shown = ((report / name).read_text() for name in ("report.html", "report.md", "shown.txt"))
+    assert shown.strip() == str(report / "report.html")
     for title in ("Normalised gains", "Beside greedy", "Learning curves", "Weights over time", "Image statistics"):
-        assert title in page
-        assert f"## {title}" in text
-    assert page.count("data:image/png;base64,") == len(list((folder / "report").glob("*.png"))) == 8
+        assert title in page and f"## {title}" in text
+    assert page.count("data:image/png;base64,") == len(list(report.glob("*.png"))) == 8
     assert "http" not in page  # nothing is loaded from elsewhere
-    found = collect([folder])
-    changes = pandas.read_csv(folder / "report/changes.csv", index_col=0)
+    found = collect([finished])
+    changes = pandas.read_csv(report / "changes.csv", index_col=0)
     interval = crossed_interval(found.changes("fair")[:, :, 0])
     assert changes.loc["fair", "ocr"] == f"{interval.mean:+.4f} [{interval.low:+.4f}, {interval.high:+.4f}]"
-    gains = pandas.read_csv(folder / "report/gains.csv", index_col=0)
+    gains = pandas.read_csv(report / "gains.csv", index_col=0)
     expected = normalised_gains(found.changes("greedy"), found.changes_of_specialists())
     assert gains.loc["greedy", "least"] == pytest.approx(float(expected.min()), abs=0.006)
     assert gains.loc["greedy", "least"] < gains.loc["fair", "least"]
-    verdicts = pandas.read_csv(folder / "report/verdicts.csv")
-    assert dict(zip(verdicts.reward, verdicts.verdict, strict=True)) == {
-        "ocr": "too few seeds",
-        "geneval": "too few seeds",
-    }
-    assert len(pandas.read_csv(folder / "report/scores.csv")) == 10 * PROMPTS * 2
-    costs = pandas.read_csv(folder / "report/methods.csv", index_col=0)
-    columns = ["seconds a round", "hours a run", "peak memory"]
-    assert costs.loc["fair", columns].tolist() == [2.0, 0.00444, "1.75 GiB (process)"]
-    statistics = pandas.read_csv(folder / "report/image_statistics.csv", index_col=0)
+    verdicts = pandas.read_csv(report / "verdicts.csv")
+    assert dict(zip(verdicts.reward, verdicts.verdict, strict=True)) == dict.fromkeys(REWARDS, "too few seeds")
+    assert len(pandas.read_csv(report / "scores.csv")) == 10 * PROMPTS * 2
+    costs = pandas.read_csv(report / "methods.csv", index_col=0)
+    facts = costs.loc["fair", ["seconds a round", "hours a run", "peak memory"]]
+    assert facts.tolist() == [2.0, 0.00444, "1.75 GiB (process)"]
+    statistics = pandas.read_csv(report / "image_statistics.csv", index_col=0)
     assert statistics.loc["fair", "brightness"].startswith("x 0.65")
 
 
-def test_honest_cosines_stand_beside_those_of_own_images(folder):
+def test_honest_cosines_stand_beside_those_of_own_images(report):
     """Of each method and of each run, with what chance gives and the signal-to-noise ratio."""
-    write_report([folder], folder / "report", None)
-    page = (folder / "report/report.html").read_text()
+    page = (report / "report.html").read_text()
     assert re.search(r"<span>\[[-+\d., ]*\]</span>", page), "an interval may not break"
     assert "<th>0</th>" not in page, "rows without names have no numbers"
     assert page.count("<figcaption>") == 3, "the base and two methods"
     assert "by chance" in page and "Signal and noise" in page and "No cosines were logged" not in page
-    harmony = pandas.read_csv(folder / "report/harmony.csv")
+    harmony = pandas.read_csv(report / "harmony.csv")
     assert harmony["method"].tolist() == ["fair", "fair", "greedy", "greedy"]
     assert harmony["products"].tolist() == ["own", "split"] * 2
     assert harmony["weights"].tolist() == ["update"] * 4  # steps between refreshes have logged none
@@ -87,8 +99,8 @@ def test_honest_cosines_stand_beside_those_of_own_images(folder):
     assert harmony["conflicts"].tolist() == ["25%", "75%"] * 2
     assert harmony["by chance"].tolist() == ["70%"] * 4
     assert harmony["ocr"][0].startswith("+0.200 ± ")
-    assert pandas.read_csv(folder / "report/noise.csv", index_col=0).loc["fair"].tolist() == [0.1, 0.1]
-    runs = pandas.read_csv(folder / "report/harmony_runs.csv")
+    assert pandas.read_csv(report / "noise.csv", index_col=0).loc["fair"].tolist() == [0.1, 0.1]
+    runs = pandas.read_csv(report / "harmony_runs.csv")
     assert len(runs) == 2 * 3 * 3
     third = runs[(runs["method"] == "fair") & (runs["seed"] == 2)].set_index("products")
     assert third["steps"].tolist()[:2] == [8, 8] and third.loc["signal / noise", "geneval"] == "0.20"
@@ -117,11 +129,8 @@ def test_methods_without_cosines_are_named(folder):
 
 
 def test_a_bar_on_a_terminal_shows_the_runs(folder, monkeypatch):
-    class Terminal(io.StringIO):
-        def isatty(self):
-            return True
-
-    monkeypatch.setattr("sys.stderr", terminal := Terminal())
+    monkeypatch.setattr("sys.stderr", terminal := io.StringIO())
+    monkeypatch.setattr(terminal, "isatty", lambda: True)
     write_report([folder / "fair"], folder / "report", None)
     for title, total in ((f"Reading {folder / 'fair'}", "0/3 "), ("Reading curves", "0/3 "), ("Drawing", "0/11 ")):
         assert f"{title}:   0%|          | {total}" in terminal.getvalue()
@@ -131,8 +140,7 @@ def test_one_seed_and_no_specialists(tmp_path):
     finish(tmp_path / "version_3", 0)
     write_report([tmp_path / "version_3"], tmp_path / "report", None)
     text = (tmp_path / "report/report.md").read_text()
-    assert "There is none on ocr, geneval." in text
-    assert "±" in text
+    assert "There is none on ocr, geneval." in text and "±" in text
     assert tmp_path.name in text  # the method's name is that of the folder
 
 
@@ -213,9 +221,8 @@ def test_what_cannot_be_compared_is_refused(folder):
 
 def test_runs_with_other_evaluations_are_refused(folder):
     finish(folder / "other" / "seed_0", 0, prompts=5)
-    with pytest.raises(
-        ValueError, match="must be evaluated alike. Found .*other/seed_0 beside .*5 prompts instead of 12; ev"
-    ):
+    prompts = "must be evaluated alike. Found .*other/seed_0 beside .*5 prompts instead of 12; ev"
+    with pytest.raises(ValueError, match=prompts):
         collect([folder / "greedy", folder / "other"])
     finish(folder / "class" / "seed_0", 0, scorer=Redness)
     with pytest.raises(ValueError, match="ocr by tests.helpers.small_rewards.Redness instead of .*Brightness"):
@@ -248,9 +255,8 @@ def test_seeds_of_a_method_have_the_same_settings(tmp_path):
 def test_another_base_is_refused(folder):
     finish(folder / "third" / "seed_0", 0, model="a")
     finish(folder / "fourth" / "seed_0", 0, model="b")
-    with pytest.raises(
-        ValueError, match="must have the same base. Found .*third/seed_0 beside .*fourth/seed_0, with model a"
-    ):
+    base = "must have the same base. Found .*third/seed_0 beside .*fourth/seed_0, with model a"
+    with pytest.raises(ValueError, match=base):
         collect([folder / "fourth", folder / "third"])
 
 
@@ -291,5 +297,4 @@ def test_other_settings_of_a_scorer_are_said(folder):
     results = json.loads(file.read_text())
     results["reward_models"]["ocr"]["path"] = "elsewhere"
     file.write_text(json.dumps(results))
-    (note,) = collect([folder]).notes
-    assert note == f"Scored with other settings, in {file.parent}: ocr.path elsewhere instead of None."
+    assert collect([folder]).notes == [f"Scored with other settings, in {file.parent}: ocr.path elsewhere instead of None."]

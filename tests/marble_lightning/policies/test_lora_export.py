@@ -37,8 +37,9 @@ from tests.helpers.stock_pipeline import (
 )
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def policy(checkpoints) -> SD3Policy:
+    """A policy that tests only read."""
     return make_three_adapters(checkpoints)
 
 
@@ -127,9 +128,9 @@ def test_comfyui_reads_every_key_and_computes_the_same_update(checkpoints, tmp_p
         torch.testing.assert_close(updates[f"joint_blocks.{block}.{matrix}", THIRDS.get(target, 0)], delta)
 
 
-def test_the_average_of_two_checkpoints_starts_a_run(checkpoints, policy, tmp_path, capsys):
+def test_the_average_of_two_checkpoints_starts_a_run(checkpoints, tmp_path, capsys):
     """Its update is the mean of the two; a lower rank prints what is lost."""
-    files, updates = [], []
+    policy, files, updates = make_three_adapters(checkpoints), [], []
     for name in "ab":
         (tmp_path / name).mkdir()
         files.append(save_adapters(policy, tmp_path / name))
@@ -247,7 +248,8 @@ def test_fit_export_load_and_fit_from_the_lora(small, checkpoints, tmp_path, cap
     for predicted, image in zip(files, images, strict=True):
         assert np.abs(np.asarray(predicted).astype(int) - np.asarray(image)).max() <= 1
 
-    main(["fit", *small, "--model.policy.init_lora", str(folder)])
+    one_round = ["--trainer.max_epochs", "1", "--trainer.check_val_every_n_epoch", "1"]
+    main(["fit", *small, *one_round, "--model.policy.init_lora", str(folder)])
     assert column(capsys.readouterr().out, "base") == trained
 
 

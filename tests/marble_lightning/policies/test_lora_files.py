@@ -28,8 +28,9 @@ from tests.helpers.stock_pipeline import (
 )
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def policy(checkpoints) -> SD3Policy:
+    """A policy that tests only read."""
     return make_three_adapters(checkpoints)
 
 

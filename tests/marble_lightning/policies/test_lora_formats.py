@@ -22,8 +22,9 @@ SELF_ATTENTION = ["attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0"]
 """The layers of a default target whose names diffusers converts from kohya's format."""
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def policy(checkpoints) -> SD3Policy:
+    """A policy that tests only read."""
     return make_three_adapters(checkpoints)
 
 

@@ -149,24 +149,35 @@ def test_rendered_words_of_every_size(render: Render) -> None:
         assert reward(images=images, prompts=[sign] * 3).tolist() == pytest.approx([1.0, 0.8, 0.0]), size
 
 
-@pytest.mark.parametrize(
-    ("ocr", "kind"),
-    [
-        (True, "thread"),
-        (False, "thread"),
-        pytest.param(True, "process", marks=pytest.mark.integration),
-        pytest.param(False, "process", marks=[pytest.mark.integration, pytest.mark.slow]),
-    ],
-    indirect=["ocr"],
-)
-def test_workers_agree_with_one_engine(ocr: OCR, render: Render, kind: str) -> None:
-    shared = OCR(detect=ocr.detect, workers=2, worker_kind=kind)
+@pytest.fixture(scope="module")
+def three(render: Render) -> torch.Tensor:
+    """Three images: of two workers, one reads two."""
+    return torch.stack([render(word) for word in ("HELLO", "HELPO", "")])
+
+
+@pytest.fixture(scope="module")
+def read_by_one(ocr: OCR, three: torch.Tensor) -> list[str | None]:
+    """What one engine reads in them."""
+    return ocr.read(three)
+
+
+def check_workers(kind: str, detect: bool, three: torch.Tensor, read_by_one: list[str | None]) -> None:
+    shared = OCR(detect=detect, workers=2, worker_kind=kind)
     shared.setup()
-    images = torch.stack([render(word) for word in ("HELLO", "HELPO", "", "CAT", "DOG")])
-    assert shared.read(images) == ocr.read(images)
+    assert shared.read(three) == read_by_one
     prompts = [Prompt('"HELLO"', "ocr")] * 3
-    assert shared(images=images[:3], prompts=prompts).tolist() == pytest.approx([1.0, 0.8, 0.0])
+    assert shared(images=three, prompts=prompts).tolist() == pytest.approx([1.0, 0.8, 0.0])
     assert shared.state_dict() == {}
+
+
+def test_worker_threads_agree_with_one_engine(ocr: OCR, three: torch.Tensor, read_by_one: list[str | None]) -> None:
+    check_workers("thread", ocr.detect, three, read_by_one)
+
+
+@pytest.mark.integration
+@pytest.mark.parametrize("ocr", [True, pytest.param(False, marks=pytest.mark.slow)], ids=["detect", "line"], indirect=True)
+def test_worker_processes_agree_with_one_engine(ocr: OCR, three: torch.Tensor, read_by_one: list[str | None]) -> None:
+    check_workers("process", ocr.detect, three, read_by_one)
 
 
 def test_two_lines_are_read_in_order(render: Render) -> None:
