@@ -14,7 +14,8 @@ def test_freed_memory_of_the_process_counts():
     size = int((before["gib"] + 0.25) * 2**30)
     torch.zeros(size, dtype=torch.uint8).add_(1)
     after = peak_memory(torch.device("cpu"))["gib"]
-    assert size / 2**30 <= after < before["gib"] + size / 2**30
+    most = before["gib"] + size / 2**30  # if the process was at its peak already
+    assert size / 2**30 <= after < most + 0.01  # and pages of the allocator
 
 
 @pytest.mark.gpu
