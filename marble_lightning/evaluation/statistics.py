@@ -174,7 +174,7 @@ def studentised_interval(
     p-value of their absolute values would contradict its interval.
     """
     t = ((means - mean) / errors)[errors > 0]
-    if len(t) == 0:  # nothing varies
+    if error == 0 or len(t) == 0:  # nothing varies, over seeds or over prompts
         return Interval(float(mean), float(mean), float(mean), float(mean == 0))
     tails = torch.tensor([(1 + level) / 2, (1 - level) / 2], dtype=torch.float64)
     low, high = mean - t.quantile(tails) * error

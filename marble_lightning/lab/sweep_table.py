@@ -100,12 +100,12 @@ def follow(jobs: Sequence[Job], launcher: Launcher) -> int:
 
 @contextmanager
 def catching(caught: list[int]) -> Iterator[None]:
-    """Collect the signals that ask to stop, instead of ending the process."""
+    """Collect the signals that ask to stop, instead of ending the process; an ignored one, as under nohup, stays ignored."""
 
     def note(number: int, frame: FrameType | None) -> None:
         caught.append(number)
 
-    before = {number: signal.signal(number, note) for number in STOPS}
+    before = {number: signal.signal(number, note) for number in STOPS if signal.getsignal(number) != signal.SIG_IGN}
     try:
         yield
     finally:

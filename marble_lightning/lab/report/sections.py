@@ -147,12 +147,11 @@ def images(found: Collection, reference: str) -> Section:
     }
     without = "".join(f" No images {of}: {', '.join(methods)}." for of, methods in missing.items() if methods)
     seeds = {run.seed for run in shown.values()}
-    of_all = (
-        f"with seed {seeds.pop()}; the same prompts and noise"
-        if len(seeds) == 1
-        else ("with its lowest seed; the same prompts, but the noise of each seed")
-    )
-    text = f"Held-out images of a run of each method, {of_all}.{without}"
+    if len(seeds) == 1:
+        common = f"with seed {seeds.pop()}; the same prompts and noise"
+    else:
+        common = "with its lowest seed; the same prompts, but the noise of each seed"
+    text = f"Held-out images of a run of each method, {common}.{without}"
     sheets = {f"images_{name.replace('/', '_')}": sheet for name, sheet in plots.sheets(found).items()}
     return Section("images", "Images", text, None, sheets)
 

@@ -92,6 +92,8 @@ def test_the_p_value_belongs_to_the_interval():
         assert min(abs(interval.low), abs(interval.high)) < 0.02 * float(crossed_error(values))
     assert crossed_interval(torch.zeros(3, 4)).p_value == 1
     assert crossed_interval(torch.ones(3, 4)).p_value == 0
+    alternating = torch.tensor([[1.0, -1.0], [-1.0, 1.0]])  # no error of the mean, though draws have some
+    assert crossed_interval(alternating) == (0, 0, 0, 1)
 
 
 def test_the_p_value_of_skewed_draws_agrees_with_their_interval():

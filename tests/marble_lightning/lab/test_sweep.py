@@ -19,7 +19,7 @@ from marble_lightning.command_line import check_fit
 from marble_lightning.lab.jobs import Job
 from marble_lightning.lab.launchers import Local, Slurm, in_use
 from marble_lightning.lab.sweep import Variant, merged, plan, sweep
-from marble_lightning.lab.sweep_table import follow
+from marble_lightning.lab.sweep_table import catching, follow
 
 
 def job(folder: Path, name: str, script: str) -> Job:
@@ -122,6 +122,20 @@ def test_a_signal_stops_the_runs_and_begins_no_more(tmp_path):
     thread.join()
     assert [single.output.exists() for single in jobs] == [True, True, False]
     assert [single.output.read_text().split() for single in jobs[:2]] == [["up", "saved"]] * 2
+
+
+def test_a_lost_terminal_stops_a_sweep_but_not_under_nohup():
+    caught = []
+    with catching(caught):
+        os.kill(os.getpid(), signal.SIGHUP)
+    assert caught == [signal.SIGHUP]
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with catching(caught):
+            os.kill(os.getpid(), signal.SIGHUP)
+        assert caught == [signal.SIGHUP] and signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def test_a_run_that_outlives_its_sweep_is_noticed(tmp_path):
