@@ -197,8 +197,8 @@ def figures_of(run: Run) -> Result:
     wherever there are any: weights found on the same images follow their noise. `chance` is the share of conflicts of a
     direction without any signal, `signal_to_noise` the last ratio of each trained reward.
 
-    Scores have four digits, cosines three. They are null where a reward does not apply or has no estimate. `kl` is the mean
-    squared distance to the base's velocity in the last tenth of the steps, which a run's gains are to be seen beside.
+    Scores have four digits, cosines three. They are null where a reward does not apply or has no estimate. `kl` is the
+    run's distance to the base at its end, which its gains are to be seen beside.
 
     Raises:
         ComparisonError: The run did not evaluate the base.
@@ -214,9 +214,7 @@ def figures_of(run: Run) -> Result:
         return [[None if value is None else round(value, 4) for value in row] for row in values]
 
     scores = {"rewards": names, "base": rows("base"), "trained": rows("scores")}
-    distances = run.curve("kl").values
-    last = distances[-max(1, len(distances) // 10) :]
-    kl = round(sum(last) / len(last), 5) if last else None
+    kl = None if run.distance is None else round(run.distance, 5)
     return scores | {"balancer": run.balancer, "kl": kl, **alignment_of(run, names)}
 
 

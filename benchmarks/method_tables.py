@@ -13,21 +13,9 @@ from torch import Tensor
 from balancers.gramian import in_conflict
 from benchmarks.fits import Result, as_tensor, changes_of
 from benchmarks.stage_tables import number, table
-from marble_lightning.evaluation.gains import (
-    Specialists,
-    least_gain_difference,
-    mean_gain_difference,
-    normalised_gains,
-)
-from marble_lightning.evaluation.statistics import (
-    Interval,
-    crossed_interval,
-    holm,
-    interquartile_mean,
-    probability_of_improvement,
-    scored_by_all,
-    summarise,
-)
+from marble_lightning.evaluation.cells import of_changes, of_interval, of_p_value, of_summary
+from marble_lightning.evaluation.gains import GainsComparison, Specialists, compare_gains, gains_of_runs, normalised_gains
+from marble_lightning.evaluation.statistics import holm, interquartile_mean, summarise_runs
 
 Results = Mapping[str, Mapping[int, Result]]
 """Figures of runs by method and seed."""
@@ -45,34 +33,12 @@ def changes_table(results: Results, names: Sequence[str], level: float = 0.95) -
     """
     rows = []
     for method, runs in results.items():
-        cells = [change_cell(column, level) for column in changes_of(list(runs.values()), names).unbind(2)]
+        cells = [of_changes(column, level) for column in changes_of(list(runs.values()), names).unbind(2)]
         minutes = sum(run["seconds"] for run in runs.values()) / len(runs) / 60
         distances = [run["kl"] for run in runs.values() if run["kl"] is not None]
         kl = sum(distances) / len(distances) if distances else None
         rows.append([method, str(len(runs)), *cells, number(kl, ".3f"), f"{minutes:.1f}"])
     return table(["method", "seeds", *names, "kl", "minutes"], rows)
-
-
-def change_cell(changes: Float[Tensor, "seed prompt"], level: float) -> str:
-    """A mean change with its interval; for a single seed or prompt with its standard error over the other."""
-    values = scored_by_all(changes)
-    if min(values.shape) < 2:
-        return with_error(values.flatten(), 4)
-    return of_interval(crossed_interval(values, level), 4)
-
-
-def of_interval(interval: Interval, digits: int) -> str:
-    """A mean with the ends of its interval."""
-    return f"{interval.mean:+.{digits}f} [{interval.low:+.{digits}f}, {interval.high:+.{digits}f}]"
-
-
-def with_error(values: Float[Tensor, " value"], digits: int) -> str:
-    """The mean of values and its standard error, without the latter for a single value; a dash for none."""
-    summary = summarise(values)
-    if not summary.n:
-        return "-"
-    error = f" ± {summary.error:.{digits}f}" if summary.n > 1 else ""
-    return f"{summary.mean:+.{digits}f}{error}"
 
 
 def cadences(results: Results) -> str:
@@ -109,7 +75,7 @@ def gains_table(results: Results, names: Sequence[str], specialists: Specialists
         least = min(defined, key=lambda name: defined[name], default=None)
         first = "-" if least is None else f"{defined[least]:+.2f} ({least})"
         mean = sum(defined.values()) / len(defined) if defined else None
-        of_runs = torch.stack([normalised_gains(of_run[None], specialists) for of_run in changes])
+        of_runs = gains_of_runs(changes, specialists)
         middle = interquartile_mean(of_runs[of_runs.isfinite()]) if defined else None
         cells = (number(gain, "+.2f") for gain in (mean, middle, *map(defined.get, names)))
         rows.append([method, str(len(runs)), first, *cells])
@@ -128,7 +94,7 @@ def difference_table(results: Results, against: str, names: Sequence[str], speci
         names: The rewards that the methods train on.
         specialists: As in `gains_table`.
     """
-    rows, p_values, other = [], list[float](), results[against]
+    rows, found, other = [], dict[str, GainsComparison](), results[against]
     for method, runs in results.items():
         seeds = [seed for seed in runs if seed in other]
         if method == against:
@@ -137,29 +103,19 @@ def difference_table(results: Results, against: str, names: Sequence[str], speci
             rows.append([method, str(len(seeds)), "needs 2 seeds of both methods and of the specialists", "-", "-", "-"])
             continue
         one, two = (changes_of([of_method[seed] for seed in seeds], names) for of_method in (runs, other))
-        least, mean = least_gain_difference(one, two, specialists), mean_gain_difference(one, two, specialists)
-        better = probability_of_improvement(mean_gains(one, specialists), mean_gains(two, specialists))
-        assert least.p_value is not None
-        p_values.append(least.p_value)
-        rows.append([method, str(len(seeds)), of_interval(least, 3), "p", of_interval(mean, 3), f"{better:.0%}"])
-    corrected = iter(holm(torch.tensor(p_values)).tolist() if p_values else [])
-    cells = [[shown_p(next(corrected)) if cell == "p" else cell for cell in row] for row in rows]
+        found[method] = compare_gains(one, two, specialists)
+        rows.append([method, str(len(seeds))])
+    corrected = iter(holm(torch.tensor([gains.least.p_value for gains in found.values()])).tolist())
+    for row in rows:
+        if gains := found.get(row[0]):
+            least, mean = (of_interval(interval, 3) for interval in (gains.least, gains.mean))
+            row += [least, of_p_value(next(corrected)), mean, f"{gains.better:.0%}"]
     titles = [f"least gain - that of {against}, 99 % interval", "p, Holm", "mean gain - its mean gain", "better"]
-    return table(["method", "seeds", *titles], cells)
-
-
-def shown_p(p_value: float) -> str:
-    """A p-value with three digits."""
-    return "< 0.001" if p_value < 0.001 else f"{p_value:.3f}"
-
-
-def mean_gains(changes: Float[Tensor, "seed prompt reward"], specialists: Specialists) -> Float[Tensor, " seed"]:
-    """The mean normalised gain of each run, over the rewards whose specialists gain enough."""
-    return torch.stack([normalised_gains(of_run[None], specialists).nanmean() for of_run in changes])
+    return table(["method", "seeds", *titles], rows)
 
 
 def cosines_table(results: Results, names: Sequence[str]) -> str:
-    """Mean cosine of a method's updates with each reward's gradient ± standard error over refreshes and seeds.
+    """Mean cosine of a method's updates with each reward's gradient ± standard error over seeds, or of one seed's refreshes.
 
     `own` are cosines on the images that the update comes from, and `own, just solved` those of the weights that a refresh
     has just found, before most steps reuse them. `split` are cosines by products of halves. The last columns are how often
@@ -178,14 +134,15 @@ def cosines_table(results: Results, names: Sequence[str]) -> str:
             if any(shown := [ratio_of(having, name) for name in names]):
                 rows.append([method, place, "-", *(number(ratio, ".2f") for ratio in shown), "-", "-"])
             continue
-        if not having or not len(cosines := torch.cat([cosines_of(run, place, names) for run in having])):
+        of_runs = [cosines_of(run, place, names) for run in having]
+        if not of_runs or not len(cosines := torch.cat(of_runs)):
             continue
         complete = cosines[cosines.isfinite().all(1)]
         opposed = [in_conflict(least) for least in complete.amin(1).tolist()] if len(complete) else []
         conflicts = f"{sum(opposed) / len(opposed):.0%}" if opposed else "-"
         chances = [run["chance"] for run in having if "chance" in run]
         chance = f"{sum(chances) / len(chances):.0%}" if place == "split" and chances else "-"
-        cells = [with_error(column, 3) for column in cosines.unbind(1)]
+        cells = [of_summary(summarise_runs(columns), 3) for columns in zip(*(run.unbind(1) for run in of_runs), strict=True)]
         title = "own, just solved" if place == "solved" else place
         rows.append([method, title, str(len(cosines)), *cells, conflicts, chance])
     return table(["method", "products", "refreshes", *names, "conflicts", "by chance"], rows)

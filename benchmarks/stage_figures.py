@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from marble_lightning.evaluation.statistics import crossed_error, summarise
-
-SIGNIFICANT = 3.0
-"""A change counts as one if it has as many standard errors."""
+from marble_lightning.evaluation.gains import LEAST_RATIO
+from marble_lightning.evaluation.statistics import Summary, crossed_summary, summarise
 
 
 def within_prompt_spread(scores: Float[Tensor, "prompt image reward"]) -> Float[Tensor, " reward"]:
@@ -44,32 +42,7 @@ def within_prompt_correlations(scores: Float[Tensor, "prompt image reward"]) -> 
     return filled.T @ filled / (variances * variances.T).sqrt()
 
 
-class Change(NamedTuple):
-    """A mean change with its standard error."""
-
-    mean: float
-    error: float
-
-    @property
-    def errors(self) -> float:
-        """The change in standard errors; NaN if it has none."""
-        return self.mean / self.error if self.error > 0 else float("nan")
-
-
-def change(changes: Float[Tensor, "seed prompt"]) -> Change:
-    """Mean change of a reward, with its standard error over seeds and prompts; over prompts only for a single seed.
-
-    Args:
-        changes: Prompts with a NaN are left out.
-    """
-    valid = changes[:, changes.isfinite().all(0)].double()
-    if len(valid) == 1:
-        summary = summarise(valid[0])
-        return Change(summary.mean, summary.error)
-    return Change(float(valid.mean()), float(crossed_error(valid)))
-
-
-def transfer_matrix(changes: Sequence[Float[Tensor, "seed prompt reward"]]) -> list[list[Change]]:
+def transfer_matrix(changes: Sequence[Float[Tensor, "seed prompt reward"]]) -> list[list[Summary]]:
     """Change of every reward by runs that train on one reward each.
 
     Args:
@@ -78,20 +51,20 @@ def transfer_matrix(changes: Sequence[Float[Tensor, "seed prompt reward"]]) -> l
     Returns:
         Row i: the changes by training on reward i.
     """
-    return [[change(column) for column in of_specialist.unbind(2)] for of_specialist in changes]
+    return [[crossed_summary(column) for column in of_specialist.unbind(2)] for of_specialist in changes]
 
 
-def relative_transfer(matrix: Sequence[Sequence[Change]]) -> Float[Tensor, "trained measured"]:
+def relative_transfer(matrix: Sequence[Sequence[Summary]]) -> Float[Tensor, "trained measured"]:
     """Each change of reward j as a share of the change by training on reward j itself.
 
     NaN in columns whose own change is below 3 standard errors: there is nothing to divide by.
     """
     means = torch.tensor([[cell.mean for cell in row] for row in matrix], dtype=torch.float64)
-    measured = torch.tensor([matrix[index][index].errors >= SIGNIFICANT for index in range(len(matrix))])
+    measured = torch.tensor([matrix[index][index].errors >= LEAST_RATIO for index in range(len(matrix))])
     return means / torch.where(measured, means.diagonal(), torch.nan)
 
 
-def trade_offs(matrix: Sequence[Sequence[Change]], names: Sequence[str], members: Sequence[str]) -> list[tuple[str, str]]:
+def trade_offs(matrix: Sequence[Sequence[Summary]], names: Sequence[str], members: Sequence[str]) -> list[tuple[str, str]]:
     """The pairs (trained, measured) of a stage's rewards where training on one makes another worse, by > 3 errors.
 
     Args:
@@ -103,7 +76,7 @@ def trade_offs(matrix: Sequence[Sequence[Change]], names: Sequence[str], members
         (one, other)
         for one, row in zip(names, matrix, strict=True)
         for other, cell in zip(names, row, strict=True)
-        if one != other and {one, other} <= set(members) and cell.errors < -SIGNIFICANT
+        if one != other and {one, other} <= set(members) and cell.errors < -LEAST_RATIO
     ]
 
 

@@ -6,7 +6,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.stage_figures import SIGNIFICANT, Change, relative_transfer, trade_offs
+from benchmarks.stage_figures import relative_transfer, trade_offs
+from marble_lightning.evaluation.cells import of_summary
+from marble_lightning.evaluation.gains import LEAST_RATIO
+from marble_lightning.evaluation.statistics import Summary
 
 
 def table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -48,7 +51,7 @@ def correlations_table(base: Mapping[str, Any]) -> str:
     return table(["", *names], rows)
 
 
-def transfer_table(matrix: Sequence[Sequence[Change]], names: Sequence[str], measured: Sequence[str]) -> str:
+def transfer_table(matrix: Sequence[Sequence[Summary]], names: Sequence[str], measured: Sequence[str]) -> str:
     """Change of every reward by training on one; bold where it falls by more than 3 standard errors.
 
     Args:
@@ -60,13 +63,13 @@ def transfer_table(matrix: Sequence[Sequence[Change]], names: Sequence[str], mea
     return table(["trained on", *measured], rows)
 
 
-def cell(found: Change) -> str:
+def cell(found: Summary) -> str:
     """A change with its standard error."""
-    text = f"{found.mean:+.4f} ± {found.error:.4f}"
-    return f"**{text}**" if found.errors < -SIGNIFICANT else text
+    text = of_summary(found)
+    return f"**{text}**" if found.errors < -LEAST_RATIO else text
 
 
-def trade_offs_text(matrix: Sequence[Sequence[Change]], names: Sequence[str], members: Mapping[str, Sequence[str]]) -> str:
+def trade_offs_text(matrix: Sequence[Sequence[Summary]], names: Sequence[str], members: Mapping[str, Sequence[str]]) -> str:
     """The trade-offs of each stage, one line each."""
     lines = []
     for stage, rewards in members.items():
@@ -80,7 +83,7 @@ def number(value: float | None, form: str = ".4f") -> str:
     return "-" if value is None else f"{value:{form}}"
 
 
-def write_heat_map(matrix: Sequence[Sequence[Change]], names: Sequence[str], file: Path) -> None:
+def write_heat_map(matrix: Sequence[Sequence[Summary]], names: Sequence[str], file: Path) -> None:
     """Draw the transfer matrix: colour is the change as a share of that by training on the measured reward itself.
 
     Cells have the change and, below it, its number of standard errors. Grey: training on this reward alone changes it by

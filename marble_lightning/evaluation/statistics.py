@@ -24,6 +24,11 @@ class Summary(NamedTuple):
     error: float
     n: int
 
+    @property
+    def errors(self) -> float:
+        """The mean in standard errors; NaN if there is no error."""
+        return self.mean / self.error if self.error > 0 else float("nan")
+
 
 def summarise(scores: Float[Tensor, " prompt"]) -> Summary:
     """Mean, standard error of the mean and number of the scores that are not NaN."""
@@ -31,6 +36,18 @@ def summarise(scores: Float[Tensor, " prompt"]) -> Summary:
     n = len(valid)
     error = float(valid.std() / n**0.5) if n > 1 else float("nan")
     return Summary(float(valid.mean()) if n else float("nan"), error, n)
+
+
+def summarise_runs(runs: Sequence[Float[Tensor, " value"]]) -> Summary:
+    """Mean of the runs' means, with its standard error over runs: the values of one run are not independent.
+
+    With values of a single run the error is over these. `n` is the number of all values that are not NaN.
+    """
+    of_runs = [found for run in runs if (found := summarise(run)).n]
+    if len(of_runs) == 1:
+        return of_runs[0]
+    means = summarise(torch.tensor([found.mean for found in of_runs]))
+    return means._replace(n=sum(found.n for found in of_runs))
 
 
 def per_prompt(rows: Float[Tensor, "image index_and_score"], prompts: int, images: int) -> Float[Tensor, "prompt reward"]:
@@ -96,18 +113,37 @@ def summaries(
 
 
 class Interval(NamedTuple):
-    """A mean, the ends of its confidence interval, and the two-sided p-value of a mean of 0; None if it was not computed."""
+    """A mean, the ends of its confidence interval, and the two-sided p-value of a mean of 0."""
 
     mean: float
     low: float
     high: float
-    p_value: float | None = None
+    p_value: float
 
 
 def crossed_error(changes: Float[Tensor, "seed prompt"]) -> Float[Tensor, ""]:
     """Standard error of the mean over seeds and prompts, both of which are samples: all seeds share the prompts."""
     seeds, prompts = changes.shape
     return (changes.mean(1).var() / seeds + changes.mean(0).var() / prompts).sqrt()
+
+
+def crossed_summary(changes: Float[Tensor, "seed prompt"]) -> Summary:
+    """Mean with its standard error over seeds and prompts, and the number of prompts with a score with every seed.
+
+    With a single seed the error is over prompts. With a single prompt there is none: other prompts would differ by more.
+    """
+    values = scored_by_all(changes).double()
+    if values.shape[1] < 2:
+        return Summary(float(values.mean()), float("nan"), values.shape[1])
+    if len(values) < 2:
+        return summarise(values[0])
+    return Summary(float(values.mean()), float(crossed_error(values)), values.shape[1])
+
+
+def mean_or_interval(changes: Float[Tensor, "seed prompt"], level: float = 0.95) -> Interval | Summary:
+    """The mean with its `crossed_interval`; with a single seed or prompt, which allow none, its `crossed_summary`."""
+    summary = crossed_summary(changes)
+    return summary if min(summary.n, len(changes)) < 2 else crossed_interval(changes, level)
 
 
 def crossed_interval(

@@ -6,12 +6,15 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import pandas
+import torch
 from jaxtyping import Float
 from matplotlib.figure import Figure
+from scipy.stats import norm
 from torch import Tensor
 
 from balancers.gramian import in_conflict
-from marble_lightning.evaluation.statistics import Interval, crossed_interval, scored_by_all, summarise
+from marble_lightning.evaluation.cells import of_interval, of_p_value
+from marble_lightning.evaluation.statistics import Interval, holm, mean_or_interval
 from marble_lightning.lab.paper import ABLATIONS, FAILS, HARMONY, REFERENCE
 from marble_lightning.lab.report.collect import Collection
 from marble_lightning.lab.report.plots import panels
@@ -50,33 +53,34 @@ def variants(optimizer_steps: int) -> dict[str, dict[str, dict[str, Any]]]:
     return settings | {"advantages": {"std_group": {"model": {"objective": {"advantage_std": "group"}}}}}
 
 
-def same_order(difference: Interval, published: float) -> str:
+def same_order(difference: float, p_value: float, published: float) -> str:
     """Whether a measured and a published difference of two variants have the same sign.
 
     Args:
-        difference: Measured difference with its interval.
+        difference: Measured difference.
+        p_value: Of no difference, corrected for the number of comparisons.
         published: Published difference.
 
     Returns:
-        `within noise` where the interval contains 0 or is unknown, else `yes`, `no`, or `tied in the paper`.
+        `within noise` where the p-value is above 0.05, else `yes`, `no`, or `tied in the paper`.
 
-    >>> same_order(Interval(-0.2, -0.3, -0.1), -0.08), same_order(Interval(-0.2, -0.5, 0.1), -0.08)
+    >>> same_order(-0.2, 0.01, -0.08), same_order(-0.2, 0.2, -0.08)
     ('yes', 'within noise')
     """
-    if not (difference.low > 0 or difference.high < 0):
+    if p_value > 0.05:
         return "within noise"
     if published == 0:
         return "tied in the paper"
-    return "yes" if (difference.mean > 0) == (published > 0) else "no"
+    return "yes" if (difference > 0) == (published > 0) else "no"
 
 
 def interval(changes: Float[Tensor, "seed prompt"]) -> Interval:
-    """95 % interval of a mean: over seeds and prompts, or with one seed or prompt over the other, by its standard error."""
-    values = scored_by_all(changes)
-    if min(values.shape) > 1:
-        return crossed_interval(values)
-    single = summarise(values.flatten())
-    return Interval(single.mean, single.mean - 1.96 * single.error, single.mean + 1.96 * single.error)
+    """95 % interval of a mean over seeds and prompts; with one seed over prompts, of a normal distribution."""
+    found = mean_or_interval(changes)
+    if isinstance(found, Interval):
+        return found
+    low, high = norm.interval(0.95, found.mean, found.error)
+    return Interval(found.mean, low, high, min(1.0, 2 * norm.sf(abs(found.errors))))  # 1 without an error
 
 
 def beside_paper(found: Collection, shown: Sequence[str], reference: str = REFERENCE) -> pandas.DataFrame:
@@ -101,29 +105,35 @@ def differences_beside_paper(
 ) -> pandas.DataFrame:
     """Differences of variants to a reference beside the published ones, a row for each variant and published reward.
 
+    P-values are corrected for the number of rows by Holm's method; a difference counts if its own is at most 0.05.
+
     Args:
         differences: Held-out change by each variant minus that by the reference, paired by seed, prompt and noise. A variant
             that is not in the paper has no row.
         names: The rewards of the last dimension.
         reference: The variant that they are compared with.
     """
+    shown = [
+        (variant, name, score, interval(difference[:, :, list(names).index(name)]))
+        for variant, difference in differences.items()
+        for name, score in ABLATIONS.get(variant, {}).items()
+        if name in names
+    ]
+    corrected = holm(torch.tensor([measured.p_value for *_, measured in shown])).tolist()
     rows = []
-    for variant, difference in differences.items():
-        for name, score in ABLATIONS.get(variant, {}).items():
-            if name not in names:
-                continue
-            published = ABLATIONS[reference][name]
-            measured = interval(difference[:, :, list(names).index(name)])
-            rows.append(
-                {
-                    "variant": variant,
-                    "reward": name,
-                    f"difference to {reference}": "{:+.4f} [{:+.4f}, {:+.4f}]".format(*measured),
-                    f"paper: {reference}": f"{published:g}",
-                    "paper: variant": "fails" if score == FAILS else f"{score:g}",
-                    "same order?": same_order(measured, score - published),
-                }
-            )
+    for (variant, name, score, measured), p_value in zip(shown, corrected, strict=True):
+        published = ABLATIONS[reference][name]
+        rows.append(
+            {
+                "variant": variant,
+                "reward": name,
+                f"difference to {reference}": of_interval(measured),
+                "p (Holm)": of_p_value(p_value),
+                f"paper: {reference}": f"{published:g}",
+                "paper: variant": "fails" if score == FAILS else f"{score:g}",
+                "same order?": same_order(measured.mean, p_value, score - published),
+            }
+        )
     return pandas.DataFrame(rows)
 
 

@@ -44,10 +44,6 @@ class Run:
             raise ValueError(f"`folder` must be a finished run's, with {RESULTS}. Found none in {self.folder.resolve()}.")
 
     @cached_property
-    def _events(self) -> EventAccumulator:
-        return events_of(self.folder)
-
-    @cached_property
     def folders(self) -> list[Path]:
         """Those of the interrupted runs that this one resumes, oldest first, and its own."""
         folders = [self.folder]
@@ -57,26 +53,38 @@ class Run:
 
     @cached_property
     def _all_events(self) -> list[EventAccumulator]:
-        return [*map(events_of, self.folders[:-1]), self._events]
+        return [events_of(folder) for folder in self.folders]
 
     def load(self) -> None:
         """Read all curves now; otherwise they are read when the first one is needed."""
         _ = self._all_events
 
-    def curve(self, name: str) -> Curve:
-        """All values of one TensorBoard curve, from the first round on if the run was resumed; empty if not logged."""
-        values: dict[int, float] = {}
+    def _logged(self, kind: str, name: str) -> dict[int, Any]:
+        """What was logged under a name by optimizer step, from the first round on if the run was resumed."""
+        logged: dict[int, Any] = {}
         for events in self._all_events:
-            if name in events.Tags()["scalars"]:
-                found = events.Scalars(name)
-                values = {step: value for step, value in values.items() if step < found[0].step}
-                values |= {event.step: event.value for event in found}
-        return Curve(list(values), list(values.values()))
+            if name in events.Tags()[kind]:
+                found = getattr(events, kind.capitalize())(name)
+                logged = {step: event for step, event in logged.items() if step < found[0].step}
+                logged |= {event.step: event for event in found}
+        return logged
+
+    def curve(self, name: str) -> Curve:
+        """All values of one TensorBoard curve, of all parts of a resumed run; empty if not logged."""
+        found = self._logged("scalars", name)
+        return Curve(list(found), [event.value for event in found.values()])
 
     def images(self, name: str) -> list[Image.Image]:
-        """All images logged under a name, in the order of logging; empty if there are none."""
-        events = self._events.Images(name) if name in self._events.Tags()["images"] else []
-        return [Image.open(io.BytesIO(event.encoded_image_string)) for event in events]
+        """All images logged under a name, of all parts of a resumed run; empty if there are none."""
+        found = self._logged("images", name).values()
+        return [Image.open(io.BytesIO(event.encoded_image_string)) for event in found]
+
+    @property
+    def distance(self) -> float | None:
+        """Mean squared distance to the base's velocity in the last tenth of the steps (`kl`); None if not logged."""
+        distances = self.curve("kl").values
+        last = distances[-max(1, len(distances) // 10) :]
+        return sum(last) / len(last) if last else None
 
     def sheet(self, step: int) -> Path | None:
         """The file of held-out images after an optimizer step, 0 for the base; None if no part of the run has it.

@@ -10,7 +10,7 @@ import torch
 
 from benchmarks import fits
 from benchmarks.fits import ComparisonError, Fit, Folders, as_tensor, call_marble, changes_of, fit_all, load_all, read, write
-from marble_lightning.lab.runs import Curve
+from marble_lightning.lab.runs import Curve, Run
 
 IDENTITY = {"options": ["--a", "1"], "fingerprint": {"configuration": "c", "weights": "w"}}
 FIGURES = {"rewards": ["a", "b"], "base": [[0.5, None], [0.25, 1.0]], "trained": [[0.75, None], [0.5, 0.5]]}
@@ -111,6 +111,8 @@ def test_changes_need_the_same_rewards_and_prompts():
 
 class FakeRun:
     """What `figures_of` reads of a run."""
+
+    distance = Run.distance
 
     def __init__(self, base=True):
         self.reward_models, self.balancer, self.evaluated, self.folder = ["a", "b"], "MARBLE", {"refresh_every": 5}, "run"

@@ -106,6 +106,12 @@ def test_cosines_are_means_over_refreshes_and_seeds():
     assert "two" not in text and "just solved" not in text
 
 
+def test_errors_of_cosines_are_over_seeds():
+    """Refreshes of one run share a policy; as independent samples they would give ± 0.082."""
+    runs = {seed: result([1, 1], cosines={"own": [[value, 0.1]] * 4, "split": []}) for seed, value in enumerate((0.2, 0.6))}
+    assert "| one | own | 8 | +0.400 ± 0.200 | +0.100 ± 0.000 | 0% | - |" in cosines_table({"one": runs}, NAMES)
+
+
 def test_cosines_of_weights_just_solved_and_conflicts_by_chance():
     run = result([1, 1], cosines={"own": [[0.5, 0.3]], "split": [[0.1, -0.1]]})
     text = cosines_table({"one": {0: {**run, "solved": [[0.4, 0.4]], "chance": 0.75}}}, NAMES)

@@ -6,9 +6,7 @@ import pytest
 import torch
 
 from benchmarks.stage_figures import (
-    Change,
     base_figures,
-    change,
     relative_transfer,
     trade_offs,
     transfer_matrix,
@@ -16,6 +14,7 @@ from benchmarks.stage_figures import (
     within_prompt_spread,
 )
 from benchmarks.stage_tables import base_table, correlations_table, trade_offs_text, transfer_table, write_heat_map
+from marble_lightning.evaluation.statistics import Summary, crossed_summary
 
 
 @pytest.fixture(name="scores")
@@ -50,16 +49,16 @@ def test_correlations_without_common_prompts_or_variation_are_nan():
 
 def test_a_change_has_the_error_over_seeds_and_prompts():
     rows = torch.tensor([[1.0, 2.0, torch.nan], [3.0, 4.0, 1.0]])
-    assert change(rows).mean == 2.5
-    assert change(rows).error == pytest.approx((2 / 2 + 0.5 / 2) ** 0.5)
-    assert change(rows[:1]) == Change(1.5, 0.5)
-    assert change(rows[:1]).errors == 3
+    assert crossed_summary(rows).mean == 2.5
+    assert crossed_summary(rows).error == pytest.approx((2 / 2 + 0.5 / 2) ** 0.5)
+    assert crossed_summary(rows[:1]) == Summary(1.5, 0.5, 2)
+    assert crossed_summary(rows[:1]).errors == 3
 
 
 MATRIX = [
-    [Change(2.0, 0.1), Change(-0.5, 0.1), Change(0.2, 0.1)],
-    [Change(-1.0, 0.5), Change(1.0, 0.1), Change(-0.4, 0.1)],
-    [Change(0.0, 0.1), Change(0.0, 0.1), Change(0.1, 0.1)],
+    [Summary(2.0, 0.1, 2), Summary(-0.5, 0.1, 2), Summary(0.2, 0.1, 2)],
+    [Summary(-1.0, 0.5, 2), Summary(1.0, 0.1, 2), Summary(-0.4, 0.1, 2)],
+    [Summary(0.0, 0.1, 2), Summary(0.0, 0.1, 2), Summary(0.1, 0.1, 2)],
 ]
 NAMES = ["a", "b", "c"]
 

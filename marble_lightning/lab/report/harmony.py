@@ -10,7 +10,8 @@ import pandas
 import torch
 
 from balancers.gramian import in_conflict
-from marble_lightning.evaluation.statistics import summarise
+from marble_lightning.evaluation.cells import of_summary
+from marble_lightning.evaluation.statistics import summarise_runs
 from marble_lightning.lab.report.collect import Collection
 from marble_lightning.lab.runs import Run
 
@@ -56,14 +57,14 @@ def cosines(rewards: Sequence[str], runs: Sequence[Run]) -> list[dict[str, Any]]
         least, kind = least_of_steps(rewards, runs, place), weights_of(rewards, runs, place)
         if least.empty:
             continue
-        by_reward = {name: logged(runs, f"cosine/{kind}/{place}/{name}") for name in rewards}
-        means = {name: summarise(torch.tensor(of_reward.to_numpy())) for name, of_reward in by_reward.items()}
+        curves = {name: [run.curve(f"cosine/{kind}/{place}/{name}").values for run in runs] for name in rewards}
+        means = {name: summarise_runs([torch.tensor(values) for values in of_runs]) for name, of_runs in curves.items()}
         rows.append(
             {
                 "products": place,
                 "weights": kind,
                 "steps": len(least),
-                **{name: f"{summary.mean:+.3f} ± {summary.error:.3f}" for name, summary in means.items() if summary.n},
+                **{name: of_summary(summary, 3) for name, summary in means.items() if summary.n},
                 "conflicts": f"{least.map(in_conflict).mean():.0%}",
                 "by chance": "" if chance.empty else f"{chance.mean():.0%}",
             }

@@ -124,7 +124,7 @@ def harmony(found: Collection, reference: str) -> Section:
 
 def signal(found: Collection, reference: str) -> Section:
     """Signal-to-noise ratios."""
-    text = "Norm of a reward's gradient over the error of its estimate in one step: below 1 a step is mostly noise."
+    text = "Norm of the signal in a reward's gradient over that of its noise in one step: below 1 a step is mostly noise."
     return Section("noise", "Signal and noise", text, noise(found))
 
 

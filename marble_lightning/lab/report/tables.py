@@ -6,19 +6,18 @@ from statistics import mean, median
 
 import pandas
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool
 from torch import Tensor
 
-from marble_lightning.evaluation.gains import least_gain_difference, normalised_gains
+from marble_lightning.evaluation.cells import of_changes, of_interval, of_p_value
+from marble_lightning.evaluation.gains import GainsComparison, compare_gains, gains_of_runs, normalised_gains
 from marble_lightning.evaluation.image_statistics import NAMES
 from marble_lightning.evaluation.statistics import (
-    Interval,
     crossed_interval,
     holm,
     interquartile_mean,
     probability_of_improvement,
     scored_by_all,
-    summarise,
 )
 from marble_lightning.lab.report.collect import Collection
 from marble_lightning.lab.report.collect import changes as changes_of
@@ -54,11 +53,18 @@ def methods(found: Collection) -> pandas.DataFrame:
             "rewards": ", ".join(run.rewards),
             "balancer": run.balancer,
             "optimizer steps": run.evaluated.get("optimizer_step"),
+            "distance to the base": distance(list(seeds.values())),
             "seconds a round": round(median(seconds_of_round(run) for run in seeds.values()), 1),
             "hours a run": float(f"{median(hours_of_rounds(run) for run in seeds.values()):.3g}"),
             "peak memory": memory(list(seeds.values())),
         }
     return pandas.DataFrame.from_dict(rows, orient="index")
+
+
+def distance(runs: list[Run]) -> str:
+    """Mean distance to the base at the end of runs, which gains are to be seen beside; empty if none has recorded it."""
+    distances = [run.distance for run in runs if run.distance is not None]
+    return f"{mean(distances):.4f}" if distances else ""
 
 
 def seconds_of_round(run: Run) -> float:
@@ -87,7 +93,7 @@ def changes(found: Collection) -> pandas.DataFrame:
     rows = {"base": {name: f"{float(base):.4f}" for name, base in zip(found.columns, base_means(found), strict=True)}}
     for method in found.methods:
         columns = found.changes(method).unbind(2)
-        rows[method] = {name: written(column) for name, column in zip(found.columns, columns, strict=True)}
+        rows[method] = {name: of_changes(column) for name, column in zip(found.columns, columns, strict=True)}
     rows["prompts"] = {name: str(count) for name, count in zip(found.columns, prompts, strict=True)}
     return pandas.DataFrame.from_dict(rows, orient="index")
 
@@ -121,35 +127,18 @@ def base_means(found: Collection) -> Tensor:
     return torch.stack(means).mean(0)
 
 
-def written(changes: Float[Tensor, "seed prompt"]) -> str:
-    """A mean with its interval; with one seed, with its standard error over prompts; with one prompt, alone; or a dash."""
-    values = scored_by_all(changes)
-    if values.shape[1] < 2:
-        return f"{float(values.mean()):+.4f}" if values.shape[1] else "-"
-    if len(changes) == 1:
-        single = summarise(changes[0])
-        return f"{single.mean:+.4f} ± {single.error:.4f}"
-    return of_interval(crossed_interval(values))
-
-
-def of_interval(interval: Interval) -> str:
-    """A mean with the ends of its interval."""
-    return f"{interval.mean:+.4f} [{interval.low:+.4f}, {interval.high:+.4f}]"
-
-
 def gains(found: Collection, reference: str) -> pandas.DataFrame | None:
-    """Normalised gains, the least first, and its difference to the reference's with a 99 % interval.
+    """Normalised gains, the least first, and the differences to the reference with 99 % intervals.
 
-    None if there are no specialists.
+    `p (Holm)` is that of equal least gains. None if there are no specialists.
     """
     specialists = found.changes_of_specialists()
     if specialists is None:
         return None
-    count, rows = len(found.rewards), {}
+    count, rows, beside = len(found.rewards), dict[str, dict[str, str]](), dict[str, GainsComparison]()
     for method, seeds in found.methods.items():
         changes = found.changes(method)[:, :, :count]
-        of_rewards = normalised_gains(changes, specialists)
-        of_runs = torch.stack([normalised_gains(single[None], specialists) for single in changes])
+        of_rewards, of_runs = normalised_gains(changes, specialists), gains_of_runs(changes, specialists)
         known = of_runs[of_runs.isfinite()]
         rows[method] = {
             "least": f"{float(of_rewards[of_rewards.isfinite()].min()):+.2f}" if len(known) else "",
@@ -161,9 +150,17 @@ def gains(found: Collection, reference: str) -> pandas.DataFrame | None:
             },
         }
         common = [seed for seed in seeds if seed in found.methods[reference]]
-        if method != reference and len(common) > 1 and len(specialists) > 1 and len(known):
+        if method != reference and min(len(common), len(specialists)) > 1 and len(known):
             one, other = (found.changes(name, common)[:, :, :count] for name in (method, reference))
-            rows[method][f"least - {reference}'s"] = of_interval(least_gain_difference(one, other, specialists))
+            beside[method] = compare_gains(one, other, specialists)
+    corrected = holm(torch.tensor([gains.least.p_value for gains in beside.values()])).tolist()
+    for (method, gains), p_value in zip(beside.items(), corrected, strict=True):
+        rows[method] |= {
+            f"least - {reference}'s": of_interval(gains.least, 3),
+            "p (Holm)": of_p_value(p_value),
+            f"mean - {reference}'s": of_interval(gains.mean, 3),
+            "better": f"{gains.better:.0%}",
+        }
     return pandas.DataFrame.from_dict(rows, orient="index").fillna("")
 
 

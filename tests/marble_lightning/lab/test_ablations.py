@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 from matplotlib import pyplot
+from scipy.stats import norm
 from torch.utils.tensorboard import SummaryWriter
 
-from marble_lightning.evaluation.statistics import Interval
 from marble_lightning.lab.ablations import beside_paper, change_figure, harmony_beside_paper, interval, same_order, variants
 from marble_lightning.lab.paper import ABLATIONS, HARMONY, REFERENCE
 from marble_lightning.lab.report.collect import collect
@@ -16,26 +16,29 @@ from tests.helpers.finished_runs import finish
 
 
 @pytest.mark.parametrize(
-    ("measured", "published", "expected"),
+    ("measured", "p_value", "published", "expected"),
     [
-        (Interval(0.2, 0.1, 0.3), 0.05, "yes"),
-        (Interval(0.2, 0.1, 0.3), -0.05, "no"),
-        (Interval(-0.2, -0.3, -0.1), float("-inf"), "yes"),
-        (Interval(0.2, -0.1, 0.3), 0.05, "within noise"),
-        (Interval(0.2, float("nan"), float("nan")), 0.05, "within noise"),
-        (Interval(0.2, 0.1, 0.3), 0.0, "tied in the paper"),
-        (Interval(0.0, 0.0, 0.0), 0.05, "within noise"),
+        (0.2, 0.01, 0.05, "yes"),
+        (0.2, 0.01, -0.05, "no"),
+        (-0.2, 0.05, float("-inf"), "yes"),
+        (0.2, 0.051, 0.05, "within noise"),
+        (0.2, 0.01, 0.0, "tied in the paper"),
     ],
 )
-def test_same_order(measured, published, expected):
-    assert same_order(measured, published) == expected
+def test_same_order(measured, p_value, published, expected):
+    assert same_order(measured, p_value, published) == expected
 
 
 def test_interval_of_one_seed_is_over_prompts():
     changes = torch.tensor([[0.1, 0.3, float("nan")]])
     found = interval(changes)
     assert found.mean == pytest.approx(0.2)
-    assert found.high - found.mean == pytest.approx(1.96 * 0.1)
+    assert found.high - found.mean == pytest.approx(1.96 * 0.1, rel=1e-4)
+    assert found.p_value == pytest.approx(2 * norm.sf(2))
+
+
+def test_interval_without_an_error_shows_no_difference():
+    assert interval(torch.tensor([[0.2]])).p_value == 1
 
 
 @pytest.fixture(scope="module")

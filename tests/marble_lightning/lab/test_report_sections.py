@@ -136,6 +136,22 @@ def test_a_verdict_needs_five_seeds(tmp_path, seeds, verdicts):
     assert "3 seeds" in sections.verdicts(found, "greedy").text
 
 
+def test_gains_are_compared_with_the_reference(tmp_path):
+    """As in the results of the documentation: least and mean gain with intervals, p-values by Holm, the share of runs."""
+    methods = {"fair": (0.2, 0.1), "greedy": (0.3, 0.0), "same": (0.2, 0.1)}
+    for seed in range(3):
+        for name, of_method in methods.items():
+            finish(tmp_path / name / f"seed_{seed}", seed + 10 * (name == "same"), of_method, steps=1)
+        for name in REWARDS:
+            finish(tmp_path / f"{name}_alone" / f"seed_{seed}", seed, (0.4, 0.2), rewards=(name,), steps=1)
+    found = collect([tmp_path])
+    table = tables.gains(found, "fair")
+    assert table["least - fair's"]["greedy"].startswith("-0.") and table["mean - fair's"]["greedy"].startswith("-0.1")
+    assert table["p (Holm)"]["greedy"] == "< 0.001" and table["better"]["greedy"] == "0%"
+    assert table.loc["fair"][["least - fair's", "p (Holm)", "mean - fair's", "better"]].tolist() == [""] * 4
+    assert table.loc["same"]["p (Holm)"] == ""  # no common seeds
+
+
 def test_specialists_that_are_left_out_are_named(tmp_path):
     finish(tmp_path / "fair", 0, steps=1)
     for reward, seeds in (("ocr", 3), ("geneval", 1)):

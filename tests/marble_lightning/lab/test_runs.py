@@ -13,6 +13,7 @@ from balancers import PCGrad
 from marble_lightning.evaluation.results import HeldOutScores, document, write
 from marble_lightning.lab.runs import Run, compare
 from rewards import Prompt
+from tests.helpers.finished_runs import begin, finish
 from tests.helpers.small_rewards import Brightness
 
 NAN = torch.nan
@@ -49,6 +50,31 @@ def test_curves_and_images(tmp_path):
     assert run.curve("train/none") == ([], [])
     assert [image.size for image in run.images("held_out")] == [(12, 8)]
     assert run.images("none") == []
+
+
+def test_curves_and_images_of_a_resumed_run_are_those_of_all_its_parts(tmp_path):
+    """The base is evaluated in the first part only; a step that was done again counts once, as it was done last."""
+    begin(tmp_path / "version_0", 0)
+    (tmp_path / "version_0" / "checkpoints").mkdir()
+    finish(tmp_path / "version_1", 0, ckpt_path="last", steps=0)
+    for part, widths in ((0, {0: 4, 5: 5}), (1, {5: 6, 9: 7})):
+        with SummaryWriter(str(tmp_path / f"version_{part}")) as writer:
+            for step, width in widths.items():
+                writer.add_image("held_out", torch.zeros(3, 2, width), step)
+                writer.add_scalar("kl", width, step)
+    run = Run(tmp_path / "version_1")
+    assert [image.width for image in run.images("held_out")] == [4, 6, 7]
+    assert run.curve("kl") == ([0, 5, 9], [4, 6, 7])
+
+
+def test_the_distance_of_a_run_is_that_of_its_last_tenth_of_steps(tmp_path):
+    run = finished(tmp_path / "a", None, [[1.0, 2.0]])
+    assert run.distance is None
+    finish(tmp_path / "b", 0, steps=0)
+    with SummaryWriter(str(tmp_path / "b")) as writer:
+        for step in range(20):
+            writer.add_scalar("kl", step, step)
+    assert Run(tmp_path / "b").distance == 18.5
 
 
 def test_runs_are_averaged_per_prompt_before_the_standard_error(tmp_path):
