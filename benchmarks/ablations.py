@@ -12,14 +12,13 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 from benchmarks.fingerprint import resolve
 from benchmarks.fits import ComparisonError, Fit, Folders, changes_of, fit_all
 from benchmarks.method_tables import Results, changes_table, difference_table, gains_table
 from benchmarks.methods import find_specialists
 from benchmarks.stage_tables import table
-from benchmarks.stages import STAGES, Stages, options_of, read_stages
+from benchmarks.stages import STAGES, Stages, add_run_options, add_specialist_options, options_of, read_stages
 from marble_lightning.lab.ablations import differences_beside_paper, variants
 from marble_lightning.lab.paper import REFERENCE
 
@@ -65,13 +64,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
     parser.add_argument("--stage", default="published", choices=STAGES)
     parser.add_argument("--variants", nargs="+", metavar="VARIANT", help=f"besides {REFERENCE}; default: all")
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1])
-    parser.add_argument("--rounds", type=int, help="of a run; otherwise those of configs/tiny.yaml")
-    parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
-    parser.add_argument("--folder", type=Path, default=Path("runs/ablations"), help="of the runs")
-    parser.add_argument("--results", type=Path, default=Path("benchmarks/results/ablations"), help="of their figures")
-    parser.add_argument("--specialists", type=Path, default=Path("benchmarks/results/stage"), help="results of `stage`")
-    parser.add_argument("--specialist-seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4], help="of these results")
+    add_run_options(parser, "ablations", [0, 1])
+    add_specialist_options(parser)
     options = parser.parse_args()
     stages = read_stages()
     rounds, names = options.rounds or stages.rounds, stages.members[options.stage]

@@ -16,10 +16,10 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks.fits import ComparisonError, Fit, Folders, Result, call_marble, figures_of, fit_all, read, write
+from benchmarks.fits import ComparisonError, Fit, Folders, Result, call_marble, figures_of, fit_at_once, read, write
 from benchmarks.method_tables import Results, changes_table, gains_table
 from benchmarks.methods import find_specialists
-from benchmarks.stages import STAGES, Stages, options_of, read_stages, specialists
+from benchmarks.stages import STAGES, Stages, add_run_options, add_specialist_options, options_of, read_stages, specialists
 from marble_lightning.lab.runs import Run
 
 LAST = Path("checkpoints/last.ckpt")
@@ -47,10 +47,7 @@ def averages(stages: Stages, options: argparse.Namespace, extra: Sequence[str]) 
 def trained(fits: Sequence[Fit], folder: Path, jobs: int) -> list[Path]:
     """Folders of the specialists; those without a checkpoint are trained."""
     runs = Folders(folder, folder / "figures")
-    missing = [fit for fit in fits if not (runs.run(fit) / LAST).exists()]
-    for fit in missing:
-        runs.result(fit).unlink(missing_ok=True)
-    fit_all(missing, runs, jobs)
+    fit_at_once([fit for fit in fits if not (runs.run(fit) / LAST).exists()], runs, jobs)
     return [runs.run(fit) for fit in fits]
 
 
@@ -104,13 +101,9 @@ def parse() -> tuple[argparse.Namespace, list[str]]:
     """The options, and those of `fit` and `validate`."""
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
     parser.add_argument("--stage", default="published", choices=STAGES)
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0])
-    parser.add_argument("--rounds", type=int, help="of a specialist; otherwise those of configs/tiny.yaml")
-    parser.add_argument("--jobs", type=int, default=1, help="specialists at a time")
-    parser.add_argument("--folder", type=Path, default=Path("runs/stage"), help="of specialists and averages")
-    parser.add_argument("--results", type=Path, default=Path("benchmarks/results/averaged"), help="of their figures")
-    parser.add_argument("--specialists", type=Path, default=Path("benchmarks/results/stage"), help="the unit of gains")
-    parser.add_argument("--specialist-seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4], help="of these results")
+    add_run_options(parser, "averaged", [0])
+    add_specialist_options(parser)
+    parser.set_defaults(folder=Path("runs/stage"))  # where `benchmarks.stage` has its specialists
     return parser.parse_known_args()
 
 

@@ -133,12 +133,26 @@ def fit_all(fits: Sequence[Fit], folders: Folders, jobs: int) -> list[Result]:
         ComparisonError: A result is that of another run; or a run failed, then those that have started are finished first.
     """
     missing = [fit for fit in fits if read(folders.result(fit), fit.identity) is None]
+    if missing:
+        print(
+            f"{len(missing)} of {len(fits)} runs have no result in {folders.results}, and are trained first.",
+            file=sys.stderr,
+        )
+    fit_at_once(missing, folders, jobs)
+    return load_all(fits, folders)
+
+
+def fit_at_once(fits: Sequence[Fit], folders: Folders, jobs: int) -> None:
+    """Run all, some at a time.
+
+    Raises:
+        ComparisonError: A run failed; those that have started are finished first.
+    """
     pool = ThreadPoolExecutor(jobs)
     try:
-        list(tqdm(pool.map(lambda fit: fit_once(fit, folders), missing), "runs", len(missing), disable=not missing))
+        list(tqdm(pool.map(lambda fit: fit_once(fit, folders), fits), "runs", len(fits), disable=not fits))
     finally:
         pool.shutdown(cancel_futures=True)
-    return load_all(fits, folders)
 
 
 def load_all(fits: Iterable[Fit], folders: Folders) -> list[Result]:

@@ -27,7 +27,7 @@ from benchmarks.method_tables import (
     gains_table,
     stack_specialists,
 )
-from benchmarks.stages import STAGES, Stages, options_of, read_stages, specialists
+from benchmarks.stages import STAGES, Stages, add_run_options, add_specialist_options, options_of, read_stages, specialists
 from marble_lightning.lab.paper import REFERENCE
 
 PROBES = ("--gradient_alignment.probe_every", "5", "--gradient_alignment.fresh", "false")
@@ -170,16 +170,11 @@ def parse() -> tuple[argparse.Namespace, list[str]]:
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
     parser.add_argument("--stage", default="published", choices=STAGES)
     parser.add_argument("--methods", nargs="+", default=list(COMPARED), choices=list(METHODS), metavar="METHOD")
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2, 3, 4])
+    add_run_options(parser, "methods", [0, 1, 2, 3, 4])
+    add_specialist_options(parser)
     parser.add_argument("--against", choices=list(METHODS), metavar="METHOD", help="compare least gains with this method")
     parser.add_argument("--level", type=float, default=0.95, help="confidence of the intervals of the changes")
-    parser.add_argument("--rounds", type=int, help="of a run; otherwise those of configs/tiny.yaml")
-    parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
     parser.add_argument("--figure", type=Path, help="figure of the normalised gains, such as docs/conflict.png")
-    parser.add_argument("--folder", type=Path, default=Path("runs/methods"), help="of the runs")
-    parser.add_argument("--results", type=Path, default=Path("benchmarks/results/methods"), help="of their figures")
-    parser.add_argument("--specialists", type=Path, default=Path("benchmarks/results/stage"), help="results of `stage`")
-    parser.add_argument("--specialist-seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4], help="of these results")
     options, extra = parser.parse_known_args()
     if not 0 < options.level < 1:
         parser.error(f"`--level` must be between 0 and 1, such as 0.95. Found {options.level}.")

@@ -11,12 +11,11 @@ import argparse
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
 
 from benchmarks.fits import ComparisonError, Folders, Result, changes_of, fit_all
 from benchmarks.methods import METHODS, run_of
 from benchmarks.stage_tables import number, table
-from benchmarks.stages import STAGES, read_stages
+from benchmarks.stages import STAGES, add_run_options, read_stages
 from marble_lightning.evaluation.statistics import summarise
 
 ROUNDINGS: dict[str, dict[str, str]] = {
@@ -52,11 +51,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
     parser.add_argument("--stage", default="published", choices=STAGES)
     parser.add_argument("--method", default="marble", choices=list(METHODS), metavar="METHOD")
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2, 3, 4])
-    parser.add_argument("--rounds", type=int, help="of a run; otherwise those of configs/tiny.yaml")
-    parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
-    parser.add_argument("--folder", type=Path, default=Path("runs/methods"), help="of the runs")
-    parser.add_argument("--results", type=Path, default=Path("benchmarks/results/methods"), help="of their figures")
+    add_run_options(parser, "methods", [0, 1, 2, 3, 4])
     options, extra = parser.parse_known_args()
     stages = read_stages()
     rounds = options.rounds or stages.rounds

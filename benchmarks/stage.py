@@ -31,7 +31,7 @@ from benchmarks.stage_tables import (
     transfer_table,
     write_heat_map,
 )
-from benchmarks.stages import STAGES, Stages, options_of, read_stages, specialists
+from benchmarks.stages import STAGES, Stages, add_run_options, options_of, read_stages, specialists
 
 
 def base_of(stages: Stages, folders: Folders, prompts: int, images: int, extra: Sequence[str]) -> dict[str, Any]:
@@ -80,14 +80,10 @@ def parse() -> tuple[argparse.Namespace, list[str]]:
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
     parser.add_argument("--base", action="store_true", help="only the base, nothing is trained")
     parser.add_argument("--stages", nargs="+", default=list(STAGES), choices=STAGES)
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1], help="of the specialists")
-    parser.add_argument("--rounds", type=int, help="of a run; otherwise those of configs/tiny.yaml")
-    parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
+    add_run_options(parser, "stage", [0, 1])
     parser.add_argument("--prompts", type=int, default=42, help="held-out prompts of each source, for the base")
     parser.add_argument("--images", type=int, default=8, help="images of each, for the base")
     parser.add_argument("--figure", type=Path, help="heat map of the transfer matrix, such as docs/transfer.png")
-    parser.add_argument("--folder", type=Path, default=Path("runs/stage"), help="of runs and images")
-    parser.add_argument("--results", type=Path, default=Path("benchmarks/results/stage"), help="of their figures")
     options, extra = parser.parse_known_args()
     if options.images < 2:
         parser.error(f"`--images` must be >= 2: a spread needs several images of a prompt. Found {options.images}.")

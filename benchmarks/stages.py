@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from benchmarks.fingerprint import resolve
@@ -78,6 +80,27 @@ def combine(settings: Mapping[str, Mapping[str, Any]]) -> Stages:
 def read_stages() -> Stages:
     """The stages of configs/stages."""
     return combine({stage: resolve("-c", "tiny", "-c", f"stages/{stage}") for stage in STAGES})
+
+
+def add_run_options(parser: argparse.ArgumentParser, place: str, seeds: Sequence[int]) -> None:
+    """Options of commands that run fits and keep their figures.
+
+    Args:
+        parser: The command's.
+        place: Name of the folders of runs and of figures.
+        seeds: Seeds by default.
+    """
+    parser.add_argument("--seeds", nargs="+", type=int, default=list(seeds))
+    parser.add_argument("--rounds", type=int, help="of a run; otherwise those of configs/tiny.yaml")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
+    parser.add_argument("--folder", type=Path, default=Path("runs", place), help="of the runs")
+    parser.add_argument("--results", type=Path, default=Path("benchmarks/results", place), help="of their figures")
+
+
+def add_specialist_options(parser: argparse.ArgumentParser) -> None:
+    """Options of commands that divide gains by those of specialists."""
+    parser.add_argument("--specialists", type=Path, default=Path("benchmarks/results/stage"), help="results of `stage`")
+    parser.add_argument("--specialist-seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4], help="of these results")
 
 
 def options_of(rounds: int, extra: Sequence[str]) -> tuple[str, ...]:
