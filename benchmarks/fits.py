@@ -134,10 +134,7 @@ def fit_all(fits: Sequence[Fit], folders: Folders, jobs: int) -> list[Result]:
     """
     missing = [fit for fit in fits if read(folders.result(fit), fit.identity) is None]
     if missing:
-        print(
-            f"{len(missing)} of {len(fits)} runs have no result in {folders.results}, and are trained first.",
-            file=sys.stderr,
-        )
+        print(f"{len(missing)} of {len(fits)} runs have no result in {folders.results}: training them.", file=sys.stderr)
     fit_at_once(missing, folders, jobs)
     return load_all(fits, folders)
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from benchmarks.fits import changes_of
 from benchmarks.method_tables import Results, Specialists
 from marble_lightning.evaluation.gains import normalised_gains
-from marble_lightning.evaluation.statistics import crossed_interval
+from marble_lightning.evaluation.statistics import crossed_interval, crossed_summary
 
 
 def write_gains_figure(results: Results, names: Sequence[str], specialists: Specialists, file: Path) -> None:
@@ -39,8 +39,7 @@ def write_gains_figure(results: Results, names: Sequence[str], specialists: Spec
     figure = Figure(figsize=(1.6 + 1.7 * len(shown), 1.2 + 0.28 * len(methods)), layout="constrained")
     panels = figure.subplots(1, len(shown), sharey=True, squeeze=False)[0]
     for axes, column in zip(panels, shown, strict=True):
-        special = specialists[:, :, column]
-        unit = float(special[:, special.isfinite().all(0)].mean())
+        unit = crossed_summary(specialists[:, :, column]).mean
         for row, method in enumerate(methods):
             changes, gain = changes_of(list(results[method].values()), [names[column]])[:, :, 0], gains[method]
             is_least = bool(gain[column] == gain[shown].min())
