@@ -1,24 +1,20 @@
 """The base class of rewards: prompts, checks of inputs and scores, and missing scores."""
 
-import re
 import sys
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from rewards.deprecated import Renamed, adopt_old_names
 from rewards.frozen import freeze
 from rewards.redaction import redact
 
 RANGE_TOLERANCE = 1e-3
 """How far outside [0, 1] a pixel may lie. It allows for the rounding of a half-precision decoder."""
-
-FULL_NAME = re.compile(r"(?<![\w.])rewards\.(?:[a-z_0-9]+\.)+(\w+)")
 
 T = TypeVar("T")
 
@@ -60,16 +56,6 @@ def public_name(kind: type) -> str:
     return f"{'rewards' if exported is kind else kind.__module__}.{kind.__qualname__}"
 
 
-def with_public_names(text: str) -> str:
-    """Replace full module paths of rewards, which earlier results and checkpoints contain, by their public names.
-
-    >>> with_public_names("rewards.pickscore.PickScore"), with_public_names("mine.rewards.PickScore")
-    ('rewards.PickScore', 'mine.rewards.PickScore')
-    """
-    exported = sys.modules["rewards"]
-    return FULL_NAME.sub(lambda match: f"rewards.{match[1]}" if hasattr(exported, match[1]) else match[0], text)
-
-
 class Reward(nn.Module, ABC):
     """A frozen scorer of (image, prompt) pairs. Subclass it, override `score`, and name the subclass in a config.
 
@@ -88,12 +74,10 @@ class Reward(nn.Module, ABC):
     batch_size: int = 32
     identity_fields: tuple[str, ...] = ("path", "revision", "file", "dtype", "sources")
     """Attributes that the scores depend on. Missing ones are ignored. Results of runs that differ in one are kept apart."""
-    scored_by, judges = Renamed("identity_fields"), Renamed("supports")
+    identity_defaults: ClassVar[Mapping[str, Any]] = {}
+    """Further attributes that the scores depend on, by name, with their defaults. Only those with another value than the
+    default and None are part of `identity`, so that results from before they were named stay comparable."""
     _missing: int = 0
-
-    def __init_subclass__(cls, **options: Any) -> None:
-        super().__init_subclass__(**options)
-        adopt_old_names(cls)
 
     def __init__(self, batch_size: int | None = None, sources: Sequence[str] | None = None) -> None:
         super().__init__()
@@ -146,7 +130,7 @@ class Reward(nn.Module, ABC):
 
     @torch.no_grad()
     def forward(self, *, images: Float[Tensor, "b 3 h w"], prompts: Sequence[Prompt]) -> Float[Tensor, " b"]:
-        """Score a batch; samples that the reward does not apply to or cannot score are NaN.
+        """Score a batch in evaluation mode; samples that the reward does not apply to or cannot score are NaN.
 
         Args:
             images: Floating point pixels, finite and in [0, 1].
@@ -163,6 +147,7 @@ class Reward(nn.Module, ABC):
                 is infinite in float32.
         """
         self._check_inputs(images, prompts)
+        self.eval()  # whoever calls; modules that `setup` has made are in training mode
         scores = torch.full((len(prompts),), torch.nan, dtype=torch.float32, device=images.device)
         applicable = [index for index, prompt in enumerate(prompts) if self.supports(prompt)]
         # A mixed-precision trainer must not change scores, so scoring disables autocast.
@@ -186,8 +171,10 @@ class Reward(nn.Module, ABC):
 
     @property
     def identity(self) -> dict[str, str]:
-        """The class and the attributes that the scores depend on (`identity_fields`), as text."""
-        return identity_of(self, self.identity_fields)
+        """The class and the attributes that the scores depend on (`identity_fields`, `identity_defaults`), as text."""
+        defaults = self.identity_defaults.items()
+        changed = [name for name, default in defaults if getattr(self, name, None) not in (None, default)]
+        return identity_of(self, (*self.identity_fields, *changed))
 
     @property
     def _name(self) -> str:

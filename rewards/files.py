@@ -14,6 +14,7 @@ from torch import Tensor
 from rewards.hub import hub_reason
 
 PINNED = {
+    "facebook/mask2former-swin-small-coco-instance": "f77f179fc62b98f6734481ebbef5bceeb1e7f10b",
     "google-bert/bert-base-uncased": "86b5e0934494bd15c9632b12f734a8a67f723594",
     "laion/CLIP-ViT-H-14-laion2B-s32B-b79K": "1c2b8495b28150b8a4922ee1c8edee224c284c0c",
     "MizzenAI/HPSv3": "4f81e3e09edd82fe3c5f636444c721b592a735ca",

@@ -10,12 +10,16 @@ SECRET = {
     "auth", "authorization", "authentication", "bearer", "password", "passwords", "passwd", "passphrase", "pwd",
     "credential", "credentials", "header", "headers", "cookie", "cookies",
 }  # fmt: skip
-"""If a name contains one of these words, its text value is a secret."""
+"""If a name contains one of these words, its text value is a secret, unless the name ends in the word `variable`: then it
+is the name of an environment variable."""
 
 PASSWORD = {"secret", "password", "passwd", "passphrase", "pwd"}
 """If a name ends in one of these words, its number is a secret too. Other numbers, such as `pad_token`, are not."""
 
-USERINFO = re.compile(r"(?i)\b([a-z][a-z0-9+.-]*://)[^\s/?#]*@")
+SIGNED = {"sig", "signature"}
+"""If a query parameter contains one of these words, it is a secret: it signs the URL."""
+
+USERINFO = re.compile(r"(?<=://)[^\s/?#]*@")
 PARAMETER = re.compile(r"([?&;])([\w.-]+)=[^\s&;#'\"]+")
 
 
@@ -28,22 +32,24 @@ def words(name: str) -> list[str]:
     return [word.lower() for word in re.findall(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+", name)]
 
 
-def redact(value: Any, name: str = "") -> Any:
+def redact(value: Any, name: str = "", secret: bool = False) -> Any:
     """Copy a tree of mappings, lists and scalars without secrets: secret values become None, URLs lose their secrets.
 
     Args:
         value: Anything that YAML or JSON can hold.
         name: The key of the value. Everything nested under a secret key is secret.
+        secret: Whether the value is nested under a secret key.
 
     >>> redact({"api_key": "sk-1", "max_tokens": 7, "url": "http://me:pass@host/x", "headers": {"X-Team": "a"}})
     {'api_key': None, 'max_tokens': 7, 'url': 'http://host/x', 'headers': {'X-Team': None}}
     """
+    secret = secret or _is_secret(name)
     if isinstance(value, dict):
-        return {key: redact(item, f"{name}_{key}" if _is_secret(name) else str(key)) for key, item in value.items()}
+        return {key: redact(item, str(key), secret) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [redact(item, name) for item in value]
+        return [redact(item, name, secret) for item in value]
     if isinstance(value, str):
-        return None if _is_secret(name) else strip_secrets(value)
+        return None if secret else strip_secrets(value)
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
     return None if is_number and words(name)[-1:] and words(name)[-1] in PASSWORD else value
 
@@ -56,10 +62,12 @@ def strip_secrets(text: str) -> str:
     """
 
     def parameter(match: re.Match[str]) -> str:
-        return f"{match[1]}{match[2]}=***" if _is_secret(match[2]) else match[0]
+        secret = _is_secret(match[2]) or not SIGNED.isdisjoint(words(match[2]))
+        return f"{match[1]}{match[2]}=***" if secret else match[0]
 
-    return PARAMETER.sub(parameter, USERINFO.sub(r"\1", text))
+    return PARAMETER.sub(parameter, USERINFO.sub("", text))
 
 
 def _is_secret(name: str) -> bool:
-    return not SECRET.isdisjoint(words(name))
+    parts = words(name)
+    return not SECRET.isdisjoint(parts) and parts[-1] != "variable"

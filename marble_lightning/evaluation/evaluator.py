@@ -22,7 +22,6 @@ from marble_lightning.policies.base import Conditions, FlowPolicy, concat_condit
 from marble_lightning.scoring.scorer import Scorer
 from marble_lightning.utils.seeds import derived_seed, generator
 from rewards import Prompt, Reward
-from rewards.base import with_public_names
 
 ENCODE_AHEAD = 64
 """Number of held-out prompts that are encoded at once; moving SD3.5's text encoders to the device copies gigabytes."""
@@ -138,8 +137,8 @@ class Evaluator:
 
         The adapter's scores are needed where a run was killed after its last round and before it wrote its results.
         """
-        same_settings = with_public_names(checkpoint["base_measured"]) == self.baseline_key(trainer)
-        trained = checkpoint.get("trained_scores")  # older checkpoints do not have them
+        same_settings = checkpoint["base_measured"] == self.baseline_key(trainer)
+        trained = checkpoint["trained_scores"]
         if trainer.state.fn == "fit" and same_settings and trained and trained["adapter"] == self.policy.adapter:
             self.trained_scores, self.evaluated_step = trained["scores"], trained["optimizer_step"]
         if same_settings and checkpoint["base_scores"] is not None:

@@ -15,7 +15,6 @@ from marble_lightning.evaluation.statistics import MEAN_OF_TAGS, Summary, by_tag
 from marble_lightning.utils.atomic_files import atomic_write
 from marble_lightning.utils.run_files import ALL, RESULTS
 from rewards import Prompt, Reward
-from rewards.base import with_public_names
 
 CSV = "results.csv"
 COLUMNS = ("set", "reward", *Summary._fields)
@@ -120,11 +119,6 @@ def read(path: str | Path, setting: str = "`path`") -> dict[str, Any]:
         raise ValueError(f"{setting} must be a {RESULTS}. Found {file.resolve()}: {error}.") from error
     if not isinstance(results, dict) or not {"settings", "rewards", ALL, "prompts"} <= results.keys():
         raise ValueError(f"{setting} must be a {RESULTS} written by fit, validate or test. Found {file.resolve()}.")
-    for earlier, name in (("judged", "evaluated"), ("judges", "reward_models")):
-        if earlier in results:
-            results[name] = results.pop(earlier)
-    if "reward_models" in results:  # earlier results name the modules of rewards, which have moved
-        results["reward_models"] = json.loads(with_public_names(json.dumps(results["reward_models"])))
     return results
 
 

@@ -27,6 +27,10 @@ class RewardError(OnAllRanks, RuntimeError):
     """A reward failed on an image, and the settings do not allow a missing score."""
 
 
+class RewardExit(RuntimeError):
+    """A reward ended the program. It may be on one rank only, which must not wait for the others."""
+
+
 @contextmanager
 def exit_is_failure(name: str) -> Iterator[None]:
     """Turn the SystemExit of a reward or metric into an error; otherwise the program would end without an error.
@@ -35,14 +39,14 @@ def exit_is_failure(name: str) -> Iterator[None]:
         name: Of the reward or metric, for the error message.
 
     Raises:
-        RewardError: SystemExit was raised within the context.
+        RewardExit: SystemExit was raised within the context.
     """
     try:
         yield
     except SIGTERMException:
         raise
     except SystemExit as error:
-        raise RewardError(
+        raise RewardExit(
             f"`{name}` must not end the program. Found {excerpt(error)}; raise another error where it cannot continue."
         ) from error
 
@@ -51,7 +55,7 @@ def load_rewards(rewards: Mapping[str, Reward]) -> None:
     """Load the weights of rewards and metrics, freeze them, and switch them to eval mode.
 
     Raises:
-        RewardError: One of them ended the program.
+        RewardExit: One of them ended the program.
     """
     for name, reward in rewards.items():
         with exit_is_failure(name):

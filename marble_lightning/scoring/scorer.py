@@ -174,6 +174,10 @@ class Scorer:
                     f"`{self.labels[name]}` must score some of the images that it applies to. Found no score for any of the "
                     f"{total:.0f}; {why}."
                 )
+            if missing[name] > total / 2:
+                rank_zero_only(log.warning)(
+                    f"`{self.labels[name]}` has no score for {missing[name]:.0f} of the {total:.0f} images it applies to."
+                )
             if skipped[name] > self.settings.max_skipped * total:
                 raise RewardError(
                     f"`{self.labels[name]}` may fail on a share of {self.settings.max_skipped} of the images "

@@ -23,7 +23,7 @@ class Aesthetic(Reward):
         head_file: Name of the file in `head_path`, safetensors or PyTorch: the five layers of the MLP, `layers.0.weight`
             to `layers.7.bias`, or the `weight` (1, embedding) and `bias` (1,) of one linear layer.
         revision: Branch, tag or commit of `path`. None: the pinned commit, see `rewards.files`.
-        head_revision: Branch, tag or commit of `head_path`. None: its main branch.
+        head_revision: Branch, tag or commit of `head_path`. None: its main branch, since no commit of it is pinned.
         dtype: Number format of the CLIP weights: "float32", "bfloat16" or "float16". Scores are always float32.
         batch_size: Images scored at once, >= 1.
 

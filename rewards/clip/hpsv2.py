@@ -1,12 +1,13 @@
 """HPSv2: a CLIP model trained on human rankings of generated images."""
 
 from collections.abc import Sequence
+from typing import ClassVar
 
 from jaxtyping import Float
 from torch import Tensor
 
 from rewards.base import Prompt, Reward
-from rewards.clip.loading import check_dtype, load_tower
+from rewards.clip.loading import VIT_H_PROCESSOR, check_dtype, load_tower
 from rewards.clip.open_clip import clean_text
 from rewards.clip.tower import CLIPTower
 
@@ -38,11 +39,13 @@ class HPSv2(Reward):
     Synthesis", 2023, section 4.
     """
 
+    identity_defaults: ClassVar = {"processor_path": VIT_H_PROCESSOR}
+
     def __init__(
         self,
         path: str = "xswu/HPSv2",
         file: str | None = "HPS_v2.1_compressed.pt",
-        processor_path: str | None = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K",
+        processor_path: str | None = VIT_H_PROCESSOR,
         revision: str | None = None,
         dtype: str = "float32",
         batch_size: int = 32,

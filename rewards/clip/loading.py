@@ -15,6 +15,9 @@ from rewards.clip.tower import Centre, CLIPTower, Preprocess, Resize
 from rewards.files import find_file, load_weights, resolve_path, resolve_revision
 from rewards.hub import hub_reason
 
+VIT_H_PROCESSOR = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
+"""Hub id of tokenizer and preprocessor_config.json that the published weights of PickScore and HPSv2 were trained with."""
+
 _models: WeakValueDictionary[tuple[str | None, ...], Any] = WeakValueDictionary()
 """Loaded models by path, file, revision and dtype, so that rewards with the same tower share it."""
 

@@ -1,12 +1,13 @@
 """PickScore: a CLIP model trained on human choices between two images."""
 
 from collections.abc import Sequence
+from typing import ClassVar
 
 from jaxtyping import Float
 from torch import Tensor
 
 from rewards.base import Prompt, Reward
-from rewards.clip.loading import check_dtype, load_tower
+from rewards.clip.loading import VIT_H_PROCESSOR, check_dtype, load_tower
 from rewards.clip.tower import CLIPTower
 
 
@@ -36,11 +37,12 @@ class PickScore(Reward):
     """
 
     identity_fields = (*Reward.identity_fields, "divide_by")
+    identity_defaults: ClassVar = {"processor_path": VIT_H_PROCESSOR}
 
     def __init__(
         self,
         path: str = "yuvalkirstain/PickScore_v1",
-        processor_path: str | None = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K",
+        processor_path: str | None = VIT_H_PROCESSOR,
         revision: str | None = None,
         dtype: str = "float32",
         divide_by: float = 26.0,

@@ -18,10 +18,16 @@ Centre = Literal["floor", "even"]
 """How half of the surplus pixels is rounded to get the start of a crop: "floor" rounds down, as in transformers; "even"
 rounds half to even, as in torchvision. The two differ for a surplus of 3, 7, 11, ... pixels."""
 
+LONGEST = 8
+"""Largest ratio of the sides of an image that is resized as a whole before its centre is kept."""
+
 
 @dataclass(frozen=True)
 class Preprocess:
     """Resize with antialiasing, make square, normalise.
+
+    A "crop" keeps only the centre. So an image that is longer than 8 times its short side first loses both ends, since
+    resizing it whole could take hundreds of megabytes. The result may shift by about a pixel.
 
     Args:
         size: Target pixels of the resized side: the shorter one for "crop", the longer one for "pad".
@@ -45,6 +51,8 @@ class Preprocess:
     centre: Centre = "floor"
 
     def __call__(self, images: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b 3 s s"]:
+        if self.fit == "crop":
+            images = cut_ends(images)
         height, width = images.shape[-2:]
         if self.fit == "crop":
             short = min(height, width)
@@ -82,6 +90,19 @@ class Preprocess:
             )
         side = sides.pop()
         return cls(side if fit == "pad" else size, side, tuple(config["image_mean"]), tuple(config["image_std"]), fit)
+
+
+def cut_ends(images: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b 3 h2 w2"]:
+    """Cut the long side to `LONGEST` times the short one, or a pixel more so that both ends lose equally many.
+
+    >>> import torch
+    >>> cut_ends(torch.zeros(1, 3, 1, 512)).shape, cut_ends(torch.zeros(1, 3, 64, 512)).shape
+    (torch.Size([1, 3, 1, 8]), torch.Size([1, 3, 64, 512]))
+    """
+    height, width = images.shape[-2:]
+    longest = LONGEST * min(height, width)
+    y, x = max(0, height - longest) // 2, max(0, width - longest) // 2
+    return images[..., y : height - y, x : width - x]
 
 
 class CLIPTower(nn.Module):

@@ -8,8 +8,6 @@ from typing import Any
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from rewards.deprecated import Renamed, adopt_old_names
-
 
 @dataclass(frozen=True)
 class Detection:
@@ -41,11 +39,6 @@ class Detector(nn.Module, ABC):
     """Candidates with a score <= `min_score` are not returned."""
     identity_fields: tuple[str, ...] = ("path", "revision", "dtype", "min_score")
     """Attributes that the detections depend on, as in `Reward`."""
-    scored_by = Renamed("identity_fields")
-
-    def __init_subclass__(cls, **options: Any) -> None:
-        super().__init_subclass__(**options)
-        adopt_old_names(cls)
 
     def setup(self) -> None:
         """Load weights. It is safe to call this twice. The base class has nothing to load."""

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from rewards.checkpoints import check_finite
 from rewards.clip.loading import check_dtype
-from rewards.files import resolve_path
+from rewards.files import resolve_path, resolve_revision
 from rewards.geneval.coco import COCO_CLASSES, coco_names
 from rewards.geneval.colours import ColourClassifier
 from rewards.geneval.detectors import Detection, Detector
@@ -32,7 +32,7 @@ class Mask2Former(Detector):
     Args:
         path: Folder or hub id of a transformers-format Mask2FormerForUniversalSegmentation trained on COCO instances,
             with its preprocessor_config.json.
-        revision: Branch, tag or commit of `path`. None: its main branch.
+        revision: Branch, tag or commit of `path`. None: the pinned commit, see `rewards.files`.
         dtype: Number format of the weights of both networks: "float32", "bfloat16" or "float16". Scores are float32.
         colour_path: Folder or hub id of the CLIPModel that classifies colours.
         colour_revision: Branch, tag or commit of `colour_path`. None: the pinned commit, see `rewards.files`.
@@ -90,13 +90,14 @@ class Mask2Former(Detector):
         if self.model is not None:
             return
         path = resolve_path(self.path)
-        config, processor_config = _describe(path, self.revision)
+        revision = resolve_revision(path, self.revision)
+        config, processor_config = _describe(path, revision)
         self.names = coco_names("Mask2Former", config.get("id2label", {}), path)
         self.preprocess = DetectorPreprocess.from_config(processor_config, self.short_side, self.long_side)
-        key = (path, self.revision, self.dtype)
+        key = (path, revision, self.dtype)
         model = _models.get(key)
         if model is None:
-            model = _models[key] = _load(path, self.revision, getattr(torch, self.dtype))
+            model = _models[key] = _load(path, revision, getattr(torch, self.dtype))
         self.model = model.requires_grad_(False).eval()
 
     @torch.no_grad()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import ClassVar
 
 import torch
 from jaxtyping import Float
@@ -13,6 +14,9 @@ from rewards.clip.heads import preference_head
 from rewards.clip.loading import check_dtype
 from rewards.files import find_file, load_weights, select_prefix
 from rewards.hpsv3.qwen import ChatTokenizer, QwenScorer, build_model
+
+BASE = "Qwen/Qwen2-VL-7B-Instruct"
+"""Hub id of the model that the published weights were trained from."""
 
 PIXELS = 256 * 28 * 28
 """Published area of the resized image: 256 image tokens, 448 x 448 pixels for a square."""
@@ -47,12 +51,13 @@ class HPSv3(Reward):
     """
 
     identity_fields = (*Reward.identity_fields, "pixels")
+    identity_defaults: ClassVar = {"base_path": BASE}
 
     def __init__(
         self,
         path: str = "MizzenAI/HPSv3",
         file: str = "HPSv3.safetensors",
-        base_path: str = "Qwen/Qwen2-VL-7B-Instruct",
+        base_path: str = BASE,
         revision: str | None = None,
         dtype: str = "bfloat16",
         pixels: int = PIXELS,

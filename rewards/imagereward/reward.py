@@ -1,6 +1,7 @@
 """ImageReward: a BLIP model trained on human preferences between generated images."""
 
 from collections.abc import Sequence
+from typing import ClassVar
 
 import torch
 from jaxtyping import Float
@@ -14,6 +15,9 @@ from rewards.imagereward.blip import BLIPTower, build_tower
 
 MEAN, STD = 0.16717362830052426, 1.0333394966054072
 """Published mean and standard deviation of the raw scores over the training set."""
+
+TOKENIZER = "google-bert/bert-base-uncased"
+"""Hub id of the tokenizer that the published weights were trained with."""
 
 TOKENS = 35
 """Number of tokens to which captions are truncated or padded."""
@@ -41,11 +45,13 @@ class ImageReward(Reward):
     Source: Xu et al., "ImageReward: Learning and Evaluating Human Preferences for Text-to-Image Generation", 2023.
     """
 
+    identity_defaults: ClassVar = {"tokenizer_path": TOKENIZER}
+
     def __init__(
         self,
         path: str = "THUDM/ImageReward",
         file: str = "ImageReward.pt",
-        tokenizer_path: str = "google-bert/bert-base-uncased",
+        tokenizer_path: str = TOKENIZER,
         revision: str | None = None,
         dtype: str = "float32",
         batch_size: int = 32,

@@ -3,7 +3,7 @@
 import logging
 import multiprocessing
 from collections.abc import Sequence
-from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures import BrokenExecutor, Executor, ProcessPoolExecutor, ThreadPoolExecutor
 from threading import local
 from typing import Any, Literal
 
@@ -70,16 +70,39 @@ class EnginePool:
     """
 
     def __init__(self, detect: bool, threads: int, workers: int, kind: Kind) -> None:
-        self.workers = workers
-        options: dict[str, Any] = {"max_workers": workers, "initializer": _start, "initargs": (detect, threads)}
-        if kind == "process":  # spawn, because forking a process with threads can hang
-            self.pool: Executor = ProcessPoolExecutor(mp_context=multiprocessing.get_context("spawn"), **options)
+        self.detect, self.threads, self.workers, self.kind = detect, threads, workers, kind
+        self.pool = self._start_pool()
+
+    def _start_pool(self) -> Executor:
+        options: dict[str, Any] = {"initializer": _start, "initargs": (self.detect, self.threads)}
+        pool: Executor
+        if self.kind == "process":  # spawn, because forking a process with threads can hang
+            pool = ProcessPoolExecutor(self.workers, multiprocessing.get_context("spawn"), **options)
         else:
-            self.pool = ThreadPoolExecutor(**options)
-        list(self.pool.map(_ready, range(workers)))  # errors at the start of an engine are raised here
+            pool = ThreadPoolExecutor(self.workers, **options)
+        list(pool.map(_ready, range(self.workers)))  # errors at the start of an engine are raised here
+        return pool
 
     def read(self, images: Sequence[Any]) -> list[str | None]:
-        """Read the text in each image, as `Engine.read`."""
+        """Read the text in each image, as `Engine.read`. If a worker ends, all start again and read the batch again, once.
+
+        Raises:
+            RuntimeError: if a worker ends again.
+        """
+        try:
+            return self._read(images)
+        except BrokenExecutor as error:
+            logger.warning("OCR: a worker ended (%s). The workers start again and read the batch again.", error)
+        try:
+            self.pool = self._start_pool()
+            return self._read(images)
+        except BrokenExecutor as error:
+            raise RuntimeError(
+                f"OCR: workers must run until they have read a batch. Found one that ended twice: {error}. Free memory or "
+                "lower `workers`; `workers: 1` reads in the main process."
+            ) from error
+
+    def _read(self, images: Sequence[Any]) -> list[str | None]:
         parts = [images[start :: self.workers] for start in range(min(self.workers, len(images)))]
         texts: list[str | None] = [None] * len(images)
         for start, part_texts in enumerate(self.pool.map(_read, parts)):

@@ -4,11 +4,14 @@
 answer two requests with JSON:
 
     GET {url}/health
-        -> {"reward": name}
+        -> {"reward": name, "identity": {setting: value, ...}}
 
     POST {url}/score
         {"images": [PNG, ...], "prompts": [{"text": str, "source": str, "metadata": {...}}, ...]}
         -> {"scores": [number or null, ...]}
+
+`identity` is optional: the settings that the scores depend on, without secrets. A client of several servers refuses servers
+with different names or identities.
 
 Images are 8-bit RGB PNGs in base64, all of the same size, one per prompt, without texts and colour profiles. Scores are in
 the order of the images; higher is better, and null marks a missing score. Any status other than 200 is an error, described

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Sequence
 from urllib.parse import urlsplit
 from urllib.request import getproxies, proxy_bypass
 
 from rewards.redaction import strip_secrets
+
+ENDING = re.compile(r"[?#].*|(?<!/)/(score|chat/completions)/*$", re.DOTALL)
+"""The end of a URL to which no path can be added: a query, a fragment, or the path of a request. After `//` is the host."""
 
 
 def check_urls(owner: str, name: str, urls: str | Sequence[str]) -> list[str]:
@@ -29,7 +33,7 @@ def check_url(owner: str, name: str, url: str) -> str:
     """Check the URL of a web server and return it without a trailing slash.
 
     Raises:
-        ValueError: if it is not the URL of a web server.
+        ValueError: if it is not the URL of a web server, or ends in a query, a fragment or the path of a request.
     """
     try:
         parts = urlsplit(url)
@@ -37,10 +41,16 @@ def check_url(owner: str, name: str, url: str) -> str:
     except ValueError:
         valid = False
     if not valid:
-        public_url = strip_secrets(url if "://" in url else url.rpartition("@")[2])
+        scheme, mark, rest = url.rpartition("://")
+        public_url = strip_secrets(f"{scheme}{mark}{rest.rpartition('@')[2]}")
         raise ValueError(
             f"{owner}: `{name}` must begin with http:// or https:// and name a host. Found '{public_url}'. "
             "Write it as http://host:8000."
+        )
+    if ending := ENDING.search(url):
+        raise ValueError(
+            f"{owner}: `{name}` must have no query, no fragment, and no path of a request, which the client adds. Found "
+            f"'{strip_secrets(url)}'. Write it as {strip_secrets(url[: ending.start()])}."
         )
     return url.rstrip("/")
 

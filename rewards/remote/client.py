@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -78,6 +78,7 @@ class RemoteReward(Reward):
         self.token_variable = token_variable
         self._ready: JsonClient | None = None
         self._served: str | None = None
+        self._identity: Mapping[str, Any] | None = None
 
     def setup(self) -> None:
         """Connect, and check that a reward answers, the same one at all servers.
@@ -86,7 +87,7 @@ class RemoteReward(Reward):
 
         Raises:
             ConnectionError: if all servers are unreachable, or one answers an error.
-            ValueError: if an answer violates the protocol, or the servers serve different rewards.
+            ValueError: if an answer violates the protocol, or the servers serve different rewards or other settings of one.
         """
         if self._ready is not None:
             return
@@ -96,13 +97,26 @@ class RemoteReward(Reward):
 
     def _check(self, client: JsonClient, answer: Answer) -> None:
         health = client.json_of(answer)
-        if not isinstance(health, dict) or not isinstance(health.get("reward"), str):
-            raise client.unexpected_answer(answer, '{"reward": name}', health)
+        fits = isinstance(health, dict) and isinstance(health.get("identity"), dict | None)
+        if not fits or not isinstance(health.get("reward"), str):
+            raise client.unexpected_answer(answer, '{"reward": name}, with an object "identity" or none', health)
         self._served = self._served or health["reward"]
         if health["reward"] != self._served:
             raise ValueError(
                 f"RemoteReward: all servers in `url` must serve one reward. Found {quote(health['reward'])} at {answer.url} "
                 f"and {quote(self._served)} at another. Start them with the same `--reward`."
+            )
+        identity = health.get("identity")
+        if identity is not None:  # other kinds of servers may not have it
+            self._check_identity(answer.url, identity)
+
+    def _check_identity(self, url: str, identity: Mapping[str, Any]) -> None:
+        expected = self._identity = identity if self._identity is None else self._identity
+        if names := [name for name in {**expected, **identity} if identity.get(name) != expected.get(name)]:
+            found, other = (", ".join(f"{name} {part.get(name)}" for name in names) for part in (identity, expected))
+            raise ValueError(
+                f"RemoteReward: all servers in `url` must serve one reward with the same settings. Found {quote(found)} at "
+                f"{url} and {quote(other)} at another. Start them with the same options of `--reward`."
             )
 
     def score(self, *, images: Float[Tensor, "b 3 h w"], prompts: Sequence[Prompt]) -> Float[Tensor, " b"]:

@@ -26,8 +26,6 @@ from rewards.remote.transport import quote
 
 logger = logging.getLogger(__name__)
 
-TRY_AGAIN = (408, 429, 500, 502, 503, 504)
-"""HTTP statuses of temporary failures, which are retried."""
 LONGEST_PAUSE = 60.0
 """Maximum seconds between two attempts, even if a server's Retry-After is longer."""
 LARGEST_ANSWER = 4 * 2**20
@@ -134,6 +132,7 @@ class JsonClient:
         async with aiohttp.ClientSession(
             headers=headers,
             cookie_jar=aiohttp.DummyCookieJar(),
+            connector=aiohttp.TCPConnector(limit=0),  # `slots` limits the connections
             auto_decompress=False,  # a small answer may expand to any size
             # no total: `asyncio.timeout` limits each attempt
             timeout=aiohttp.ClientTimeout(sock_connect=CONNECTING if len(self.urls) > 1 else None),
@@ -176,43 +175,44 @@ class JsonClient:
 
     def _backoff(self, rounds: int, requested: float) -> float:
         # Random jitter, so that requests that failed together do not retry together.
-        pause = 0.0 if rounds == 1 else self.backoff * (2 ** (rounds - 1) + random.random())
+        pause = 0.0 if rounds == 1 else self.backoff * (2.0 ** min(rounds - 1, 30) + random.random())
         return min(max(pause, requested), LONGEST_PAUSE)
 
     async def _attempt(
         self, session: aiohttp.ClientSession, url: str, request: Request, body: bytes | None, limit: float
     ) -> Answer | Failed:
         """Send a request once, and record whether the server works."""
-        pause = 0.0
+        outcome: Answer | Failed
         try:
             async with asyncio.timeout(limit):
-                answer, pause = await self._checked_exchange(session, url, request, body)
-            if answer.status not in TRY_AGAIN:
-                if self.replicas.works(url):
-                    logger.info("%s: %s answers again.", self.owner, strip_secrets(url))
-                return answer
-            cause = str(answer)
+                outcome = await self._check_first(session, url) or await self._exchange(session, url + request.path, body)
         except aiohttp.ClientError as error:
-            cause = describe(error)
+            outcome = Failed(describe(error), 0.0)
         except TimeoutError:
-            cause = f"timed out after {limit:.3g} s"
-        if self.replicas.failed(url, cause, pause) and len(self.urls) > 1:
-            logger.warning("%s: %s is left out, because it failed: %s.", self.owner, strip_secrets(url), cause)
-        return Failed(cause, pause)
+            outcome = Failed(f"timed out after {limit:.3g} s", 0.0)
+        if isinstance(outcome, Answer):
+            if self.replicas.works(url):
+                logger.info("%s: %s answers again.", self.owner, strip_secrets(url))
+        elif self.replicas.failed(url, outcome.cause, outcome.pause) and len(self.urls) > 1:
+            logger.warning("%s: %s is left out, because it failed: %s.", self.owner, strip_secrets(url), outcome.cause)
+        return outcome
 
-    async def _checked_exchange(
-        self, session: aiohttp.ClientSession, url: str, request: Request, body: bytes | None
-    ) -> tuple[Answer, float]:
-        if check := self.unchecked.get(url):
-            answer, pause = await self._exchange(session, url + check.path, None)
-            if answer.status in TRY_AGAIN:
-                return answer, pause
-            check.read(answer)
-            self.unchecked.pop(url, None)
-        return await self._exchange(session, url + request.path, body)
+    async def _check_first(self, session: aiohttp.ClientSession, url: str) -> Failed | None:
+        """Check a server that was unreachable at the start; None if it may be used. One that refuses has failed."""
+        check = self.unchecked.get(url)
+        if check is None:
+            return None
+        outcome = await self._exchange(session, url + check.path, None)
+        if isinstance(outcome, Failed):
+            return outcome
+        if outcome.status != 200:
+            return Failed(str(outcome), 0.0)
+        check.read(outcome)
+        self.unchecked.pop(url, None)
+        return None
 
-    async def _exchange(self, session: aiohttp.ClientSession, url: str, body: bytes | None) -> tuple[Answer, float]:
-        """Return the answer of a server and the pause in seconds that it requests (Retry-After)."""
+    async def _exchange(self, session: aiohttp.ClientSession, url: str, body: bytes | None) -> Answer | Failed:
+        """Return the answer of a server; `Failed` if its status is that of a temporary failure."""
         method, content = "GET" if body is None else "POST", bytearray()
         data = None if body is None else BytesIO(body)  # sent in chunks
         # No redirects: they would turn a POST into a GET. No `trust_env`: it would also send passwords of ~/.netrc.
@@ -222,7 +222,9 @@ class JsonClient:
                 content += part
                 if len(content) > LARGEST_ANSWER:
                     raise self.unexpected_answer(answer, f"at most {LARGEST_ANSWER} bytes", "more")
-            return answer._replace(body=bytes(content)), retry_after(response.headers.get("Retry-After", ""))
+            answer = answer._replace(body=bytes(content))
+            pause = retry_after(response.headers.get("Retry-After", ""))
+            return Failed(str(answer), pause) if answer.is_temporary else answer
 
     def json_of(self, answer: Answer) -> Any:
         """Return the JSON content of an answer with status 200.

@@ -12,6 +12,9 @@ import aiohttp
 
 from rewards.remote.transport import quote
 
+LASTING = (501, 505)
+"""HTTP statuses of a server that will never support the method or the version of HTTP."""
+
 
 class Answer(NamedTuple):
     """A server's answer; `url` has the path of the request and no secrets."""
@@ -20,6 +23,11 @@ class Answer(NamedTuple):
     status: int
     reason: str
     body: bytes
+
+    @property
+    def is_temporary(self) -> bool:
+        """Whether the status is one of a temporary failure, after which another attempt may succeed."""
+        return self.status in (408, 429) or (self.status >= 500 and self.status not in LASTING)
 
     def __str__(self) -> str:
         return f"{self.status} {self.reason}: {quote(self.body[:10_000].decode(errors='replace'))}"

@@ -21,7 +21,7 @@ from torch import Tensor
 from rewards import Prompt, Reward
 from rewards.redaction import strip_secrets
 from rewards.remote.addresses import read_token
-from rewards.remote.server_access import guard, hosts_of
+from rewards.remote.server_access import check_hosts, guard, hosts_of
 from rewards.remote.server_body import BadRequest, parse, read_body
 from rewards.texts import excerpt, reason
 
@@ -116,12 +116,13 @@ def make_app(
         access: A middleware that refuses requests, see `server_access.guard`. None: refuse other sites' pages.
     """
     name, place, limits = type(reward).__name__, torch.device(device), limits or Limits()
+    about = {"reward": name, "identity": reward.identity}
     scorer = ThreadPoolExecutor(max_workers=1, thread_name_prefix=name)
     parser = ThreadPoolExecutor(max_workers=limits.max_requests, thread_name_prefix="parse")
     slots = asyncio.Semaphore(limits.max_requests)
 
     async def health(_: web.Request) -> web.Response:
-        return web.json_response({"reward": name})
+        return web.json_response(about)
 
     def run_reward(images: Tensor, prompts: list[Prompt]) -> list[float | None]:
         try:
@@ -181,19 +182,19 @@ def serve(
         max_requests: Maximum number of requests that are read, decoded or waiting for scores at once, >= 1; others wait
             unread.
         body_timeout: Seconds for a request to arrive, > 0.
-        allow_host: One or more names that are allowed in the Host header, and sites with pages that may send requests from a
-            browser (Origin). Pages of other sites are always refused. Other Host names are refused at a loopback address,
-            and at any address if this option is given.
+        allow_host: One or more host names, without scheme and port. They are allowed in the Host header, and as sites with
+            pages that may send requests from a browser (Origin). Pages of other sites are always refused. Other Host names
+            are refused at a loopback address, and at any address if this option is given.
         token_variable: Name of an environment variable with the token that requests must have; `RemoteReward` sends it with
             its `token_variable`. None: no token is required. Tokens are sent unencrypted: use a trusted network, or a proxy
             with TLS.
 
     Raises:
-        ValueError: if a limit is out of range, or the variable is not set.
+        ValueError: if a limit is out of range, a name in `allow_host` is no host name, or the variable is not set.
     """
     limits = Limits(max_body_mb, max_pixels, max_requests, body_timeout)
     token = read_token("marble-lightning-serve", token_variable)
-    allowed = [name.lower() for name in ([allow_host] if isinstance(allow_host, str) else allow_host or [])]
+    allowed = check_hosts([allow_host] if isinstance(allow_host, str) else allow_host or [])
     if device == "auto":
         device = str(torch.accelerator.current_accelerator()) if torch.accelerator.is_available() else "cpu"
     # Bind before weights load, so that a port in use fails early. No client can connect until the socket listens.

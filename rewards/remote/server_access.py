@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import hmac
 import ipaddress
-from collections.abc import Awaitable, Callable, Collection
+import re
+from collections.abc import Awaitable, Callable, Collection, Iterable
 from typing import Any
 from urllib.parse import urlsplit
 
 from aiohttp import web
 
+from rewards.redaction import strip_secrets
+
 LOOPBACK = frozenset({"localhost", "127.0.0.1", "::1"})
 """Host names of the local machine."""
+NAME = re.compile(r"[a-z0-9._-]+")
+"""A host name in lower case, or an IPv4 address."""
 
 
 def guard(hosts: Collection[str] | None, allowed: Collection[str] = (), token: str | None = None) -> Any:
@@ -57,6 +62,34 @@ def hosts_of(address: str, allowed: Collection[str]) -> set[str] | None:
     (['127.0.0.1', '::1', 'gpu1', 'localhost'], None, ['127.0.0.1', '::1', 'gpu1', 'localhost'])
     """
     return {*LOOPBACK, address, *allowed} - {"0.0.0.0", "::", ""} if allowed or is_loopback(address) else None
+
+
+def check_hosts(names: Iterable[str]) -> list[str]:
+    """Return host names in lower case.
+
+    Raises:
+        ValueError: if one is neither a host name nor an IP address, for instance because it has a scheme or a port.
+
+    >>> check_hosts(["GPU1", "fe80::1"])
+    ['gpu1', 'fe80::1']
+    """
+    lower = [name.lower() for name in names]
+    for name in lower:
+        if not NAME.fullmatch(name) and not is_address(name):
+            raise ValueError(
+                "`allow_host` must hold host names without scheme, port and path, such as gpu1, or IP addresses without "
+                f"brackets. Found '{strip_secrets(name)}'. Write {host_name(name) or 'the name only'}."
+            )
+    return lower
+
+
+def is_address(text: str) -> bool:
+    """Whether a text is an IP address."""
+    try:
+        ipaddress.ip_address(text)
+    except ValueError:
+        return False
+    return True
 
 
 def is_loopback(address: str) -> bool:

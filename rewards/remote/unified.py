@@ -1,4 +1,4 @@
-"""UnifiedReward 1 and 2: published questions and answer formats for `VisionLanguageReward`."""
+"""UnifiedReward 1 and 2: questions and answer formats for `VisionLanguageReward`."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ QUESTION = """This image was generated from a text caption. Rate it by two crite
 2. Overall quality: is it clear, rich in detail, right in its colours and pleasing to look at?
 Weigh both and give one score from 1 (worst) to 5 (best). End your answer with "Final Score: X", where X is that score.
 Text caption: {caption}"""
+"""This project's own question, not the published one of UnifiedReward 1."""
 
 FINAL_SCORE = r"Final Score:\s*([1-5](?:\.\d+)?)(?!\d)"
 
@@ -36,6 +37,9 @@ AXES = ("alignment", "coherence", "style")
 class UnifiedReward(VisionLanguageReward):
     """Alignment and quality rated by a vision-language model: the number after "Final Score:" / 5, 0.2 to 1.
 
+    The default question is this project's own. It asks for the same two criteria as the published one, in other words, so
+    scores are not comparable with published ones. For those, give the published text as `question`.
+
     An answer without a rating is a missing score. The model runs on a separate server that handles many requests at once:
 
         vllm serve CodeGoat24/UnifiedReward-7b-v1.5 --port 17140
@@ -45,7 +49,8 @@ class UnifiedReward(VisionLanguageReward):
         model: Name of the model on the server.
         api_key: The server's key. None: the environment variable OPENAI_API_KEY, or no key if that is not set. Prefer the
             variable: a run's config.yaml contains a key given here, but checkpoints and exported files do not.
-        question: Question about the image, with {caption} as placeholder of the prompt. None: rate alignment and quality.
+        question: Question about the image. {caption} stands where the prompt belongs, and no other name is in braces. It
+            must ask for an answer with "Final Score: X", X from 1 to 5. None: this project's own question.
         size: Side in pixels of the square to which the image is resized, >= 1.
         max_tokens: Maximum number of tokens of an answer, >= 1. An answer cut before its rating is a missing score.
         concurrency: Maximum number of simultaneous requests of each training process, >= 1.
@@ -60,7 +65,8 @@ class UnifiedReward(VisionLanguageReward):
     Raises:
         ValueError: if an argument is out of range.
 
-    Source: Wang et al., "Unified Reward Model for Multimodal Understanding and Generation", 2025; used as in Flow-GRPO.
+    Source: Wang et al., "Unified Reward Model for Multimodal Understanding and Generation", 2025; answer format and scale
+    as in Flow-GRPO, the default question not.
     """
 
     # Earlier results name exactly these; the answer format is constant.

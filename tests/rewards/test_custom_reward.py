@@ -47,18 +47,19 @@ def test_identities_name_bundled_rewards_by_package_and_custom_ones_by_module(mo
     assert Brightness().identity["class"] == "mine.scores.Brightness"
 
 
-def test_old_names_work_and_warn() -> None:
-    with pytest.warns(FutureWarning, match=r"`Reward\.scored_by` is now `identity_fields`"):
-        fields = (*Reward.scored_by, "gain")
-    with pytest.warns(FutureWarning, match=r"`Old\.scored_by` is now `identity_fields`"):
+def test_modules_of_setup_are_in_evaluation_mode_for_every_caller() -> None:
+    class Dropping(Brightness):
+        def setup(self):
+            self.dropout = torch.nn.Dropout(0.5)
 
-        class Old(Brightness):
-            scored_by = fields
-            gain = 3
+        def score(self, *, images, prompts):
+            return super().score(images=self.dropout(images), prompts=prompts)
 
-    assert Old().identity["gain"] == "3"
-    with pytest.warns(FutureWarning, match=r"`Old\.judges` is now `supports`"):
-        assert Old().judges(PROMPTS[0]) == Old().supports(PROMPTS[0])
+    for prepare in (Dropping.eval, Dropping.train, Dropping.double):  # the last one changes no mode
+        reward = prepare(Dropping())
+        reward.setup()
+        for _ in range(2):
+            assert torch.equal(reward(images=IMAGES, prompts=[PROMPTS[0]] * 3), IMAGES.mean((1, 2, 3)))
 
 
 def test_batch_size_from_class_or_argument() -> None:

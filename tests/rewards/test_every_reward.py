@@ -142,10 +142,12 @@ def test_arguments_are_keyword_only(reward: Reward, images: torch.Tensor, prompt
         reward.score(images, prompts)
 
 
-def test_setup_is_idempotent_and_frozen(reward: Reward) -> None:
+def test_setup_is_idempotent_and_frozen(reward: Reward, images: torch.Tensor, prompts: list[Prompt]) -> None:
     before = list(reward.modules())
     reward.setup()
     assert [id(module) for module in reward.modules()] == [id(module) for module in before]
+    reward(images=images, prompts=prompts)
+    assert not any(module.training for module in reward.modules())
     reward.train()  # a trainer calls this on its children
     assert not any(module.training for module in reward.modules())
     assert not any(parameter.requires_grad for parameter in reward.parameters())

@@ -2,7 +2,7 @@
 
 import pytest
 
-from rewards import CLIPScore, HPSv2, ImageReward, PickScore
+from rewards import CLIPScore, HPSv2, ImageReward, Mask2Former, PickScore
 from rewards.files import PINNED
 
 
@@ -20,8 +20,9 @@ def lookups(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str | None]]:
     return requests
 
 
-@pytest.mark.parametrize("reward", [PickScore(), HPSv2(), CLIPScore(), ImageReward()])
-def test_published_weights_are_pinned(reward, lookups) -> None:
+@pytest.mark.parametrize("reward", [PickScore(), HPSv2(), CLIPScore(), ImageReward(), Mask2Former()])
+def test_published_weights_are_pinned(reward, lookups, monkeypatch) -> None:
+    monkeypatch.setattr("rewards.geneval.colours.ColourClassifier.setup", lambda self: None)
     with pytest.raises(FileNotFoundError, match="no network"):
         reward.setup()
     assert lookups == [(reward.path, PINNED[reward.path])]

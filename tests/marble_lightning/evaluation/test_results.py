@@ -14,7 +14,7 @@ from scipy.stats import zscore
 from marble_lightning.evaluation.comparison import check_comparable, compare_runs, scorer_differences, z_scores
 from marble_lightning.evaluation.results import HeldOutScores, document, read, write
 from marble_lightning.evaluation.tables import comparison_table
-from rewards import JPEGCompressibility, Prompt, Reward
+from rewards import Prompt, Reward
 from tests.helpers.small_rewards import Brightness
 
 NAN = math.nan
@@ -85,20 +85,6 @@ def test_other_files_are_refused(tmp_path, content):
     (tmp_path / "results.json").write_text(content)
     with pytest.raises(ValueError, match=r"must be a results\.json.* Found .*results.json"):
         read(tmp_path)
-
-
-def test_earlier_results_with_module_names_are_comparable(tmp_path):
-    reward_models: dict[str, Reward] = {"ocr": JPEGCompressibility(), "geneval": Tagged()}
-    this = document(HeldOutScores(reward_models, PROMPTS, SCORES, None).with_scores(), evaluated={}, settings=SETTINGS)
-    assert this["reward_models"]["ocr"]["class"] == "rewards.JPEGCompressibility"
-    this["reward_models"]["ocr"]["detector class"] = "rewards.JPEGCompressibility"  # as GenEval names its detector
-    write(tmp_path, this)
-    file = tmp_path / "results.json"
-    earlier = file.read_text().replace("rewards.JPEGCompressibility", "rewards.jpeg.JPEGCompressibility")
-    file.write_text(earlier.replace('"reward_models"', '"judges"').replace('"evaluated"', '"judged"'))
-    assert read(file)["evaluated"] == {}
-    check_comparable(this, read(file), "earlier", ["ocr"])
-    assert scorer_differences(this, read(file), ["ocr"]) == []
 
 
 def test_the_composite_is_the_mean_of_z_scores():

@@ -13,9 +13,10 @@ import torch
 from PIL import Image
 
 from marble_lightning.checks import check_prompts, check_rewards_apply
-from marble_lightning.scoring.failures import RewardError
+from marble_lightning.scoring.failures import RewardError, RewardExit, load_rewards
 from marble_lightning.scoring.scorer import Scorer
 from marble_lightning.scoring.settings import Scoring
+from marble_lightning.utils.distributed import OnAllRanks
 from rewards import Prompt
 from tests.helpers.scored_images import IMAGES, PROMPTS, Blocked, Brightness, Broken, Even, Flaky, Ranks, scores
 
@@ -166,7 +167,7 @@ def test_a_reward_without_a_single_score_has_failed(tmp_path, caplog, on_error):
     scorer = Scorer({"bright": Brightness(), "silent": Silent()}, Scoring(on_error=on_error))
     scorer.setup(tmp_path, "_0")
     scorer(IMAGES, PROMPTS)
-    assert scorer.check(Ranks([0, 0, 0, 0, 1, 0, 0])) == {"bright": 0, "silent": 0} and not caplog.text
+    assert scorer.check(Ranks([0, 0, 0, 0, 1, 0, 0])) == {"bright": 0, "silent": 0}
     scorer(IMAGES, PROMPTS)
     with pytest.raises(
         RewardError,
@@ -174,6 +175,22 @@ def test_a_reward_without_a_single_score_has_failed(tmp_path, caplog, on_error):
         r"correct its `score`, or narrow its `applies_to`\.$",
     ):
         scorer.check(Ranks([0, 0, 0, 0, 2, 0, 2]))
+
+
+def test_many_missing_scores_are_a_warning(tmp_path, caplog):
+    """One per round and reward, over all ranks, where more than half are missing."""
+
+    class Silent(Even):
+        def score(self, *, images, prompts):
+            return torch.full((len(prompts),), torch.nan)
+
+    scorer = Scorer({"bright": Brightness(), "silent": Silent()}, Scoring(), ["silent"])
+    scorer.setup(tmp_path, "_0")
+    for others, messages in ((3, []), (2, ["`metrics.silent` has no score for 3 of the 5 images it applies to."])):
+        caplog.clear()
+        scorer(IMAGES, PROMPTS)
+        scorer.check(Ranks([0, 0, 0, 0, others, 0, 0]))
+        assert caplog.messages == messages
 
 
 def test_a_reward_that_fails_on_all_images_has_no_score(tmp_path, caplog):
@@ -231,7 +248,12 @@ def test_every_exception_of_a_reward_is_a_failure(tmp_path, overlap, error, mess
 
 
 def test_a_reward_that_exits_before_it_scores_has_failed():
+    """It may be on one rank only, so this rank ends without waiting for the others."""
+
     class Impatient(Brightness):
+        def setup(self):
+            raise SystemExit(0)
+
         def applies_to(self, prompt):
             raise SystemExit(0)
 
@@ -239,9 +261,11 @@ def test_a_reward_that_exits_before_it_scores_has_failed():
     for check in (
         lambda rewards: check_rewards_apply(rewards, data),
         lambda rewards: check_prompts(rewards, PROMPTS),
+        load_rewards,
     ):
-        with pytest.raises(RewardError, match=r"`hasty` must not end the program. Found SystemExit\(0\)"):
+        with pytest.raises(RewardExit, match=r"`hasty` must not end the program. Found SystemExit\(0\)") as caught:
             check({"hasty": Impatient()})
+        assert not isinstance(caught.value, OnAllRanks)
 
 
 @pytest.mark.parametrize("overlap", [True, False])

@@ -1,6 +1,8 @@
 """OCR with the real engine on rendered text, and its spelling score."""
 
+import os
 import random
+import signal
 import time
 from collections.abc import Callable
 
@@ -161,13 +163,14 @@ def read_by_one(ocr: OCR, three: torch.Tensor) -> list[str | None]:
     return ocr.read(three)
 
 
-def check_workers(kind: str, detect: bool, three: torch.Tensor, read_by_one: list[str | None]) -> None:
+def check_workers(kind: str, detect: bool, three: torch.Tensor, read_by_one: list[str | None]) -> OCR:
     shared = OCR(detect=detect, workers=2, worker_kind=kind)
     shared.setup()
     assert shared.read(three) == read_by_one
     prompts = [Prompt('"HELLO"', "ocr")] * 3
     assert shared(images=three, prompts=prompts).tolist() == pytest.approx([1.0, 0.8, 0.0])
     assert shared.state_dict() == {}
+    return shared
 
 
 def test_worker_threads_agree_with_one_engine(ocr: OCR, three: torch.Tensor, read_by_one: list[str | None]) -> None:
@@ -176,8 +179,14 @@ def test_worker_threads_agree_with_one_engine(ocr: OCR, three: torch.Tensor, rea
 
 @pytest.mark.integration
 @pytest.mark.parametrize("ocr", [True, pytest.param(False, marks=pytest.mark.slow)], ids=["detect", "line"], indirect=True)
-def test_worker_processes_agree_with_one_engine(ocr: OCR, three: torch.Tensor, read_by_one: list[str | None]) -> None:
-    check_workers("process", ocr.detect, three, read_by_one)
+def test_worker_processes_agree_with_one_engine(
+    ocr: OCR, three: torch.Tensor, read_by_one: list[str | None], caplog: pytest.LogCaptureFixture
+) -> None:
+    """They also do after one of them was killed."""
+    shared = check_workers("process", ocr.detect, three, read_by_one)
+    os.kill(next(iter(shared._engine.pool._processes)), signal.SIGKILL)
+    assert shared.read(three) == read_by_one
+    assert caplog.text.count("OCR: a worker ended") == 1
 
 
 def test_two_lines_are_read_in_order(render: Render) -> None:

@@ -19,6 +19,7 @@ import pytest
 import torch
 
 from rewards import RemoteReward
+from rewards.remote.http_client import LONGEST_PAUSE, JsonClient
 from tests.helpers.remote_scores import PROMPT, expected, ready, score_shades, shades
 from tests.helpers.scripted_server import CUT, DROP, ScriptedServer, remote_reward
 
@@ -44,7 +45,7 @@ def test_a_slow_answer_beyond_the_timeout() -> None:
 
 @pytest.mark.parametrize(
     "trouble",
-    [(500, {}), (502, b""), (503, b""), (504, b""), (429, {}), DROP],
+    [(500, {}), (502, b""), (503, b""), (504, b""), (522, b""), (408, b""), (429, {}), DROP],
     ids=lambda trouble: "dropped" if trouble is DROP else str(trouble),
 )
 def test_temporary_failures_are_retried(trouble: Any) -> None:
@@ -70,7 +71,7 @@ def test_permanent_failures_report_the_servers_message() -> None:
     ("status", "error", "remedy"),
     [(status, ValueError, "Fix the prompts") for status in (400, 413, 415, 422)]
     + [(status, ConnectionError, "Correct what the answer names") for status in (401, 403, 404, 405)]
-    + [(301, ConnectionError, "Check that the server runs")],
+    + [(status, ConnectionError, "Check that the server runs") for status in (301, 501, 505)],
 )
 def test_rejected_requests_are_not_retried(status: int, error: type[Exception], remedy: str) -> None:
     """Only an error in the content of a request may depend on an image; connection errors are not repeated for each."""
@@ -110,6 +111,26 @@ def test_a_server_that_fails_between_requests() -> None:
     with pytest.raises(ConnectionError, match="/score must answer"):
         score_shades(answer, count=12, request_size=1, retries=1)
     assert count[0] <= 5 + 4 * 2 + 4 * 2  # attempts of four concurrent requests, and requests started before the first error
+
+
+def test_pauses_have_a_limit_after_any_number_of_attempts() -> None:
+    client = JsonClient("Mine", ["http://a"], "", concurrency=1, timeout=1, deadline=1, retries=0)
+    assert [client._backoff(rounds, 0.0) for rounds in (1, 100, 5000)] == [0.0, LONGEST_PAUSE, LONGEST_PAUSE]
+
+
+def test_more_than_a_hundred_simultaneous_requests(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tests.helpers.scripted_server.Server.request_queue_size", 200)
+    full = threading.Barrier(120, timeout=10)  # no answer before all requests have arrived
+
+    def answer(path: str, body: Any) -> Any:
+        if body is not None:
+            full.wait()
+        return remote_reward(path, body)
+
+    with ScriptedServer(answer) as server:
+        reward = ready(server, request_size=1, concurrency=120, retries=0, timeout=20.0)
+        reward(images=shades(1).expand(120, 3, 4, 4), prompts=[PROMPT] * 120)
+        assert server.most_in_flight == 120
 
 
 def slowly(text: bytes) -> Iterator[bytes]:

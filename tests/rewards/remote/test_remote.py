@@ -150,7 +150,7 @@ def test_a_password_in_the_url_is_used_and_not_shown() -> None:
         with pytest.raises(ConnectionError, match=r"RemoteReward: http://127") as error:
             reward(images=shades(1), prompts=[PROMPT])
     assert "pass" not in str(error.value)
-    for url in ("me:pass@host", "ftp://me:pass@host", "http://me:pass@host:port"):
+    for url in ("me:pass@host", "ftp://me:pass@host", "http://me:pass@host:port", "http://me:a#pass@host"):
         with pytest.raises(ValueError, match="Found '.*host") as error:
             RemoteReward(url)
         assert "pass" not in str(error.value)
@@ -173,6 +173,13 @@ def test_metadata_must_be_json() -> None:
     ("arguments", "message"),
     [
         ({"url": "localhost:8000"}, "`url` must begin with http:// or https:// and name a host. Found 'localhost:8000'"),
+        (
+            {"url": "http://host/v1?key=s3cret"},
+            "`url` must have no query.*Found '.*/v1.key=...'. Write it as http://host/v1.",
+        ),
+        ({"url": "http://host/#top"}, "`url` must have no query, no fragment.* Write it as http://host/."),
+        ({"url": "http://host?"}, "`url` must have no query.* Write it as http://host."),
+        ({"url": "http://host/score/"}, "`url` must .*no path of a request.*Found '.*score/'. Write it as http://host."),
         ({"sources": []}, "`sources` must be a list that names a prompt set"),
         ({"request_size": 0}, "`request_size` must be >= 1. Found 0"),
         ({"concurrency": 0}, "`concurrency` must be >= 1. Found 0"),
@@ -185,6 +192,11 @@ def test_metadata_must_be_json() -> None:
 def test_arguments_are_checked(arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=f"RemoteReward: {message}"):
         RemoteReward(**{"url": "http://localhost:8000", **arguments})
+
+
+def test_a_host_or_folder_may_have_the_name_of_a_request() -> None:
+    for url in ("http://score", "http://score:8000", "http://host/score/v1", "http://host/underscore"):
+        assert RemoteReward(f"{url}/").url == url
 
 
 def test_the_connection_is_not_in_checkpoints() -> None:

@@ -15,9 +15,10 @@ from typing import Any
 import pytest
 import torch
 
-from rewards import Prompt, RemoteReward, VisionLanguageReward
+from rewards import JPEGCompressibility, Prompt, RemoteReward, VisionLanguageReward
 from rewards.remote.replicas import Replicas
 from tests.helpers.remote_scores import PROMPT, expected, shades
+from tests.helpers.reward_server import serve_reward
 from tests.helpers.scripted_server import DROP, MODEL, ScriptedServer, chat, completion, remote_reward
 
 URLS = ["http://a", "http://b", "http://c"]
@@ -189,6 +190,47 @@ def test_one_that_is_unreachable_at_the_start_is_checked_before_it_is_used(serve
             ValueError, match=r"must serve one reward. Found Another at http.*/health and Scripted at another"
         ):
             reward(images=shades(8), prompts=[PROMPT] * 8)
+
+
+def test_one_that_refuses_a_late_check_is_left_out(serve: Any, monkeypatch: Any, caplog: Any) -> None:
+    monkeypatch.setattr("rewards.remote.replicas.REST", 0.05)
+    health: list[Any] = [(503, b"")]
+    with ScriptedServer(lambda path, body: health[0] if body is None else score(body)) as late:
+        reward = replicated([late, *serve(score)])
+        for status in (401, 404):
+            health[0] = (status, b"not yet")
+            time.sleep(0.06)
+            torch.testing.assert_close(reward(images=shades(8), prompts=[PROMPT] * 8), expected(8))
+        assert not late.requests
+        assert reward._client.replicas is not reward._ready.replicas
+        assert reward._ready.replicas.causes()[late.url].startswith("404 Not Found: not yet")
+        health[0] = {"reward": "Scripted"}
+        time.sleep(0.06)
+        reward(images=shades(8), prompts=[PROMPT] * 8)
+        assert late.requests
+
+
+def test_servers_with_other_settings_of_a_reward_are_refused() -> None:
+    with ExitStack() as stack:
+        start = lambda quality: stack.enter_context(serve_reward(JPEGCompressibility(quality)))  # noqa: E731
+        urls = [start(80), start(80), start(95)]
+        RemoteReward(urls[:2]).setup()
+        with pytest.raises(
+            ValueError,
+            match=r"^RemoteReward: all servers in `url` must serve one reward with the same settings\. Found quality 95 at "
+            rf"{urls[2]}/health and quality 80 at another\. Start them with the same options",
+        ):
+            RemoteReward(urls).setup()
+
+
+def test_servers_without_an_identity_are_not_compared(serve: Any) -> None:
+    def health(identity: Any) -> Any:
+        return lambda path, body: {"reward": "Scripted", "identity": identity} if body is None else score(body)
+
+    with ScriptedServer(health({"size": "1"})) as one, ScriptedServer(health(None)) as other:
+        replicated([one, other, *serve(score)])
+    with ScriptedServer(health("size 1")) as wrong, pytest.raises(ValueError, match='must answer .*an object "identity"'):
+        replicated([wrong])
 
 
 def test_vision_language_models_are_replicated_too() -> None:

@@ -45,6 +45,16 @@ class FromMetadata(Reward):
         return torch.tensor([prompt.metadata.get("score", torch.nan) for prompt in prompts])
 
 
+class Dropping(Reward):
+    """The mean pixel, after a dropout layer that `setup` makes."""
+
+    def setup(self) -> None:
+        self.dropout = torch.nn.Dropout(0.5)
+
+    def score(self, *, images: torch.Tensor, prompts: Sequence[Prompt]) -> torch.Tensor:
+        return self.dropout(images).mean((1, 2, 3))
+
+
 @pytest.mark.integration
 def test_the_command_serves_until_sigterm(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MINE", "s3cret")
@@ -87,6 +97,16 @@ def test_scores_equal_local_ones() -> None:
     assert len(scores.unique()) > 1
 
 
+def test_a_served_reward_is_in_evaluation_mode() -> None:
+    images, prompts, reward = random_images(3), [Prompt("a cat", "plain")] * 3, Dropping()
+    reward.setup()
+    with serve_reward(reward) as url:
+        client = remote(url)
+        scores = [client(images=images, prompts=prompts) for _ in range(2)]
+    assert torch.equal(*scores)
+    torch.testing.assert_close(scores[0], images.mean((1, 2, 3)))
+
+
 def test_metadata_is_sent_and_missing_scores_are_null() -> None:
     prompts = [Prompt("a", "x", {"score": 0.25}), Prompt("b", "x"), Prompt("c", "x", {"score": -2.0})]
     with serve_reward(FromMetadata()) as url:
@@ -113,7 +133,7 @@ def test_health_is_answered_while_scoring_and_requests_are_scored_one_at_a_time(
         thread = threading.Thread(target=lambda: scores.append(client(images=images, prompts=prompts)))
         thread.start()
         assert reward.started.wait(5)
-        assert requests.get(f"{url}/health", timeout=5).json() == {"reward": "Slow"}
+        assert requests.get(f"{url}/health", timeout=5).json() == {"reward": "Slow", "identity": reward.identity}
         assert reward.finished == 0
         reward.gate.set()
         thread.join(5)

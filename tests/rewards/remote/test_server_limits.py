@@ -199,6 +199,11 @@ def test_a_token(monkeypatch: pytest.MonkeyPatch) -> None:
         (["--max_pixels", "0"], "`max_pixels` must be >= 1. Found 0"),
         (["--max_requests", "0"], "`max_requests` must be >= 1. Found 0"),
         (["--body_timeout", "0"], "`body_timeout` must be > 0 seconds. Found 0"),
+        (["--allow_host", "http://gpu1:8000"], "`allow_host` must hold host names .*Found 'http://gpu1:8000'. Write gpu1."),
+        (["--allow_host", "GPU1:8000"], "without scheme, port and path.*Found 'gpu1:8000'. Write gpu1."),
+        (["--allow_host", "['gpu1', '[::1]']"], "without brackets. Found '.::1.'. Write ::1."),
+        (["--allow_host", "gpu1/score"], "Found 'gpu1/score'. Write gpu1."),
+        (["--allow_host", "*"], "Found '.'. Write .."),
         (["--token_variable", "NOBODY_SETS_THIS"], "Found nothing in NOBODY_SETS_THIS"),
     ],
 )
