@@ -294,7 +294,6 @@ class Balancer(Callback):
         """
         self.bind(state_dict["reward_names"])
         self.step, self.counts = state_dict["step"], dict(state_dict["counts"])
-        self.memory = deepcopy(state_dict.get("memory", {}))  # absent from checkpoints of earlier versions
+        self.memory = deepcopy(state_dict["memory"])
         self.smoothed.load_state_dict(state_dict)
-        if "signal" in state_dict:  # not in checkpoints of earlier versions, whose averages then begin here
-            self.signal.load_state_dict(state_dict["signal"])
+        self.signal.load_state_dict(state_dict["signal"])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import Any
 
 from jsonargparse import ActionConfigFile
 from lightning.pytorch.cli import LightningArgumentParser
@@ -36,7 +36,6 @@ class ConfigByName(ActionConfigFile):
 class TrainingParser(Parser, LightningArgumentParser):
     """LightningCLI's parser, with configurations by name."""
 
-    new_names: ClassVar = {"alarms": "image_drift", "pictures": "held_out_images", "harmony": "gradient_alignment"}
     hint = f"{Parser.hint}. Configurations for -c: marble-lightning configs"
 
     def add_argument(self, *args: Any, **options: Any) -> Any:

@@ -122,10 +122,6 @@ class ImageDriftMonitor(Callback):
             )
             self.warned_of_no_reference = True
 
-    @property
-    def state_key(self) -> str:
-        return "Alarms"  # the key in earlier checkpoints
-
     def state_dict(self) -> dict[str, Any]:
         return {"reference": self.reference, "outside": self.outside}
 

@@ -57,7 +57,7 @@ class RoundCheckpoint(ModelCheckpoint):
         return super().state_dict() | {"options": self.options}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.options = state_dict.get("options", {})
+        self.options = state_dict["options"]
         super().load_state_dict(state_dict)
 
     def file_at(self, step: int) -> Path | None:

@@ -19,10 +19,13 @@ LAST = "last.ckpt"
 Content = Mapping[str, type | tuple[type, ...]]
 """Entries that a checkpoint must hold, with their types."""
 
-TO_EXPORT: Content = {"lora": dict, "state_dict": dict, "epoch": int, "global_step": int}
+TO_EXPORT: Content = {
+    "lora": dict, "state_dict": dict, "epoch": int, "global_step": int, "base_model": dict, "rewards": list,
+    "config": (str, type(None)),
+}  # fmt: skip
 TO_EVALUATE: Content = {
-    **TO_EXPORT, "base_model": dict, "base_measured": str, "base_scores": (Tensor, type(None)), "loops": dict,
-    "pytorch-lightning_version": str,
+    **TO_EXPORT, "base_measured": str, "base_scores": (Tensor, type(None)), "trained_scores": (dict, type(None)),
+    "loops": dict, "pytorch-lightning_version": str,
 }  # fmt: skip
 TO_FIT: Content = {**TO_EVALUATE, "callbacks": dict, "optimizer_states": list, "lr_schedulers": list}
 

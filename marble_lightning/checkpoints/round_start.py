@@ -55,7 +55,7 @@ class RoundStart:
             loops["epoch_loop.state_dict"]["_batches_that_stepped"] += 1
         elif self._round != progress.processed:
             _add_to_counters(loops, "ready", -1)
-        elif self._state:
+        elif self._state and trainer.is_global_zero:  # others write no checkpoints, and may not see the file
             current = checkpoint["callbacks"]
             checkpoint.clear()
             if isinstance(self._state, Path):

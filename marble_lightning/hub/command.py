@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import shutil
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
 
 from marble_lightning.hub.finished_run import results_of, samples_of
 from marble_lightning.hub.fused import FILES as FUSED_FILES
@@ -26,7 +24,7 @@ CARD = "README.md"
 def export(
     ckpt_path: str | Path,
     to: str | Path,
-    adapter: Adapter | Literal["policy"] = "ema",
+    adapter: Adapter = "ema",
     overwrite: bool = False,
     average_with: list[str] | None = None,
     rank: int | None = None,
@@ -42,8 +40,7 @@ def export(
     Args:
         ckpt_path: Checkpoint that `fit` wrote, e.g. checkpoints/last.ckpt in a run's folder.
         to: Folder for pytorch_lora_weights.safetensors; created if it does not exist.
-        adapter: `ema`, the averaged adapter, which is evaluated on held-out prompts, or `trained`, its source
-            (`policy`, its old name, is accepted for one release).
+        adapter: `ema`, the averaged adapter, which is evaluated on held-out prompts, or `trained`, its source.
         overwrite: Whether existing files of the same names in `to` are replaced.
         average_with: Further checkpoints; the LoRA is the exact mean of the updates of all, with the sum of their ranks.
         rank: Rank of the LoRA, if it is to be lower: the nearest update of this rank. Null keeps it.
@@ -57,20 +54,13 @@ def export(
         ValueError: A checkpoint is damaged, not from `fit` or of another model, the rank is out of range, a file exists
             already, the base cannot be loaded, or the hub cannot be reached or refuses.
     """
-    if adapter == "policy":
-        warnings.warn("The adapter `policy` is now `trained`. Use that name.", FutureWarning, stacklevel=2)
-        adapter = "trained"
     file, folder = local_path("ckpt_path", ckpt_path), Path(to).expanduser()
     _check(folder, overwrite, fuse, push_to_hub, dry_run)
     loaded = load_adapter(file, adapter, average_with or [], rank)
-    identity = loaded.checkpoint.get("base_model", {})
-    base = base or identity.get("model")
-    if (fuse or push_to_hub) and (base is None or "rewards" not in loaded.checkpoint):
-        raise ValueError(
-            f"`ckpt_path` must name its base model and its rewards. Found an older one, {file}; resume it first."
-        )
+    identity = loaded.checkpoint["base_model"]
+    base = base or str(identity["model"])
     if fuse:
-        files = write_fused(loaded.lora, str(base), identity, folder)
+        files = write_fused(loaded.lora, base, identity, folder)
         print(f"{folder}\ndiffusers:  {kind_of(identity).transformer}.from_pretrained({str(folder)!r})")
     else:
         targets = loaded.checkpoint["lora"]["targets"]
@@ -79,9 +69,7 @@ def export(
         _print_use(files[0], folder, loaded.lora, kind)
     if push_to_hub:
         evaluated = not average_with and rank is None
-        files += _write_card(
-            folder, file, adapter, loaded, str(base), push_to_hub, fuse, evaluated, len(average_with or []) + 1
-        )
+        files += _write_card(folder, file, adapter, loaded, base, push_to_hub, fuse, evaluated, len(average_with or []) + 1)
         _publish(folder, files, push_to_hub, dry_run)
     return files[0]
 

@@ -58,7 +58,7 @@ class Facts:
     @property
     def config(self) -> dict[str, Any]:
         """The configuration of the run; empty if it was started in Python."""
-        return yaml.safe_load(self.checkpoint.get("config") or "{}")
+        return yaml.safe_load(self.checkpoint["config"] or "{}")
 
 
 def model_card(facts: Facts) -> ModelCard:

@@ -47,7 +47,7 @@ def load_adapter(file: Path, adapter: Adapter, average_with: Sequence[str] = (),
         others = [local_path("average_with", path) for path in average_with]
         loaded = [load_checked(path, TO_EXPORT, map_location="cpu", weights_only=True) for path in others]
         for path, one in zip(others, loaded, strict=True):
-            of_base = [checkpoint.get("base_model", {}), one.get("base_model", {})]
+            of_base = [checkpoint["base_model"], one["base_model"]]
             require(
                 of_base[0] == of_base[1], f"`average_with` must be of the same base, {of_base[0]}", f"{of_base[1]} in {path}"
             )
@@ -80,19 +80,17 @@ def adapter_of(checkpoint: dict[str, Any], adapter: Adapter, file: Path) -> Lora
 
 
 def about(checkpoint: dict[str, Any], adapter: Adapter) -> dict[str, str]:
-    """Entries of the LoRA file's header, as far as the checkpoint has them."""
+    """Entries of the LoRA file's header; a run that was started in Python has no configuration."""
     entries = {
         "version": version("marble-lightning"),
         "adapter": adapter,
         "optimizer_step": str(checkpoint["global_step"]),
         "round": str(checkpoint["epoch"]),
+        "rewards": json.dumps(checkpoint["rewards"]),
     }
-    base = checkpoint.get("base_model", {})
-    entries |= {f"base_{name}": str(value) for name, value in base.items() if value is not None}
-    if "rewards" in checkpoint:
-        entries["rewards"] = json.dumps(checkpoint["rewards"])
-    if config := checkpoint.get("config"):
-        entries["config"] = redact_yaml(config)  # older checkpoints may contain secrets
+    entries |= {f"base_{name}": str(value) for name, value in checkpoint["base_model"].items() if value is not None}
+    if config := checkpoint["config"]:
+        entries["config"] = redact_yaml(config)  # the file may become public, and code may have set `run_config`
     return entries
 
 

@@ -71,8 +71,8 @@ def read_lora(path: str, *, rank: int, alpha: float, kind: PipelineKind = SD3) -
     """Read a LoRA for a transformer of the given rank and alpha.
 
     Args:
-        path: A LoRA file, or a folder with one: of `marble-lightning export`, in any format that the pipeline loads, of
-            PEFT, or in kohya's format where diffusers converts its names.
+        path: A LoRA file, or a folder with one: of `marble-lightning export`, in any format that the pipeline loads, or of
+            PEFT.
         rank: Rank that it must have, >= 1.
         alpha: Alpha that it must have; if a file has none, its alpha is its rank, as in diffusers.
         kind: The pipeline of the transformer.
@@ -94,7 +94,8 @@ def read_lora(path: str, *, rank: int, alpha: float, kind: PipelineKind = SD3) -
     state, config_fields = to_diffusers(_whole(state, file), file)
     if odd := [name for name, tensor in state.items() if not LORA_TENSOR.fullmatch(name) or tensor.ndim != 2]:
         raise ValueError(
-            f"`policy.init_lora` must hold a LoRA of the transformer's linear layers only. Found {some(odd)} in {file}."
+            f"`policy.init_lora` must hold a LoRA of the transformer's linear layers only. Found {some(odd)} in {file}; "
+            "remove other layers, and convert names of other programs to those of diffusers."
         )
     if broken := [name for name, tensor in state.items() if not tensor.isfinite().all()]:
         raise ValueError(f"`policy.init_lora` must hold finite numbers. Found others in {some(broken)} of {file}.")

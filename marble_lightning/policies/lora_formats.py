@@ -1,13 +1,11 @@
-"""Names of LoRA files of other programs, PEFT and kohya's sd-scripts, converted to those of diffusers."""
+"""Names of LoRA files of PEFT, converted to those of diffusers."""
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from diffusers.loaders.lora_conversion_utils import _convert_non_diffusers_lora_to_diffusers
 from diffusers.utils import convert_unet_state_dict_to_peft
 from peft import LoraConfig, PeftConfig
 from peft.utils import CONFIG_NAME
@@ -22,12 +20,6 @@ UNSUPPORTED = ("rank_pattern", "alpha_pattern", "use_rslora", "use_dora", "lora_
 PEFT_PREFIX = "base_model.model."
 """Prefix of all tensors that `PeftModel.save_pretrained` writes."""
 
-KOHYA = re.compile(
-    r"lora_unet_transformer_blocks_\d+_(attn2?_to_(q|k|v|out_0)|ff_net_(0_proj|2))\.(lora_down\.weight|lora_up\.weight|alpha)"
-)
-"""The keys of kohya's format that diffusers converts to names of SD3's layers. It has an underscore for every dot, and
-diffusers takes most underscores of other layers, such as those in `add_q_proj`, for dots."""
-
 
 def to_diffusers(state: Mapping[str, Tensor], file: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Convert a file's tensors to diffusers' names.
@@ -40,15 +32,13 @@ def to_diffusers(state: Mapping[str, Tensor], file: Path) -> tuple[dict[str, Ten
         The tensors, and the fields of the LoraConfig in files that have it outside their header, else none.
 
     Raises:
-        ValueError: The format is PEFT's or kohya's, and the LoRA cannot be converted.
+        ValueError: The format is PEFT's, and the settings are not beside the file or not those of a LoRA.
     """
     if any(name.startswith(PEFT_PREFIX) for name in state):
         return {
             PREFIX + name.removeprefix(PEFT_PREFIX) if name.startswith(PEFT_PREFIX) else name: tensor
             for name, tensor in state.items()
         }, _peft_config(file)
-    if any(name.endswith(".lora_down.weight") for name in state):
-        return _from_kohya(state, file)
     return dict(state) if any("lora_A" in name for name in state) else convert_unet_state_dict_to_peft(state), {}
 
 
@@ -74,24 +64,3 @@ def _peft_config(file: Path) -> dict[str, Any]:
             f"`policy.init_lora` must be a LoRA. Found a {type(config).__name__} in {file.parent / CONFIG_NAME}."
         )
     return {name: getattr(config, name) for name in ("r", "lora_alpha", *UNSUPPORTED)}
-
-
-def _from_kohya(state: Mapping[str, Tensor], file: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    if odd := [name for name in state if not KOHYA.fullmatch(name)]:
-        raise ValueError(
-            "`policy.init_lora` in kohya's format must only have keys that diffusers converts for SD3, such as "
-            f"'lora_unet_transformer_blocks_0_attn_to_q.lora_down.weight'. Found {some(odd)} in {file}; convert it to "
-            "diffusers' names first."
-        )
-    try:
-        renamed, alphas = _convert_non_diffusers_lora_to_diffusers(dict(state), unet_name="transformer")
-    except (KeyError, ValueError) as error:  # the error names the keys
-        raise ValueError(
-            f"`policy.init_lora` must have two tensors for every layer. Found one of a pair in {file}: {error}."
-        ) from error
-    converted = convert_unet_state_dict_to_peft(renamed)
-    ranks = [len(tensor) for name, tensor in converted.items() if ".lora_A." in name]
-    scales = set(alphas.values()) | (set(ranks) if len(alphas) < len(ranks) else set())  # without one, alpha is the rank
-    if len(scales) != 1:
-        raise ValueError(f"`policy.init_lora` must be a LoRA of one alpha. Found alphas {sorted(scales)} in {file}.")
-    return converted, {"r": max(ranks), "lora_alpha": scales.pop()}

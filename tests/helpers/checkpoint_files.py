@@ -15,9 +15,9 @@ WEIGHTS = torch.arange(8.0)
 
 STATE = {
     "epoch": 1, "global_step": 3, "pytorch-lightning_version": "2.6.6", "state_dict": {"weights": WEIGHTS},
-    "loops": {"fit_loop": {}}, "lora": {"rank": 1, "alpha": 1.0, "targets": []}, "base_model": {}, "base_measured": "",
-    "base_scores": None, "callbacks": {}, "optimizer_states": [{"state": {0: {"step": torch.ones(())}}}],
-    "lr_schedulers": [],
+    "loops": {"fit_loop": {}}, "lora": {"rank": 1, "alpha": 1.0, "targets": []}, "base_model": {}, "rewards": [],
+    "config": None, "base_measured": "", "base_scores": None, "trained_scores": None, "callbacks": {},
+    "optimizer_states": [{"state": {0: {"step": torch.ones(())}}}], "lr_schedulers": [],
 }  # fmt: skip
 """A minimal checkpoint of `fit`."""
 

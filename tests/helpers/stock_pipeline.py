@@ -35,7 +35,8 @@ def save_adapters(policy: SD3Policy, folder: Path) -> Path:
     """Save the adapters of a policy like the checkpoint of an earlier run."""
     state = {f"policy.{name}": tensor for name, tensor in policy.state_dict().items() if ".lora_" in name}
     file = folder / "old.ckpt"
-    torch.save({"state_dict": state, "lora": policy.lora, "epoch": 3, "global_step": 8}, file)
+    about = {"base_model": policy.identity, "rewards": ["bright"], "config": None, "epoch": 3, "global_step": 8}
+    torch.save({"state_dict": state, "lora": policy.lora, **about}, file)
     return file
 
 

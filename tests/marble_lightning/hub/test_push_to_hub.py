@@ -23,7 +23,6 @@ from tests.helpers.stock_pipeline import (
     generate_by_pipeline,
     make_three_adapters,
     sample_by_policy,
-    save_adapters,
     stock,
 )
 
@@ -197,10 +196,7 @@ def test_an_existing_card_stays_without_overwrite(checkpoint, tmp_path):
     assert "# mine" in (tmp_path / "lora/README.md").read_text()
 
 
-def test_a_card_needs_a_base_and_rewards(policy, checkpoint, tmp_path):
-    old = save_adapters(policy, tmp_path)
-    with pytest.raises(ValueError, match="must name its base model and its rewards"):
-        push(old, tmp_path / "lora", "--dry-run")
+def test_an_option_names_another_base(checkpoint, tmp_path):
     push(checkpoint, tmp_path / "large", "--dry-run", "--base", "me/other-base")
     assert ModelCard.load(tmp_path / "large/README.md").data.base_model == "me/other-base"
 
