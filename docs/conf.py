@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import shutil
 import sys
-import warnings
 from pathlib import Path
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent
 sys.path[:0] = [str(ROOT), str(HERE / "_ext")]
-warnings.filterwarnings("ignore", ".* is now .*", FutureWarning)  # autodoc reads every attribute, old names too
 
 project = "MARBLE Lightning"
 author = "the MARBLE Lightning developers"
