@@ -19,8 +19,6 @@ from rewards.remote.transport import eight_bit, encode_png, quote
 
 logger = logging.getLogger(__name__)
 
-SCORED_BY = ("model", "question", "pattern", "lowest", "highest", "divide_by", "size", "max_tokens")
-
 
 class VisionLanguageReward(ChatReward):
     r"""The score that a vision-language model states in its answer to a question about the image.
@@ -63,7 +61,9 @@ class VisionLanguageReward(ChatReward):
             not compile or has no group.
     """
 
-    identity_fields = (*Reward.identity_fields, *SCORED_BY)
+    identity_fields = (
+        *Reward.identity_fields, "model", "question", "pattern", "lowest", "highest", "divide_by", "size", "max_tokens"
+    )  # fmt: skip
     placeholder = "prompt"
     """Name in braces that the prompt replaces in `question`."""
 
