@@ -77,8 +77,10 @@ class RemoteReward(Reward):
         self._client = JsonClient("RemoteReward", urls, REMEDY, concurrency, timeout, deadline, retries, backoff)
         self.token_variable = token_variable
         self._ready: JsonClient | None = None
-        self._served: str | None = None
-        self._identity: Mapping[str, Any] | None = None
+        self._served: tuple[str, str] | None = None
+        """URL of the first server that has answered, and the name of its reward."""
+        self._identity: tuple[str, Mapping[str, Any]] | None = None
+        """The same with the identity of its reward, of the first server that has one."""
 
     def setup(self) -> None:
         """Connect, and check that a reward answers, the same one at all servers.
@@ -100,23 +102,23 @@ class RemoteReward(Reward):
         fits = isinstance(health, dict) and isinstance(health.get("identity"), dict | None)
         if not fits or not isinstance(health.get("reward"), str):
             raise client.unexpected_answer(answer, '{"reward": name}, with an object "identity" or none', health)
-        self._served = self._served or health["reward"]
-        if health["reward"] != self._served:
+        first, name = self._served = self._served or (answer.url, health["reward"])
+        if health["reward"] != name:
             raise ValueError(
                 f"RemoteReward: all servers in `url` must serve one reward. Found {quote(health['reward'])} at {answer.url} "
-                f"and {quote(self._served)} at another. Start them with the same `--reward`."
+                f"and {quote(name)} at {first}. Start them with the same `--reward`."
             )
         identity = health.get("identity")
         if identity is not None:  # other kinds of servers may not have it
             self._check_identity(answer.url, identity)
 
     def _check_identity(self, url: str, identity: Mapping[str, Any]) -> None:
-        expected = self._identity = identity if self._identity is None else self._identity
+        first, expected = self._identity = self._identity or (url, identity)
         if names := [name for name in {**expected, **identity} if identity.get(name) != expected.get(name)]:
             found, other = (", ".join(f"{name} {part.get(name)}" for name in names) for part in (identity, expected))
             raise ValueError(
                 f"RemoteReward: all servers in `url` must serve one reward with the same settings. Found {quote(found)} at "
-                f"{url} and {quote(other)} at another. Start them with the same options of `--reward`."
+                f"{url} and {quote(other)} at {first}. Start them with the same options of `--reward`."
             )
 
     def score(self, *, images: Float[Tensor, "b 3 h w"], prompts: Sequence[Prompt]) -> Float[Tensor, " b"]:

@@ -187,7 +187,7 @@ def test_one_that_is_unreachable_at_the_start_is_checked_before_it_is_used(serve
         health[0] = {"reward": "Another"}
         time.sleep(0.1)
         with pytest.raises(
-            ValueError, match=r"must serve one reward. Found Another at http.*/health and Scripted at another"
+            ValueError, match=r"must serve one reward. Found Another at http.*/health and Scripted at http.*/health"
         ):
             reward(images=shades(8), prompts=[PROMPT] * 8)
 
@@ -211,16 +211,15 @@ def test_one_that_refuses_a_late_check_is_left_out(serve: Any, monkeypatch: Any,
 
 
 def test_servers_with_other_settings_of_a_reward_are_refused() -> None:
+    """The error names the odd one and its setting, whichever of them answers first."""
     with ExitStack() as stack:
         start = lambda quality: stack.enter_context(serve_reward(JPEGCompressibility(quality)))  # noqa: E731
         urls = [start(80), start(80), start(95)]
         RemoteReward(urls[:2]).setup()
-        with pytest.raises(
-            ValueError,
-            match=r"^RemoteReward: all servers in `url` must serve one reward with the same settings\. Found quality 95 at "
-            rf"{urls[2]}/health and quality 80 at another\. Start them with the same options",
-        ):
+        with pytest.raises(ValueError, match=r"must serve one reward with the same settings\. Found ") as error:
             RemoteReward(urls).setup()
+        assert f"quality 95 at {urls[2]}/health" in str(error.value)
+        assert any(f"quality 80 at {url}/health" in str(error.value) for url in urls[:2])
 
 
 def test_servers_without_an_identity_are_not_compared(serve: Any) -> None:
