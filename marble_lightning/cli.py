@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import gc
 import logging
+import os
 import sys
 from collections.abc import Sequence
 from importlib import import_module
@@ -50,6 +51,11 @@ def main(args: Sequence[str] | None = None) -> None:
     if name in WITHOUT_TRAINER:
         module, parser = WITHOUT_TRAINER[name]
         command, named = getattr(imported(module), name), name_arguments(words)
-        auto_cli(command, args=named, as_positional=False, prog=f"marble-lightning {name}", parser_class=parser)
+        try:
+            auto_cli(command, args=named, as_positional=False, prog=f"marble-lightning {name}", parser_class=parser)
+        except ValueError as error:  # says what is wrong; where it was found would bury that
+            if "JSONARGPARSE_DEBUG" in os.environ:
+                raise
+            sys.exit(f"error: {error}")
     else:
         imported("marble_lightning.trainer_commands").run(args)

@@ -82,6 +82,12 @@ def test_a_copy_is_a_configuration(tmp_path, capsys):
 )
 def test_refused_copies(options, message, tmp_path):
     (tmp_path / "there.yaml").write_text("kept")
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(SystemExit, match=f"error: {message}"):  # without a traceback
         main(["configs", *options])
     assert (tmp_path / "there.yaml").read_text() == "kept"
+
+
+def test_a_traceback_on_request(monkeypatch):
+    monkeypatch.setenv("JSONARGPARSE_DEBUG", "true")
+    with pytest.raises(ValueError, match="`to` must be null"):
+        main(["configs", "--to", "my.yaml"])

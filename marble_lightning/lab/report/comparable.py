@@ -126,9 +126,12 @@ def notes_on_settings(groups: Mapping[str, Sequence[Run]]) -> list[str]:
 
 
 def notes_on_training(groups: Mapping[str, Sequence[Run]]) -> list[str]:
-    """Methods that were trained for other steps, or with other settings besides their rule, than the first one."""
+    """Methods that were trained for other steps, or with other settings besides their rule, than the first one.
+
+    Those with the same differences share a note.
+    """
     (first, (reference, *_)), *others = groups.items()
-    notes = []
+    alike = dict[str, list[str]]()
     for method, (run, *_) in others:
         steps = ({"optimizer steps": each.evaluated.get("optimizer_step")} for each in (reference, run))
         settings = [
@@ -137,8 +140,11 @@ def notes_on_training(groups: Mapping[str, Sequence[Run]]) -> list[str]:
             if MISSING not in (expected, value) and not any(f"{name}.".startswith(f"{part}.") for part in OF_METHODS)
         ]
         if differences := [*different(*steps), *settings]:
-            notes.append(f"{method} was trained otherwise than {first}: {', '.join(differences)}.")
-    return notes
+            alike.setdefault(", ".join(differences), []).append(method)
+    return [
+        f"{', '.join(methods)} {'were' if len(methods) > 1 else 'was'} trained otherwise than {first}: {differences}."
+        for differences, methods in alike.items()
+    ]
 
 
 def setting(run: Run, name: str) -> Any:

@@ -57,7 +57,7 @@ def markdown(section: Section) -> str:
     """A section in Markdown."""
     rows = "" if section.table is None or section.table.empty else section.table.to_markdown()
     images = "\n".join(f"![{name}]({name}.png)" for name in section.images or {})
-    return "\n".join([f"## {section.title}\n", section.text, "", rows, "", images, ""])
+    return "\n".join([f"## {section.title}\n", section.prose, "", rows, "", images, ""])
 
 
 def page(sections: list[Section], folder: Path) -> str:
@@ -65,21 +65,30 @@ def page(sections: list[Section], folder: Path) -> str:
     parts = []
     for section in sections:
         images = "".join(figure(section, folder / f"{name}.png", image) for name, image in (section.images or {}).items())
-        parts.append(
-            f"<section><h2>{html.escape(section.title)}</h2><p>{html.escape(section.text)}</p>"
-            f"{table(section)}{images}</section>"
-        )
+        notes = "".join(f"<li>{words(note)}</li>" for note in section.notes)
+        text = f"<p>{words(section.text)}</p>" + (f"<ul>{notes}</ul>" if notes else "")
+        parts.append(f"<section><h2>{html.escape(section.title)}</h2>{text}{table(section)}{images}</section>")
     head = f"<meta charset='utf-8'><title>Comparison of runs</title><style>{STYLE}</style>"
     body = f"<h1>Comparison of runs</h1>{''.join(parts)}"
     return f"<!DOCTYPE html><html lang='en'><head>{head}</head><body>{body}</body></html>"
 
 
+def words(text: str) -> str:
+    """A text in HTML.
+
+    >>> words("`a` < b")
+    '<code>a</code> &lt; b'
+    """
+    return re.sub(r"`([^`]*)`", r"<code>\1</code>", html.escape(text))
+
+
 def table(section: Section) -> str:
-    """The section's table; a cell may break before an interval but not within it."""
+    """The section's table; a cell may break before an interval or a range but not within it, nor before an error."""
     if section.table is None or section.table.empty:
         return ""
     numbered = isinstance(section.table.index, pandas.RangeIndex)
-    return re.sub(r"\[[^\]]*\]", r"<span>\g<0></span>", section.table.to_html(border=0, index=not numbered))
+    whole = r"\[[^\]<]*\]|\([^)<]*\)|[-+][\d.]+ ± [\d.]+"
+    return re.sub(whole, r"<span>\g<0></span>", section.table.to_html(border=0, index=not numbered))
 
 
 def figure(section: Section, file: Path, image: Image.Image) -> str:

@@ -3,36 +3,45 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import pandas
 from PIL import Image
 
+from marble_lightning.evaluation.gains import LEAST_RATIO
 from marble_lightning.lab.report import plots, tables
 from marble_lightning.lab.report.collect import Collection
 from marble_lightning.lab.report.harmony import harmony_of_methods, noise
 
 
 class Section(NamedTuple):
-    """A part of the page: a title, what to read from it, and a table or images."""
+    """A part of the page: a title, what to read from it, and a table or images; `notes` make a list below the text."""
 
     name: str
     title: str
     text: str
     table: pandas.DataFrame | None = None
     images: dict[str, Image.Image] | None = None
+    notes: Sequence[str] = ()
+
+    @property
+    def prose(self) -> str:
+        """The text and the notes in Markdown."""
+        return "\n\n".join([self.text, "\n".join(f"- {note}" for note in self.notes)]).strip()
 
 
 def runs(found: Collection, reference: str) -> Section:
     """What ran, what a round cost, and what sets runs apart besides their method."""
-    left_out = "".join(f" Left out, since it has no results: {folder}." for folder in found.unfinished)
-    notes = "".join(f" {note}" for note in found.notes)
     text = (
         "What ran, and what a round and a run cost: medians over seeds. A run's hours are those of sampling, waiting for "
-        f"scores and training in all rounds, of all parts of a resumed run; evaluations come on top.{notes}{left_out}"
+        "scores and training in all rounds, of all parts of a resumed run; evaluations come on top."
     )
-    return Section("methods", "Runs", text, tables.methods(found))
+    table = tables.methods(found)
+    if table["rewards"].nunique() == 1:
+        text += f" All were trained on {table.pop('rewards').iloc[0]}."
+    left_out = [f"Left out, since it has no results: {folder}." for folder in found.unfinished]
+    return Section("methods", "Runs", text, table, notes=[*found.notes, *left_out])
 
 
 def gains(found: Collection, reference: str) -> Section:
@@ -44,22 +53,39 @@ def gains(found: Collection, reference: str) -> Section:
         return Section("gains", "Normalised gains", text)
     text = (
         "A reward's gain as a share of the gain by a run on it alone (dashed line). The least decides: it is that of "
-        f"the reward that a method neglects. The difference has a 99 % interval.{unused_specialists(found)}"
+        "the reward that a method neglects."
     )
-    return Section("gains", "Normalised gains", text, table, drawn("gains_figure", plots.gains(found)))
+    notes = [*notes_on_differences(found, table), *unknown_gains(found, table), *unused_specialists(found)]
+    return Section("gains", "Normalised gains", text, table, drawn("gains_figure", plots.gains(found)), notes)
 
 
-def unused_specialists(found: Collection) -> str:
+def notes_on_differences(found: Collection, table: pandas.DataFrame) -> list[str]:
+    """What the differences of gains are, or why there are none."""
+    if "p (Holm)" in table:
+        return ["Differences have 99 % intervals."]
+    alone = len(found.used_seeds(found.rewards[0]))
+    few = f"Differences need two seeds in common with the reference, and two runs on each reward alone; used: {alone}."
+    return [few] if len(found.methods) > 1 else []
+
+
+def unknown_gains(found: Collection, table: pandas.DataFrame) -> list[str]:
+    """Rewards without a gain, which no mean and no least gain counts."""
+    unknown = [name for name in found.rewards if (table[name] == "-").all()]
+    reason = f"runs on it alone gained less than {LEAST_RATIO:.0f} standard errors, too little to divide by"
+    return [f"No gain of {name}, and none counted in the least and the mean: {reason}." for name in unknown]
+
+
+def unused_specialists(found: Collection) -> list[str]:
     """Which seeds of specialists the gains leave out."""
     alone = {name: (list(found.specialists[name]), found.used_seeds(name)) for name in found.rewards}
     unused = {
         name: ", ".join(map(str, seeds[len(used) :])) for name, (seeds, used) in alone.items() if len(seeds) > len(used)
     }
     if not unused:
-        return ""
+        return []
     count = len(found.used_seeds(found.rewards[0]))
     seeds = "; ".join(f"{name} seed {of_reward}" for name, of_reward in unused.items())
-    return f" Of each reward's runs, {count} are used, as many as the reward with the fewest has; left out: {seeds}."
+    return [f"Of each reward's runs, {count} are used, as many as the reward with the fewest has; left out: {seeds}."]
 
 
 def changes(found: Collection, reference: str) -> Section:

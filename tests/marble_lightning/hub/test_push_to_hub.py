@@ -168,17 +168,17 @@ def refused(status: int) -> Exception:
 )
 def test_a_failed_upload_says_what_to_do(checkpoint, tmp_path, hub, error, message):
     hub.error = error
-    with pytest.raises(ValueError, match=rf"`push_to_hub` must .*Found me/mine: .*{message}.*`hf upload me/mine"):
+    with pytest.raises(SystemExit, match=rf"`push_to_hub` must .*Found me/mine: .*{message}.*`hf upload me/mine"):
         push(checkpoint, tmp_path / "lora")
     assert (tmp_path / "lora/README.md").is_file() and hub.uploaded == []
 
 
 def test_access_is_checked_before_anything_is_written(checkpoint, tmp_path, hub, monkeypatch):
     monkeypatch.setattr(upload_module, "get_token", lambda: None)
-    with pytest.raises(ValueError, match=r"must have a token that may write\. Found none; log in \(`hf auth login`\)"):
+    with pytest.raises(SystemExit, match=r"must have a token that may write\. Found none; log in \(`hf auth login`\)"):
         push(checkpoint, tmp_path / "lora")
     monkeypatch.setattr(upload_module.constants, "HF_HUB_OFFLINE", True)
-    with pytest.raises(ValueError, match="Found HF_HUB_OFFLINE set; unset it, or add --dry-run"):
+    with pytest.raises(SystemExit, match="Found HF_HUB_OFFLINE set; unset it, or add --dry-run"):
         push(checkpoint, tmp_path / "lora")
     for name in ("mine", "a b/c", "a/b/c"):
         with pytest.raises(ValueError, match=f"`push_to_hub` must be OWNER/NAME. Found '{name}'"):
@@ -189,7 +189,7 @@ def test_access_is_checked_before_anything_is_written(checkpoint, tmp_path, hub,
 def test_an_existing_card_stays_without_overwrite(checkpoint, tmp_path):
     (tmp_path / "lora").mkdir()
     (tmp_path / "lora/README.md").write_text("mine")
-    with pytest.raises(ValueError, match=r"without README\.md\. Found one in"):
+    with pytest.raises(SystemExit, match=r"without README\.md\. Found one in"):
         push(checkpoint, tmp_path / "lora", "--dry-run")
     assert (tmp_path / "lora/README.md").read_text() == "mine"
     push(checkpoint, tmp_path / "lora", "--dry-run", "--overwrite")

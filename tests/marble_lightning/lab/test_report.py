@@ -64,6 +64,8 @@ def test_the_page_and_its_files(finished, report):
     assert shown.strip() == str(report / "report.html")
     for title in ("Normalised gains", "Beside greedy", "Learning curves", "Weights over time", "Image statistics"):
         assert title in page and f"## {title}" in text
+    assert "All were trained on ocr, geneval." in text and "| rewards " not in text
+    assert "Compare conflicts with <code>by chance</code>" in page and "<li>Differences have 99 % intervals.</li>" in page
     assert page.count("data:image/png;base64,") == len(list(report.glob("*.png"))) == 8
     assert "http" not in page  # nothing is loaded from elsewhere
     found = collect([finished])
@@ -262,15 +264,16 @@ def test_another_base_is_refused(folder):
 
 def test_other_settings_of_methods_are_said(folder):
     rewards = {"ocr": {}, "geneval": {}}
-    for name, rounds, rate, images in (("long", 9, 0.1, 12), ("fast", 8, 0.2, 24), ("usual", 8, 0.1, 12)):
+    usual, fast = (8, 0.1, 12), (8, 0.2, 24)
+    for name, (rounds, rate, images) in {"long": (9, 0.1, 12), "fast": fast, "so": fast, "usual": usual}.items():
         model = {"rewards": rewards, "optimizer": {"init_args": {"lr": rate}}}
         settings = {"trainer": {"max_epochs": rounds}, "model": model, "data": {"images_per_prompt": images}}
         settings["balancer"] = {"class_path": name}  # not told: it is the method
         finish(folder / name / "seed_0", 0, steps=rounds, settings=settings)
-    assert collect([folder / "usual", folder / "long", folder / "fast"]).notes == [
+    assert collect([folder / "usual", folder / "long", folder / "fast", folder / "so"]).notes == [
         "long was trained otherwise than usual: optimizer steps 9 instead of 8, trainer.max_epochs 9 instead of 8.",
-        "fast was trained otherwise than usual: model.optimizer.init_args.lr 0.2 instead of 0.1, data.images_per_prompt 24 "
-        "instead of 12.",
+        "fast, so were trained otherwise than usual: model.optimizer.init_args.lr 0.2 instead of 0.1, "
+        "data.images_per_prompt 24 instead of 12.",
     ]
 
 
@@ -284,7 +287,9 @@ def test_other_rewards_are_said(folder):
         "Not compared, since not all runs have scores of it: beauty.",
     ]
     write_report([folder], folder / "report", None)
-    assert " ".join(found.notes) in (folder / "report/report.md").read_text()
+    text = (folder / "report/report.md").read_text()
+    assert all(f"\n- {note}\n" in text for note in found.notes)
+    assert "| rewards " in text and "All were trained on" not in text
     for seed in range(2):
         finish(folder / "apart" / f"seed_{seed}", seed, rewards=("beauty", "grace"))
     with pytest.raises(ValueError, match="must have a reward in common. Found none"):

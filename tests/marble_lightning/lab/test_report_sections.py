@@ -157,8 +157,21 @@ def test_specialists_that_are_left_out_are_named(tmp_path):
     for reward, seeds in (("ocr", 3), ("geneval", 1)):
         for seed in range(seeds):
             finish(tmp_path / "only" / f"{reward}_{seed}", seed, (0.4, 0.2), (reward,), steps=1)
-    text = sections.gains(collect([tmp_path]), "fair").text
-    assert "1 are used, as many as the reward with the fewest has; left out: ocr seed 1, 2." in text
+    (note,) = sections.gains(collect([tmp_path]), "fair").notes
+    assert note.endswith("1 are used, as many as the reward with the fewest has; left out: ocr seed 1, 2.")
+
+
+def test_gains_and_differences_that_are_missing_are_explained(tmp_path):
+    """A specialist that learned nothing, and too few runs for intervals."""
+    for name in ("fair", "greedy"):
+        finish(tmp_path / name, 0, steps=1)
+    for name, change in (("ocr", (0.4, 0.2)), ("geneval", (0.0, 0.0))):
+        finish(tmp_path / f"{name}_alone", 0, change, (name,), steps=1)
+    section = sections.gains(collect([tmp_path]), "fair")
+    few, unknown = section.notes
+    assert few.startswith("Differences need two seeds") and few.endswith("used: 1.")
+    assert unknown.startswith("No gain of geneval") and "less than 3 standard errors" in unknown
+    assert section.table["geneval"].tolist() == ["-", "-"] and f"- {few}\n- {unknown}" in section.prose
 
 
 def test_prompts_that_are_left_out_are_counted(tmp_path):
