@@ -10,10 +10,14 @@ import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported: a file of tests on each core, not all on all
 
 import pytest
+from xdist.scheduler import LoadFileScheduling
+
+gc.disable()  # until all tests are imported: what is imported is not garbage
 
 LONG = [
     "test_resume", "test_evaluation", "test_notebooks", "test_estimate", "test_signal_gram", "test_resume_checks",
@@ -29,13 +33,25 @@ def pytest_xdist_auto_num_workers() -> int:
     return (os.cpu_count() or 1) + 1
 
 
+class Scheduler(LoadFileScheduling):
+    """A file of tests on each core, but for the notebooks, which share nothing."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        return nodeid if "::test_it_runs_in_fast_mode" in nodeid else super()._split_scope(nodeid)
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Scheduler:
+    return Scheduler(config, log)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     places = {name: index for index, name in enumerate(LONG)}
     items.sort(key=lambda item: places.get(item.path.stem, len(LONG)))
 
 
 def pytest_collection_finish() -> None:
-    gc.freeze()  # what was imported is not garbage: collections need not search it in every test
+    gc.enable()
+    gc.freeze()  # collections need not search what was imported in every test
     gc.set_threshold(5_000, 20, 20)  # runs make many short-lived objects; a collection for every 700 takes 3 % of the time
     if forks := sys.modules.get("tests.helpers.forks"):  # some test may call it
         forks.prepare()
