@@ -6,7 +6,6 @@ A command is imported when it is asked for, since most of them need only a part 
 from __future__ import annotations
 
 import gc
-import logging
 import os
 import sys
 from collections.abc import Sequence
@@ -24,9 +23,6 @@ WITHOUT_TRAINER = {
     "sweep": ("marble_lightning.lab.sweep", Parser),
 }
 """Module and parser of the commands that need no trainer; those of LightningCLI are methods of the trainer."""
-
-# diffusers imports image processors, which no pipeline here uses; without torchvision, transformers warns about each
-logging.getLogger("transformers.utils.import_utils").addFilter(lambda record: "torchvision" not in record.getMessage())
 
 
 def imported(module: str) -> ModuleType:

@@ -61,20 +61,20 @@ def grid(images: Sequence[Tensor], texts: Sequence[str], columns: int = 4) -> Fl
 
 def cosine_heatmap(cosines: Float[Tensor, "reward reward"], names: Sequence[str]) -> Float[Tensor, "3 height width"]:
     """A matrix of cosines as coloured cells with numbers: green is positive, red is negative, grey is NaN."""
-    cell, margin = 44, 8 + max(7 * len(name) for name in names)
-    side = margin + cell * len(names)
-    sheet = Image.new("RGB", (side, 2 * LINE + cell * len(names)), "white")
+    longest = max(map(len, names))
+    cell, width, margin = 44, max(44, 6 * longest), 8 + 7 * longest
+    sheet = Image.new("RGB", (margin + width * len(names), 2 * LINE + cell * len(names)), "white")
     canvas, font = ImageDraw.Draw(sheet), ImageFont.load_default(10)
     for row, name in enumerate(names):
         y = 2 * LINE + row * cell
         canvas.text((4, y + cell // 2 - 6), name, fill="black", font=font)
-        canvas.text((margin + row * cell + 2, LINE // 2), name[:7], fill="black", font=font)
+        canvas.text((margin + row * width + 2, LINE // 2), name, fill="black", font=font)
         for column, value in enumerate(cosines[row].tolist()):
             known = value == value
             faded = round(255 * (1 - min(abs(value), 1))) if known else 0
             colour = ((faded, 255, faded) if value >= 0 else (255, faded, faded)) if known else (190, 190, 190)
-            x = margin + column * cell
-            canvas.rectangle((x, y, x + cell - 2, y + cell - 2), fill=colour)
+            x = margin + column * width
+            canvas.rectangle((x, y, x + width - 2, y + cell - 2), fill=colour)
             canvas.text((x + 8, y + cell // 2 - 6), f"{value:+.2f}" if known else "-", fill="black", font=font)
     return _tensor(sheet)
 
