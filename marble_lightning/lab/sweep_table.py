@@ -89,6 +89,8 @@ def follow(jobs: Sequence[Job], launcher: Launcher) -> int:
                     states.end(job, "stopped" if caught else "finished" if code == 0 and job.finished else "failed")
                     del running[job]
             live.update(states.table())
+    if not console.is_terminal:
+        console.line()  # `Live` ends its last line on a terminal only
     for job in states.having("failed"):
         message = f"{job.name} failed: {refused.get(job) or last_line(job.output)}"
         message += f"\n  All messages: {job.output}" if job.output.exists() else ""

@@ -65,7 +65,7 @@ def test_a_failure_does_not_stop_the_others(tmp_path, capsys):
     assert follow(jobs, Local(2, None)) == 1
     printed = capsys.readouterr().out
     assert "2 finished, 2 failed" in printed
-    assert f"bad, seed 0 failed: ValueError: no such reward\n  All messages: {tmp_path / 'bad/output.txt'}\n" in printed
+    assert f"\nbad, seed 0 failed: ValueError: no such reward\n  All messages: {tmp_path / 'bad/output.txt'}\n" in printed
     assert not jobs[1].output.exists()
     assert jobs[1].folder.stat().st_mtime_ns == before
     assert follow(jobs[:2], Local(2, None)) == 0
