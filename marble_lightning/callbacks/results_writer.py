@@ -129,7 +129,7 @@ class Results(Callback):
         heading = "base" if module.evaluator.adapter(trainer) == "none" else "trained"
         base = None if heading == "base" else module.evaluator.base_scores
         prompts = dict(enumerate(data.held_out[:: data.held_out_images]))
-        held_out = HeldOutScores(module.reward_models, prompts, module.evaluator.trained_scores, base).with_scores()
+        held_out = HeldOutScores(module.reward_models, prompts, module.evaluator.trained_scores, base)
         results = document(
             held_out,
             evaluated=self._evaluated_policy(trainer, module),
@@ -138,7 +138,7 @@ class Results(Callback):
         )
         for facts in (results["evaluated"], results["settings"]):
             console.print(", ".join(f"{name} {value}" for name, value in facts.items() if value is not None), soft_wrap=True)
-        for name, of_set in held_out.sets().items():
+        for name, of_set in held_out.with_scores().sets().items():
             title = f"{name}, {len(of_set.prompts)} prompts"
             names = list(of_set.reward_models)
             console.print(held_out_table(names, of_set.scores, heading=heading, base=of_set.base, title=title))

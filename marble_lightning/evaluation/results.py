@@ -59,6 +59,9 @@ class HeldOutScores(NamedTuple):
 def document(held_out: HeldOutScores, **facts: Any) -> dict[str, Any]:
     """The content of results.json: `facts`, then means by set and reward, by tag, and the scores of each prompt.
 
+    Sets without any score have no means. Every prompt is there, also one without a score, so that runs with other rewards
+    are seen to have the same prompts.
+
     Args:
         held_out: The scores.
         facts: Facts of the evaluation, such as the model and the settings.
@@ -67,7 +70,7 @@ def document(held_out: HeldOutScores, **facts: Any) -> dict[str, Any]:
         **facts,
         "rewards": list(held_out.reward_models),
         "reward_models": {name: reward_model.identity for name, reward_model in held_out.reward_models.items()},
-        "sets": {name: _means(of_set) for name, of_set in held_out.sets().items() if name != ALL},
+        "sets": {name: _means(of_set) for name, of_set in held_out.with_scores().sets().items() if name != ALL},
         ALL: _means(held_out),
         "tags": _tags(held_out),
         "prompts": [

@@ -36,9 +36,7 @@ SETTINGS = {"steps": 24, "seed": 0}
 
 
 def results(scores: torch.Tensor = SCORES, base: torch.Tensor | None = None, **settings: Any) -> dict[str, Any]:
-    return document(
-        HeldOutScores(REWARD_MODELS, PROMPTS, scores, base).with_scores(), evaluated={}, settings={**SETTINGS, **settings}
-    )
+    return document(HeldOutScores(REWARD_MODELS, PROMPTS, scores, base), evaluated={}, settings={**SETTINGS, **settings})
 
 
 def test_means_by_set_and_tag_and_scores_by_prompt():
@@ -57,7 +55,7 @@ def test_means_by_set_and_tag_and_scores_by_prompt():
             "mean_of_tags": {"mean": 0.4375},
         },
     }
-    assert [prompt["index"] for prompt in content["prompts"]] == [0, 1, 2]  # the last one has no score
+    assert [prompt["index"] for prompt in content["prompts"]] == [0, 1, 2, 3]  # the last one has no score
     assert content["prompts"][1] == {
         "index": 1, "set": "b", "prompt": "two blue", "scores": {"geneval": 0.25}, "base": {"geneval": 0.0}
     }  # fmt: skip
@@ -112,6 +110,7 @@ def test_rewards_with_equal_means_do_not_count():
     json.dumps(same, allow_nan=False)
 
 
+FEWER_PROMPTS = {index: PROMPTS[index] for index in range(3)}
 OTHER_PROMPT = {**PROMPTS, 1: Prompt("two green", "b")}
 
 
@@ -121,13 +120,13 @@ OTHER_PROMPT = {**PROMPTS, 1: Prompt("two green", "b")}
         (results(steps=40), "Found that one with steps 40 instead of 24;"),
         (results(steps=40, seed=3), "with steps 40 instead of 24, seed 3 instead of 0;"),
         (results(resolution=512), "with resolution 512 instead of None"),
-        (results(SCORES.clone().fill_(1.0)), "with 4 prompts instead of 3"),
+        (document(HeldOutScores(REWARD_MODELS, FEWER_PROMPTS, SCORES[:3]), settings=SETTINGS), "with 3 prompts instead of 4"),
         (
-            document(HeldOutScores(REWARD_MODELS, OTHER_PROMPT, SCORES).with_scores(), settings=SETTINGS),
+            document(HeldOutScores(REWARD_MODELS, OTHER_PROMPT, SCORES), settings=SETTINGS),
             "with prompt 1 'two green' of 'b' instead of prompt 1 'two blue' of 'b'",
         ),
         (
-            document(HeldOutScores({"ocr": Brightness()}, PROMPTS, SCORES[:, 1:]).with_scores(), settings=SETTINGS),
+            document(HeldOutScores({"ocr": Brightness()}, PROMPTS, SCORES[:, 1:]), settings=SETTINGS),
             "Found none of geneval in that one; name others under `results.columns`",
         ),
         (results(torch.where(torch.tensor([True, False]), torch.nan, SCORES)), "Found none of ocr in that one"),
@@ -153,3 +152,12 @@ def test_another_reward_model_under_the_same_name():
     check_comparable(this, other, "that one", list(REWARD_MODELS))
     assert scorer_differences(this, other, list(REWARD_MODELS)) == [f"{name}.path elsewhere instead of None"]
     assert scorer_differences(this, other, list(REWARD_MODELS)[1:]) == []
+
+
+def test_runs_with_a_reward_for_some_prompts_have_the_same_prompts():
+    """A run on this reward alone has no score of the others; its means and sets leave them out."""
+    alone = HeldOutScores({"geneval": Tagged()}, PROMPTS, torch.tensor([[NAN], [0.25], [0.75], [NAN]]))
+    content = document(alone, evaluated={}, settings=SETTINGS)
+    assert list(content["sets"]) == ["b"] and content["all"]["geneval"]["n"] == 2
+    assert [prompt["scores"] for prompt in content["prompts"]] == [{}, {"geneval": 0.25}, {"geneval": 0.75}, {}]
+    check_comparable(content, results(), "that one", ["geneval"])
