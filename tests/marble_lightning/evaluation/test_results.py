@@ -120,7 +120,10 @@ OTHER_PROMPT = {**PROMPTS, 1: Prompt("two green", "b")}
         (results(steps=40), "Found that one with steps 40 instead of 24;"),
         (results(steps=40, seed=3), "with steps 40 instead of 24, seed 3 instead of 0;"),
         (results(resolution=512), "with resolution 512 instead of None"),
-        (document(HeldOutScores(REWARD_MODELS, FEWER_PROMPTS, SCORES[:3]), settings=SETTINGS), "with 3 prompts instead of 4"),
+        (
+            document(HeldOutScores(REWARD_MODELS, FEWER_PROMPTS, SCORES[:3]), settings=SETTINGS),
+            "with 3 prompts instead of 4",
+        ),
         (
             document(HeldOutScores(REWARD_MODELS, OTHER_PROMPT, SCORES), settings=SETTINGS),
             "with prompt 1 'two green' of 'b' instead of prompt 1 'two blue' of 'b'",
