@@ -181,7 +181,7 @@ def test_other_files_and_damaged_checkpoints_raise(policy, tmp_path):
 def test_an_existing_file_is_replaced_only_with_overwrite(policy, exported, tmp_path):
     before = (exported / FILE).read_bytes()
     arguments = ["export", "--ckpt_path", str(tmp_path / "old.ckpt"), "--to", str(exported), "--adapter", "trained"]
-    with pytest.raises(ValueError, match=r"Found one in .*--overwrite true"):
+    with pytest.raises(SystemExit, match=r"Found one in .*--overwrite true"):
         main(arguments)
     assert (exported / FILE).read_bytes() == before
     main([*arguments, "--overwrite", "true"])
