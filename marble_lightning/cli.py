@@ -6,15 +6,12 @@ A command is imported when it is asked for, since most of them need only a part 
 from __future__ import annotations
 
 import gc
-import os
 import sys
 from collections.abc import Sequence
 from importlib import import_module
 from types import ModuleType
 
-from jsonargparse import auto_cli
-
-from marble_lightning.parsers import ExportParser, Parser, name_arguments
+from marble_lightning.parsers import ExportParser, Parser, name_arguments, run_command
 
 WITHOUT_TRAINER = {
     "configs": ("marble_lightning.config_files", Parser),
@@ -47,11 +44,6 @@ def main(args: Sequence[str] | None = None) -> None:
     if name in WITHOUT_TRAINER:
         module, parser = WITHOUT_TRAINER[name]
         command, named = getattr(imported(module), name), name_arguments(words)
-        try:
-            auto_cli(command, args=named, as_positional=False, prog=f"marble-lightning {name}", parser_class=parser)
-        except ValueError as error:  # says what is wrong; where it was found would bury that
-            if "JSONARGPARSE_DEBUG" in os.environ:
-                raise
-            sys.exit(f"error: {error}")
+        run_command(command, named, f"marble-lightning {name}", parser)
     else:
         imported("marble_lightning.trainer_commands").run(args)

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
+import sys
+from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
-from jsonargparse import ArgumentParser
+from jsonargparse import ArgumentParser, auto_cli
 
 import balancers
 import rewards
@@ -40,6 +41,27 @@ class ExportParser(Parser):
 
     def parse_args(self, args: Sequence[str] | None = None, *others: Any, **options: Any) -> Any:  # type: ignore[override]
         return super().parse_args(plain_options(args or [], self.switches), *others, **options)
+
+
+def run_command(function: Callable[..., Any], args: Sequence[str] | None, prog: str, parser: type[Parser] = Parser) -> None:
+    """Call a function with the arguments of a command line.
+
+    A ValueError ends the program with its message alone, since a traceback would bury what is wrong. With
+    `JSONARGPARSE_DEBUG=true` it is raised.
+
+    Args:
+        function: The function; its parameters are the options.
+        args: Arguments; None for those of the process.
+        prog: Name of the command.
+        parser: Class of the parser.
+    """
+    try:
+        words = None if args is None else list(args)
+        auto_cli(function, args=words, as_positional=False, prog=prog, parser_class=parser)
+    except ValueError as error:
+        if "JSONARGPARSE_DEBUG" in os.environ:
+            raise
+        sys.exit(f"error: {error}")
 
 
 def name_arguments(words: Sequence[str]) -> list[str]:

@@ -7,17 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from jsonargparse import auto_cli
-
-from marble_lightning.parsers import Parser, import_classes
+from marble_lightning.parsers import import_classes, run_command
 from rewards.remote.server import serve
 
 
 def main(args: Sequence[str] | None = None) -> None:
     """Run the command line; `args` replaces `sys.argv` where given."""
     import_classes()
-    words = args if args is None else list(args)
-    auto_cli(serve, args=words, as_positional=False, prog="marble-lightning-serve", parser_class=Parser)
+    run_command(serve, args, "marble-lightning-serve")
 
 
 if __name__ == "__main__":

@@ -138,7 +138,7 @@ class Results(Callback):
         )
         for facts in (results["evaluated"], results["settings"]):
             console.print(", ".join(f"{name} {value}" for name, value in facts.items() if value is not None), soft_wrap=True)
-        for name, of_set in held_out.with_scores().sets().items():
+        for name, of_set in held_out.sets().items():
             title = f"{name}, {len(of_set.prompts)} prompts"
             names = list(of_set.reward_models)
             console.print(held_out_table(names, of_set.scores, heading=heading, base=of_set.base, title=title))

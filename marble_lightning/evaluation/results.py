@@ -33,14 +33,12 @@ class HeldOutScores(NamedTuple):
     base: Float[Tensor, "prompt reward"] | None = None
 
     def sets(self) -> dict[str, HeldOutScores]:
-        """The scores split by prompt set, that is by source; also `all` if there are several sets."""
-        sources = [prompt.source for prompt in self.prompts.values()]
-        by_source = {name: self._rows([source == name for source in sources]) for name in dict.fromkeys(sources)}
-        return by_source | ({ALL: self} if len(by_source) > 1 else {})
-
-    def with_scores(self) -> HeldOutScores:
-        """Only the prompts with at least one score."""
-        return self._rows((~self.scores.isnan().all(1)).tolist())
+        """The prompts with a score, split by prompt set, that is by source; also `all` if there are several sets."""
+        scored = (~self.scores.isnan().all(1)).tolist()
+        sources = [prompt.source if kept else None for prompt, kept in zip(self.prompts.values(), scored, strict=True)]
+        names = dict.fromkeys(source for source in sources if source is not None)
+        by_source = {name: self._rows([source == name for source in sources]) for name in names}
+        return by_source | ({ALL: self._rows(scored)} if len(by_source) > 1 else {})
 
     def tags(self) -> dict[str, Tensor]:
         """Scores by reward model and tag, such as `geneval/counting`."""
@@ -70,7 +68,7 @@ def document(held_out: HeldOutScores, **facts: Any) -> dict[str, Any]:
         **facts,
         "rewards": list(held_out.reward_models),
         "reward_models": {name: reward_model.identity for name, reward_model in held_out.reward_models.items()},
-        "sets": {name: _means(of_set) for name, of_set in held_out.with_scores().sets().items() if name != ALL},
+        "sets": {name: _means(of_set) for name, of_set in held_out.sets().items() if name != ALL},
         ALL: _means(held_out),
         "tags": _tags(held_out),
         "prompts": [

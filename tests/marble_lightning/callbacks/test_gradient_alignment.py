@@ -133,6 +133,13 @@ def test_metrics_of_a_refresh():
     assert figure.shape[0] == 3 and 0 <= figure.min() < figure.max() <= 1
 
 
+def test_a_heat_map_has_whole_names():
+    name = "a_reward_with_a_long_name"
+    both, first = (cosine_heatmap(torch.eye(2), [name, second]) for second in (name, ""))
+    columns = (both - first)[:, :20].abs().sum((0, 1)).nonzero()  # above the second column
+    assert columns.max() - columns.min() > 4 * len(name)
+
+
 def test_probe_every_must_be_positive():
     with pytest.raises(ValueError, match="`gradient_alignment.probe_every` must be >= 1, or null"):
         GradientAlignment(probe_every=0)

@@ -1,11 +1,9 @@
-"""Reports on finished runs: what they contain, and what they refuse."""
+"""Reports on finished runs: which they find, and what they contain."""
 
 from __future__ import annotations
 
 import io
-import json
 import re
-import shutil
 from contextlib import redirect_stdout
 
 import pandas
@@ -20,26 +18,6 @@ from marble_lightning.lab.report.harmony import cosines, signal_to_noise
 from marble_lightning.lab.report.page import write_report
 from marble_lightning.lab.runs import Run, resumed
 from tests.helpers.finished_runs import PROMPTS, REWARDS, begin, finish
-from tests.helpers.small_rewards import Redness
-
-
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory):
-    """Two methods, of which the second neglects the second reward, with three seeds, and two specialists of each reward."""
-    folder = tmp_path_factory.mktemp("finished")
-    for seed in range(3):
-        finish(folder / "fair" / f"seed_{seed}" / "version_0", seed, (0.2, 0.1))
-        finish(folder / "greedy" / f"seed_{seed}" / "version_0", seed, (0.4, 0.0))
-    for seed in range(2):
-        finish(folder / "only" / f"ocr_{seed}", seed, (0.4, -0.1), ("ocr",))
-        finish(folder / "only" / f"geneval_{seed}", seed, (0.0, 0.2), ("geneval",))
-    return folder
-
-
-@pytest.fixture
-def folder(finished, tmp_path):
-    """A copy of these runs, which a test may change."""
-    return shutil.copytree(finished, tmp_path, dirs_exist_ok=True)
 
 
 @pytest.fixture(scope="module")
@@ -202,104 +180,3 @@ def test_a_resumed_run_has_the_curve_of_all_its_parts(tmp_path):
     assert resumed(tmp_path / "version_2") == tmp_path / "version_1"
     (tmp_path / "version_2/results.json").write_text("{}")
     assert Run(tmp_path / "version_2").curve("loss") == ([0, 1, 2, 3, 4, 5, 6, 7], [0, 1, 2, 13, 14, 25, 26, 27])
-
-
-def test_what_cannot_be_compared_is_refused(folder):
-    with pytest.raises(ValueError, match="needs folders of runs.*no folder"):
-        collect([folder / "nothing"])
-    (folder / "empty").mkdir()
-    with pytest.raises(ValueError, match="needs finished runs.*none in .*empty, and 0 that have not finished"):
-        collect([folder / "empty"])
-    with pytest.raises(ValueError, match="a run on several rewards"):
-        collect([folder / "only"])
-    with pytest.raises(ValueError, match="`reference` must be one of fair, greedy.*none"):
-        write_report([folder], folder / "report", "none")
-    finish(folder / "fair" / "again" / "seed_0" / "version_0", 0)
-    collect([folder])  # another method
-    finish(folder / "fair" / "seed_0" / "version_1", 0)
-    with pytest.raises(ValueError, match="(?s)one run of each method and seed. Found two of fair, seed 0"):
-        collect([folder])
-
-
-def test_runs_with_other_evaluations_are_refused(folder):
-    finish(folder / "other" / "seed_0", 0, prompts=5)
-    prompts = "must be evaluated alike. Found .*other/seed_0 beside .*5 prompts instead of 12; ev"
-    with pytest.raises(ValueError, match=prompts):
-        collect([folder / "greedy", folder / "other"])
-    finish(folder / "class" / "seed_0", 0, scorer=Redness)
-    with pytest.raises(ValueError, match="ocr by tests.helpers.small_rewards.Redness instead of .*Brightness"):
-        collect([folder / "greedy", folder / "class"])
-
-
-def test_seeds_of_a_method_differ_in_nothing_else(folder):
-    finish(folder / "fair" / "seed_5" / "version_0", 5, steps=9)
-    with pytest.raises(ValueError, match="differ only in their seed. Found .*seed_5.*optimizer steps 9 instead of 8; put"):
-        collect([folder])
-
-
-def test_seeds_of_a_method_have_the_same_settings(tmp_path):
-    """The first difference is named. Settings that earlier versions did not have are named without being compared."""
-    objective = {"beta": 0.1, "kl_weight": 0.03, "kl_every": 1}
-    model = {"rewards": {"ocr": {}, "geneval": {}}, "lr_scheduler": None, "objective": objective, "evaluation": {"seed": 1}}
-    others = {"trainer": {"logger": {"name": "a"}, "default_root_dir": "a"}}
-    finish(tmp_path / "a" / "seed_0", 0, settings={"model": model, **others}, steps=1)
-    older = model | {"objective": {"beta": 0.1, "kl_weight": 0.03}, "evaluation": {"seed": 2}}
-    finish(tmp_path / "a" / "seed_1", 1, settings={"model": older, "trainer": {"logger": None}}, steps=1)
-    assert collect([tmp_path]).notes == [
-        "Not all runs of a have these settings, which were not compared: model.objective.kl_every."
-    ]
-    changed = model | {"objective": objective | {"kl_weight": 0.1, "beta": 1}}
-    finish(tmp_path / "a" / "seed_2", 2, settings={"model": changed}, steps=1)
-    with pytest.raises(ValueError, match="seed_2 beside .*seed_0, with `model.objective.beta` 1 instead of 0.1; put"):
-        collect([tmp_path])
-
-
-def test_another_base_is_refused(folder):
-    finish(folder / "third" / "seed_0", 0, model="a")
-    finish(folder / "fourth" / "seed_0", 0, model="b")
-    base = "must have the same base. Found .*third/seed_0 beside .*fourth/seed_0, with model a"
-    with pytest.raises(ValueError, match=base):
-        collect([folder / "fourth", folder / "third"])
-
-
-def test_other_settings_of_methods_are_said(folder):
-    rewards = {"ocr": {}, "geneval": {}}
-    usual, fast = (8, 0.1, 12), (8, 0.2, 24)
-    for name, (rounds, rate, images) in {"long": (9, 0.1, 12), "fast": fast, "so": fast, "usual": usual}.items():
-        model = {"rewards": rewards, "optimizer": {"init_args": {"lr": rate}}}
-        settings = {"trainer": {"max_epochs": rounds}, "model": model, "data": {"images_per_prompt": images}}
-        settings["balancer"] = {"class_path": name}  # not told: it is the method
-        finish(folder / name / "seed_0", 0, steps=rounds, settings=settings)
-    assert collect([folder / "usual", folder / "long", folder / "fast", folder / "so"]).notes == [
-        "long was trained otherwise than usual: optimizer steps 9 instead of 8, trainer.max_epochs 9 instead of 8.",
-        "fast, so were trained otherwise than usual: model.optimizer.init_args.lr 0.2 instead of 0.1, "
-        "data.images_per_prompt 24 instead of 12.",
-    ]
-
-
-def test_other_rewards_are_said(folder):
-    """A reward of one method only is compared if all runs have scores of it, otherwise it is named."""
-    finish(folder / "third" / "seed_0", 0, rewards=("geneval", "ocr", "beauty"))
-    found = collect([folder])
-    assert found.rewards == ["ocr", "geneval"]
-    assert found.notes == [
-        "third was trained on other rewards than fair: geneval, ocr, beauty.",
-        "Not compared, since not all runs have scores of it: beauty.",
-    ]
-    write_report([folder], folder / "report", None)
-    text = (folder / "report/report.md").read_text()
-    assert all(f"\n- {note}\n" in text for note in found.notes)
-    assert "| rewards " in text and "All were trained on" not in text
-    for seed in range(2):
-        finish(folder / "apart" / f"seed_{seed}", seed, rewards=("beauty", "grace"))
-    with pytest.raises(ValueError, match="must have a reward in common. Found none"):
-        collect([folder / "apart"])
-
-
-def test_other_settings_of_a_scorer_are_said(folder):
-    finish(folder / "third" / "seed_0", 0)
-    file = folder / "third" / "seed_0" / "results.json"
-    results = json.loads(file.read_text())
-    results["reward_models"]["ocr"]["path"] = "elsewhere"
-    file.write_text(json.dumps(results))
-    assert collect([folder]).notes == [f"Scored with other settings, in {file.parent}: ocr.path elsewhere instead of None."]

@@ -208,5 +208,5 @@ def test_a_token(monkeypatch: pytest.MonkeyPatch) -> None:
     ],
 )
 def test_limits_are_checked(arguments: list[str], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(SystemExit, match=message):
         main(["--reward", "JPEGCompressibility", *arguments])
